@@ -1,0 +1,28 @@
+"""Exact synchronized batch normalization for PyTorch.
+
+Importing this package imports torch and nothing optional.
+"""
+
+from syncbn.convert import convert_sync_batchnorm as convert_sync_batchnorm
+from syncbn.convert import revert_sync_batchnorm as revert_sync_batchnorm
+from syncbn.distributed import RankInfo as RankInfo
+from syncbn.distributed import init_process_group as init_process_group
+from syncbn.functional import sync_batch_norm as sync_batch_norm
+from syncbn.module import SyncBatchNorm as SyncBatchNorm
+from syncbn.module import SyncBatchNorm1d as SyncBatchNorm1d
+from syncbn.module import SyncBatchNorm2d as SyncBatchNorm2d
+from syncbn.module import SyncBatchNorm3d as SyncBatchNorm3d
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "RankInfo",
+    "SyncBatchNorm",
+    "SyncBatchNorm1d",
+    "SyncBatchNorm2d",
+    "SyncBatchNorm3d",
+    "convert_sync_batchnorm",
+    "init_process_group",
+    "revert_sync_batchnorm",
+    "sync_batch_norm",
+]

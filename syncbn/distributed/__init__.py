@@ -1,0 +1,6 @@
+"""Who talks to whom: groups, the environment of the launcher, and the one collective."""
+
+from syncbn.distributed.environment import RankInfo as RankInfo
+from syncbn.distributed.environment import init_process_group as init_process_group
+from syncbn.distributed.groups import GroupLike as GroupLike
+from syncbn.distributed.groups import resolve_group as resolve_group

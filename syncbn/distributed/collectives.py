@@ -1,0 +1,96 @@
+"""The one message of a layer's forward and the one of its backward: a summed float64 vector.
+
+Collectives know no batch norm. This is the only file that may import private names of
+torch.distributed.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Bytes of a message's description in the debug exchange; longer ones are cut.
+_DESCRIPTION_BYTES = 256
+
+
+def communicating_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """Return the group to talk to, or None if this process is alone in it.
+
+    Args:
+        process_group: a group this rank belongs to; None for all ranks.
+
+    Raises:
+        ValueError: this rank is not a member of the group, or it is not a process group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        if process_group is not None:
+            raise ValueError(
+                "got a process group, but torch.distributed is not initialized; "
+                "call syncbn.init_process_group() first"
+            )
+        return None
+    if process_group is None:
+        process_group = dist.group.WORLD
+    if process_group is None or not isinstance(process_group, dist.ProcessGroup):
+        raise ValueError(
+            f"rank {dist.get_rank()} is not in the process group it was given "
+            f"({process_group!r}); every rank must pass a group that it is a member of"
+        )
+    return process_group if process_group.size() > 1 else None
+
+
+def all_reduce(vector: Tensor, group: dist.ProcessGroup | None, label: str) -> Tensor:
+    """Sum a vector over a group, in place.
+
+    With ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` the ranks first compare what they are about to sum, so
+    that two layers that meet in one message are reported instead of added up.
+
+    Args:
+        vector: contiguous, the same shape and dtype on every rank.
+        group: from :func:`communicating_group`; None leaves the vector as it is.
+        label: what is being summed, for error messages: the layer and the direction.
+
+    Returns:
+        The vector.
+
+    Raises:
+        RuntimeError: the ranks disagree on the message (debug level), or the transport failed or
+            timed out; the message names the label.
+    """
+    if group is None:
+        return vector
+    try:
+        if dist.get_debug_level() == dist.DebugLevel.DETAIL:
+            _require_agreement(vector, group, label)
+        dist.all_reduce(vector, group=group)
+    except _Disagreement as error:
+        raise RuntimeError(str(error)) from None
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{label}: the all-reduce of {vector.numel()} numbers failed on rank "
+            f"{dist.get_rank()} of {dist.get_world_size()}. Either another rank ended, or it "
+            f"never reached this layer (layers must run in the same order on every rank): {error}"
+        ) from error
+    return vector
+
+
+class _Disagreement(Exception):
+    """Ranks of a group meet in one message with different layers, sizes or dtypes."""
+
+
+def _require_agreement(vector: Tensor, group: dist.ProcessGroup, label: str) -> None:
+    text = f"{label}, {vector.numel()} numbers, {vector.dtype}".encode()[:_DESCRIPTION_BYTES]
+    mine = torch.zeros(_DESCRIPTION_BYTES, dtype=torch.uint8)
+    mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    mine = mine.to(vector.device)
+    gathered = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(gathered, mine, group=group)
+    if all(torch.equal(mine, other) for other in gathered):
+        return
+    ranks = dist.get_process_group_ranks(group)
+    described = (bytes(t.tolist()).rstrip(b"\0").decode(errors="replace") for t in gathered)
+    lines = "\n".join(
+        f"  rank {rank}: {what}" for rank, what in zip(ranks, described, strict=True)
+    )
+    raise _Disagreement(f"the ranks of a synchronized batch norm disagree:\n{lines}")

@@ -1,0 +1,84 @@
+"""Process groups from a short description."""
+
+from __future__ import annotations
+
+import os
+from typing import TypeAlias
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+#: What a group may be described by; see :func:`resolve_group`.
+GroupLike: TypeAlias = "str | int | DeviceMesh | dist.ProcessGroup | None"
+
+
+def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:
+    """Return the process group that a description stands for.
+
+    "node" and integers create groups, which is collective: every rank must call this, in the same
+    order.
+
+    Args:
+        group: None or "world" (all ranks), "node" (the ranks that one launcher started together),
+            an integer n (n consecutive ranks: 0..n-1, n..2n-1, and so on), a one-dimensional
+            ``DeviceMesh``, or a process group, which is returned as it is.
+
+    Returns:
+        A group that this rank is in; None stands for all ranks.
+
+    Raises:
+        ValueError: an unknown description, a size that does not divide the number of ranks, or a
+            mesh of several dimensions.
+        RuntimeError: torch.distributed is not initialized.
+    """
+    match group:
+        case None | "world":
+            return None
+        case "node":
+            return _consecutive_ranks(_ranks_a_node())
+        case bool():
+            pass
+        case int():
+            return _consecutive_ranks(group)
+        case DeviceMesh():
+            if group.ndim != 1:
+                raise ValueError(
+                    f"got a device mesh of {group.ndim} dimensions {group.mesh_dim_names}; "
+                    "expected one dimension, such as mesh['dp']"
+                )
+            return group.get_group()
+        case dist.ProcessGroup():
+            return group
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            "this rank is not in the process group it was given; every rank must pass a group "
+            "that it is a member of"
+        )
+    raise ValueError(
+        f"got process group {group!r}; expected 'world', 'node', a number of ranks, a DeviceMesh, "
+        "a torch.distributed.ProcessGroup or None"
+    )
+
+
+def _consecutive_ranks(size: int) -> dist.ProcessGroup | None:
+    if not dist.is_initialized():
+        raise RuntimeError(
+            "groups of ranks need torch.distributed; call syncbn.init_process_group() first"
+        )
+    world = dist.get_world_size()
+    if size < 1 or world % size:
+        raise ValueError(f"got groups of {size} ranks; expected a divisor of the {world} ranks")
+    if size == world:
+        return None
+    own, _ = dist.new_subgroups(size)
+    return own
+
+
+def _ranks_a_node() -> int:
+    value = os.environ.get("LOCAL_WORLD_SIZE")
+    if value is None:
+        raise ValueError(
+            "process group 'node' needs LOCAL_WORLD_SIZE, which torchrun sets; give the number "
+            "of ranks a node instead"
+        )
+    return int(value)

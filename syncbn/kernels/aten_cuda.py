@@ -1,0 +1,98 @@
+"""The kernels on CUDA: ATen's own batch-norm kernels, which exist for CUDA alone.
+
+ATen computes with a float32 mean. Passing it the pivot of :mod:`syncbn.kernels.coefficients` as
+"mean" and correcting the C numbers around it keeps the precision of the split mean. The four
+functions are those of :mod:`syncbn.kernels.reference`; none synchronizes with the host, and all
+accept tensors without elements.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from syncbn.kernels.coefficients import compute_dtype, normalize_coefficients, split_mean
+
+
+def moments(x: Tensor) -> Tensor:
+    """See :func:`syncbn.kernels.reference.moments`."""
+    channels = x.shape[1]
+    count = x.numel() // channels
+    if count == 0:
+        return torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)
+    if x.dtype in (torch.float16, torch.bfloat16):
+        # A half type cannot hold a variation its mean dwarfs, so there is nothing to shift away.
+        values, pivot = x, torch.zeros(channels, dtype=torch.float64, device=x.device)
+    else:
+        first = x.detach().movedim(1, 0).reshape(channels, -1)[:, 0]
+        values = x - first.view(-1, *(1,) * (x.ndim - 2))
+        pivot = first.double()
+    # eps = 0 so that the variance comes back whole; ATen returns invstd = 0 for a constant channel.
+    mean, invstd = torch.batch_norm_stats(values, 0.0)
+    rest = mean.double()
+    variance = torch.where(invstd == 0, 0.0, invstd.double().square().reciprocal())
+    mean = pivot + rest
+    tail = mean.new_full((1,), count)
+    return torch.cat([mean * count, (variance + mean.square()) * count, tail])
+
+
+def normalize(
+    x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """See :func:`syncbn.kernels.reference.normalize`."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    pivot, scale, shift = normalize_coefficients(mean, invstd, weight, bias, x.dtype)
+    # (x - pivot) * 1 * scale + shift; eps is not used by this kernel.
+    return torch.batch_norm_elemt(x, scale, shift, pivot, torch.ones_like(pivot), 0.0)
+
+
+def backward_reduce(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+    """See :func:`syncbn.kernels.reference.backward_reduce`."""
+    if x.numel() == 0:
+        return torch.zeros(2 * x.shape[1], dtype=torch.float64, device=x.device)
+    pivot, rest = split_mean(mean, x.dtype)
+    sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(
+        _like(dy, x), x, pivot, invstd.to(pivot.dtype), None, True, False, False
+    )
+    sum_dy, sum_dy_xmu = sum_dy.double(), sum_dy_xmu.double()
+    return torch.cat([sum_dy, (sum_dy_xmu - rest * sum_dy) * invstd])
+
+
+def backward_elemt(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    sums: Tensor,
+    count: Tensor,
+) -> Tensor:
+    """See :func:`syncbn.kernels.reference.backward_elemt`."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    compute = compute_dtype(x.dtype)
+    pivot, rest = split_mean(mean, x.dtype)
+    mean_dy, mean_dy_xhat = (sums / count.clamp(min=1)).view(2, -1)
+    mean_dy_xmu = mean_dy_xhat / invstd
+    # ATen: (dy - sum_dy/count - (x - mean) * sum_dy_xmu/count * invstd^2) * invstd * weight, with
+    # an int32 count of its own: the division is done here, in float64, and it is told "1".
+    offset = mean_dy - rest * invstd.square() * mean_dy_xmu
+    one = torch.ones(1, dtype=torch.int32, device=x.device)
+    return torch.batch_norm_backward_elemt(
+        _like(dy, x),
+        x,
+        pivot,
+        invstd.to(compute),
+        None if weight is None else weight.to(compute),
+        offset.to(compute),
+        mean_dy_xmu.to(compute),
+        one,
+    )
+
+
+def _like(dy: Tensor, x: Tensor) -> Tensor:
+    """Return dy in the memory layout of x: the channels_last kernels need both alike."""
+    if dy.stride() == x.stride():
+        return dy
+    return torch.empty_like(x, dtype=dy.dtype).copy_(dy)

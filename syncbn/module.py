@@ -1,0 +1,197 @@
+"""The layer: parameters, buffers and running averages, as in torch.nn.SyncBatchNorm."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncbn.distributed.collectives import communicating_group
+from syncbn.distributed.groups import GroupLike, resolve_group
+from syncbn.functional import batch_norm_with_moments, check_input
+from syncbn.moments import Moments
+from syncbn.running import recorded, update_running_statistics
+
+
+@dataclass(frozen=True)
+class DetachedGroup:
+    """What is left of a process group in a pickle: a live one cannot leave its process.
+
+    Attributes:
+        ranks: global ranks that were in the group.
+    """
+
+    ranks: tuple[int, ...]
+
+
+class SyncBatchNorm(_BatchNorm):
+    """Batch normalization over the batches of every rank of a process group.
+
+    In training, mean and variance, and the gradient terms that depend on them, are those of the
+    concatenated batch, exactly: batches may have different sizes on each rank, or none. In
+    evaluation the running averages are used and nothing is sent. Constructor, buffers and
+    ``state_dict`` are those of :class:`torch.nn.SyncBatchNorm`, and checkpoints of
+    ``torch.nn.BatchNorm*`` load both ways. Works on CPU and CUDA.
+
+    Every rank of the group must run its synchronized layers in the same order, forward and
+    backward. ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` checks that and names the layers that disagree.
+
+    Args:
+        num_features: C of an input of shape ``[N, C, *]``.
+        eps: added to the variance.
+        momentum: weight of a batch in the running averages; None for a cumulative average.
+        affine: have a learnable weight and bias.
+        track_running_stats: keep running averages. Without them evaluation, too, normalizes with
+            the batch; that of this rank, as in torch.
+        process_group: the ranks whose batches count as one: a process group, a one-dimensional
+            ``DeviceMesh``, or None for all ranks. "node" or a number of ranks is accepted, but
+            makes a group for each layer: for a model, give it to :func:`convert_sync_batchnorm`.
+        device: of parameters and buffers.
+        dtype: of parameters and running averages.
+        bias: with ``affine``, have a bias.
+
+    Attributes:
+        kernel: name of the module of :mod:`syncbn.kernels` that computes; "auto" chooses.
+        layer_name: how error messages call this layer; set by :func:`convert_sync_batchnorm`.
+
+    Shape:
+        - Input: ``[N, C, *]``, float16, bfloat16, float32 or float64; N may be zero.
+        - Output: as the input, dtype and memory layout (contiguous, channels_last) included.
+
+    Raises:
+        ValueError: see :func:`syncbn.sync_batch_norm`; also if C is not ``num_features``.
+        TypeError: the input is not of a floating dtype.
+        RuntimeError: the transport failed or timed out; the message names the layer.
+
+    Example::
+
+        model = syncbn.convert_sync_batchnorm(model)       # every nn.BatchNorm* in it
+        layer = syncbn.SyncBatchNorm2d(64)                 # or by hand
+
+    Reference:
+        Ioffe and Szegedy, Batch Normalization, 2015, section 3.
+    """
+
+    process_group: dist.ProcessGroup | DetachedGroup | None
+    kernel: str = "auto"
+    layer_name: str = ""
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: GroupLike = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+        )
+        if affine and not bias:
+            # Not passed up: torch.nn.BatchNorm has this argument only in recent releases.
+            self.register_parameter("bias", None)
+        self.process_group = resolve_group(process_group)
+
+    @classmethod
+    def convert_sync_batchnorm(
+        cls, module: nn.Module, process_group: GroupLike = None
+    ) -> nn.Module:
+        """See :func:`syncbn.convert_sync_batchnorm`."""
+        from syncbn.convert import convert_sync_batchnorm
+
+        return convert_sync_batchnorm(module, process_group)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize; in training, also update the running averages."""
+        self._check_input_dim(input)
+        check_input(input)
+        if input.shape[1] != self.num_features:
+            raise ValueError(
+                f"{self._label()}: got an input of shape {tuple(input.shape)}; expected "
+                f"{self.num_features} channels in dimension 1"
+            )
+        if not self.training:
+            return self._normalize_for_inference(input)
+        output, moments = batch_norm_with_moments(
+            input, self.weight, self.bias, self.eps, self._group(), self.kernel, self._label()
+        )
+        if self.track_running_stats:
+            self._record(moments)
+        return output
+
+    def _normalize_for_inference(self, input: Tensor) -> Tensor:
+        mean, var = self.running_mean, self.running_var
+        if mean is not None and var is not None:
+            return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+        output, _ = batch_norm_with_moments(
+            input, self.weight, self.bias, self.eps, None, self.kernel, self._label()
+        )
+        return output
+
+    def _record(self, moments: Moments) -> None:
+        momentum: float | Tensor | None = self.momentum
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(recorded(moments))
+            if momentum is None:
+                # A tensor, not .item(): reading the counter would stall the device.
+                momentum = self.num_batches_tracked.clamp(min=1).double().reciprocal()
+        update_running_statistics(self.running_mean, self.running_var, moments, momentum or 0.0)
+
+    def _group(self) -> dist.ProcessGroup | None:
+        if isinstance(self.process_group, DetachedGroup):
+            raise RuntimeError(
+                f"{self._label()}: was unpickled and has lost its process group of the ranks "
+                f"{list(self.process_group.ranks)}; give it one with convert_sync_batchnorm("
+                "model, process_group=...)"
+            )
+        return communicating_group(self.process_group)
+
+    def _label(self) -> str:
+        kind = f"{type(self).__name__}({self.num_features})"
+        return f"{self.layer_name} {kind}" if self.layer_name else kind
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Accept what :func:`check_input` accepts; the 1d, 2d and 3d classes are stricter."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        if isinstance(group := self.process_group, dist.ProcessGroup):
+            state["process_group"] = DetachedGroup(tuple(dist.get_process_group_ranks(group)))
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
+        # A copy talks to the same ranks; the default would go through __getstate__.
+        memo[id(self.process_group)] = self.process_group
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return clone
+
+
+class SyncBatchNorm1d(SyncBatchNorm, nn.BatchNorm1d):
+    """:class:`SyncBatchNorm` for ``[N, C]`` or ``[N, C, L]``; also an ``nn.BatchNorm1d``."""
+
+    _check_input_dim = nn.BatchNorm1d._check_input_dim
+
+
+class SyncBatchNorm2d(SyncBatchNorm, nn.BatchNorm2d):
+    """:class:`SyncBatchNorm` for ``[N, C, H, W]``; also an ``nn.BatchNorm2d``."""
+
+    _check_input_dim = nn.BatchNorm2d._check_input_dim
+
+
+class SyncBatchNorm3d(SyncBatchNorm, nn.BatchNorm3d):
+    """:class:`SyncBatchNorm` for ``[N, C, D, H, W]``; also an ``nn.BatchNorm3d``."""
+
+    _check_input_dim = nn.BatchNorm3d._check_input_dim
