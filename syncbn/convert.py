@@ -6,7 +6,6 @@ and every reference to it, shared ones included, stay as they are without being 
 
 from __future__ import annotations
 
-import functools
 import warnings
 from typing import Any, cast
 
@@ -17,7 +16,7 @@ from syncbn.distributed.groups import GroupLike, resolve_group
 from syncbn.lazy import LazySyncBatchNorm1d, LazySyncBatchNorm2d, LazySyncBatchNorm3d
 from syncbn.module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
-_SYNCHRONIZED: dict[type[nn.Module], type[SyncBatchNorm]] = {
+_SYNCHRONIZED: dict[type[_BatchNorm], type[SyncBatchNorm]] = {
     nn.BatchNorm1d: SyncBatchNorm1d,
     nn.BatchNorm2d: SyncBatchNorm2d,
     nn.BatchNorm3d: SyncBatchNorm3d,
@@ -26,6 +25,8 @@ _SYNCHRONIZED: dict[type[nn.Module], type[SyncBatchNorm]] = {
     nn.LazyBatchNorm2d: LazySyncBatchNorm2d,
     nn.LazyBatchNorm3d: LazySyncBatchNorm3d,
 }
+# One synchronized class for each subclass met, so that layers of one class stay of one class.
+_ADOPTED: dict[type[_BatchNorm], type[SyncBatchNorm]] = {}
 _ORIGINAL = {ours: theirs for theirs, ours in _SYNCHRONIZED.items()}
 
 
@@ -93,7 +94,7 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
         original = original_class(type(layer))
         if original is None:
             continue
-        layer.__class__ = original
+        cast(nn.Module, layer).__class__ = original
         for attribute in ("layer_name", "kernel"):
             layer.__dict__.pop(attribute, None)
         if not issubclass(original, nn.SyncBatchNorm):
@@ -101,7 +102,7 @@ def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
     return module
 
 
-def original_class(synchronized: type[SyncBatchNorm]) -> type[nn.Module] | None:
+def original_class(synchronized: type[SyncBatchNorm]) -> type[_BatchNorm] | None:
     """Return the class a synchronized class stands for, or None for a user's own subclass."""
     return _ORIGINAL.get(synchronized) or synchronized.__dict__.get("original_class")
 
@@ -111,18 +112,20 @@ def _has_own_forward(layer: nn.Module) -> bool:
     return "forward" in layer.__dict__ or type(layer).forward not in known
 
 
-@functools.cache
-def _adopt(original: type[nn.Module]) -> type[SyncBatchNorm]:
-    """Make the synchronized form of a subclass: its own methods stay, ``forward`` is ours."""
+def _adopt(original: type[_BatchNorm]) -> type[SyncBatchNorm]:
+    """Return the synchronized form of a subclass: its own methods stay, ``forward`` is ours."""
+    if original in _ADOPTED:
+        return _ADOPTED[original]
     namespace: dict[str, Any] = {
         "original_class": original,
         "__module__": original.__module__,
         "__doc__": f"Synchronized {original.__qualname__}.",
         "__reduce_ex__": _reduce_adopted,
     }
-    if original._check_input_dim is not nn.modules.batchnorm._NormBase._check_input_dim:
+    if original._check_input_dim is not _BatchNorm._check_input_dim:
         namespace["_check_input_dim"] = original._check_input_dim
-    return type(f"Sync{original.__name__}", (SyncBatchNorm, original), namespace)
+    adopted = type(f"Sync{original.__name__}", (SyncBatchNorm, original), namespace)
+    return _ADOPTED.setdefault(original, adopted)
 
 
 def _reduce_adopted(layer: SyncBatchNorm, protocol: Any) -> tuple[Any, ...]:
@@ -130,6 +133,6 @@ def _reduce_adopted(layer: SyncBatchNorm, protocol: Any) -> tuple[Any, ...]:
     return _new_adopted, (original_class(type(layer)),), layer.__getstate__()
 
 
-def _new_adopted(original: type[nn.Module]) -> SyncBatchNorm:
+def _new_adopted(original: type[_BatchNorm]) -> SyncBatchNorm:
     adopted = _adopt(original)
     return adopted.__new__(adopted)

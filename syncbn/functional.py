@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
@@ -60,9 +59,7 @@ def sync_batch_norm(
     Reference:
         Ioffe and Szegedy, Batch Normalization, 2015, section 3.
     """
-    check_input(
-        input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
-    )
+    check_input(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     if not training:
         if running_mean is None or running_var is None:
             raise ValueError(

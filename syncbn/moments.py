@@ -35,13 +35,11 @@ class Moments:
         return Moments(vector[-1], vector[:channels], vector[channels:-1])
 
     def pack(self) -> Tensor:
-        """Return the message ``[sum (C) | sum_sq (C) | count (1)]``, float64, shape ``[2C + 1]``."""
+        """Return the message ``[sum (C) | sum_sq (C) | count (1)]``, float64 ``[2C + 1]``."""
         return torch.cat([self.sum, self.sum_sq, self.count.reshape(1)])
 
     def __add__(self, other: Moments) -> Moments:
-        return Moments(
-            self.count + other.count, self.sum + other.sum, self.sum_sq + other.sum_sq
-        )
+        return Moments(self.count + other.count, self.sum + other.sum, self.sum_sq + other.sum_sq)
 
     def mean(self) -> Tensor:
         """Return the mean, float64, shape ``[C]``; zero where there are no values."""

@@ -33,7 +33,8 @@ def update_running_statistics(
         moments: of the whole synchronized batch.
         momentum: weight of this batch; a scalar tensor for a cumulative average.
     """
-    share = torch.where(recorded(moments), momentum, 0.0)
+    # As a product: torch.where would round a Python number to float32 first.
+    share = recorded(moments).double() * momentum
     with torch.no_grad():
         for running, batch in (
             (running_mean, moments.mean()),

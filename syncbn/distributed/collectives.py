@@ -64,7 +64,7 @@ def all_reduce(vector: Tensor, group: dist.ProcessGroup | None, label: str) -> T
         if dist.get_debug_level() == dist.DebugLevel.DETAIL:
             _require_agreement(vector, group, label)
         dist.all_reduce(vector, group=group)
-    except _Disagreement as error:
+    except _DisagreementError as error:
         raise RuntimeError(str(error)) from None
     except RuntimeError as error:
         raise RuntimeError(
@@ -75,7 +75,7 @@ def all_reduce(vector: Tensor, group: dist.ProcessGroup | None, label: str) -> T
     return vector
 
 
-class _Disagreement(Exception):
+class _DisagreementError(Exception):
     """Ranks of a group meet in one message with different layers, sizes or dtypes."""
 
 
@@ -90,7 +90,5 @@ def _require_agreement(vector: Tensor, group: dist.ProcessGroup, label: str) -> 
         return
     ranks = dist.get_process_group_ranks(group)
     described = (bytes(t.tolist()).rstrip(b"\0").decode(errors="replace") for t in gathered)
-    lines = "\n".join(
-        f"  rank {rank}: {what}" for rank, what in zip(ranks, described, strict=True)
-    )
-    raise _Disagreement(f"the ranks of a synchronized batch norm disagree:\n{lines}")
+    lines = "\n".join(f"  rank {rank}: {what}" for rank, what in zip(ranks, described, strict=True))
+    raise _DisagreementError(f"the ranks of a synchronized batch norm disagree:\n{lines}")

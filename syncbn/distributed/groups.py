@@ -34,6 +34,11 @@ def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:
     match group:
         case None | "world":
             return None
+        case dist.GroupMember.NON_GROUP_MEMBER:  # what new_group returns to the others: an int
+            raise ValueError(
+                "this rank is not in the process group it was given; every rank must pass a group "
+                "that it is a member of"
+            )
         case "node":
             return _consecutive_ranks(_ranks_a_node())
         case bool():
@@ -49,11 +54,6 @@ def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:
             return group.get_group()
         case dist.ProcessGroup():
             return group
-    if group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError(
-            "this rank is not in the process group it was given; every rank must pass a group "
-            "that it is a member of"
-        )
     raise ValueError(
         f"got process group {group!r}; expected 'world', 'node', a number of ranks, a DeviceMesh, "
         "a torch.distributed.ProcessGroup or None"
@@ -70,6 +70,7 @@ def _consecutive_ranks(size: int) -> dist.ProcessGroup | None:
         raise ValueError(f"got groups of {size} ranks; expected a divisor of the {world} ranks")
     if size == world:
         return None
+    own: dist.ProcessGroup
     own, _ = dist.new_subgroups(size)
     return own
 

@@ -18,7 +18,7 @@ class Kernel(Protocol):
     """The four local computations of batch normalization."""
 
     def moments(self, x: Tensor) -> Tensor:
-        """Return ``[sum (C) | sum_sq (C) | count (1)]`` of x ``[N, C, *]``, float64 ``[2C + 1]``."""
+        """Return ``[sum (C) | sum_sq (C) | count (1)]``, float64 ``[2C + 1]``."""
 
     def normalize(
         self, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
@@ -62,7 +62,7 @@ def choose(name: str, x: Tensor) -> Kernel:
 
             # One block is the reference formula with more Python around it.
             return blocked if x.numel() > blocked.BLOCK else reference
-        case ("auto" | "reference"), _:
+        case (("auto" | "reference"), _):
             from syncbn.kernels import reference
 
             return reference
@@ -74,6 +74,6 @@ def choose(name: str, x: Tensor) -> Kernel:
             from syncbn.kernels import aten_cuda
 
             return aten_cuda
-        case ("blocked" | "aten_cuda"), device:
+        case (("blocked" | "aten_cuda"), device):
             raise ValueError(f"kernel {name!r} does not serve {device!r} tensors; use 'auto'")
     raise ValueError(f"unknown kernel {name!r}; expected one of {', '.join(NAMES)}")

@@ -37,13 +37,13 @@ class Block(NamedTuple):
     Attributes:
         part: which partial sum of its lanes this block is.
         lanes: the lanes it covers.
-        index: the block in the matrix.
+        where: the block in the matrix.
         length: values per lane.
     """
 
     part: int
     lanes: slice
-    index: tuple[slice, slice]
+    where: tuple[slice, slice]
     length: int
 
 
@@ -95,8 +95,8 @@ class Layout(NamedTuple):
         height = self._rows_a_block()
         if not self.by_row:
             for part, i in enumerate(range(0, rows, height)):
-                index = (slice(i, i + height), slice(None))
-                yield Block(part, slice(None), index, min(height, rows - i))
+                where = (slice(i, i + height), slice(None))
+                yield Block(part, slice(None), where, min(height, rows - i))
             return
         for i in range(0, rows, height):
             lanes = slice(i, i + height)
@@ -122,7 +122,7 @@ def moments(x: Tensor) -> Tensor:
     lengths = torch.empty(partial.shape[1], 1, dtype=torch.float64)
     for block in layout.blocks():
         lengths[block.part] = block.length
-        values = matrix[block.index].to(dtype)
+        values = matrix[block.where].to(dtype)
         pivot = torch.mean(values, dim, out=pivots[block.part, block.lanes])
         centred = values - pivot.unsqueeze(dim)
         torch.sum(centred, dim, out=sums[block.part, block.lanes])
@@ -148,9 +148,9 @@ def normalize(
     pivots, scales, shifts = (layout.spread(v) for v in coefficients)
     in_place = y.dtype == pivots.dtype
     for block in layout.blocks():
-        out = target[block.index]
+        out = target[block.where]
         pivot, scale, shift = (_at(v, block) for v in (pivots, scales, shifts))
-        values = torch.sub(source[block.index], pivot, out=out if in_place else None)
+        values = torch.sub(source[block.where], pivot, out=out if in_place else None)
         values.mul_(scale).add_(shift)
         if not in_place:
             out.copy_(values)
@@ -168,9 +168,9 @@ def backward_reduce(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tens
     pivots = layout.spread(pivot)
     sums_dy, sums_dy_x = layout.partial(pivot.dtype, 2)
     for block in layout.blocks():
-        gradient = gradients[block.index].to(pivot.dtype)
+        gradient = gradients[block.where].to(pivot.dtype)
         torch.sum(gradient, dim, out=sums_dy[block.part, block.lanes])
-        product = torch.sub(values[block.index], _at(pivots, block)).mul_(gradient)
+        product = torch.sub(values[block.where], _at(pivots, block)).mul_(gradient)
         torch.sum(product, dim, out=sums_dy_x[block.part, block.lanes])
     sum_dy, sum_dy_x = layout.fold(sums_dy), layout.fold(sums_dy_x)
     return torch.cat([sum_dy, (sum_dy_x - rest * sum_dy) * invstd])
@@ -196,10 +196,10 @@ def backward_elemt(
     spread = [layout.spread(v) for v in coefficients]
     in_place = dx.dtype == coefficients.pivot.dtype
     for block in layout.blocks():
-        out = target[block.index]
+        out = target[block.where]
         pivot, slope, offset, scale = (_at(v, block) for v in spread)
-        projection = torch.sub(values[block.index], pivot).mul_(slope)
-        result = torch.sub(gradients[block.index], offset, out=out if in_place else None)
+        projection = torch.sub(values[block.where], pivot).mul_(slope)
+        result = torch.sub(gradients[block.where], offset, out=out if in_place else None)
         result.sub_(projection).mul_(scale)
         if not in_place:
             out.copy_(result)

@@ -1,0 +1,99 @@
+"""How far the layer is from one float64 process on the whole batch, in every corner.
+
+    torchrun --standalone --nproc-per-node 3 examples/error_table.py [output.md]
+
+Prints the largest relative error over all ranks (the largest error over the largest value) of the
+output, the input gradient, the parameter gradients and the running averages.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from oracle import EPS, MOMENTUM, Case, Result, batch, expected, parameters, relative_errors
+from torch import Tensor
+
+import syncbn
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LAYOUTS = ("contiguous", "channels_last")
+OFFSETS = (0.0, 100.0, 1e4)
+QUANTITIES = ("y", "dx", "dweight", "dbias", "running_mean", "running_var")
+CHANNELS = 33
+IMAGE = (56, 56)
+
+
+def splits(world_size: int) -> dict[str, list[int]]:
+    """Return the samples on each rank: equal, uneven, and with an empty rank."""
+    return {
+        "equal": [4] * world_size,
+        "uneven": [1 + 3 * rank for rank in range(world_size)],
+        "one rank empty": [0] + [4] * (world_size - 1),
+    }
+
+
+def observe(case: Case, rank: int, device: torch.device, kernel: str = "auto") -> Result:
+    """Run the layer forward and backward on this rank's part of a case."""
+    layer = syncbn.SyncBatchNorm(
+        case.channels, eps=EPS, momentum=MOMENTUM, affine=case.affine, dtype=case.parameter_dtype
+    ).to(device)
+    layer.kernel = kernel
+    x, dy = (t.to(device) for t in batch(case, rank))
+    x.requires_grad_()
+    with torch.no_grad():
+        for parameter, value in zip((layer.weight, layer.bias), parameters(case), strict=True):
+            if value is not None:
+                parameter.copy_(value)
+    y = layer(x)
+    y.backward(dy)
+    found: dict[str, Tensor | None] = {
+        "y": y.detach(),
+        "dx": x.grad,
+        "dweight": layer.weight.grad if case.affine else None,
+        "dbias": layer.bias.grad if case.affine else None,
+        "running_mean": layer.running_mean,
+        "running_var": layer.running_var,
+    }
+    return {name: value.cpu() for name, value in found.items() if value is not None}
+
+
+def row(case: Case, place: syncbn.RankInfo) -> list[float]:
+    """Return the largest error over all ranks of each quantity."""
+    errors = relative_errors(observe(case, place.rank, place.device), expected(case)[place.rank])
+    largest = torch.tensor([errors[name] for name in QUANTITIES], device=place.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
+def table(place: syncbn.RankInfo) -> list[str]:
+    """Return the Markdown table, computed by all ranks together."""
+    lines = [
+        "| dtype | layout | ranks | mean/std | " + " | ".join(QUANTITIES) + " |",
+        "|---|---|---|---|" + "---|" * len(QUANTITIES),
+    ]
+    corners = itertools.product(DTYPES, LAYOUTS, splits(place.world_size).items(), OFFSETS)
+    for dtype, layout, (split, sizes), offset in corners:
+        shapes = tuple((size, CHANNELS, *IMAGE) for size in sizes)
+        cells = row(Case(shapes, dtype, layout, offset), place)
+        head = f"| {str(dtype)[6:]} | {layout} | {split} | {offset:g} | "
+        lines.append(head + " | ".join(f"{cell:.1e}" for cell in cells) + " |")
+    return lines
+
+
+def main() -> None:
+    """Compute the table on all ranks; rank 0 prints it, and writes it where the argument says."""
+    place = syncbn.init_process_group()
+    lines = table(place)
+    if place.rank == 0:
+        print("\n".join(lines))
+        if len(sys.argv) > 1:
+            Path(sys.argv[1]).write_text("\n".join(lines) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""The house rules that can be checked by reading the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import syncbn
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "syncbn"
+
+# From the ground up: a room imports from the ones before it, and within itself.
+ROOMS = [
+    ("moments", "kernels", "distributed"),
+    ("running", "autograd"),
+    ("functional",),
+    ("module",),
+    ("lazy",),
+    ("convert",),
+    ("cli",),
+]
+# torch has convert_sync_batchnorm as a classmethod of the layer, so the layer reaches up for it.
+EXCEPTIONS = {("module", "convert")}
+
+
+def sources() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def floor(name: str) -> int:
+    return next(i for i, names in enumerate(ROOMS) if name in names)
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    here = room(path)
+    if here == "__init__":
+        return
+    known = {name for names in ROOMS for name in names}
+    for module in imports(path):
+        parts = module.split(".")
+        if parts[0] != "syncbn" or len(parts) < 2 or parts[1] not in known:
+            continue
+        there = parts[1]
+        if there == here or (here, there) in EXCEPTIONS:
+            continue
+        assert floor(there) < floor(here), f"{here} imports {module}"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_private_names_of_torch_distributed_stay_in_one_file(path: Path) -> None:
+    if path == PACKAGE / "distributed" / "collectives.py":
+        return
+    for module in imports(path):
+        private = any(part.startswith("_") for part in module.split(".")[1:])
+        assert not (module.startswith("torch.distributed") and private), module
+        assert not module.startswith("torch.testing._internal"), module
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_hydra_stays_in_the_command_line(path: Path) -> None:
+    if room(path) != "cli":
+        assert not any(m.split(".")[0] in ("hydra", "omegaconf", "rich") for m in imports(path))
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_file_is_at_most_300_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 300
+
+
+def test_public_names() -> None:
+    wanted = [
+        "RankInfo",
+        "SyncBatchNorm",
+        "SyncBatchNorm1d",
+        "SyncBatchNorm2d",
+        "SyncBatchNorm3d",
+        "convert_sync_batchnorm",
+        "init_process_group",
+        "revert_sync_batchnorm",
+        "sync_batch_norm",
+    ]
+    assert syncbn.__all__ == wanted
+    assert all(hasattr(syncbn, name) for name in wanted)
+
+
+def test_import_needs_torch_alone() -> None:
+    """In a fresh interpreter where everything optional fails to import."""
+    program = """
+import sys
+for name in ("triton", "mpi4py", "hydra", "omegaconf", "rich", "matplotlib", "sklearn", "numpy.ma"):
+    sys.modules[name] = None
+before = set(sys.modules)
+import torch
+torch_brings = set(sys.modules)
+import syncbn
+loaded = {name.split(".")[0] for name in set(sys.modules) - torch_brings}
+assert loaded <= {"syncbn"} | set(sys.stdlib_module_names) | {"torch"}, loaded
+syncbn.SyncBatchNorm2d(3)(torch.randn(2, 3, 4, 4)).sum().backward()
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

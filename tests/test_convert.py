@@ -1,0 +1,228 @@
+from __future__ import annotations
+
+import copy
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+import syncbn
+
+
+class Scaled(nn.BatchNorm2d):
+    """A subclass with a constructor, a method and a check of its own, and torch's forward."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=1e-3)
+        self.label = "mine"
+
+    def shout(self) -> str:
+        return self.label.upper()
+
+
+class Activated(nn.BatchNorm2d):
+    """A subclass that does more in its forward."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
+
+
+class AnyDimension(nn.modules.batchnorm._BatchNorm):
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.ndim != 3:
+            raise ValueError("three, please")
+
+
+def nested() -> nn.Sequential:
+    shared = nn.BatchNorm2d(4)
+    return nn.Sequential(
+        OrderedDict(
+            stem=nn.Sequential(nn.Conv2d(3, 4, 3), shared, nn.ReLU()),
+            body=nn.ModuleDict({"a": nn.Sequential(nn.Conv2d(4, 4, 1), shared), "b": Scaled(4)})[
+                "a"
+            ],
+            again=nn.Sequential(Scaled(4), nn.Conv2d(4, 6, 1, bias=False)),
+            head=nn.BatchNorm2d(6, affine=False, momentum=None),
+            flat=nn.Flatten(),
+        )
+    )
+
+
+def classes(model: nn.Module) -> list[type[nn.Module]]:
+    return [type(module) for module in model.modules()]
+
+
+def test_convert_and_revert_are_inverse_on_a_nested_model() -> None:
+    model = nested().eval()
+    model.head.train()
+    model.stem[1].weight.requires_grad_(False)
+    model.stem[1].double()
+    before = classes(model)
+    attributes = [set(module.__dict__) for module in model.modules()]
+    identities = [id(tensor) for tensor in (*model.parameters(), *model.buffers())]
+    flags = [module.training for module in model.modules()]
+
+    assert syncbn.convert_sync_batchnorm(model) is model
+    kinds = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert all(isinstance(m, syncbn.SyncBatchNorm) for m in kinds)
+    assert model.stem[1] is model.body[1]
+    assert model.stem[1].layer_name == "stem.1"
+    assert [module.training for module in model.modules()] == flags
+    assert [id(tensor) for tensor in (*model.parameters(), *model.buffers())] == identities
+    assert not model.stem[1].weight.requires_grad
+
+    assert syncbn.revert_sync_batchnorm(model) is model
+    assert classes(model) == before
+    assert [set(module.__dict__) for module in model.modules()] == attributes
+
+
+def test_outputs_and_state_are_unchanged() -> None:
+    model = nested()
+    model(torch.randn(4, 3, 6, 6))
+    model.eval()
+    x = torch.randn(2, 3, 6, 6)
+    wanted, state = model(x), copy.deepcopy(model.state_dict())
+    for change in (syncbn.convert_sync_batchnorm, syncbn.revert_sync_batchnorm):
+        change(model)
+        assert torch.equal(model(x), wanted)
+        assert list(model.state_dict()) == list(state)
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_training_after_conversion_equals_training_before() -> None:
+    original = nested().double()
+    converted = syncbn.convert_sync_batchnorm(copy.deepcopy(original))
+    x = torch.randn(4, 3, 6, 6).double()
+    torch.testing.assert_close(converted(x), original(x))
+    for found, wanted in zip(converted.buffers(), original.buffers(), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+def test_hooks_stay() -> None:
+    layer = nn.BatchNorm2d(3)
+    seen: list[str] = []
+    layer.register_forward_pre_hook(lambda *_: seen.append("before"))
+    handle = layer.register_forward_hook(lambda *_: seen.append("after"))
+    layer.register_full_backward_hook(lambda *_: seen.append("backward"))
+    syncbn.convert_sync_batchnorm(layer)
+    layer(torch.randn(2, 3, 4, 4, requires_grad=True)).sum().backward()
+    assert seen == ["before", "after", "backward"]
+    handle.remove()
+    syncbn.revert_sync_batchnorm(layer)
+    layer(torch.randn(2, 3, 4, 4))
+    assert seen[3:] == ["before"]
+
+
+def test_a_subclass_stays_what_it_was() -> None:
+    layer = Scaled(4)
+    syncbn.convert_sync_batchnorm(layer)
+    assert isinstance(layer, Scaled)
+    assert isinstance(layer, syncbn.SyncBatchNorm)
+    assert layer.shout() == "MINE"
+    assert layer.eps == 1e-3
+    for clone in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(clone) is type(layer)
+        assert clone.label == "mine"
+        assert type(syncbn.revert_sync_batchnorm(clone)) is Scaled
+    assert type(syncbn.convert_sync_batchnorm(Scaled(2))) is type(layer)
+
+
+def test_a_subclass_keeps_its_own_check_of_dimensions() -> None:
+    layer = syncbn.convert_sync_batchnorm(AnyDimension(4))
+    layer(torch.randn(2, 4, 3))
+    with pytest.raises(ValueError, match="three, please"):
+        layer(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("how", ["subclass", "instance"])
+def test_a_forward_of_its_own_is_left_alone_with_a_warning(how: str) -> None:
+    layer = Activated(4) if how == "subclass" else nn.BatchNorm2d(4)
+    if how == "instance":
+        layer.forward = lambda input: input  # type: ignore[method-assign]
+    model = nn.Sequential(nn.BatchNorm2d(4), layer)
+    with pytest.warns(UserWarning, match=r"overrides forward, so these layers .*: 1\."):
+        syncbn.convert_sync_batchnorm(model)
+    assert type(model[0]) is syncbn.SyncBatchNorm2d
+    assert not isinstance(model[1], syncbn.SyncBatchNorm)
+
+
+def test_torch_sync_batch_norm_converts_and_comes_back() -> None:
+    model = nn.Sequential(nn.SyncBatchNorm(4))
+    syncbn.convert_sync_batchnorm(model)
+    assert type(model[0]) is syncbn.SyncBatchNorm
+    model(torch.randn(2, 4, 5))
+    syncbn.revert_sync_batchnorm(model)
+    assert type(model[0]) is nn.SyncBatchNorm
+    assert set(model[0].__dict__) == set(nn.SyncBatchNorm(4).__dict__)
+
+
+LAZY: list[tuple[Callable[..., nn.Module], type[nn.Module], int]] = [
+    (nn.LazyBatchNorm1d, syncbn.SyncBatchNorm1d, 3),
+    (nn.LazyBatchNorm2d, syncbn.SyncBatchNorm2d, 4),
+    (nn.LazyBatchNorm3d, syncbn.SyncBatchNorm3d, 5),
+]
+
+
+@pytest.mark.parametrize(("lazy", "becomes", "ndim"), LAZY)
+def test_lazy_layers_convert_before_their_first_input(
+    lazy: Callable[..., nn.Module], becomes: type[nn.Module], ndim: int
+) -> None:
+    x = torch.randn(3, 6, *(4,) * (ndim - 2))
+    reference, layer = lazy(), lazy()
+    syncbn.convert_sync_batchnorm(layer)
+    assert isinstance(layer, becomes)
+    torch.testing.assert_close(layer(x), reference(x))
+    assert type(layer) is becomes
+    assert type(syncbn.revert_sync_batchnorm(layer)) is type(reference)
+    untouched: Any = lazy()
+    syncbn.revert_sync_batchnorm(syncbn.convert_sync_batchnorm(untouched))
+    assert type(untouched) is type(lazy())
+    untouched(x)
+
+
+def test_parametrized_layers_stay_parametrized() -> None:
+    layer = parametrizations.weight_norm(nn.BatchNorm2d(4), dim=None)
+    syncbn.convert_sync_batchnorm(layer)
+    assert isinstance(layer, syncbn.SyncBatchNorm)
+    assert parametrize.is_parametrized(layer, "weight")
+    layer(torch.randn(2, 4, 3, 3)).sum().backward()
+    syncbn.revert_sync_batchnorm(layer)
+    assert parametrize.is_parametrized(layer, "weight")
+    assert not isinstance(layer, syncbn.SyncBatchNorm)
+
+
+def test_instance_norm_and_others_are_not_touched() -> None:
+    model = nn.Sequential(nn.InstanceNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(4))
+    before = classes(model)
+    assert classes(syncbn.convert_sync_batchnorm(model)) == before
+
+
+def test_layers_built_by_hand_revert_to_torch() -> None:
+    model = nn.Sequential(syncbn.SyncBatchNorm1d(2), syncbn.SyncBatchNorm3d(2))
+    syncbn.revert_sync_batchnorm(model)
+    assert classes(model)[1:] == [nn.BatchNorm1d, nn.BatchNorm3d]
+
+
+def test_convert_is_a_classmethod_as_in_torch() -> None:
+    model = syncbn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(2)))
+    assert isinstance(model[0], syncbn.SyncBatchNorm1d)
+
+
+def test_a_users_subclass_of_the_layer_is_kept_by_both() -> None:
+    class Mine(syncbn.SyncBatchNorm2d):
+        pass
+
+    layer = syncbn.revert_sync_batchnorm(syncbn.convert_sync_batchnorm(Mine(3)))
+    assert type(layer) is Mine
+
+
+def test_groups_need_an_initialized_process_group() -> None:
+    with pytest.raises(RuntimeError, match="call syncbn"):
+        syncbn.convert_sync_batchnorm(nn.BatchNorm2d(2), process_group=2)
+    with pytest.raises(ValueError, match="got process group 'rack'; expected 'world', 'node'"):
+        syncbn.convert_sync_batchnorm(nn.BatchNorm2d(2), process_group="rack")

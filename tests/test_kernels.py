@@ -1,0 +1,207 @@
+"""Each kernel against formulas in float64 on one process: layouts, sizes, adversarial values."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import Case, batch, parameters
+from torch import Tensor
+
+from syncbn import kernels
+from syncbn.moments import Moments
+from tests.kernels import KERNELS, device_of, tolerance
+
+EPS = 1e-5
+LAYOUTS = ["contiguous", "channels_last", "strided"]
+SHAPES = [(4, 3), (1, 5, 7), (3, 1, 6, 5), (2, 17, 1, 1), (2, 7, 3, 4, 5), (3, 64, 28, 28)]
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def close(actual: Tensor, wanted: Tensor, bound: float, largest_term: Tensor) -> None:
+    """Compare by the largest error over the largest of the terms that are added up."""
+    assert actual.shape == wanted.shape
+    error = (actual.cpu().double() - wanted).abs().max()
+    assert error <= bound * largest_term, f"{error} over {largest_term}"
+
+
+def check(kernel: str, case: Case, bound: float) -> None:
+    """Compare the four functions of a kernel with float64 formulas on the same values."""
+    device = device_of(kernel)
+    x, dy = (t.to(device) for t in batch(case, 0))
+    chosen = kernels.choose(kernel, x)
+    weight, bias = parameters(case)
+
+    values = x.cpu().double().movedim(1, 0).reshape(case.channels, -1)
+    gradients = dy.cpu().double().movedim(1, 0).reshape(case.channels, -1)
+    mean, var = values.mean(1), values.var(1, correction=0)
+    invstd = (var + EPS).rsqrt()
+    xhat = (values - mean[:, None]) * invstd[:, None]
+    scale = torch.ones_like(mean) if weight is None else weight.double()
+    y = xhat * scale[:, None] + (0 if bias is None else bias.double()[:, None])
+
+    def restore(rows: Tensor) -> Tensor:
+        return rows.reshape(x.shape[1], x.shape[0], *x.shape[2:]).movedim(0, 1)
+
+    found = Moments.unpack(chosen.moments(x).cpu())
+    assert found.count == values.shape[1]
+    std = var.sqrt().clamp(min=1e-30)
+    # The raw float64 sums of the message add 1e-16 (mean/std)^2.
+    statistics = min(bound, 1e-6) + 1e-15 * (mean / std).square().max()
+    if var.min() > 1e-4 * var.max():
+        assert ((found.mean() - mean) / std).abs().max() <= statistics
+        assert ((found.variance() - var) / var).abs().max() <= statistics
+
+    moved = [None if t is None else t.to(device) for t in (weight, bias)]
+    on_device = mean.to(device), invstd.to(device)
+    result = chosen.normalize(x, *on_device, *moved)
+    assert result.dtype == x.dtype
+    if case.layout != "strided":
+        assert result.stride() == x.stride()
+    close(result, restore(y), bound, y.abs().max().clamp(min=1e-9))
+
+    sums = torch.cat([gradients.sum(1), (gradients * xhat).sum(1)])
+    found_sums = chosen.backward_reduce(dy, x, *on_device)
+    # A sum may cancel: its rounding depends on what is added up, not on what comes out.
+    added = torch.cat([gradients.abs().sum(1), (gradients * xhat).abs().sum(1)])
+    assert ((found_sums.cpu() - sums).abs() <= 1e-6 * added.clamp(min=1e-9)).all()
+
+    count = torch.tensor(float(values.shape[1]), dtype=torch.float64, device=device)
+    mean_dy, mean_dy_xhat = (sums / count.cpu()).view(2, -1, 1)
+    dx = (gradients - mean_dy - xhat * mean_dy_xhat) * (invstd * scale)[:, None]
+    found_dx = chosen.backward_elemt(dy, x, *on_device, moved[0], sums.to(device), count)
+    assert found_dx.dtype == x.dtype
+    # With two values a channel dx is a difference that all but vanishes.
+    largest_term = (gradients * (invstd * scale)[:, None]).abs().max()
+    close(found_dx, restore(dx), bound, largest_term)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kernel_agrees_with_float64(kernel: str, dtype: torch.dtype, layout: str) -> None:
+    for shape, affine in itertools.product(SHAPES, (True, False)):
+        check(kernel, Case((shape,), dtype, layout, affine=affine), tolerance(dtype))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("offset", [100.0, 1e4])
+def test_kernel_keeps_precision_far_from_zero(kernel: str, layout: str, offset: float) -> None:
+    """A float32 mean is off by 6e-4 standard deviations at mean/std = 1e4."""
+    for shape in SHAPES[-2:]:
+        check(kernel, Case((shape,), layout=layout, offset=offset), 1e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kernel_keeps_precision_of_tiny_variances(kernel: str, layout: str) -> None:
+    """Variance 1e-10, far below eps: lost when it travels as 1/sqrt(var + eps)."""
+    for shape in SHAPES[-2:]:
+        check(kernel, Case((shape,), layout=layout, scale=1e-5), 1e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kernel_sums_long_channels(kernel: str, layout: str) -> None:
+    """Runs longer than a block, and a last block that is not full."""
+    check(kernel, Case(((2, 3, 301, 401),), layout=layout, offset=3.0), 1e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernel_ignores_where_the_outlier_is(kernel: str) -> None:
+    """The shift must not be one value of the input: the first may be padding."""
+    x = torch.randn(4, 8, 40, 40, dtype=torch.float64).add(1e3).float()
+    x[:, :, 0] = 0
+    x[0] = 0
+    device = device_of(kernel)
+    found = Moments.unpack(kernels.choose(kernel, x.to(device)).moments(x.to(device)).cpu())
+    values = x.double().movedim(1, 0).reshape(8, -1)
+    torch.testing.assert_close(found.variance(), values.var(1, correction=0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0, 4)])
+def test_kernel_takes_no_values(kernel: str, shape: tuple[int, ...]) -> None:
+    x = torch.empty(shape, device=device_of(kernel))
+    chosen = kernels.choose(kernel, x)
+    zeros = torch.zeros(3, dtype=torch.float64, device=x.device)
+    sums, count = torch.zeros(6, dtype=torch.float64, device=x.device), zeros[0]
+    assert torch.equal(chosen.moments(x), torch.zeros(7, dtype=torch.float64, device=x.device))
+    assert chosen.normalize(x, zeros, zeros, None, None).shape == shape
+    assert torch.equal(chosen.backward_reduce(x, x, zeros, zeros), sums)
+    assert chosen.backward_elemt(x, x, zeros, zeros, None, sums, count).shape == shape
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_kernel_propagates_nan_in_its_channel_only(kernel: str, bad: float) -> None:
+    x = torch.randn(3, 4, 5, 6, device=device_of(kernel))
+    x[1, 2, 3, 4] = bad
+    chosen = kernels.choose(kernel, x)
+    found = Moments.unpack(chosen.moments(x))
+    y = chosen.normalize(x, found.mean(), found.variance().add(EPS).rsqrt(), None, None)
+    clean = y.movedim(1, 0).isfinite().flatten(1)
+    assert not clean[2].any() or bad == float("inf")
+    assert clean[[0, 1, 3]].all()
+    assert not found.variance()[2].isfinite()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("gradient", ["expanded", "other layout"])
+def test_kernel_takes_any_gradient_layout(kernel: str, gradient: str) -> None:
+    x = torch.randn(4, 5, 6, 7, device=device_of(kernel)).to(memory_format=torch.channels_last)
+    dy = torch.randn_like(x, memory_format=torch.contiguous_format)
+    if gradient == "expanded":
+        dy = torch.ones((), device=x.device).expand(x.shape)
+    chosen = kernels.choose(kernel, x)
+    mean = torch.zeros(5, dtype=torch.float64, device=x.device)
+    found = chosen.backward_reduce(dy, x, mean, mean + 1)
+    wanted = torch.cat([dy.double().sum((0, 2, 3)), (dy.double() * x).sum((0, 2, 3))])
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    dx = chosen.backward_elemt(dy, x, mean, mean + 1, None, torch.cat([mean, mean]), mean[0] + 1)
+    torch.testing.assert_close(dx, dy.expand_as(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@given(
+    shape=st.lists(st.integers(1, 6), min_size=0, max_size=3),
+    samples=st.integers(1, 9),
+    channels=st.integers(1, 20),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(LAYOUTS),
+    offset=st.sampled_from([0.0, 30.0]),
+    affine=st.booleans(),
+    seed=st.integers(0, 10_000),
+)
+def test_kernel_agrees_with_float64_on_any_shape(
+    kernel: str,
+    shape: list[int],
+    samples: int,
+    channels: int,
+    dtype: torch.dtype,
+    layout: str,
+    offset: float,
+    affine: bool,
+    seed: int,
+) -> None:
+    case = Case(((samples, channels, *shape),), dtype, layout, offset, affine=affine, seed=seed)
+    check(kernel, case, 4 * tolerance(dtype))
+
+
+def test_unknown_kernel_is_an_error() -> None:
+    with pytest.raises(ValueError, match="unknown kernel 'cuda'; expected one of auto"):
+        kernels.choose("cuda", torch.empty(1, 1))
+
+
+def test_named_kernel_never_falls_back() -> None:
+    with pytest.raises(ValueError, match="'aten_cuda' does not serve 'cpu' tensors"):
+        kernels.choose("aten_cuda", torch.empty(1, 1))
+
+
+def test_large_cpu_tensors_take_the_blocked_kernel() -> None:
+    assert kernels.choose("auto", torch.empty(1, 1, 512, 512)).__name__ == "syncbn.kernels.blocked"
+    assert kernels.choose("auto", torch.empty(1, 1)).__name__ == "syncbn.kernels.reference"

@@ -1,0 +1,199 @@
+"""The layer alone: everything nn.BatchNorm does, the same."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import syncbn
+
+PAIRS: list[tuple[Callable[..., nn.Module], Callable[..., nn.Module], tuple[int, ...]]] = [
+    (syncbn.SyncBatchNorm1d, nn.BatchNorm1d, (6, 4)),
+    (syncbn.SyncBatchNorm1d, nn.BatchNorm1d, (6, 4, 5)),
+    (syncbn.SyncBatchNorm2d, nn.BatchNorm2d, (3, 4, 5, 6)),
+    (syncbn.SyncBatchNorm3d, nn.BatchNorm3d, (2, 4, 3, 2, 3)),
+    (syncbn.SyncBatchNorm, nn.BatchNorm3d, (2, 4, 3, 2, 3)),
+]
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"momentum": None},
+    {"momentum": 0.7, "eps": 1e-2},
+    {"affine": False},
+    {"bias": False},
+    {"track_running_stats": False},
+    {"affine": False, "track_running_stats": False},
+]
+
+
+def step(layer: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
+    """Return output and gradients of one training step."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    gradients = torch.autograd.grad(y, [x, *layer.parameters()], dy)
+    return [y, *gradients]
+
+
+@pytest.mark.parametrize(("ours", "theirs", "shape"), PAIRS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_alone_equals_torch(
+    ours: Callable[..., nn.Module],
+    theirs: Callable[..., nn.Module],
+    shape: tuple[int, ...],
+    options: dict[str, Any],
+) -> None:
+    mine = ours(shape[1], dtype=torch.float64, **options)
+    reference = theirs(shape[1], dtype=torch.float64, **options)
+    assert list(mine.state_dict()) == list(reference.state_dict())
+    for _ in range(3):
+        x, dy = torch.randn(2, *shape, dtype=torch.float64)
+        for found, wanted in zip(step(mine, x, dy), step(reference, x, dy), strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    for found, wanted in zip(mine.buffers(), reference.buffers(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+    x = torch.randn(shape, dtype=torch.float64)
+    torch.testing.assert_close(mine.eval()(x), reference.eval()(x), rtol=1e-12, atol=1e-12)
+
+
+def test_state_dict_interchanges_with_torch() -> None:
+    mine, reference = syncbn.SyncBatchNorm2d(3), nn.BatchNorm2d(3)
+    mine(torch.randn(4, 3, 2, 2))
+    reference.load_state_dict(mine.state_dict())
+    fresh = syncbn.SyncBatchNorm2d(3)
+    fresh.load_state_dict(reference.state_dict())
+    for name, value in mine.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], value)
+
+
+def test_checkpoints_from_before_num_batches_tracked_load() -> None:
+    old = nn.BatchNorm2d(3).state_dict()
+    del old["num_batches_tracked"], old._metadata  # type: ignore[attr-defined]
+    syncbn.SyncBatchNorm2d(3).load_state_dict(old)
+
+
+def test_classes_are_found_as_batch_norm_but_not_as_torch_sync_batch_norm() -> None:
+    """DistributedDataParallel refuses nn.SyncBatchNorm on CPU."""
+    layer = syncbn.SyncBatchNorm2d(3)
+    assert isinstance(layer, nn.BatchNorm2d)
+    assert isinstance(syncbn.SyncBatchNorm1d(3), nn.BatchNorm1d)
+    assert isinstance(syncbn.SyncBatchNorm3d(3), nn.BatchNorm3d)
+    assert not isinstance(layer, nn.SyncBatchNorm)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float32_parameters_take_half_input(dtype: torch.dtype) -> None:
+    mine = syncbn.SyncBatchNorm2d(3)
+    x = torch.randn(4, 3, 5, 5).to(dtype).requires_grad_()
+    y = mine(x)
+    y.sum().backward()
+    assert y.dtype == dtype
+    assert x.grad is not None
+    assert x.grad.dtype == dtype
+    assert mine.weight.grad is not None
+    assert mine.weight.grad.dtype == torch.float32
+
+
+def test_frozen_input_and_parameters_get_no_gradient() -> None:
+    layer = syncbn.SyncBatchNorm2d(3)
+    layer.bias.requires_grad_(False)
+    layer(torch.randn(4, 3, 2, 2)).sum().backward()
+    assert layer.bias.grad is None
+    assert layer.weight.grad is not None
+
+
+def test_gradcheck() -> None:
+    layer = syncbn.SyncBatchNorm(3, dtype=torch.float64, track_running_stats=False)
+
+    def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return syncbn.sync_batch_norm(x, None, None, weight, bias, training=True)
+
+    x = torch.randn(3, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(function, (x, layer.weight, layer.bias))
+
+
+def test_double_backward_is_refused() -> None:
+    """Until it has a formula of its own it must not be silently wrong."""
+    x = torch.randn(3, 3, 2, requires_grad=True)
+    y = syncbn.SyncBatchNorm(3)(x)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_functional_equals_torch() -> None:
+    x, weight, bias = torch.randn(5, 3, 4).double(), torch.rand(3).double(), torch.rand(3).double()
+    mine, reference = torch.zeros(2, 3).double(), torch.zeros(2, 3).double()
+    for training in (True, False):
+        found = syncbn.sync_batch_norm(x, *mine, weight, bias, training, 0.3, 1e-3)
+        wanted = nn.functional.batch_norm(x, *reference, weight, bias, training, 0.3, 1e-3)
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(mine, reference)
+
+
+def test_deepcopy_and_pickle_keep_the_layer() -> None:
+    layer = syncbn.SyncBatchNorm2d(3, momentum=None)
+    layer(torch.randn(4, 3, 2, 2))
+    x = torch.randn(4, 3, 2, 2)
+    for clone in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(clone) is syncbn.SyncBatchNorm2d
+        assert clone.weight is not layer.weight
+        assert torch.equal(clone.eval()(x), layer.eval()(x))
+
+
+def test_ema_copy_follows_the_buffers() -> None:
+    model = nn.Sequential(syncbn.SyncBatchNorm2d(3))
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+    model(torch.randn(4, 3, 2, 2) + 5)
+    average.update_parameters(model)
+    assert torch.equal(average.module[0].running_mean, model[0].running_mean)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (torch.randn(4), ValueError, r"shape \(4,\); expected at least 2 dimensions"),
+        (torch.randn(4, 5), ValueError, r"shape \(4, 5\); expected 3 channels"),
+        (torch.randn(4, 0), ValueError, "without channels"),
+        (torch.zeros(4, 3, dtype=torch.int64), TypeError, "torch.int64; expected float16"),
+        (torch.zeros(4, 3, dtype=torch.complex64), TypeError, "torch.complex64"),
+        (torch.randn(1, 3), ValueError, "single value per channel"),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_bad_input(x: Tensor, error: type[Exception], message: str, training: bool) -> None:
+    layer = syncbn.SyncBatchNorm(3).train(training)
+    before = copy.deepcopy(layer.state_dict())
+    if not training and message.startswith("single"):
+        layer(x)
+        return
+    with pytest.raises(error, match=message):
+        layer(x)
+    for name, value in layer.state_dict().items():
+        assert torch.equal(before[name], value)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (syncbn.SyncBatchNorm1d(3), (2, 3, 4, 4)),
+        (syncbn.SyncBatchNorm2d(3), (2, 3, 4)),
+        (syncbn.SyncBatchNorm3d(3), (2, 3, 4, 4)),
+    ],
+)
+def test_dimensions_are_checked_as_in_torch(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"expected .*D input"):
+        layer(torch.randn(shape))
+
+
+def test_functional_names_the_tensor_of_the_wrong_length() -> None:
+    x, three = torch.randn(4, 3), torch.zeros(3)
+    with pytest.raises(ValueError, match=r"3 channels, and a weight of shape \(4,\)"):
+        syncbn.sync_batch_norm(x, three, three, weight=torch.ones(4), training=True)
+    with pytest.raises(ValueError, match="expected both when training is False"):
+        syncbn.sync_batch_norm(x, None, None)

@@ -1,0 +1,283 @@
+"""The layer on two and three ranks against one float64 process on the concatenated batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from error_table import QUANTITIES, observe
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import Case, Result, batch, expected, relative_errors
+from torch import nn
+
+import syncbn
+from tests.kernels import KERNELS, device_of, tolerance
+from tests.ranks import RankError, Ranks
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+# Samples on each of three ranks; two ranks take the last two.
+SPLITS = {
+    "equal": (4, 4, 4),
+    "uneven": (1, 7, 2),
+    "empty": (3, 0, 5),
+    "one rank has all": (0, 0, 6),
+}
+
+
+def observe_all(rank: int, cases: list[Case], kernel: str = "auto") -> list[Result]:
+    return [observe(case, rank, device_of(kernel), kernel) for case in cases]
+
+
+def check(ranks: Ranks, cases: list[Case], kernel: str) -> None:
+    """Compare every quantity on every rank."""
+    observed = ranks.run(observe_all, cases, kernel)
+    for number, case in enumerate(cases):
+        results = [observed[rank][number] for rank in range(ranks.size)]
+        wanted = expected(case)
+        for rank in range(ranks.size):
+            assert results[rank]["y"].dtype == case.dtype
+            for name, error in relative_errors(results[rank], wanted[rank]).items():
+                half = case.dtype in (torch.float16, torch.bfloat16) and name in ("y", "dx")
+                sums = name in ("dweight", "dbias")
+                dtype = case.dtype if half else case.parameter_dtype
+                bound = tolerance(dtype) * (4 if sums else 1)
+                assert error <= bound, f"{name} on rank {rank} of {case}: {error} > {bound}"
+        for name in ("running_mean", "running_var"):
+            assert all(torch.equal(results[0][name], result[name]) for result in results)
+
+
+def shapes(ranks: Ranks, split: str, channels: int, *space: int) -> tuple[tuple[int, ...], ...]:
+    return tuple((samples, channels, *space) for samples in SPLITS[split][-ranks.size :])
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("split", SPLITS)
+def test_layer_equals_one_process_on_the_whole_batch(
+    ranks: Ranks, kernel: str, dtype: torch.dtype, split: str
+) -> None:
+    cases = [
+        Case(shapes(ranks, split, channels, *space), dtype, layout, affine=affine)
+        for layout in ("contiguous", "channels_last", "strided")
+        for channels, space, affine in (
+            (3, (), True),
+            (1, (1, 1), True),
+            (17, (7,), False),
+            (8, (9, 5), True),
+            (5, (2, 3, 4), True),
+        )
+    ]
+    check(ranks, cases, kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("offset", [100.0, 1e4])
+def test_layer_keeps_precision_far_from_zero(ranks: Ranks, kernel: str, offset: float) -> None:
+    cases = [
+        Case(shapes(ranks, split, 6, 14, 14), layout=layout, offset=offset)
+        for split in SPLITS
+        for layout in ("contiguous", "channels_last")
+    ]
+    check(ranks, cases, kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_layer_keeps_precision_of_tiny_variances(ranks: Ranks, kernel: str) -> None:
+    check(ranks, [Case(shapes(ranks, split, 6, 14, 14), scale=1e-5) for split in SPLITS], kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_spatial_size_may_differ_between_ranks(ranks: Ranks, kernel: str) -> None:
+    """Weighted by elements, not by samples."""
+    sizes = ((2, 3, 5, 4), (3, 3, 11, 2), (1, 3, 1, 1))[: ranks.size]
+    check(ranks, [Case(sizes, torch.float64), Case(sizes, layout="channels_last")], kernel)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_empty_in_space_is_an_empty_rank(ranks: Ranks, kernel: str) -> None:
+    sizes = ((2, 3, 0, 4), (3, 3, 2, 4), (0, 3, 2, 4))[: ranks.size]
+    check(ranks, [Case(sizes)], kernel)
+
+
+@settings(max_examples=100, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_layer_equals_one_process_on_any_batch(two_ranks: Ranks, data: st.DataObject) -> None:
+    space = data.draw(st.lists(st.integers(1, 6), max_size=3), label="space")
+    channels = data.draw(st.integers(1, 12), label="channels")
+    samples = data.draw(
+        st.tuples(st.integers(0, 5), st.integers(0, 5)).filter(lambda n: sum(n) > 2), "samples"
+    )
+    case = Case(
+        tuple((n, channels, *space) for n in samples),
+        data.draw(st.sampled_from(DTYPES), "dtype"),
+        data.draw(st.sampled_from(["contiguous", "channels_last", "strided"]), "layout"),
+        affine=data.draw(st.booleans(), "affine"),
+        seed=data.draw(st.integers(0, 1000), "seed"),
+    )
+    # Three values and more, so that no gradient is a difference that vanishes.
+    bound = 1e4 * tolerance(case.dtype) if case.parameter_dtype == case.dtype else 0.03
+    observed = two_ranks.run(observe_all, [case])
+    for rank, wanted in enumerate(expected(case)):
+        for name, error in relative_errors(observed[rank][0], wanted).items():
+            assert error <= bound, f"{name} on rank {rank}: {error}"
+
+
+def _all_empty(rank: int, momentum: float | None) -> dict[str, Any]:
+    layer = syncbn.SyncBatchNorm2d(3, momentum=momentum)
+    layer(torch.randn(4, 3, 2, 2))
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    x = torch.empty(0, 3, 2, 2, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    after = layer.state_dict()
+    return {
+        "same": all(torch.equal(before[name], after[name]) for name in before),
+        "shapes": (tuple(y.shape), None if x.grad is None else tuple(x.grad.shape)),
+        "gradient": layer.weight.grad,
+    }
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_every_rank_empty_leaves_the_buffers_alone(two_ranks: Ranks, momentum: float) -> None:
+    for answer in two_ranks.run(_all_empty, momentum):
+        assert answer["same"]
+        assert answer["shapes"] == ((0, 3, 2, 2), (0, 3, 2, 2))
+        assert torch.equal(answer["gradient"], torch.zeros(3))
+
+
+def _one_value(rank: int) -> str:
+    layer = syncbn.SyncBatchNorm2d(3)
+    try:
+        layer(torch.ones(1 if rank == 1 else 0, 3, 1, 1))
+    except ValueError as error:
+        assert torch.equal(layer.running_var, torch.ones(3))
+        assert layer.num_batches_tracked == 0
+        return str(error)
+    return "no error"
+
+
+def test_one_value_in_the_group_is_an_error_on_every_rank(ranks: Ranks) -> None:
+    for message in ranks.run(_one_value):
+        assert "single value per channel in the whole group" in message
+
+
+def _one_value_each(rank: int) -> bool:
+    y = syncbn.SyncBatchNorm2d(3)(torch.full((1, 3, 1, 1), float(rank)))
+    return bool(y.isfinite().all())
+
+
+def test_one_value_a_rank_is_enough(ranks: Ranks) -> None:
+    assert all(ranks.run(_one_value_each))
+
+
+def _autocast(rank: int) -> tuple[torch.dtype, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), syncbn.SyncBatchNorm2d(4))
+    x = torch.randn(3 * rank, 2, 5, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+        loss = y.float().square().sum()
+    loss.backward()
+    assert model[0].weight.grad is not None
+    return y.dtype, model[1].running_var, model[0].weight.grad
+
+
+def test_empty_rank_under_autocast(ranks: Ranks) -> None:
+    """The empty rank must send what the others send, whatever dtype autocast made its input."""
+    answers = ranks.run(_autocast)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4))
+    for dtype, running_var, gradient in answers:
+        assert dtype == torch.bfloat16
+        assert gradient.isfinite().all()
+        assert torch.equal(running_var, answers[0][1])
+    assert answers[0][2].abs().max() == 0
+    assert not torch.equal(answers[0][1], model[1].running_var)
+
+
+def _half_model(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    layer = syncbn.SyncBatchNorm2d(2).half()
+    y = layer((torch.randn(1, 2, 200, 200) * 3 + rank).half())
+    return layer.running_mean, y
+
+
+def test_half_model_counts_past_65504(two_ranks: Ranks) -> None:
+    """80000 values a channel overflow a float16 count."""
+    for running_mean, y in two_ranks.run(_half_model):
+        assert running_mean.dtype == torch.float16
+        torch.testing.assert_close(running_mean.float(), torch.full((2,), 0.05), atol=0.01, rtol=0)
+        assert y.isfinite().all()
+
+
+def _subgroup(rank: int, description: str) -> tuple[torch.Tensor, torch.Tensor]:
+    own = dist.new_subgroups_by_enumeration([[0, 1], [2]])[0]
+    layer = syncbn.SyncBatchNorm(4, process_group=own, momentum=1.0, dtype=torch.float64)
+    x, dy = batch(Case(((2, 4, 3),) * 3, torch.float64), rank)
+    x.requires_grad_()
+    layer(x).backward(dy)
+    assert x.grad is not None
+    return layer.running_mean, x.grad
+
+
+def test_groups_normalize_apart(three_ranks: Ranks) -> None:
+    answers = three_ranks.run(_subgroup, "")
+    for members in ([0, 1], [2]):
+        parts = [batch(Case(((2, 4, 3),) * 3, torch.float64), rank) for rank in members]
+        x = torch.cat([x for x, _ in parts]).requires_grad_()
+        running_mean, running_var = torch.zeros(4).double(), torch.ones(4).double()
+        y = nn.functional.batch_norm(x, running_mean, running_var, None, None, True, 1.0)
+        y.backward(torch.cat([dy for _, dy in parts]))
+        assert x.grad is not None
+        for rank, dx in zip(members, x.grad.split(2), strict=True):
+            torch.testing.assert_close(answers[rank][0], running_mean)
+            torch.testing.assert_close(answers[rank][1], dx)
+
+
+def _momentum_none(rank: int) -> torch.Tensor:
+    layer = syncbn.SyncBatchNorm(3, momentum=None, dtype=torch.float64)
+    for step in range(4):
+        # Step 2 has no data anywhere and must not count.
+        layer(torch.zeros(0, 3) if step == 2 else torch.full((2, 3), float(rank + step)))
+    assert layer.num_batches_tracked == 3
+    return layer.running_mean
+
+
+def test_cumulative_average_over_ranks(two_ranks: Ranks) -> None:
+    for mean in two_ranks.run(_momentum_none):
+        torch.testing.assert_close(mean, torch.full((3,), (0 + 1 + 3) / 3 + 0.5).double())
+
+
+def _evaluation(rank: int) -> bool:
+    layer = syncbn.SyncBatchNorm2d(3).eval()
+    if rank == 1:  # Were anything sent, rank 1 would wait for rank 0.
+        assert layer(torch.randn(0, 3, 2, 2)).shape == (0, 3, 2, 2)
+        layer(torch.randn(2, 3, 2, 2))
+        untracked = syncbn.SyncBatchNorm2d(3, track_running_stats=False).eval()
+        x = torch.randn(2, 3, 2, 2)
+        torch.testing.assert_close(
+            untracked(x), nn.functional.batch_norm(x, None, None, training=True)
+        )
+    return True
+
+
+def test_evaluation_sends_nothing(two_ranks: Ranks) -> None:
+    assert two_ranks.run(_evaluation) == [True, True]
+
+
+def _fails_on_rank_1(rank: int) -> int:
+    if rank == 1:
+        raise ValueError("planted")
+    return rank
+
+
+def test_pool_names_the_failing_rank_and_recovers(two_ranks: Ranks) -> None:
+    with pytest.raises(RankError, match=r"rank 1 of 2: (.|\n)*ValueError: planted"):
+        two_ranks.run(_fails_on_rank_1)
+    assert two_ranks.run(_evaluation) == [True, True]
+
+
+def test_error_table_covers_every_quantity() -> None:
+    assert set(expected(Case(((2, 3),)))[0]) == set(QUANTITIES)
