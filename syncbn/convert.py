@@ -7,7 +7,7 @@ and every reference to it, shared ones included, stay as they are without being 
 from __future__ import annotations
 
 import warnings
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -15,6 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn.distributed.groups import GroupLike, resolve_group
 from syncbn.lazy import LazySyncBatchNorm1d, LazySyncBatchNorm2d, LazySyncBatchNorm3d
 from syncbn.module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
+
+M = TypeVar("M", bound=nn.Module)
 
 _SYNCHRONIZED: dict[type[_BatchNorm], type[SyncBatchNorm]] = {
     nn.BatchNorm1d: SyncBatchNorm1d,
@@ -30,7 +32,7 @@ _ADOPTED: dict[type[_BatchNorm], type[SyncBatchNorm]] = {}
 _ORIGINAL = {ours: theirs for theirs, ours in _SYNCHRONIZED.items()}
 
 
-def convert_sync_batchnorm(module: nn.Module, process_group: GroupLike = None) -> nn.Module:
+def convert_sync_batchnorm(module: M, process_group: GroupLike = None) -> M:
     """Make every batch-norm layer of a model synchronized, in place.
 
     Converted are ``nn.BatchNorm1d/2d/3d``, ``nn.SyncBatchNorm``, their lazy forms, and subclasses
@@ -76,7 +78,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: GroupLike = None) -
     return module
 
 
-def revert_sync_batchnorm(module: nn.Module) -> nn.Module:
+def revert_sync_batchnorm(module: M) -> M:
     """Give every synchronized layer of a model its original class back, in place.
 
     Layers built as ``syncbn.SyncBatchNorm1d/2d/3d`` become ``nn.BatchNorm1d/2d/3d``; a

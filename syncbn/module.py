@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from syncbn.distributed.groups import GroupLike, resolve_group
 from syncbn.functional import batch_norm_with_moments, check_input
 from syncbn.moments import Moments
 from syncbn.running import recorded, update_running_statistics
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,7 @@ class SyncBatchNorm(_BatchNorm):
         self.process_group = resolve_group(process_group)
 
     @classmethod
-    def convert_sync_batchnorm(
-        cls, module: nn.Module, process_group: GroupLike = None
-    ) -> nn.Module:
+    def convert_sync_batchnorm(cls, module: M, process_group: GroupLike = None) -> M:
         """See :func:`syncbn.convert_sync_batchnorm`."""
         from syncbn.convert import convert_sync_batchnorm
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from tests.ranks import Ranks
 
 
 def _disagree(rank: int, kind: str) -> str:
-    model = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.BatchNorm1d(4))
+    model: Any = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.BatchNorm1d(4))
     syncbn.convert_sync_batchnorm(model)
     layers = {"order": (model[0], model[1]), "channels": (model[0], model[2])}[kind]
     dist.set_debug_level(dist.DebugLevel.DETAIL)
@@ -44,7 +45,7 @@ def test_disagreeing_ranks_are_named_at_debug_level(two_ranks: Ranks, kind: str,
         assert f"rank 1: {last} forward" in message
 
 
-def _agree(rank: int) -> torch.Tensor:
+def _agree(rank: int) -> torch.Tensor | None:
     dist.set_debug_level(dist.DebugLevel.DETAIL)
     layer = syncbn.SyncBatchNorm1d(3)
     layer(torch.full((2, 3), float(rank), requires_grad=True)).sum().backward()

@@ -12,9 +12,8 @@ import syncbn
 
 
 def network() -> nn.Module:
-    config = ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 2, 1, 1], num_labels=5
-    )
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 2, 1, 1])
+    config.num_labels = 5
     model: nn.Module = ResNetForImageClassification(config)
     return model
 

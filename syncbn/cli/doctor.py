@@ -1,0 +1,124 @@
+"""`syncbn-doctor`: what this machine, this launcher and this installation give the layer.
+
+Alone, or on every rank of a job: ``torchrun --nproc-per-node 2 -m syncbn.cli.doctor``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+import torch.distributed as dist
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+import syncbn
+from syncbn.cli import config_path
+from syncbn.kernels import choose
+
+# Numbers in the message of a layer with 512 channels.
+_MESSAGE = 1025
+_REPEATS = 30
+
+
+def installation() -> dict[str, str]:
+    """Return versions, and the kernel that the layer would take for a large tensor."""
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    large = {device: torch.empty(1, 1, 1024, 1024, device=device) for device in devices}
+    backends = {
+        "gloo": dist.is_gloo_available(),
+        "nccl": dist.is_nccl_available(),
+        "mpi": dist.is_mpi_available(),
+    }
+    return {
+        "syncbn": syncbn.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "GPUs": str(torch.cuda.device_count()),
+        "torch.distributed backends": ", ".join(name for name, has in backends.items() if has),
+        **{f"kernel on {name}": _name(choose("auto", x)) for name, x in large.items()},
+    }
+
+
+def rank_report(place: syncbn.RankInfo) -> dict[str, Any]:
+    """Return where this rank runs and how its all-reduce behaves; every rank must call this."""
+    return {
+        "rank": place.rank,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "device": str(place.device),
+        "threads": torch.get_num_threads(),
+        "all_reduce_us": _all_reduce_microseconds(place.device),
+    }
+
+
+def report(place: syncbn.RankInfo) -> dict[str, Any]:
+    """Return the whole report, the same on every rank."""
+    ranks: list[dict[str, Any]] = [{} for _ in range(place.world_size)]
+    dist.all_gather_object(ranks, rank_report(place))
+    return {
+        "installation": installation(),
+        "backend": dist.get_backend(),
+        "launcher": "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "none",
+        "ranks": ranks,
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print a report as two tables."""
+    console = Console()
+    table = Table(title="Installation", show_header=False, title_justify="left")
+    for name, value in found["installation"].items():
+        table.add_row(name, value)
+    console.print(table)
+    title = f"{len(found['ranks'])} rank(s), backend {found['backend']}"
+    table = Table(title=f"{title}, launcher: {found['launcher']}", title_justify="left")
+    for name in found["ranks"][0]:
+        table.add_column(name.replace("_", " "), justify="right")
+    for rank in found["ranks"]:
+        table.add_row(*(f"{v:.0f}" if isinstance(v, float) else str(v) for v in rank.values()))
+    console.print(table)
+    console.print(
+        f"all reduce us: median of {_REPEATS} sums of {_MESSAGE} float64 numbers, the message of a "
+        "layer with 512 channels"
+    )
+
+
+def _all_reduce_microseconds(device: torch.device) -> float:
+    vector = torch.ones(_MESSAGE, dtype=torch.float64, device=device)
+    times = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        dist.all_reduce(vector)
+        vector[0].item()  # waits for the device
+        times.append(time.perf_counter() - start)
+    return sorted(times)[_REPEATS // 2] * 1e6
+
+
+def _name(kernel: Any) -> str:
+    name: str = kernel.__name__
+    return name.rsplit(".", 1)[-1]
+
+
+@hydra.main(version_base="1.3", config_path=config_path(), config_name="doctor")
+def main(config: DictConfig) -> None:
+    """Print the report on rank 0; write it where ``json=`` says."""
+    place = syncbn.init_process_group(config.backend)
+    found = report(place)
+    if place.rank == 0:
+        show(found)
+        if config.json is not None:
+            Path(config.json).write_text(json.dumps(found, indent=2) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

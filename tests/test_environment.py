@@ -1,0 +1,105 @@
+"""init_process_group under torchrun, alone, and in environments that make no sense."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import syncbn
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCHRUN = {
+    "RANK": "0",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "1",
+}
+PROGRAM = """
+import torch, torch.distributed as dist, syncbn
+place = syncbn.init_process_group()
+assert (place.rank, place.world_size) == (dist.get_rank(), dist.get_world_size())
+x = torch.full((1, 2, 1, 1), 2.0 * place.rank)
+layer = syncbn.SyncBatchNorm2d(2, momentum=1.0)
+if place.world_size > 1:
+    layer(x)
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+model(torch.randn(3, 2)).sum().backward()
+line = f"{place.rank} {place.world_size} {place.local_rank} {place.device} {dist.get_backend()}"
+print(line, layer.running_mean[0].item())
+dist.destroy_process_group()
+"""
+
+
+def run(command: list[str], program: Path, **environment: str) -> list[str]:
+    program.write_text(PROGRAM)
+    clean = {k: v for k, v in os.environ.items() if k not in TORCHRUN}
+    done = subprocess.run(
+        [*command, str(program)],
+        env={**clean, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert done.returncode == 0, done.stderr
+    return sorted(done.stdout.splitlines())
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    lines = run(command, tmp_path / "program.py")
+    assert lines == ["0 2 0 cpu gloo 1.0", "1 2 1 cpu gloo 1.0"]
+
+
+def test_alone_is_a_group_of_one(tmp_path: Path) -> None:
+    assert run([sys.executable], tmp_path / "program.py") == ["0 1 0 cpu gloo 0.0"]
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*TORCHRUN, "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize("missing", sorted(TORCHRUN))
+def test_missing_variables_are_named(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    for name, value in TORCHRUN.items():
+        if name != missing:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(RuntimeError, match=f"but not {missing}; start with torchrun"):
+        syncbn.init_process_group()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("RANK", "two", "got RANK='two'; expected a non-negative integer"),
+        ("RANK", "2", "got RANK=2 with WORLD_SIZE=2; expected a rank from 0 to 1"),
+        ("WORLD_SIZE", "-1", "got WORLD_SIZE='-1'"),
+    ],
+)
+def test_senseless_variables_are_errors(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    for variable, text in {**TORCHRUN, name: value}.items():
+        monkeypatch.setenv(variable, text)
+    with pytest.raises(ValueError, match=message):
+        syncbn.init_process_group()
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_other_launchers_do_not_start_many_jobs_of_one(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "4")
+    with pytest.raises(RuntimeError, match=f"{name}=4: started by mpirun or srun"):
+        syncbn.init_process_group()
+
+
+def test_unknown_backend_is_an_error() -> None:
+    with pytest.raises(ValueError, match="got backend 'ncll'; expected 'nccl', 'gloo' or None"):
+        syncbn.init_process_group("ncll")
