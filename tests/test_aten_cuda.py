@@ -1,0 +1,114 @@
+"""The CUDA kernel module on a machine without a GPU.
+
+Its four functions are arithmetic around four ATen kernels that exist for CUDA alone. Here those are
+given CPU definitions, written from the formulas of ATen's CUDA source in the accumulation dtype, so
+that the arithmetic around them runs. The kernels themselves are tested by the rows marked ``gpu``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+import torch
+from oracle import Case
+from torch import Tensor
+
+from syncbn.kernels import aten_cuda
+from syncbn.kernels.coefficients import compute_dtype
+from tests.kernels import tolerance
+from tests.test_kernels import DTYPES, LAYOUTS, SHAPES, check_module
+
+CPU = torch.device("cpu")
+
+
+def _dims(x: Tensor) -> list[int]:
+    return [d for d in range(x.ndim) if d != 1]
+
+
+def _view(v: Tensor, x: Tensor) -> Tensor:
+    return v.view(-1, *(1,) * (x.ndim - 2))
+
+
+def _stats(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    values = x.to(compute_dtype(x.dtype))
+    var, mean = torch.var_mean(values, _dims(x), correction=0)
+    if eps == 0:
+        return mean, torch.where(var == 0, 0.0, var.rsqrt())
+    return mean, (var + eps).rsqrt()
+
+
+def _elemt(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor, eps: float
+) -> Tensor:
+    assert weight is not None
+    assert bias is not None
+    y = _view(weight, x) * ((x - _view(mean, x)) * _view(invstd, x)) + _view(bias, x)
+    return torch.empty_like(x).copy_(y)
+
+
+def _backward_reduce(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    input_g: bool,
+    weight_g: bool,
+    bias_g: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    assert dy.stride() == x.stride()
+    gradient = dy.to(mean.dtype)
+    sum_dy_xmu = (gradient * (x - _view(mean, x))).sum(_dims(x))
+    return gradient.sum(_dims(x)), sum_dy_xmu, torch.empty(0), torch.empty(0)
+
+
+def _backward_elemt(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Tensor | None,
+    sum_dy: Tensor,
+    sum_dy_xmu: Tensor,
+    count: Tensor,
+) -> Tensor:
+    assert count.dtype == torch.int32
+    norm = 1 / count.sum().to(mean.dtype)
+    factor = _view(invstd * invstd * sum_dy_xmu * norm, x)
+    scale = _view(invstd if weight is None else invstd * weight, x)
+    dx = (dy - _view(sum_dy * norm, x) - (x - _view(mean, x)) * factor) * scale
+    return torch.empty_like(x).copy_(dx)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _aten_kernels_on_cpu() -> Iterator[None]:
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("batch_norm_stats", _stats, "CPU")
+    library.impl("batch_norm_elemt", _elemt, "CPU")
+    library.impl("batch_norm_backward_reduce", _backward_reduce, "CPU")
+    library.impl("batch_norm_backward_elemt", _backward_elemt, "CPU")
+    yield
+    library._destroy()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_arithmetic_agrees_with_float64(dtype: torch.dtype, layout: str) -> None:
+    for shape, affine in itertools.product(SHAPES, (True, False)):
+        check_module(
+            aten_cuda, Case((shape,), dtype, layout, affine=affine), 2 * tolerance(dtype), CPU
+        )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("offset", [100.0, 1e4])
+def test_arithmetic_keeps_precision_far_from_zero(layout: str, offset: float) -> None:
+    for shape in SHAPES[-2:]:
+        check_module(aten_cuda, Case((shape,), layout=layout, offset=offset), 1e-6, CPU)
+
+
+def test_arithmetic_of_a_constant_channel() -> None:
+    message = aten_cuda.moments(torch.full((4, 1, 3, 3), 7.0))
+    assert torch.equal(message, torch.tensor([7.0 * 36, 49.0 * 36, 36.0], dtype=torch.float64))
