@@ -20,7 +20,7 @@ TORCHRUN = {
     "MASTER_PORT": "1",
 }
 PROGRAM = """
-import torch, torch.distributed as dist, syncbn
+import sys, torch, torch.distributed as dist, syncbn
 place = syncbn.init_process_group()
 assert (place.rank, place.world_size) == (dist.get_rank(), dist.get_world_size())
 x = torch.full((1, 2, 1, 1), 2.0 * place.rank)
@@ -30,7 +30,10 @@ if place.world_size > 1:
 model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
 model(torch.randn(3, 2)).sum().backward()
 line = f"{place.rank} {place.world_size} {place.local_rank} {place.device} {dist.get_backend()}"
-print(line, layer.running_mean[0].item())
+# In one write, because ranks share the pipe.
+sys.stdout.write(f"{line} {layer.running_mean[0].item()}\\n")
+# Gloo may abort a process that leaves while it still works on DDP's last bucket.
+dist.barrier()
 dist.destroy_process_group()
 """
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from oracle import Case, batch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import syncbn
+from tests.kernels import KERNELS, device_of
 
 PAIRS: list[tuple[Callable[..., nn.Module], Callable[..., nn.Module], tuple[int, ...]]] = [
     (syncbn.SyncBatchNorm1d, nn.BatchNorm1d, (6, 4)),
@@ -97,6 +99,22 @@ def test_float32_parameters_take_half_input(dtype: torch.dtype) -> None:
     assert x.grad.dtype == dtype
     assert mine.weight.grad is not None
     assert mine.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("samples", [2, 600])
+def test_an_inplace_relu_may_follow(kernel: str, layout: str, samples: int) -> None:
+    """Autograd refuses to change a view that a function returned, and ResNets use such a ReLU."""
+    layer = syncbn.SyncBatchNorm2d(4).to(device_of(kernel))
+    layer.kernel = kernel
+    x, dy = (t.to(device_of(kernel)) for t in batch(Case(((samples, 4, 8, 8),), layout=layout), 0))
+    leaf = x.requires_grad_()
+    y = layer(leaf)
+    wanted = y.detach().clone().relu()
+    torch.relu_(y).backward(dy)
+    assert torch.equal(y, wanted)
+    assert leaf.grad is not None
 
 
 def test_frozen_input_and_parameters_get_no_gradient() -> None:

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from syncbn.kernels.coefficients import (
@@ -158,17 +157,15 @@ def normalize(
     With no mean far from zero ``x * scale + shift`` is precise enough; one ATen kernel does it.
     """
     x = _dense(x)
-    if (mean * invstd).abs().max() <= NEAR_ZERO:
-        scale = invstd if weight is None else invstd * weight
-        shift = -mean * scale if bias is None else bias - mean * scale
-        zeros, ones = torch.zeros_like(scale), torch.ones_like(scale)
-        operands = (t.to(compute_dtype(x.dtype)) for t in (zeros, ones, scale, shift))
-        y = F.batch_norm(Layout.of(x).image(x), *operands, eps=0.0)
-        return y.as_strided(x.shape, x.stride())
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
     layout = Layout.of(x)
+    if (mean * invstd).abs().max() <= NEAR_ZERO:
+        scale = invstd if weight is None else invstd * weight
+        shift = -mean * scale if bias is None else bias - mean * scale
+        _scale_and_shift(layout.image(x), scale, shift, out=layout.image(y))
+        return y
     source, target = layout.matrix(x), layout.matrix(y)
     coefficients = normalize_coefficients(mean, invstd, weight, bias, x.dtype)
     pivots, scales, shifts = (layout.spread(v) for v in coefficients)
@@ -230,6 +227,15 @@ def backward_elemt(
         if not in_place:
             out.copy_(result)
     return dx
+
+
+def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
+    """Write ``x * scale + shift``, as ATen's batch norm with mean 0 and variance 1."""
+    scale, shift = scale.to(compute_dtype(x.dtype)), shift.to(compute_dtype(x.dtype))
+    mean, var, unused = torch.zeros_like(scale), torch.ones_like(scale), scale.new_empty(0)
+    torch.native_batch_norm(
+        x, scale, shift, mean, var, False, 0.0, 0.0, out=(out, unused, unused.clone())
+    )
 
 
 def _sum_of_squares(values: Tensor, dim: int, out: Tensor) -> None:

@@ -1,0 +1,211 @@
+"""The typed form of `configs/train.yaml`.
+
+Hydra composes the YAML files; `typed` turns the result into these dataclasses once, at the edge, so
+that a wrong key, type or choice is an error before anything starts and the rest of the code is
+checked by the type checker.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class Arch(str, Enum):
+    """Networks; `resnet20` is the CIFAR network, the others are the ImageNet ones."""
+
+    resnet18 = "resnet18"
+    resnet34 = "resnet34"
+    resnet50 = "resnet50"
+    resnet20 = "resnet20"
+
+
+class Source(str, Enum):
+    """Data sets."""
+
+    digits = "digits"
+    cifar10 = "cifar10"
+    imagefolder = "imagefolder"
+
+
+class NormKind(str, Enum):
+    """What every batch-norm layer of the network becomes; see `norm.py`."""
+
+    local = "local"
+    sync = "sync"
+    torch_sync = "torch_sync"
+    frozen = "frozen"
+    group = "group"
+
+
+class Amp(str, Enum):
+    """Type of `torch.autocast`."""
+
+    off = "off"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Precision(str, Enum):
+    """Type of parameters and inputs."""
+
+    float32 = "float32"
+    float64 = "float64"
+
+
+class MemoryFormat(str, Enum):
+    """Layout of activations and filters; `auto` is channels_last on CUDA, contiguous elsewhere."""
+
+    auto = "auto"
+    contiguous = "contiguous"
+    channels_last = "channels_last"
+
+
+@dataclass
+class ModelConfig:
+    """Group `model/`; `width` is the number of channels of the first stage."""
+
+    name: Arch
+    width: int
+    zero_init_residual: bool
+    weights: str | None
+
+    def __post_init__(self) -> None:
+        _at_least("model.width", self.width, 1)
+
+
+@dataclass
+class DataConfig:
+    """Group `data/`; batch sizes are PER RANK, the optional fields belong to some sources only."""
+
+    source: Source
+    batch_size: int
+    eval_batch_size: int
+    drop_last: bool
+    augment: bool
+    workers: int
+    root: str | None = None
+    image_size: int = 224
+    split_seed: int = 0
+    test_fraction: float = 0.2
+
+    def __post_init__(self) -> None:
+        _at_least("data.batch_size", self.batch_size, 1)
+        _at_least("data.eval_batch_size", self.eval_batch_size, 1)
+        _at_least("data.workers", self.workers, 0)
+        _at_least("data.image_size", self.image_size, 1)
+        _at_least("data.split_seed", self.split_seed, 0)
+        if not 0 < self.test_fraction < 1:
+            raise ValueError(
+                f"data.test_fraction: got {self.test_fraction}, expected within (0, 1)"
+            )
+
+
+@dataclass
+class NormConfig:
+    """Group `norm/`; `group` is "node" or a number of ranks, and belongs to kind `group` only."""
+
+    kind: NormKind
+    group: int | str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.kind is NormKind.group) != (self.group is not None):
+            raise ValueError(
+                f"norm.group: got {self.group!r} with norm.kind={self.kind.value}; expected 'node' "
+                "or a number of ranks with kind=group, and null with any other kind"
+            )
+        if isinstance(self.group, int):
+            _at_least("norm.group", self.group, 1)
+        elif self.group not in (None, "node"):
+            raise ValueError(
+                f"norm.group: got {self.group!r}, expected 'node' or a number of ranks"
+            )
+
+
+@dataclass
+class OptimizerConfig:
+    """Group `optimizer/`: SGD, and the schedule of its learning rate."""
+
+    lr: float
+    lr_batch: int | None
+    warmup_epochs: float
+    momentum: float
+    nesterov: bool
+    weight_decay: float
+    decay_norm_and_bias: bool
+    clip_norm: float | None
+
+    def __post_init__(self) -> None:
+        _at_least("optimizer.lr", self.lr, 0)
+        _at_least("optimizer.lr_batch", self.lr_batch, 1)
+        _at_least("optimizer.warmup_epochs", self.warmup_epochs, 0)
+        _at_least("optimizer.momentum", self.momentum, 0)
+        _at_least("optimizer.weight_decay", self.weight_decay, 0)
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(
+                f"optimizer.clip_norm: got {self.clip_norm}, expected a positive number, or null "
+                "to leave gradients alone"
+            )
+
+
+@dataclass
+class TrainConfig:
+    """The whole job; `configs/train.yaml` says what each field means."""
+
+    name: str
+    seed: int
+    epochs: int
+    max_steps: int | None
+    dtype: Precision
+    amp: Amp
+    memory_format: MemoryFormat
+    log_every: int
+    run_dir: str | None
+    resume: str | None
+    model: ModelConfig
+    data: DataConfig
+    norm: NormConfig
+    optimizer: OptimizerConfig
+
+    def __post_init__(self) -> None:
+        _at_least("seed", self.seed, 0)
+        _at_least("epochs", self.epochs, 1)
+        _at_least("max_steps", self.max_steps, 1)
+        _at_least("log_every", self.log_every, 1)
+        if self.amp is not Amp.off and self.dtype is not Precision.float32:
+            raise ValueError(
+                f"amp={self.amp.value} with dtype={self.dtype.value}: expected dtype=float32, "
+                "autocast leaves float64 tensors as they are"
+            )
+
+
+def typed(raw: DictConfig) -> TrainConfig:
+    """Check a composed configuration against the dataclasses above.
+
+    Args:
+        raw: what hydra composed.
+
+    Returns:
+        The same values as typed objects, with interpolations resolved.
+
+    Raises:
+        ValueError: a key is unknown or missing, or a value has the wrong type or range. The message
+            names the key.
+    """
+    try:
+        plain: Any = OmegaConf.to_container(raw, resolve=True, throw_on_missing=True)
+        merged = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.create(plain))
+        cfg = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        message = str(error).splitlines()[0]
+        raise ValueError(f"configuration key '{error.full_key}': {message}") from None
+    assert isinstance(cfg, TrainConfig)
+    return cfg
+
+
+def _at_least(key: str, value: float | None, low: float) -> None:
+    # `not >=` rather than `<`, so that NaN is refused too.
+    if value is not None and not value >= low:
+        raise ValueError(f"{key}: got {value}, expected at least {low}")

@@ -1,0 +1,76 @@
+"""The five ways to normalize that the example compares, applied to a network with plain BN."""
+
+import torch
+from config import NormConfig, NormKind
+from torch import nn
+
+import syncbn
+
+
+class FrozenBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm that always uses its stored statistics and never learns.
+
+    A class of its own rather than a call of ``eval()``, because ``model.train()`` at the start of
+    the next epoch would silently undo that call.
+    """
+
+    def __init__(self, num_features: int, eps: float) -> None:
+        super().__init__(num_features, eps)
+        self.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> "FrozenBatchNorm2d":
+        """Stay in evaluation mode whatever ``mode`` says."""
+        super().train(False)
+        return self
+
+
+def apply_norm(net: nn.Module, cfg: NormConfig, device: torch.device) -> nn.Module:
+    """Make every `nn.BatchNorm2d` of a network what the configuration asks for.
+
+    * ``local``: left alone; each rank normalizes with the statistics of its own samples.
+    * ``sync``: ours; the statistics of all ranks.
+    * ``group``: ours; the statistics of this node, or of ``cfg.group`` consecutive ranks.
+    * ``torch_sync``: `torch.nn.SyncBatchNorm`, for comparison.
+    * ``frozen``: stored statistics, nothing learned; for fine-tuning from ``model.weights``.
+
+    Parameters and buffers keep their names and values, so checkpoints move between all five.
+
+    Args:
+        net: network with `nn.BatchNorm2d` layers; changed in place.
+        cfg: the choice.
+        device: where the network will run.
+
+    Returns:
+        The network to use (the same object unless it is a batch-norm layer itself).
+
+    Raises:
+        ValueError: ``torch_sync`` on a CPU, or a group that the ranks cannot be divided into.
+    """
+    match cfg.kind:
+        case NormKind.local:
+            return net
+        case NormKind.sync:
+            return syncbn.convert_sync_batchnorm(net)
+        case NormKind.group:
+            return syncbn.convert_sync_batchnorm(net, cfg.group)
+        case NormKind.torch_sync:
+            if device.type == "cpu":
+                raise ValueError(
+                    "norm=torch_sync on device cpu: torch.nn.SyncBatchNorm refuses CPU tensors; "
+                    "use norm=sync, which takes them, or run on GPUs"
+                )
+            converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+            return converted
+        case NormKind.frozen:
+            return _freeze(net)
+
+
+def _freeze(module: nn.Module) -> nn.Module:
+    if isinstance(module, nn.BatchNorm2d):
+        frozen = FrozenBatchNorm2d(module.num_features, module.eps)
+        frozen.load_state_dict(module.state_dict())
+        return frozen
+    for name, child in module.named_children():
+        module.add_module(name, _freeze(child))
+    return module

@@ -1,0 +1,42 @@
+"""Checkpoint files: written so that a crash leaves the old one whole, read without running code."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def save(saved: dict[str, Any], path: Path) -> None:
+    """Write a file so that ``path`` is at any time absent, the old version, or the new one.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written; an old file stays as it was.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            torch.save(saved, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint to the CPU without running code from it.
+
+    Raises:
+        ValueError: there is no such file, or it is not a checkpoint.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file, expected a checkpoint")
+    try:
+        saved: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler raises whatever the bytes make it raise
+        message = str(error).splitlines()[0] if str(error) else repr(error)
+        raise ValueError(f"{path}: cannot be read as a checkpoint ({message})") from None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path}: got a {type(saved).__name__}, expected a dict")
+    return saved

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Start a program on all ranks of one node or of many, with torchrun.
+#
+#   launch/torchrun.sh examples/resnet/train.py norm=sync
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 launch/torchrun.sh PROGRAM [ARGUMENT...]   (on each node)
+#
+#   NPROC            ranks on this node: its GPUs, or 2 without any
+#   NNODES           nodes (1); with more, NODE_RANK and MASTER_ADDR (the address of node 0) are needed
+#   MASTER_PORT      free port on node 0, for several nodes (29500); one node picks its own
+#   OMP_NUM_THREADS  threads a rank: this node's cores divided by NPROC
+set -euo pipefail
+
+gpus() { python -c 'import torch; print(torch.cuda.device_count())'; }
+# nproc obeys OMP_NUM_THREADS, which would make a setting of the caller the number of cores.
+cores() { env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN; }
+
+NPROC=${NPROC:-$(gpus)}
+((NPROC > 0)) || NPROC=2
+threads=$(($(cores) / NPROC))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+
+rendezvous=(--standalone)
+if ((${NNODES:-1} > 1)); then
+  : "${NODE_RANK:?NNODES=$NNODES needs the number of this node, from 0}"
+  : "${MASTER_ADDR:?NNODES=$NNODES needs the address of node 0}"
+  rendezvous=(--nnodes "$NNODES" --node-rank "$NODE_RANK"
+    --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
+fi
+exec torchrun "${rendezvous[@]}" --nproc-per-node "$NPROC" "$@"

@@ -1,0 +1,126 @@
+"""Every file in the groups composes to a valid job, and mistakes are errors that name the key."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from config import Amp, Arch, NormKind, Source
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from syncbn.cli import config_path
+from tests.example.support import PROGRAM, REPOSITORY, composed
+
+CONFIGS = Path(config_path())
+GROUPS = ["model", "data", "norm", "optimizer", "experiment"]
+CHOICES = [(group, file.stem) for group in GROUPS for file in sorted((CONFIGS / group).iterdir())]
+
+
+def extra(group: str, name: str) -> list[str]:
+    needs_folder = any(word in name for word in ("cifar10", "image"))
+    return ["data.root=FOLDER"] if group in ("data", "experiment") and needs_folder else []
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES, ids=[f"{g}={n}" for g, n in CHOICES])
+def test_every_choice_composes(group: str, name: str) -> None:
+    cfg = composed(f"{group}={name}", *extra(group, name))
+    match group:
+        case "model":
+            assert cfg.model.name.value == name
+        case "data":
+            assert cfg.data.source.value == name
+        case "norm":
+            assert cfg.norm.kind.value == name
+        case "experiment":
+            # The command in the head of the file is the one that a reader copies.
+            first, command, *_ = (CONFIGS / group / f"{name}.yaml").read_text().splitlines()
+            assert first == "# @package _global_"
+            assert f"examples/resnet/train.py experiment={name}" in command
+
+
+def test_every_choice_of_the_schema_has_a_file() -> None:
+    assert {name for group, name in CHOICES if group == "model"} == {arch.value for arch in Arch}
+    assert {name for group, name in CHOICES if group == "data"} == {s.value for s in Source}
+    assert {name for group, name in CHOICES if group == "norm"} == {kind.value for kind in NormKind}
+
+
+def test_defaults() -> None:
+    cfg = composed()
+    assert cfg.name == "digits_resnet20_sync"
+    assert (cfg.model.name, cfg.norm.kind, cfg.amp) == (Arch.resnet20, NormKind.sync, Amp.off)
+
+
+def test_override_wins_over_experiment() -> None:
+    cfg = composed("experiment=digits_resnet20", "norm=local", "data.batch_size=7", "amp=bfloat16")
+    assert (cfg.norm.kind, cfg.data.batch_size, cfg.amp) == (NormKind.local, 7, Amp.bfloat16)
+    assert cfg.name == "digits_resnet20_local"
+
+
+def test_saved_configuration_reads_back_as_the_same_job(tmp_path: Path) -> None:
+    cfg = composed("norm=group", "norm.group=2", "optimizer.clip_norm=1", "amp=off")
+    OmegaConf.save(OmegaConf.structured(cfg), tmp_path / "config.yaml")
+    loaded = OmegaConf.load(tmp_path / "config.yaml")
+    assert OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(type(cfg)), loaded)) == cfg
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("amp=foo", r"'amp': Invalid value 'foo', expected one of \[off, bfloat16, float16\]"),
+        ("dtype=int8", r"'dtype': Invalid value 'int8', expected one of \[float32, float64\]"),
+        ("norm.kind=foo", r"'norm.kind': Invalid value 'foo', expected one of \[local, sync"),
+        ("epochs=many", r"'epochs': Value 'many' .* could not be converted to Integer"),
+        ("data.batch_size=1.5", r"'data.batch_size': Value '1.5'"),
+        ("+data.batchsize=4", r"'data.batchsize': Key 'batchsize' not in 'DataConfig'"),
+        ("+zzz=1", r"'zzz': Key 'zzz' not in 'TrainConfig'"),
+        ("data=cifar10", r"'data.root': Missing mandatory value"),
+        ("~data.workers", r"'data.workers': .* missing mandatory value"),
+        ("epochs=0", r"epochs: got 0, expected at least 1"),
+        ("max_steps=0", r"max_steps: got 0, expected at least 1"),
+        ("seed=-1", r"seed: got -1, expected at least 0"),
+        ("data.batch_size=0", r"data.batch_size: got 0, expected at least 1"),
+        ("data.test_fraction=1.0", r"data.test_fraction: got 1.0, expected within \(0, 1\)"),
+        ("optimizer.lr=nan", r"optimizer.lr: got nan, expected at least 0"),
+        ("optimizer.clip_norm=0", r"optimizer.clip_norm: got 0.0, expected a positive number"),
+        ("norm=group norm.group=nodes", r"norm.group: got 'nodes', expected 'node' or"),
+        ("norm=group norm.group=0", r"norm.group: got 0, expected at least 1"),
+        ("norm=group norm.group=null", r"norm.group: got None with norm.kind=group"),
+        ("+norm.group=2", r"norm.group: got 2 with norm.kind=sync"),
+        ("dtype=float64 amp=bfloat16", r"amp=bfloat16 with dtype=float64"),
+    ],
+)
+def test_bad_value_is_an_error_that_names_the_key(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        composed(*override.split())
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("norm=foo", r"(?s)Could not find 'norm/foo'.*frozen\n.*group\n.*local\n.*sync"),
+        ("data.image_size=32", r"Could not override 'data.image_size'"),
+        ("zzz=1", r"Could not override 'zzz'"),
+    ],
+    ids=["group", "key of another data set", "key"],
+)
+def test_unknown_group_or_key_is_an_error_of_the_command_line(override: str, message: str) -> None:
+    """An option of another data set must not be accepted and ignored."""
+    with pytest.raises(HydraException, match=message):
+        composed(override)
+
+
+def test_command_line_ends_with_a_message_and_a_code(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, PROGRAM, "amp=foo"],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(REPOSITORY), "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode != 0
+    assert "ValueError: configuration key 'amp': Invalid value 'foo'" in result.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import curves
+import metrics
+import torch
+from meter import Meter
+from metrics import MetricsFile
+from PIL import Image
+
+import syncbn
+from tests.ranks import Ranks
+
+
+def write(path: Path | None, start: int, steps: range) -> None:
+    file = MetricsFile(path, start)
+    for step in steps:
+        file.write("step", step=step, epoch=step / 4, loss=1 / step, lr=0.1)
+    file.close()
+
+
+def test_resumed_file_is_that_of_an_uninterrupted_run(tmp_path: Path) -> None:
+    """A crash leaves entries after the last checkpoint, and half a line."""
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    write(whole, 0, range(1, 9))
+    write(resumed, 0, range(1, 7))
+    with resumed.open("a") as file:
+        file.write('{"kind": "step", "st')
+    write(resumed, 4, range(5, 9))
+    assert resumed.read_text() == whole.read_text()
+
+
+def test_new_run_replaces_an_old_file_and_other_ranks_write_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, 0, range(1, 9))
+    write(path, 0, range(1, 3))
+    assert [entry["step"] for entry in metrics.read(path)] == [1, 2]
+    write(None, 0, range(1, 3))
+    assert list(tmp_path.iterdir()) == [path]
+    assert metrics.read(tmp_path / "absent") == []
+
+
+def test_curves_are_drawn_for_a_part_of_an_epoch_and_for_many(tmp_path: Path) -> None:
+    for name, step in (("short", 0.05), ("long", 1.0)):
+        source, target = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.png"
+        file = MetricsFile(source, 0)
+        for i in range(1, 6):
+            file.write("step", step=i, epoch=i * step, loss=2 / i, lr=0.1)
+            values = {f"{part}_loss": 2 / i for part in ("train", "test")}
+            values |= {f"{part}_accuracy": 1 - 1 / i for part in ("train", "test")}
+            file.write("epoch", step=i, epoch=i * step, **values)
+        file.close()
+        curves.plot(source, target, "title")
+        with Image.open(target) as picture:
+            picture = picture.convert("RGB")
+            assert picture.size == (1500, 600)
+            # Both lines are there, in the colours that the legend gives them.
+            colors = {color for _, color in picture.getcolors(2**20) or []}
+            assert {(0x64, 0x74, 0x8B), (0xC2, 0x41, 0x0C)} <= colors
+
+
+def _meter(rank: int) -> tuple[float, float, int, int]:
+    meter = Meter(torch.device("cpu"))
+    if rank == 0:
+        for loss, right in ((0.5, 3), (1.0, 1)):
+            logits = torch.eye(4)
+            labels = torch.where(
+                torch.arange(4) < right, torch.arange(4), (torch.arange(4) + 1) % 4
+            )
+            meter.add(logits, labels, torch.tensor(loss))
+        meter.add(torch.eye(2), torch.tensor([1, 1]), torch.tensor(4.0))
+    return meter.totals()
+
+
+def test_meter_weighs_samples_equally_over_batches_and_ranks(two_ranks: Ranks) -> None:
+    """Batches of 4, 4 and 2 samples on rank 0 and none on rank 1."""
+    for totals in two_ranks.run(_meter):
+        assert tuple(totals) == ((4 * 0.5 + 4 * 1.0 + 2 * 4.0) / 10, 0.5, 5, 10)
+
+
+def test_meter_of_no_samples_is_nan(alone: syncbn.RankInfo) -> None:
+    totals = Meter(alone.device).totals()
+    assert totals.loss != totals.loss
+    assert totals.samples == 0

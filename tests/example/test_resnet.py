@@ -1,0 +1,115 @@
+"""The networks are those of the papers, under the names that published checkpoints use."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from config import Arch, ModelConfig
+from resnet import BasicBlock, Bottleneck, ResNet, build_resnet
+
+
+def build(name: Arch, *, zero_init: bool = False, channels: int = 3, seed: int = 0) -> ResNet:
+    imagenet = name is not Arch.resnet20
+    cfg = ModelConfig(name, 64 if imagenet else 16, zero_init, None)
+    return build_resnet(cfg, channels, 1000 if imagenet else 10, seed)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        # Those that torchvision documents for its models.
+        (Arch.resnet18, 11_689_512),
+        (Arch.resnet34, 21_797_672),
+        (Arch.resnet50, 25_557_032),
+        # Shortcuts without parameters; 272,474 with 1x1 convolutions.
+        (Arch.resnet20, 269_722),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(name: Arch, count: int) -> None:
+    assert sum(p.numel() for p in build(name).parameters()) == count
+
+
+def test_names_and_shapes_of_resnet50_are_those_of_torchvision() -> None:
+    """Built from the description of the network, not from the code under test."""
+    expected: dict[str, tuple[int, ...]] = {"conv1.weight": (64, 3, 7, 7)}
+
+    def norm(name: str, channels: int) -> None:
+        for kind in ("weight", "bias", "running_mean", "running_var"):
+            expected[f"{name}.{kind}"] = (channels,)
+        expected[f"{name}.num_batches_tracked"] = ()
+
+    norm("bn1", 64)
+    inputs = 64
+    for stage, (planes, blocks) in enumerate([(64, 3), (128, 4), (256, 6), (512, 3)], start=1):
+        for block in range(blocks):
+            name = f"layer{stage}.{block}"
+            expected[f"{name}.conv1.weight"] = (planes, inputs, 1, 1)
+            expected[f"{name}.conv2.weight"] = (planes, planes, 3, 3)
+            expected[f"{name}.conv3.weight"] = (4 * planes, planes, 1, 1)
+            norm(f"{name}.bn1", planes)
+            norm(f"{name}.bn2", planes)
+            norm(f"{name}.bn3", 4 * planes)
+            if block == 0:
+                expected[f"{name}.downsample.0.weight"] = (4 * planes, inputs, 1, 1)
+                norm(f"{name}.downsample.1", 4 * planes)
+            inputs = 4 * planes
+    expected |= {"fc.weight": (1000, 2048), "fc.bias": (1000,)}
+    net = build(Arch.resnet50)
+    assert {name: tuple(t.shape) for name, t in net.state_dict().items()} == expected
+    # The stride is on the 3x3 convolution, as in torchvision and unlike in the paper.
+    strides = [net.get_submodule(f"layer2.0.conv{i}").stride for i in (1, 2, 3)]
+    assert strides == [(1, 1), (2, 2), (1, 1)]
+
+
+def test_resnet20_has_three_stages_of_halving_size() -> None:
+    net = build(Arch.resnet20, channels=1)
+    assert [name for name, _ in net.layer2.named_parameters()][:2] == [
+        "0.conv1.weight",
+        "0.bn1.weight",
+    ]
+    x = net.relu(net.bn1(net.conv1(torch.randn(2, 1, 32, 32))))
+    shapes = []
+    for stage in (net.layer1, net.layer2, net.layer3):
+        x = stage(x)
+        shapes.append(tuple(x.shape[1:]))
+    assert shapes == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+
+
+def test_padded_shortcut_keeps_old_channels_in_the_middle() -> None:
+    net = build(Arch.resnet20)
+    shortcut = net.get_submodule("layer2.0.downsample")
+    x = torch.randn(2, 16, 5, 4)
+    y = shortcut(x)
+    assert y.shape == (2, 32, 3, 2)
+    assert torch.equal(y[:, 8:24], x[:, :, ::2, ::2])
+    assert y[:, :8].eq(0).all()
+    assert y[:, 24:].eq(0).all()
+
+
+@pytest.mark.parametrize(("name", "size"), [(Arch.resnet18, 64), (Arch.resnet50, 64)])
+def test_forward_of_imagenet_networks(name: Arch, size: int) -> None:
+    assert build(name)(torch.randn(2, 3, size, size)).shape == (2, 1000)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "channels"), [(Arch.resnet20, 9, 64), (Arch.resnet50, 16, 2048)]
+)
+def test_zero_init_starts_blocks_as_identities(name: Arch, count: int, channels: int) -> None:
+    x = torch.rand(1, channels, 4, 4)
+    for zero_init in (True, False):
+        net = build(name, zero_init=zero_init).eval()
+        blocks = [m for m in net.modules() if isinstance(m, BasicBlock | Bottleneck)]
+        assert len(blocks) == count
+        assert torch.equal(blocks[-1](x), x) == zero_init
+
+
+def test_initial_weights_depend_on_the_seed_alone() -> None:
+    """Two ranks, or two runs to compare, must start from equal weights whatever ran before."""
+    first = build(Arch.resnet20, seed=3)
+    torch.rand(7)
+    before = torch.get_rng_state()
+    second = build(Arch.resnet20, seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    pairs = zip(first.parameters(), second.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not torch.equal(first.conv1.weight, build(Arch.resnet20, seed=4).conv1.weight)
