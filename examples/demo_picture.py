@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
 
 YARDSTICK, LOCAL, SYNC = "#9ca3af", "#d97706", "#1d4ed8"
 # Float64 resolves no difference below this at a loss near one; equal losses are drawn here.
@@ -68,7 +68,7 @@ def _draw_distance(axes: Axes, alone: Run, runs: tuple[tuple[Run, str], ...]) ->
     axes.set_xlabel("step (float64)")
     axes.set_yscale("log")
     axes.set_ylim(RESOLUTION / 3, 10)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MultipleLocator(5))
     axes.legend(frameon=False, loc="center right")
 
 

@@ -1,6 +1,6 @@
 """How far the layer is from one float64 process on the whole batch, in every corner.
 
-    torchrun --standalone --nproc-per-node 3 examples/error_table.py [output.md]
+    torchrun --standalone --nproc-per-node 3 examples/error_table.py
 
 Prints the largest relative error over all ranks (the largest error over the largest value) of the
 output, the input gradient, the parameter gradients and the running averages.
@@ -9,8 +9,6 @@ output, the input gradient, the parameter gradients and the running averages.
 from __future__ import annotations
 
 import itertools
-import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -85,13 +83,11 @@ def table(place: syncbn.RankInfo) -> list[str]:
 
 
 def main() -> None:
-    """Compute the table on all ranks; rank 0 prints it, and writes it where the argument says."""
+    """Compute the table on all ranks; rank 0 prints it."""
     place = syncbn.init_process_group()
     lines = table(place)
     if place.rank == 0:
         print("\n".join(lines))
-        if len(sys.argv) > 1:
-            Path(sys.argv[1]).write_text("\n".join(lines) + "\n")
     dist.destroy_process_group()
 
 
