@@ -22,7 +22,7 @@ import syncbn
 SHAPES = (
     (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7),
 )  # fmt: skip
-KERNELS = ("blocked", "reference")
+KERNELS = ("aten_cpu", "blocked", "reference")
 SAMPLES = 16
 REPEATS = 11
 
@@ -65,7 +65,7 @@ def row(channels: int, size: int, memory_format: torch.memory_format, dtype: tor
     copy = seconds.pop("copy")
     layout = "NHWC" if memory_format == torch.channels_last else "NCHW"
     cells = [f"{value / copy:.1f}" for value in seconds.values()]
-    ratio = f"{seconds['blocked'] / seconds['nn.BatchNorm2d']:.2f}"
+    ratio = f"{seconds['aten_cpu'] / seconds['nn.BatchNorm2d']:.2f}"
     columns = [f"{channels}x{size}x{size}", layout, f"{copy * 1e3:.2f}", *cells, ratio]
     return f"| {' | '.join(columns)} |"
 
@@ -74,8 +74,8 @@ def main() -> None:
     """Print a Markdown table."""
     dtype = getattr(torch, sys.argv[1] if len(sys.argv) > 1 else "float32")
     print(f"{dtype}, {torch.get_num_threads()} thread(s), torch {torch.__version__}\n")
-    print(f"| shape | layout | copy, ms | {' | '.join(layers(1))} | blocked / nn.BatchNorm2d |")
-    print("|---|---|---|---|---|---|---|")
+    print(f"| shape | layout | copy, ms | {' | '.join(layers(1))} | aten_cpu / nn.BatchNorm2d |")
+    print("|" + "---|" * 8)
     for memory_format in (torch.contiguous_format, torch.channels_last):
         for channels, size in SHAPES:
             print(row(channels, size, memory_format, dtype), flush=True)

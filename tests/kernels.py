@@ -8,6 +8,7 @@ import torch
 KERNELS = [
     pytest.param("reference", id="reference"),
     pytest.param("blocked", id="blocked"),
+    pytest.param("aten_cpu", id="aten_cpu"),
     pytest.param(
         "aten_cuda",
         id="aten_cuda",

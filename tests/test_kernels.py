@@ -12,7 +12,7 @@ from oracle import Case, batch, parameters
 from torch import Tensor
 
 from syncbn import kernels
-from syncbn.kernels import Kernel, blocked, reference
+from syncbn.kernels import Kernel, aten_cpu, reference
 from syncbn.moments import Moments
 from tests.kernels import KERNELS, device_of, tolerance
 
@@ -206,6 +206,6 @@ def test_named_kernel_never_falls_back() -> None:
         kernels.choose("aten_cuda", torch.empty(1, 1))
 
 
-def test_large_cpu_tensors_take_the_blocked_kernel() -> None:
-    assert kernels.choose("auto", torch.empty(1, 1, 512, 512)) is blocked
-    assert kernels.choose("auto", torch.empty(1, 1)) is reference
+def test_auto_takes_the_fastest_kernel_of_the_device() -> None:
+    assert kernels.choose("auto", torch.empty(1, 1)) is aten_cpu
+    assert kernels.choose("auto", torch.empty(1, 1, device="meta")) is reference

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-NAMES = ("auto", "reference", "blocked", "aten_cuda")
+NAMES = ("auto", "reference", "blocked", "aten_cpu", "aten_cuda")
 
 
 class Kernel(Protocol):
@@ -58,10 +58,9 @@ def choose(name: str, x: Tensor) -> Kernel:
 
             return aten_cuda
         case "auto", "cpu":
-            from syncbn.kernels import blocked, reference
+            from syncbn.kernels import aten_cpu
 
-            # One block is the reference formula with more Python around it.
-            return blocked if x.numel() > blocked.BLOCK else reference
+            return aten_cpu
         case (("auto" | "reference"), _):
             from syncbn.kernels import reference
 
@@ -70,10 +69,14 @@ def choose(name: str, x: Tensor) -> Kernel:
             from syncbn.kernels import blocked
 
             return blocked
+        case "aten_cpu", "cpu":
+            from syncbn.kernels import aten_cpu
+
+            return aten_cpu
         case "aten_cuda", "cuda":
             from syncbn.kernels import aten_cuda
 
             return aten_cuda
-        case (("blocked" | "aten_cuda"), device):
+        case (("blocked" | "aten_cpu" | "aten_cuda"), device):
             raise ValueError(f"kernel {name!r} does not serve {device!r} tensors; use 'auto'")
     raise ValueError(f"unknown kernel {name!r}; expected one of {', '.join(NAMES)}")

@@ -1,9 +1,9 @@
-"""The kernels as plain torch calls over cache-sized blocks: the CPU path without a compiler.
+"""The kernels as plain torch calls over cache-sized blocks: precise for any values, on CPU.
 
 A whole-tensor call reads and writes main memory once each, and a freshly allocated temporary costs
 page faults on top. Here every step of the formula runs on a block small enough to stay in cache, so
-that each kernel reads its inputs from memory about once. ATen's own CPU batch norm is slower
-(docs/kernels.md has the measurements and the compositions that lost).
+that each kernel reads its inputs from memory about once. :mod:`syncbn.kernels.aten_cpu` is faster
+and hands over to these functions where it would not be precise.
 
 A tensor is seen as a matrix whose *lanes* are reduced: rows of a contiguous ``[N, C, *]`` tensor
 (lane = one channel of one sample), or columns when channels are innermost (lane = channel). The
@@ -29,8 +29,6 @@ from syncbn.kernels.coefficients import (
 BLOCK = 1 << 17
 # Longest run summed in float32 before float64 takes over: keeps sums of any length to 1e-6.
 RUN = 1 << 14
-# Largest |mean|/std whose cancellation in x * scale + shift stays within a few float32 roundings.
-NEAR_ZERO = 8.0
 
 
 class Block(NamedTuple):
@@ -83,6 +81,13 @@ class Layout(NamedTuple):
             return t.view(self.batch, self.channels, self.shape[1], 1)
         return self.matrix(t).view(1, self.shape[0], 1, self.channels).permute(0, 3, 1, 2)
 
+    def first_mean(self, x: Tensor) -> Tensor:
+        """Return the mean by channel of the first sample, or of as many values of a column."""
+        dtype = compute_dtype(x.dtype)
+        if self.by_row:
+            return x[0].flatten(1).mean(1, dtype=dtype)
+        return self.matrix(x)[: -(-self.shape[0] // max(self.batch, 1))].mean(0, dtype=dtype)
+
     def spread(self, v: Tensor) -> Tensor:
         """Repeat ``[C]`` numbers so that they broadcast against the matrix."""
         return v.repeat(self.batch).unsqueeze(1) if self.by_row else v.unsqueeze(0)
@@ -128,7 +133,7 @@ def moments(x: Tensor) -> Tensor:
     count = x.numel() // x.shape[1]
     if count == 0:
         return torch.zeros(2 * x.shape[1] + 1, dtype=torch.float64)
-    x = _dense(x)
+    x = dense(x)
     layout = Layout.of(x)
     matrix, dim = layout.matrix(x), int(layout.by_row)
     dtype = compute_dtype(x.dtype)
@@ -152,27 +157,19 @@ def moments(x: Tensor) -> Tensor:
 def normalize(
     x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """See :func:`syncbn.kernels.reference.normalize`.
-
-    With no mean far from zero ``x * scale + shift`` is precise enough; one ATen kernel does it.
-    """
-    x = _dense(x)
+    """See :func:`syncbn.kernels.reference.normalize`."""
+    x = dense(x)
     y = torch.empty_like(x)
     if x.numel() == 0:
         return y
     layout = Layout.of(x)
-    if (mean * invstd).abs().max() <= NEAR_ZERO:
-        scale = invstd if weight is None else invstd * weight
-        shift = -mean * scale if bias is None else bias - mean * scale
-        _scale_and_shift(layout.image(x), scale, shift, out=layout.image(y))
-        return y
     source, target = layout.matrix(x), layout.matrix(y)
     coefficients = normalize_coefficients(mean, invstd, weight, bias, x.dtype)
     pivots, scales, shifts = (layout.spread(v) for v in coefficients)
     in_place = y.dtype == pivots.dtype
     for block in layout.blocks():
         out = target[block.where]
-        pivot, scale, shift = (_at(v, block) for v in (pivots, scales, shifts))
+        pivot, scale, shift = (at(v, block) for v in (pivots, scales, shifts))
         values = torch.sub(source[block.where], pivot, out=out if in_place else None)
         values.mul_(scale).add_(shift)
         if not in_place:
@@ -184,7 +181,7 @@ def backward_reduce(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tens
     """See :func:`syncbn.kernels.reference.backward_reduce`."""
     if x.numel() == 0:
         return torch.zeros(2 * x.shape[1], dtype=torch.float64)
-    x, dy = _dense_pair(x, dy)
+    x, dy = dense_pair(x, dy)
     layout = Layout.of(x)
     values, gradients, dim = layout.matrix(x), layout.matrix(dy), int(layout.by_row)
     pivot, rest = split_mean(mean, x.dtype)
@@ -193,7 +190,7 @@ def backward_reduce(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tens
     for block in layout.blocks():
         gradient = gradients[block.where].to(pivot.dtype)
         torch.sum(gradient, dim, out=sums_dy[block.part, block.lanes])
-        product = torch.sub(values[block.where], _at(pivots, block)).mul_(gradient)
+        product = torch.sub(values[block.where], at(pivots, block)).mul_(gradient)
         torch.sum(product, dim, out=sums_dy_x[block.part, block.lanes])
     sum_dy, sum_dy_x = layout.fold(sums_dy), layout.fold(sums_dy_x)
     return torch.cat([sum_dy, (sum_dy_x - rest * sum_dy) * invstd])
@@ -209,7 +206,7 @@ def backward_elemt(
     count: Tensor,
 ) -> Tensor:
     """See :func:`syncbn.kernels.reference.backward_elemt`."""
-    x, dy = _dense_pair(x, dy)
+    x, dy = dense_pair(x, dy)
     dx = torch.empty_like(x)
     if x.numel() == 0:
         return dx
@@ -220,22 +217,13 @@ def backward_elemt(
     in_place = dx.dtype == coefficients.pivot.dtype
     for block in layout.blocks():
         out = target[block.where]
-        pivot, slope, offset, scale = (_at(v, block) for v in spread)
+        pivot, slope, offset, scale = (at(v, block) for v in spread)
         projection = torch.sub(values[block.where], pivot).mul_(slope)
         result = torch.sub(gradients[block.where], offset, out=out if in_place else None)
         result.sub_(projection).mul_(scale)
         if not in_place:
             out.copy_(result)
     return dx
-
-
-def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
-    """Write ``x * scale + shift``, as ATen's batch norm with mean 0 and variance 1."""
-    scale, shift = scale.to(compute_dtype(x.dtype)), shift.to(compute_dtype(x.dtype))
-    mean, var, unused = torch.zeros_like(scale), torch.ones_like(scale), scale.new_empty(0)
-    torch.native_batch_norm(
-        x, scale, shift, mean, var, False, 0.0, 0.0, out=(out, unused, unused.clone())
-    )
 
 
 def _sum_of_squares(values: Tensor, dim: int, out: Tensor) -> None:
@@ -246,19 +234,19 @@ def _sum_of_squares(values: Tensor, dim: int, out: Tensor) -> None:
         torch.sum(values.square_(), dim, out=out)
 
 
-def _at(v: Tensor, block: Block) -> Tensor:
-    """Take a block's part of per-channel numbers from :meth:`Layout.spread`."""
+def at(v: Tensor, block: Block) -> Tensor:
+    """Return a block's part of the per-channel numbers of :meth:`Layout.spread`."""
     return v[block.lanes] if v.shape[1] == 1 else v
 
 
-def _dense(x: Tensor) -> Tensor:
+def dense(x: Tensor) -> Tensor:
     """Return x itself if it is contiguous or channels_last, else a contiguous copy."""
     return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
-def _dense_pair(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+def dense_pair(x: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """Return x dense and dy in x's layout; gradients come expanded or in another layout."""
-    x = _dense(x)
+    x = dense(x)
     if dy.is_contiguous() if x.is_contiguous() else dy.movedim(1, -1).is_contiguous():
         return x, dy
     return x, torch.empty_like(x, dtype=dy.dtype).copy_(dy)
