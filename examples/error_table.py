@@ -39,7 +39,7 @@ def observe(case: Case, rank: int, device: torch.device, kernel: str = "auto") -
     layer = syncbn.SyncBatchNorm(
         case.channels, eps=EPS, momentum=MOMENTUM, affine=case.affine, dtype=case.parameter_dtype
     ).to(device)
-    layer.kernel = kernel
+    layer.sync_kernel = kernel
     x, dy = (t.to(device) for t in batch(case, rank))
     x.requires_grad_()
     with torch.no_grad():

@@ -32,7 +32,7 @@ def layers(channels: int) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {"nn.BatchNorm2d": nn.BatchNorm2d(channels)}
     for kernel in KERNELS:
         found[kernel] = layer = syncbn.SyncBatchNorm2d(channels)
-        layer.kernel = kernel
+        layer.sync_kernel = kernel
     return found
 
 

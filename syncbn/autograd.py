@@ -76,7 +76,9 @@ class SyncBatchNormFunction(torch.autograd.Function):
         label: str,
     ) -> tuple[Tensor, Tensor]:
         """Return y, and the group's packed :class:`~syncbn.moments.Moments` (no gradient)."""
-        message = collectives.all_reduce(kernel.moments(x), group, f"{label} forward")
+        message = collectives.all_reduce(
+            kernel.moments(x), group, f"{label} forward, {x.dtype} input"
+        )
         moments = Moments.unpack(message)
         mean = moments.mean()
         invstd = (moments.variance() + eps).rsqrt()
@@ -107,8 +109,9 @@ class SyncBatchNormFunction(torch.autograd.Function):
         # Copies, because the all-reduce works in place.
         dweight = dweight.to(weight_dtype, copy=True) if ctx.needs_input_grad[1] else None
         dbias = dbias.to(bias_dtype, copy=True) if ctx.needs_input_grad[2] else None
+        # Also when this rank needs no dx: the others wait for its share.
+        sums = collectives.all_reduce(sums, ctx.group, f"{ctx.label} backward, {x.dtype} input")
         dx = None
         if ctx.needs_input_grad[0]:
-            sums = collectives.all_reduce(sums, ctx.group, f"{ctx.label} backward")
             dx = kernel.backward_elemt(dy, x, mean, invstd, weight, sums, count)
         return dx, dweight, dbias, None, None, None, None

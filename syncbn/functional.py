@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,16 +51,19 @@ def sync_batch_norm(
         Shape, dtype and memory layout (contiguous or channels_last) of the input.
 
     Raises:
-        TypeError: the input is not of a floating dtype.
-        ValueError: fewer than two dimensions, no channels, tensors whose length is not C, a group
-            this rank is not in, running averages missing outside training, or, on CPU, a single
-            value per channel in the whole group.
+        ValueError: an input that is not floating, has fewer than two dimensions or no channels;
+            tensors whose length is not C or whose dtype does not go with the input's; a group this
+            rank is not in; running averages missing outside training; or, on CPU, a single value
+            per channel in the whole group.
         RuntimeError: the transport failed or timed out, or the ranks disagree (debug level).
 
     Reference:
         Ioffe and Szegedy, Batch Normalization, 2015, section 3.
     """
-    check_input(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    check_input(input)
+    check_parameters(
+        input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
+    )
     if not training:
         if running_mean is None or running_var is None:
             raise ValueError(
@@ -108,30 +112,49 @@ def batch_norm_with_moments(
     return output, moments
 
 
-def check_input(input: Tensor, **per_channel: Tensor | None) -> None:
-    """Check the shape and dtype of an input and the length of everything that is per channel.
+def check_input(input: Tensor) -> None:
+    """Check an input's dtype and dimensions.
 
     Raises:
-        TypeError: the input is not of a floating dtype.
-        ValueError: fewer than two dimensions, no channels, or a length that is not C.
+        ValueError: not of a floating dtype, fewer than two dimensions, or no channels.
     """
     if not input.is_floating_point():
-        raise TypeError(
+        raise ValueError(
             f"got an input of dtype {input.dtype}; expected float16, bfloat16, float32 or float64"
         )
     if input.ndim < 2:
         raise ValueError(
             f"got an input of shape {tuple(input.shape)}; expected at least 2 dimensions [N, C, *]"
         )
-    channels = input.shape[1]
-    if channels == 0:
+    if input.shape[1] == 0:
         raise ValueError(
             f"got an input of shape {tuple(input.shape)} without channels; expected [N, C, *] "
             "with C >= 1"
         )
+
+
+def check_parameters(input: Tensor, **per_channel: Tensor | None) -> None:
+    """Check what is per channel against an input that has passed :func:`check_input`.
+
+    Dtypes must be those that torch takes in evaluation, so that a model that trains also runs.
+
+    Raises:
+        ValueError: a length that is not C, or a dtype other than the input's (float32 goes with
+            half inputs, too).
+    """
+    channels = input.shape[1]
+    half = input.dtype in (torch.float16, torch.bfloat16)
     for name, tensor in per_channel.items():
-        if tensor is not None and tensor.shape != (channels,):
+        if tensor is None:
+            continue
+        if tensor.shape != (channels,):
             raise ValueError(
                 f"got an input of shape {tuple(input.shape)}, that is {channels} channels, and a "
                 f"{name} of shape {tuple(tensor.shape)}; expected ({channels},)"
+            )
+        if tensor.dtype != input.dtype and not (half and tensor.dtype == torch.float32):
+            allowed = f"{input.dtype} or torch.float32" if half else f"{input.dtype}"
+            raise ValueError(
+                f"got an input of dtype {input.dtype} and a {name} of dtype {tensor.dtype}; "
+                f"expected {allowed}: convert the input or the layer"
             )

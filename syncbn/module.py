@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.distributed.collectives import communicating_group
 from syncbn.distributed.groups import GroupLike, resolve_group
-from syncbn.functional import batch_norm_with_moments, check_input
+from syncbn.functional import batch_norm_with_moments, check_input, check_parameters
 from syncbn.moments import Moments
 from syncbn.running import recorded, update_running_statistics
 
@@ -26,7 +26,7 @@ class DetachedGroup:
     """What is left of a process group in a pickle: a live one cannot leave its process.
 
     Attributes:
-        ranks: global ranks that were in the group.
+        ranks: global ranks that were in the group; none if it had been destroyed.
     """
 
     ranks: tuple[int, ...]
@@ -42,7 +42,8 @@ class SyncBatchNorm(_BatchNorm):
     ``torch.nn.BatchNorm*`` load both ways. Works on CPU and CUDA.
 
     Every rank of the group must run its synchronized layers in the same order, forward and
-    backward. ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` checks that and names the layers that disagree.
+    backward. ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` compares their names, channels and input dtypes
+    before every message, and names the ranks and layers that disagree.
 
     Args:
         num_features: C of an input of shape ``[N, C, *]``.
@@ -59,8 +60,9 @@ class SyncBatchNorm(_BatchNorm):
         bias: with ``affine``, have a bias.
 
     Attributes:
-        kernel: name of the module of :mod:`syncbn.kernels` that computes; "auto" chooses.
-        layer_name: how error messages call this layer; set by :func:`convert_sync_batchnorm`.
+        sync_kernel: name of the module of :mod:`syncbn.kernels` that computes; "auto" chooses.
+        sync_name: how error messages call this layer; :func:`convert_sync_batchnorm` sets it, also
+            on a model whose layers were built by hand.
 
     Shape:
         - Input: ``[N, C, *]``, float16, bfloat16, float32 or float64; N may be zero.
@@ -68,7 +70,6 @@ class SyncBatchNorm(_BatchNorm):
 
     Raises:
         ValueError: see :func:`syncbn.sync_batch_norm`; also if C is not ``num_features``.
-        TypeError: the input is not of a floating dtype.
         RuntimeError: the transport failed or timed out; the message names the layer.
 
     Example::
@@ -81,8 +82,8 @@ class SyncBatchNorm(_BatchNorm):
     """
 
     process_group: dist.ProcessGroup | DetachedGroup | None
-    kernel: str = "auto"
-    layer_name: str = ""
+    sync_kernel: str = "auto"
+    sync_name: str = ""
 
     def __init__(
         self,
@@ -121,10 +122,17 @@ class SyncBatchNorm(_BatchNorm):
                 f"{self._label()}: got an input of shape {tuple(input.shape)}; expected "
                 f"{self.num_features} channels in dimension 1"
             )
+        check_parameters(
+            input,
+            running_mean=self.running_mean,
+            running_var=self.running_var,
+            weight=self.weight,
+            bias=self.bias,
+        )
         if not self.training:
             return self._normalize_for_inference(input)
         output, moments = batch_norm_with_moments(
-            input, self.weight, self.bias, self.eps, self._group(), self.kernel, self._label()
+            input, self.weight, self.bias, self.eps, self._group(), self.sync_kernel, self._label()
         )
         if self.track_running_stats:
             self._record(moments)
@@ -135,7 +143,7 @@ class SyncBatchNorm(_BatchNorm):
         if mean is not None and var is not None:
             return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
         output, _ = batch_norm_with_moments(
-            input, self.weight, self.bias, self.eps, None, self.kernel, self._label()
+            input, self.weight, self.bias, self.eps, None, self.sync_kernel, self._label()
         )
         return output
 
@@ -146,7 +154,9 @@ class SyncBatchNorm(_BatchNorm):
             if momentum is None:
                 # A tensor, not .item(): reading the counter would stall the device.
                 momentum = self.num_batches_tracked.clamp(min=1).double().reciprocal()
-        update_running_statistics(self.running_mean, self.running_var, moments, momentum or 0.0)
+        update_running_statistics(
+            self.running_mean, self.running_var, moments, 0.0 if momentum is None else momentum
+        )
 
     def _group(self) -> dist.ProcessGroup | None:
         if isinstance(self.process_group, DetachedGroup):
@@ -159,7 +169,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def _label(self) -> str:
         kind = f"{type(self).__name__}({self.num_features})"
-        return f"{self.layer_name} {kind}" if self.layer_name else kind
+        return f"{self.sync_name} {kind}" if self.sync_name else kind
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Accept what :func:`check_input` accepts; the 1d, 2d and 3d classes are stricter."""
@@ -167,12 +177,17 @@ class SyncBatchNorm(_BatchNorm):
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         if isinstance(group := self.process_group, dist.ProcessGroup):
-            state["process_group"] = DetachedGroup(tuple(dist.get_process_group_ranks(group)))
+            try:
+                ranks = tuple(dist.get_process_group_ranks(group))
+            except KeyError:  # the group has been destroyed
+                ranks = ()
+            state["process_group"] = DetachedGroup(ranks)
         return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SyncBatchNorm:
         # A copy talks to the same ranks; the default would go through __getstate__.
-        memo[id(self.process_group)] = self.process_group
+        group = self.__dict__.get("process_group")
+        memo[id(group)] = group
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
         clone.__dict__.update(copy.deepcopy(self.__dict__, memo))

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Relative rounding of a raw float64 sum of squares after a few additions (a unit is 1.1e-16).
+_ROUNDING = 1e-15
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -52,7 +55,8 @@ class Moments:
             unbiased: divide by ``count - 1`` (running statistics) instead of ``count``
                 (normalization).
         """
-        mean = self.mean()
-        # Cancellation can leave a tiny negative number for a constant channel.
-        squares = (self.sum_sq - self.sum * mean).clamp(min=0)
+        squares = self.sum_sq - self.sum * self.mean()
+        # What is within the rounding of the sums is zero: a constant channel of value v would
+        # otherwise have a variance of up to 1e-15 v^2, which is far above eps for v = 1e6.
+        squares = torch.where(squares <= _ROUNDING * self.sum_sq, 0.0, squares)
         return squares / (self.count - 1 if unbiased else self.count).clamp(min=1)

@@ -33,8 +33,8 @@ def update_running_statistics(
         moments: of the whole synchronized batch.
         momentum: weight of this batch; a scalar tensor for a cumulative average.
     """
-    # As a product: torch.where would round a Python number to float32 first.
-    share = recorded(moments).double() * momentum
+    # Made float64 by a tensor: as a Python number among tensors it would be rounded to float32.
+    share = torch.ones_like(moments.count) * momentum
     with torch.no_grad():
         for running, batch in (
             (running_mean, moments.mean()),
@@ -42,4 +42,5 @@ def update_running_statistics(
         ):
             if running is not None:
                 # In float64, so that a half buffer rounds once.
-                running.copy_(running.double().lerp(batch, share))
+                moved = running.double().lerp(batch, share)
+                running.copy_(torch.where(recorded(moments), moved, running))

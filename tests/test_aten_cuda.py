@@ -17,6 +17,7 @@ from torch import Tensor
 
 from syncbn.kernels import aten_cuda
 from syncbn.kernels.coefficients import compute_dtype
+from syncbn.moments import Moments
 from tests.kernels import tolerance
 from tests.test_kernels import DTYPES, LAYOUTS, SHAPES, check_module
 
@@ -107,6 +108,14 @@ def test_arithmetic_agrees_with_float64(dtype: torch.dtype, layout: str) -> None
 def test_arithmetic_keeps_precision_far_from_zero(layout: str, offset: float) -> None:
     for shape in SHAPES[-2:]:
         check_module(aten_cuda, Case((shape,), layout=layout, offset=offset), 1e-6, CPU)
+
+
+def test_arithmetic_ignores_where_the_outlier_is() -> None:
+    x = torch.randn(4, 8, 40, 40, dtype=torch.float64).add(1e4).float()
+    x[0, :, 0, 0] = 0
+    values = x.double().movedim(1, 0).reshape(8, -1)
+    found = Moments.unpack(aten_cuda.moments(x))
+    assert ((found.mean() - values.mean(1)) / values.std(1)).abs().max() <= 1e-6
 
 
 def test_arithmetic_of_a_constant_channel() -> None:

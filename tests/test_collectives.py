@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 from datetime import timedelta
 from typing import Any
@@ -22,11 +23,16 @@ from tests.ranks import Ranks
 def _disagree(rank: int, kind: str) -> str:
     model: Any = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.BatchNorm1d(4))
     syncbn.convert_sync_batchnorm(model)
-    layers = {"order": (model[0], model[1]), "channels": (model[0], model[2])}[kind]
+    layers = {
+        "order": (model[0], model[1]),
+        "channels": (model[0], model[2]),
+        "dtype": (model[0], model[0]),
+    }[kind]
     dist.set_debug_level(dist.DebugLevel.DETAIL)
     layer = layers[rank]
     try:
-        layer(torch.randn(2, layer.num_features))
+        half = kind == "dtype" and rank == 1
+        layer(torch.randn(2, layer.num_features, dtype=torch.float16 if half else None))
     except RuntimeError as error:
         return str(error)
     finally:
@@ -36,13 +42,17 @@ def _disagree(rank: int, kind: str) -> str:
 
 @pytest.mark.parametrize(
     ("kind", "last"),
-    [("order", "1 SyncBatchNorm1d(3)"), ("channels", "2 SyncBatchNorm1d(4)")],
+    [
+        ("order", "7 numbers for 1 SyncBatchNorm1d(3)"),
+        ("channels", "9 numbers for 2 SyncBatchNorm1d(4)"),
+        ("dtype", "7 numbers for 0 SyncBatchNorm1d(3) forward, torch.float16 input"),
+    ],
 )
 def test_disagreeing_ranks_are_named_at_debug_level(two_ranks: Ranks, kind: str, last: str) -> None:
     for message in two_ranks.run(_disagree, kind):
         assert "the ranks of a synchronized batch norm disagree" in message
-        assert "rank 0: 0 SyncBatchNorm1d(3) forward, 7 numbers, torch.float64" in message
-        assert f"rank 1: {last} forward" in message
+        assert "rank 0: 7 numbers for 0 SyncBatchNorm1d(3) forward, torch.float32" in message
+        assert f"rank 1: {last}" in message
 
 
 def _agree(rank: int) -> torch.Tensor | None:
@@ -73,7 +83,7 @@ def _absent(rank: int) -> str:
 
 def test_a_rank_that_never_arrives_times_out_with_the_layers_name(two_ranks: Ranks) -> None:
     message = two_ranks.run(_absent)[0]
-    assert message.startswith("1 SyncBatchNorm1d(3) forward: the all-reduce of 7 numbers failed")
+    assert message.startswith("1 SyncBatchNorm1d(3) forward, torch.float32 input: the all-reduce")
     assert "on rank 0 of 2" in message
     two_ranks.close()  # The group is broken.
 
@@ -95,7 +105,7 @@ def _bad_groups(rank: int) -> list[str]:
     messages = []
     first = dist.new_group([0])
     mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b"))
-    for description in (3, 0, True, mesh, "node", first if rank == 1 else 0):
+    for description in (3, 0, True, mesh, first if rank == 1 else 0):
         with pytest.raises(ValueError) as caught:  # noqa: PT011 (messages are compared below)
             syncbn.SyncBatchNorm(3, process_group=description)
         messages.append(str(caught.value))
@@ -109,11 +119,61 @@ def test_bad_groups_are_errors(two_ranks: Ranks) -> None:
             "groups of 0 ranks",
             "got process group True",
             "device mesh of 2 dimensions ('a', 'b')",
-            "needs LOCAL_WORLD_SIZE",
             "this rank is not in the process group" if rank == 1 else "groups of 0 ranks",
         ]
         for message, part in zip(messages, wanted, strict=True):
             assert part in message
+
+
+def _nodes(rank: int) -> list[list[int] | None]:
+    answers = []
+    for agents in ("001", "000"):
+        os.environ["GROUP_RANK"] = agents[rank]
+        group = resolve_group("node")
+        answers.append(None if group is None else dist.get_process_group_ranks(group))
+    del os.environ["GROUP_RANK"]
+    return answers
+
+
+def test_nodes_may_have_different_numbers_of_ranks(three_ranks: Ranks) -> None:
+    assert three_ranks.run(_nodes) == [[[0, 1], None], [[0, 1], None], [[2], None]]
+
+
+def _one_rank_needs_no_gradient(rank: int) -> torch.Tensor | None:
+    layer = syncbn.SyncBatchNorm1d(3)
+    x = torch.full((2, 3), float(rank), requires_grad=rank == 0)
+    layer(x).square().sum().backward()
+    return x.grad
+
+
+def test_a_rank_whose_input_needs_no_gradient_still_takes_part(two_ranks: Ranks) -> None:
+    gradients = two_ranks.run(_one_rank_needs_no_gradient)
+    assert gradients[0] is not None
+    assert gradients[1] is None
+
+
+def _count_messages(rank: int) -> list[tuple[int, torch.dtype]]:
+    sent = []
+    original = dist.all_reduce
+
+    def counted(vector: torch.Tensor, *args: Any, **options: Any) -> Any:
+        sent.append((vector.numel(), vector.dtype))
+        return original(vector, *args, **options)
+
+    dist.all_reduce = counted  # type: ignore[assignment]
+    try:
+        layer = syncbn.SyncBatchNorm2d(5)
+        layer(torch.randn(3 * rank, 5, 4, 4, requires_grad=True)).sum().backward()
+        layer.eval()(torch.randn(2, 5, 4, 4))
+    finally:
+        dist.all_reduce = original
+    return sent
+
+
+def test_two_messages_a_step_on_any_number_of_ranks(ranks: Ranks) -> None:
+    """One forward, one backward, none in evaluation; also from a rank without data."""
+    for sent in ranks.run(_count_messages):
+        assert sent == [(11, torch.float64), (10, torch.float64)]
 
 
 def _not_a_member(rank: int) -> str:
@@ -122,6 +182,8 @@ def _not_a_member(rank: int) -> str:
     if rank == 0:
         syncbn.sync_batch_norm(x, zeros, zeros, training=True, process_group=group)
         return ""
+    with pytest.raises(ValueError, match="got process group 'world'; expected a torch"):
+        syncbn.sync_batch_norm(x, zeros, zeros, training=True, process_group="world")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="rank 1 is not in the process group") as caught:
         syncbn.sync_batch_norm(x, zeros, zeros, training=True, process_group=group)
     return str(caught.value)
@@ -152,6 +214,18 @@ def _copies(rank: int) -> None:
 
 def test_a_copy_shares_a_live_group_and_a_pickle_describes_it(two_ranks: Ranks) -> None:
     two_ranks.run(_copies)
+
+
+def _pickle_after_destroy(rank: int) -> bool:
+    group = dist.new_group([0, 1])
+    layer = syncbn.SyncBatchNorm1d(3, process_group=group)
+    dist.destroy_process_group(group)
+    loaded = pickle.loads(pickle.dumps(layer))
+    return bool(loaded.process_group == DetachedGroup(()))
+
+
+def test_a_model_pickles_after_its_group_is_gone(two_ranks: Ranks) -> None:
+    assert all(two_ranks.run(_pickle_after_destroy))
 
 
 def _keeps_group(rank: int) -> bool:

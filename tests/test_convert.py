@@ -71,7 +71,7 @@ def test_convert_and_revert_are_inverse_on_a_nested_model() -> None:
     kinds = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert all(isinstance(m, syncbn.SyncBatchNorm) for m in kinds)
     assert model.stem[1] is model.body[1]
-    assert model.stem[1].layer_name == "stem.1"
+    assert model.stem[1].sync_name == "stem.1"
     assert [module.training for module in model.modules()] == flags
     assert [id(tensor) for tensor in (*model.parameters(), *model.buffers())] == identities
     assert not model.stem[1].weight.requires_grad
@@ -145,7 +145,9 @@ def test_a_forward_of_its_own_is_left_alone_with_a_warning(how: str) -> None:
     if how == "instance":
         layer.forward = lambda input: input  # type: ignore[method-assign]
     model = nn.Sequential(nn.BatchNorm2d(4), layer)
-    with pytest.warns(UserWarning, match=r"overrides forward, so these layers .*: 1\."):
+    with pytest.warns(
+        UserWarning, match=r"forward.*, so these layers are left unsynchronized: 1\."
+    ):
         syncbn.convert_sync_batchnorm(model)
     assert type(model[0]) is syncbn.SyncBatchNorm2d
     assert not isinstance(model[1], syncbn.SyncBatchNorm)
@@ -190,10 +192,68 @@ def test_parametrized_layers_stay_parametrized() -> None:
     syncbn.convert_sync_batchnorm(layer)
     assert isinstance(layer, syncbn.SyncBatchNorm)
     assert parametrize.is_parametrized(layer, "weight")
-    layer(torch.randn(2, 4, 3, 3)).sum().backward()
+    for module in (layer, copy.deepcopy(layer)):
+        module(torch.randn(2, 4, 3, 3)).sum().backward()
     syncbn.revert_sync_batchnorm(layer)
     assert parametrize.is_parametrized(layer, "weight")
     assert not isinstance(layer, syncbn.SyncBatchNorm)
+    copy.deepcopy(layer)(torch.randn(2, 4, 3, 3))
+
+
+def test_parametrizations_come_and_go_while_converted() -> None:
+    layer: Any = parametrizations.weight_norm(nn.BatchNorm2d(4), dim=0)
+    syncbn.convert_sync_batchnorm(layer)
+    parametrize.remove_parametrizations(layer, "weight")
+    assert type(layer) is syncbn.SyncBatchNorm2d
+    parametrizations.weight_norm(layer, dim=0)
+    syncbn.revert_sync_batchnorm(layer)
+    assert parametrize.is_parametrized(layer, "weight")
+    parametrize.remove_parametrizations(layer, "weight")
+    assert type(layer) is nn.BatchNorm2d
+
+
+class Guarded(nn.BatchNorm2d):
+    """Overrides something that the synchronized layer has to replace."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "guarded": True}
+
+
+class TorchSync(nn.SyncBatchNorm):
+    """Adopted it would stay an nn.SyncBatchNorm, which DDP refuses on CPU."""
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (Guarded(4), "Guarded defines __getstate__"),
+        (TorchSync(4), "TorchSync overrides forward"),
+    ],
+)
+def test_what_would_lose_behaviour_is_left_alone(layer: nn.Module, reason: str) -> None:
+    before = type(layer)
+    with pytest.warns(UserWarning, match=f"{reason}, so these layers are left unsynchronized"):
+        syncbn.convert_sync_batchnorm(layer)
+    assert type(layer) is before
+
+
+def test_attributes_of_the_user_are_not_touched() -> None:
+    layer: Any = nn.BatchNorm2d(4)
+    layer.layer_name, layer.kernel = "mine", 3
+    syncbn.convert_sync_batchnorm(layer)(torch.randn(2, 4, 3, 3))
+    syncbn.revert_sync_batchnorm(layer)
+    assert (layer.layer_name, layer.kernel) == ("mine", 3)
+
+
+class MyLazy(nn.LazyBatchNorm2d):
+    pass
+
+
+def test_subclasses_of_lazy_layers_convert() -> None:
+    layer: Any = syncbn.convert_sync_batchnorm(MyLazy())
+    assert isinstance(layer, MyLazy)
+    layer(torch.randn(3, 6, 2, 2))
+    assert classes(layer) == [syncbn.SyncBatchNorm2d]
 
 
 def test_instance_norm_and_others_are_not_touched() -> None:

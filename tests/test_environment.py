@@ -83,6 +83,8 @@ def test_missing_variables_are_named(monkeypatch: pytest.MonkeyPatch, missing: s
         ("RANK", "two", "got RANK='two'; expected a non-negative integer"),
         ("RANK", "2", "got RANK=2 with WORLD_SIZE=2; expected a rank from 0 to 1"),
         ("WORLD_SIZE", "-1", "got WORLD_SIZE='-1'"),
+        ("MASTER_PORT", "abc", "got MASTER_PORT='abc'"),
+        ("LOCAL_WORLD_SIZE", "", "got LOCAL_WORLD_SIZE=''"),
     ],
 )
 def test_senseless_variables_are_errors(

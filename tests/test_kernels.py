@@ -94,10 +94,13 @@ def test_kernel_agrees_with_float64(kernel: str, dtype: torch.dtype, layout: str
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("offset", [100.0, 1e4])
+@pytest.mark.parametrize("offset", [1.0, 2.0, 4.0, 7.0, 9.0, 100.0, 1e4])
 def test_kernel_keeps_precision_far_from_zero(kernel: str, layout: str, offset: float) -> None:
-    """A float32 mean is off by 6e-4 standard deviations at mean/std = 1e4."""
-    for shape in SHAPES[-2:]:
+    """A float32 mean is off by 6e-4 standard deviations at mean/std = 1e4.
+
+    The smaller offsets are where the CPU kernel changes from one way to another.
+    """
+    for shape in (*SHAPES[-2:], (37, 5, 5, 5), (3, 4, 25, 25)):
         check(kernel, Case((shape,), layout=layout, offset=offset), 1e-6)
 
 
@@ -124,7 +127,21 @@ def test_kernel_ignores_where_the_outlier_is(kernel: str) -> None:
     device = device_of(kernel)
     found = Moments.unpack(kernels.choose(kernel, x.to(device)).moments(x.to(device)).cpu())
     values = x.double().movedim(1, 0).reshape(8, -1)
-    torch.testing.assert_close(found.variance(), values.var(1, correction=0), rtol=1e-6, atol=0)
+    var = values.var(1, correction=0)
+    torch.testing.assert_close(found.variance(), var, rtol=1e-6, atol=0)
+    assert ((found.mean() - values.mean(1)) / var.sqrt()).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_kernel_finds_a_constant_channel_constant(kernel: str, layout: str) -> None:
+    """Raw sums leave 1e-16 v^2, which for v = 1e6 is far above eps."""
+    for value in (0.1, 1e3 + 0.1, 1e4 + 0.1, 1e5 + 0.3, 1e6 + 0.3):
+        x = torch.full((6, 3, 13, 11), value, device=device_of(kernel))
+        if layout == "channels_last":
+            x = x.to(memory_format=torch.channels_last)
+        found = Moments.unpack(kernels.choose(kernel, x).moments(x))
+        assert torch.equal(found.variance(), torch.zeros_like(found.sum))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import syncbn
+from syncbn.moments import Moments
+from syncbn.running import update_running_statistics
 from tests.kernels import KERNELS, device_of
 
 PAIRS: list[tuple[Callable[..., nn.Module], Callable[..., nn.Module], tuple[int, ...]]] = [
@@ -107,7 +110,7 @@ def test_float32_parameters_take_half_input(dtype: torch.dtype) -> None:
 def test_an_inplace_relu_may_follow(kernel: str, layout: str, samples: int) -> None:
     """Autograd refuses to change a view that a function returned, and ResNets use such a ReLU."""
     layer = syncbn.SyncBatchNorm2d(4).to(device_of(kernel))
-    layer.kernel = kernel
+    layer.sync_kernel = kernel
     x, dy = (t.to(device_of(kernel)) for t in batch(Case(((samples, 4, 8, 8),), layout=layout), 0))
     leaf = x.requires_grad_()
     y = layer(leaf)
@@ -115,6 +118,68 @@ def test_an_inplace_relu_may_follow(kernel: str, layout: str, samples: int) -> N
     torch.relu_(y).backward(dy)
     assert torch.equal(y, wanted)
     assert leaf.grad is not None
+
+
+def test_constructor_is_torchs() -> None:
+    ours = inspect.signature(syncbn.SyncBatchNorm.__init__).parameters
+    theirs = inspect.signature(nn.SyncBatchNorm.__init__).parameters
+    assert list(ours) == list(theirs)
+    for name, parameter in theirs.items():
+        assert ours[name].default == parameter.default
+        assert ours[name].kind == parameter.kind
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_no_number_is_read_back_to_the_host(options: dict[str, Any]) -> None:
+    """On the meta device there are no numbers to read."""
+    layer = syncbn.SyncBatchNorm2d(3, device="meta", **options)
+    x = torch.randn(4, 3, 5, 5, device="meta", requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("value", [3.0, float("inf"), float("nan")])
+def test_a_single_value_reaches_no_buffer(value: float) -> None:
+    """CPU refuses such a batch; on CUDA, where reading the count would stall, this keeps it out."""
+    mean, var = torch.zeros(2), torch.ones(2)
+    one, sums = torch.tensor(1.0).double(), torch.full((2,), value).double()
+    update_running_statistics(mean, var, Moments(one, sums, sums.square()), 0.1)
+    assert torch.equal(mean, torch.zeros(2))
+    assert torch.equal(var, torch.ones(2))
+
+
+@pytest.mark.parametrize("value", [1e3 + 0.1, 1e4 + 0.1, 1e6 + 0.3])
+def test_gradient_of_a_constant_channel(value: float) -> None:
+    layer, reference = syncbn.SyncBatchNorm2d(2), nn.BatchNorm2d(2).double()
+    x, dy = torch.full((4, 2, 6, 6), value), torch.randn(4, 2, 6, 6)
+    found = step(layer, x, dy)
+    wanted = step(reference, x.double(), dy.double())
+    torch.testing.assert_close(found[1].double(), wanted[1], rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(layer.running_var, torch.full((2,), 0.9))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "parameters", "allowed"),
+    [
+        (torch.float32, torch.float32, True),
+        (torch.float16, torch.float32, True),
+        (torch.bfloat16, torch.bfloat16, True),
+        (torch.float64, torch.float32, False),
+        (torch.float32, torch.bfloat16, False),
+        (torch.float16, torch.bfloat16, False),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_what_trains_also_runs(
+    dtype: torch.dtype, parameters: torch.dtype, allowed: bool, training: bool
+) -> None:
+    layer = syncbn.SyncBatchNorm2d(3, dtype=parameters).train(training)
+    x = torch.randn(4, 3, 5, 5).to(dtype)
+    if allowed:
+        assert layer(x).dtype == dtype
+        return
+    with pytest.raises(ValueError, match=f"dtype {dtype} and a running_mean of dtype {parameters}"):
+        layer(x)
 
 
 def test_frozen_input_and_parameters_get_no_gradient() -> None:
@@ -180,8 +245,8 @@ def test_ema_copy_follows_the_buffers() -> None:
         (torch.randn(4), ValueError, r"shape \(4,\); expected at least 2 dimensions"),
         (torch.randn(4, 5), ValueError, r"shape \(4, 5\); expected 3 channels"),
         (torch.randn(4, 0), ValueError, "without channels"),
-        (torch.zeros(4, 3, dtype=torch.int64), TypeError, "torch.int64; expected float16"),
-        (torch.zeros(4, 3, dtype=torch.complex64), TypeError, "torch.complex64"),
+        (torch.zeros(4, 3, dtype=torch.int64), ValueError, "torch.int64; expected float16"),
+        (torch.zeros(4, 3, dtype=torch.complex64), ValueError, "torch.complex64"),
         (torch.randn(1, 3), ValueError, "single value per channel"),
     ],
 )

@@ -61,9 +61,3 @@ def test_no_values_give_zeros() -> None:
     assert empty.count == 0
     assert torch.equal(empty.mean(), torch.zeros(3, dtype=torch.float64))
     assert torch.equal(empty.variance(unbiased=True), torch.zeros(3, dtype=torch.float64))
-
-
-def test_constant_channel_has_no_negative_variance() -> None:
-    for value in (0.1, 1e4 + 0.1, -3.3e-5):
-        found = moments_of(torch.full((64, 1, 9), value))
-        assert 0 <= found.variance().item() < 1e-12 * max(value**2, 1)

@@ -32,10 +32,16 @@ def communicating_group(process_group: dist.ProcessGroup | None) -> dist.Process
         return None
     if process_group is None:
         process_group = dist.group.WORLD
-    if process_group is None or not isinstance(process_group, dist.ProcessGroup):
+    not_a_member: object = dist.GroupMember.NON_GROUP_MEMBER  # an int
+    if process_group == not_a_member:
         raise ValueError(
-            f"rank {dist.get_rank()} is not in the process group it was given "
-            f"({process_group!r}); every rank must pass a group that it is a member of"
+            f"rank {dist.get_rank()} is not in the process group it was given; every rank must "
+            "pass a group that it is a member of"
+        )
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise ValueError(
+            f"got process group {process_group!r}; expected a torch.distributed.ProcessGroup or "
+            "None (syncbn.distributed.resolve_group makes one from a description)"
         )
     return process_group if process_group.size() > 1 else None
 
@@ -43,8 +49,8 @@ def communicating_group(process_group: dist.ProcessGroup | None) -> dist.Process
 def all_reduce(vector: Tensor, group: dist.ProcessGroup | None, label: str) -> Tensor:
     """Sum a vector over a group, in place.
 
-    With ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` the ranks first compare what they are about to sum, so
-    that two layers that meet in one message are reported instead of added up.
+    With ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` the ranks first compare their labels, so that two layers
+    that meet in one message are reported instead of added up.
 
     Args:
         vector: contiguous, the same shape and dtype on every rank.
@@ -56,7 +62,8 @@ def all_reduce(vector: Tensor, group: dist.ProcessGroup | None, label: str) -> T
 
     Raises:
         RuntimeError: the ranks disagree on the message (debug level), or the transport failed or
-            timed out; the message names the label.
+            timed out; the message has the label. (NCCL reports failures later, through its
+            watchdog, which knows no label.)
     """
     if group is None:
         return vector
@@ -69,8 +76,8 @@ def all_reduce(vector: Tensor, group: dist.ProcessGroup | None, label: str) -> T
     except RuntimeError as error:
         raise RuntimeError(
             f"{label}: the all-reduce of {vector.numel()} numbers failed on rank "
-            f"{dist.get_rank()} of {dist.get_world_size()}. Either another rank ended, or it "
-            f"never reached this layer (layers must run in the same order on every rank): {error}"
+            f"{dist.get_rank()} of {dist.get_world_size()}. If another rank ended or never reached "
+            f"this layer, look there: layers must run in the same order on every rank. {error}"
         ) from error
     return vector
 
@@ -80,7 +87,7 @@ class _DisagreementError(Exception):
 
 
 def _require_agreement(vector: Tensor, group: dist.ProcessGroup, label: str) -> None:
-    text = f"{label}, {vector.numel()} numbers, {vector.dtype}".encode()[:_DESCRIPTION_BYTES]
+    text = f"{vector.numel()} numbers for {label}".encode()[:_DESCRIPTION_BYTES]
     mine = torch.zeros(_DESCRIPTION_BYTES, dtype=torch.uint8)
     mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     mine = mine.to(vector.device)

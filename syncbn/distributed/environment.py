@@ -59,7 +59,8 @@ def init_process_group(backend: str | None = None, timeout: timedelta | None = N
             "call init_process_group once"
         )
     place = _read_environment(os.environ)
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", place.local_rank + 1))
+    # Without it all ranks are taken to be on one node: every rank must choose the same backend.
+    local_world = _number(os.environ, "LOCAL_WORLD_SIZE", place.world_size)
     backend = backend or ("nccl" if torch.cuda.device_count() >= local_world else "gloo")
     device = _device(backend, place.local_rank)
     store = None if "RANK" in os.environ else dist.HashStore()
@@ -84,7 +85,7 @@ def _read_environment(environ: Mapping[str, str]) -> _Place:
     present = [name for name in _TORCHRUN if name in environ]
     if "RANK" not in present and "WORLD_SIZE" not in present and "LOCAL_RANK" not in present:
         for name in _OTHER_LAUNCHERS:
-            if int(environ.get(name, "1")) > 1:
+            if _number(environ, name, 1) > 1:
                 raise RuntimeError(
                     f"{name}={environ[name]}: started by mpirun or srun, which are not supported "
                     "yet; start with torchrun (launch/torchrun.sh)"
@@ -96,6 +97,7 @@ def _read_environment(environ: Mapping[str, str]) -> _Place:
             f"the environment has {', '.join(present)} but not {', '.join(missing)}; start with "
             "torchrun, which sets them all, or unset them all to run alone"
         )
+    _number(environ, "MASTER_PORT")
     place = _Place(*(_number(environ, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     if place.rank >= place.world_size:
         raise ValueError(
@@ -105,7 +107,9 @@ def _read_environment(environ: Mapping[str, str]) -> _Place:
     return place
 
 
-def _number(environ: Mapping[str, str], name: str) -> int:
+def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    if name not in environ and default is not None:
+        return default
     text = environ[name]
     if not text.isdigit():
         raise ValueError(f"got {name}={text!r}; expected a non-negative integer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from typing import TypeAlias
 
 import torch.distributed as dist
@@ -19,7 +20,8 @@ def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:
     order.
 
     Args:
-        group: None or "world" (all ranks), "node" (the ranks that one launcher started together),
+        group: None or "world" (all ranks), "node" (the ranks of one machine; with torchrun, those
+            that one launcher started),
             an integer n (n consecutive ranks: 0..n-1, n..2n-1, and so on), a one-dimensional
             ``DeviceMesh``, or a process group, which is returned as it is.
 
@@ -40,7 +42,7 @@ def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:
                 "that it is a member of"
             )
         case "node":
-            return _consecutive_ranks(_ranks_a_node())
+            return _ranks_of_this_node()
         case bool():
             pass
         case int():
@@ -61,25 +63,32 @@ def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:
 
 
 def _consecutive_ranks(size: int) -> dist.ProcessGroup | None:
+    _require_initialized()
+    world = dist.get_world_size()
+    if size < 1 or world % size:
+        raise ValueError(f"got groups of {size} ranks; expected a divisor of the {world} ranks")
+    return _own_of([list(range(first, first + size)) for first in range(0, world, size)])
+
+
+def _ranks_of_this_node() -> dist.ProcessGroup | None:
+    _require_initialized()
+    nodes: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
+    # GROUP_RANK numbers torchrun's agents: containers may share a host name.
+    dist.all_gather_object(nodes, (os.environ.get("GROUP_RANK", ""), socket.gethostname()))
+    members = [[r for r, node in enumerate(nodes) if node == name] for name in sorted(set(nodes))]
+    return _own_of(members)
+
+
+def _own_of(partition: list[list[int]]) -> dist.ProcessGroup | None:
+    if len(partition) == 1:
+        return None
+    own: dist.ProcessGroup
+    own, _ = dist.new_subgroups_by_enumeration(partition)
+    return own
+
+
+def _require_initialized() -> None:
     if not dist.is_initialized():
         raise RuntimeError(
             "groups of ranks need torch.distributed; call syncbn.init_process_group() first"
         )
-    world = dist.get_world_size()
-    if size < 1 or world % size:
-        raise ValueError(f"got groups of {size} ranks; expected a divisor of the {world} ranks")
-    if size == world:
-        return None
-    own: dist.ProcessGroup
-    own, _ = dist.new_subgroups(size)
-    return own
-
-
-def _ranks_a_node() -> int:
-    value = os.environ.get("LOCAL_WORLD_SIZE")
-    if value is None:
-        raise ValueError(
-            "process group 'node' needs LOCAL_WORLD_SIZE, which torchrun sets; give the number "
-            "of ranks a node instead"
-        )
-    return int(value)

@@ -5,7 +5,7 @@
   (ATen's forward statistics are five times slower on contiguous float32.)
 - Its *inference* kernel computes ``x * scale + shift`` in one pass.
 
-Both add up numbers that are far from zero if x is, so each function first bounds what is lost to
+Both add up numbers that are far from zero if x is, so each function bounds what is lost to
 cancellation, and hands over to :mod:`syncbn.kernels.blocked`, precise for any values, where that is
 too much. The four functions are those of :mod:`syncbn.kernels.reference`.
 """
@@ -19,19 +19,24 @@ from syncbn.kernels import blocked
 from syncbn.kernels.blocked import RUN, Layout, dense, dense_pair
 from syncbn.kernels.coefficients import compute_dtype, split_mean
 
-# Largest amplification of float32's rounding that stays within a few units: of the sums, whose own
-# error is 3e-8, and of x * scale + shift.
-AMPLIFICATION = 8.0
+# Largest amplification by cancellation of the error of ATen's sums, about 1e-7.
+SUMS = 4.0
+# Largest |mean|/std at which x * scale + shift is off by a few roundings only.
+NEAR_ZERO = 8.0
 # Values that ATen sums one by one in float32 when channels are innermost.
-LENGTH = 1 << 9
+LENGTH = 1 << 6
 
 
 def moments(x: Tensor) -> Tensor:
     """See :func:`syncbn.kernels.reference.moments`.
 
-    One pass gives sum(x) and sum(x (x - p)), with p the mean of a few samples. What is added up
-    there is, by Cauchy and Schwarz, at most sqrt(E[x^2] E[(x - p)^2]) a value, against the variance
-    that is left in the end.
+    One pass gives sum(x) and sum(x (x - p)), with p the mean of a few values, and from them::
+
+        variance + (mean - p)^2 = sum(x (x - p))/n - p (mean - p)
+
+    so errors of the sums are errors of the variance, those of the mean p times over. By Cauchy and
+    Schwarz what was added up is at most ``sqrt(E x^2) (sqrt(E (x - p)^2) + |p|)`` a value. Channels
+    where that is many times the variance are done again, the precise way.
     """
     channels = x.shape[1]
     count = x.numel() // channels
@@ -44,10 +49,14 @@ def moments(x: Tensor) -> Tensor:
     pivot, mean = pivot.double(), total / count
     about_pivot = product / count - pivot * (mean - pivot)
     variance = about_pivot - (mean - pivot).square()
-    added = ((variance + mean.square()) * about_pivot).sqrt()
-    if not bool((added <= AMPLIFICATION * variance).all()):
-        return blocked.moments(x)
-    return torch.cat([total, (variance + mean.square()) * count, total.new_full((1,), count)])
+    mean_square = variance + mean.square()
+    added = mean_square.sqrt() * (about_pivot.sqrt() + pivot.abs())
+    # Negated, so that NaN counts as imprecise.
+    imprecise = ~(added <= SUMS * variance)
+    message = torch.stack([total, mean_square * count])
+    if imprecise.any():
+        message[:, imprecise] = blocked.moments(x[:, imprecise])[:-1].view(2, -1)
+    return torch.cat([message.view(-1), total.new_full((1,), count)])
 
 
 def normalize(
@@ -108,7 +117,7 @@ def backward_elemt(
 
 def _near_zero(mean: Tensor, invstd: Tensor) -> bool:
     """Return whether ``x * scale + shift`` is precise: no mean far from zero, and no NaN."""
-    return bool((mean * invstd).abs().max() <= AMPLIFICATION)
+    return bool((mean * invstd).abs().max() <= NEAR_ZERO)
 
 
 def _has_long_runs(layout: Layout) -> bool:

@@ -24,7 +24,8 @@ def moments(x: Tensor) -> Tensor:
         # A half type cannot hold a variation its mean dwarfs, so there is nothing to shift away.
         values, pivot = x, torch.zeros(channels, dtype=torch.float64, device=x.device)
     else:
-        first = x.detach().movedim(1, 0).reshape(channels, -1)[:, 0]
+        # The mean of one sample, and not one value, which may be padding and far from the rest.
+        first = x[0].reshape(channels, -1).mean(1)
         values = x - first.view(-1, *(1,) * (x.ndim - 2))
         pivot = first.double()
     # eps = 0 so that the variance comes back whole; ATen returns invstd = 0 for a constant channel.
