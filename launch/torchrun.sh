@@ -8,16 +8,17 @@
 #   NNODES           nodes (1); with more, NODE_RANK and MASTER_ADDR (the address of node 0) are needed
 #   MASTER_PORT      free port on node 0, for several nodes (29500); one node picks its own
 #   OMP_NUM_THREADS  threads a rank: this node's cores divided by NPROC
+#   PYTHON           interpreter with syncbn installed (python3)
 set -euo pipefail
 
-gpus() { python -c 'import torch; print(torch.cuda.device_count())'; }
+PYTHON=${PYTHON:-python3}
+gpus() { "$PYTHON" -c 'import torch; print(torch.cuda.device_count())'; }
 # nproc obeys OMP_NUM_THREADS, which would make a setting of the caller the number of cores.
 cores() { env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN; }
 
 NPROC=${NPROC:-$(gpus)}
 ((NPROC > 0)) || NPROC=2
-threads=$(($(cores) / NPROC))
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((NPROC < $(cores) ? $(cores) / NPROC : 1))}
 
 rendezvous=(--standalone)
 if ((${NNODES:-1} > 1)); then
@@ -26,4 +27,4 @@ if ((${NNODES:-1} > 1)); then
   rendezvous=(--nnodes "$NNODES" --node-rank "$NODE_RANK"
     --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 fi
-exec torchrun "${rendezvous[@]}" --nproc-per-node "$NPROC" "$@"
+exec "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$NPROC" "$@"

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pickle
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -85,8 +86,9 @@ class Ranks:
     def _collect(self) -> list[tuple[bool, Any]]:
         answers: list[tuple[bool, Any]] = [(False, "no answer in time")] * self.size
         pending = {connection: rank for rank, (_, connection) in enumerate(self._workers)}
+        deadline = time.monotonic() + CALL_TIMEOUT
         while pending:
-            ready = wait(list(pending), timeout=CALL_TIMEOUT)
+            ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 break
             for connection in ready:

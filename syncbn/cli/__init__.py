@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
+
+if missing := [name for name in ("hydra", "rich") if importlib.util.find_spec(name) is None]:
+    raise ImportError(
+        f"the commands of syncbn need {' and '.join(missing)}: pip install 'syncbn[cli]'"
+    )
 
 
 def config_path() -> str:

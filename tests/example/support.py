@@ -99,7 +99,7 @@ def start(*arguments: object, cwd: Path, **variables: object) -> subprocess.Pope
     """Start the launcher, output and errors in one pipe, one thread a rank."""
     environment = {
         **os.environ,
-        # The launcher runs whatever python and torchrun come first.
+        # The launcher runs whatever python3 comes first.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(REPOSITORY),
         "OMP_NUM_THREADS": "1",

@@ -184,7 +184,6 @@ def test_default_run_directories_and_automatic_resume(
     assert checkpoint(second)["step"] == 2
 
 
-@pytest.mark.timeout(120)
 def test_command_makes_one_run_directory_and_prints_one_line_an_epoch(tmp_path: Path) -> None:
     job = start(PROGRAM, "experiment=digits_smoke", "max_steps=4", cwd=tmp_path, NPROC=2)
     output = finish(job)
@@ -198,7 +197,6 @@ def test_command_makes_one_run_directory_and_prints_one_line_an_epoch(tmp_path: 
     assert "\x1b" not in output
 
 
-@pytest.mark.timeout(120)
 def test_unreadable_image_on_one_rank_ends_all_with_its_name(tmp_path: Path) -> None:
     """The other rank waits in a collective then, and must not wait for long."""
     root = tmp_path / "images"
