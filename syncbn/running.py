@@ -33,8 +33,7 @@ def update_running_statistics(
         moments: of the whole synchronized batch.
         momentum: weight of this batch; a scalar tensor for a cumulative average.
     """
-    # Made float64 by a tensor: as a Python number among tensors it would be rounded to float32.
-    share = torch.ones_like(moments.count) * momentum
+    counts = recorded(moments)
     with torch.no_grad():
         for running, batch in (
             (running_mean, moments.mean()),
@@ -42,5 +41,4 @@ def update_running_statistics(
         ):
             if running is not None:
                 # In float64, so that a half buffer rounds once.
-                moved = running.double().lerp(batch, share)
-                running.copy_(torch.where(recorded(moments), moved, running))
+                running.copy_(running + torch.where(counts, batch - running, 0.0) * momentum)

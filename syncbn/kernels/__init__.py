@@ -11,6 +11,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+# Elements up to which, on CPU, the fewest calls are the fastest kernel (docs/kernels.md).
+_SMALL = 1 << 16
+
 NAMES = ("auto", "reference", "blocked", "aten_cpu", "aten_cuda")
 
 
@@ -58,9 +61,9 @@ def choose(name: str, x: Tensor) -> Kernel:
 
             return aten_cuda
         case "auto", "cpu":
-            from syncbn.kernels import aten_cpu
+            from syncbn.kernels import aten_cpu, reference
 
-            return aten_cpu
+            return aten_cpu if x.numel() > _SMALL else reference
         case (("auto" | "reference"), _):
             from syncbn.kernels import reference
 
