@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.utils import parametrizations
 
 import syncbn
 from syncbn.distributed import resolve_group
@@ -202,6 +203,10 @@ def _copies(rank: int) -> None:
     assert copied.process_group is group
     copied(x)
     torch.testing.assert_close(copied.running_mean, torch.full((3,), 0.5))
+
+    parametrized = parametrizations.weight_norm(nn.BatchNorm1d(3), dim=0)
+    syncbn.convert_sync_batchnorm(parametrized, group)
+    assert copy.deepcopy(parametrized).process_group is group
 
     loaded = pickle.loads(pickle.dumps(layer))
     assert loaded.process_group == DetachedGroup((0, 1))
