@@ -199,14 +199,14 @@ def _copies(rank: int) -> None:
     layer = syncbn.SyncBatchNorm1d(3, process_group=group, momentum=1.0)
     x = torch.full((1, 3), float(rank))
 
+    parametrized = parametrizations.weight_norm(nn.BatchNorm1d(3), dim=0)
+    syncbn.convert_sync_batchnorm(parametrized, group)
+    assert copy.deepcopy(parametrized).process_group is group
+
     copied = copy.deepcopy(layer)
     assert copied.process_group is group
     copied(x)
     torch.testing.assert_close(copied.running_mean, torch.full((3,), 0.5))
-
-    parametrized = parametrizations.weight_norm(nn.BatchNorm1d(3), dim=0)
-    syncbn.convert_sync_batchnorm(parametrized, group)
-    assert copy.deepcopy(parametrized).process_group is group
 
     loaded = pickle.loads(pickle.dumps(layer))
     assert loaded.process_group == DetachedGroup((0, 1))
