@@ -71,8 +71,8 @@ def revert_sync_batchnorm(module: M) -> M:
     """Give every synchronized layer of a model its original class back, in place.
 
     Layers built as ``syncbn.SyncBatchNorm1d/2d/3d`` become ``nn.BatchNorm1d/2d/3d``; a
-    ``syncbn.SyncBatchNorm``, which takes any number of dimensions, becomes ``nn.SyncBatchNorm``. A
-    subclass of ours that a user wrote has no original and stays.
+    ``syncbn.SyncBatchNorm``, which takes any number of dimensions, becomes ``nn.SyncBatchNorm`` and
+    keeps the group it has. A subclass of ours that a user wrote has no original and stays.
 
     Args:
         module: the model, or a single layer.

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations
 import syncbn
 from syncbn.distributed import resolve_group
 from syncbn.module import DetachedGroup
-from tests.ranks import Ranks
+from tests.ranks import RankError, Ranks
 
 
 def _disagree(rank: int, kind: str) -> str:
@@ -87,6 +87,20 @@ def test_a_rank_that_never_arrives_times_out_with_the_layers_name(two_ranks: Ran
     assert message.startswith("1 SyncBatchNorm1d(3) forward, torch.float32 input: the all-reduce")
     assert "on rank 0 of 2" in message
     two_ranks.close()  # The group is broken.
+
+
+def _dies(rank: int) -> None:
+    model = syncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3)))
+    if rank == 1:
+        os._exit(1)
+    model(torch.randn(2, 3))
+
+
+def test_a_rank_that_dies_is_an_error_with_the_layers_name(two_ranks: Ranks) -> None:
+    with pytest.raises(RankError) as caught:
+        two_ranks.run(_dies)
+    assert "RuntimeError: 0 SyncBatchNorm1d(3) forward" in str(caught.value)
+    assert "rank 1 of 2: died" in str(caught.value)
 
 
 def _groups(rank: int) -> list[list[int] | None]:

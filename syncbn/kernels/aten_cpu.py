@@ -19,12 +19,12 @@ from syncbn.kernels import blocked
 from syncbn.kernels.blocked import RUN, Layout, dense, dense_pair
 from syncbn.kernels.coefficients import compute_dtype, split_mean
 
-# Largest amplification by cancellation of the error of ATen's sums, about 1e-7.
-SUMS = 4.0
+# Largest amplification by cancellation of the error of ATen's sums, which is about 1e-7.
+AMPLIFICATION = 4.0
 # Largest |mean|/std at which x * scale + shift is off by a few roundings only.
 NEAR_ZERO = 8.0
 # Values that ATen sums one by one in float32 when channels are innermost.
-LENGTH = 1 << 6
+SHORT_RUN = 1 << 6
 
 
 def moments(x: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ def moments(x: Tensor) -> Tensor:
     mean_square = variance + mean.square()
     added = mean_square.sqrt() * (about_pivot.sqrt() + pivot.abs())
     # Negated, so that NaN counts as imprecise.
-    imprecise = ~(added <= SUMS * variance)
+    imprecise = ~(added <= AMPLIFICATION * variance)
     message = torch.stack([total, mean_square * count])
     if imprecise.any():
         message[:, imprecise] = blocked.moments(x[:, imprecise])[:-1].view(2, -1)
@@ -126,7 +126,14 @@ def _has_long_runs(layout: Layout) -> bool:
 
 
 def _reduce(dy: Tensor, x: Tensor, pivot: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Return sum(dy) and sum(dy (x - pivot)), each float64 ``[C]``."""
+    """Return sum(dy) and sum(dy (x - pivot)), each float64 ``[C]``.
+
+    Args:
+        dy: laid out like x.
+        x: shape ``[N, C, *]``, contiguous or channels_last.
+        pivot: compute dtype, shape ``[C]``.
+        layout: of x.
+    """
     channels = layout.channels
     sum_dy = torch.zeros(channels, dtype=torch.float64)
     sum_dy_x = torch.zeros(channels, dtype=torch.float64)
@@ -151,7 +158,7 @@ def _runs(matrix: Tensor, layout: Layout) -> list[Tensor]:
     rows, columns = matrix.shape
     if layout.by_row:
         return [matrix.view(1, rows, columns, 1)]
-    k = max(1, rows // LENGTH)
+    k = max(1, rows // SHORT_RUN)
     whole = rows - rows % k
     wide = matrix[:whole].view(1, whole // k, 1, k * columns)
     rest = matrix[whole:].view(1, rows - whole, 1, columns)

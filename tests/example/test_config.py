@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from config import Amp, Arch, NormKind, Source
+from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
@@ -39,6 +40,12 @@ def test_every_choice_composes(group: str, name: str) -> None:
             first, command, *_ = (CONFIGS / group / f"{name}.yaml").read_text().splitlines()
             assert first == "# @package _global_"
             assert f"examples/resnet/train.py experiment={name}" in command
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+def test_every_command_composes(name: str) -> None:
+    with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
+        assert compose(name)
 
 
 def test_every_choice_of_the_schema_has_a_file() -> None:

@@ -20,7 +20,6 @@ def free_port() -> int:
         return port
 
 
-@pytest.mark.timeout(120)
 def test_two_nodes_of_two_ranks_train_as_one_node_of_four(tmp_path: Path) -> None:
     write_cifar(tmp_path / "data")
     train = [PROGRAM, *STEPS, f"data.root={tmp_path / 'data'}", "max_steps=3", "norm=sync"]
