@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
 from tests.ranks import Ranks
+from tests.transports import TRANSPORTS
 
 # Spawned workers and small all-reduces make examples slow to generate, not wrong.
 settings.register_profile(
@@ -16,22 +17,39 @@ settings.load_profile("syncbn")
 
 
 @pytest.fixture(scope="session")
-def two_ranks() -> Iterator[Ranks]:
-    ranks = Ranks(2)
-    yield ranks
-    ranks.close()
+def pool() -> Iterator[Callable[[int, str], Ranks]]:
+    """Return the ranks of a size and transport, the same for all tests."""
+    pools: dict[tuple[int, str], Ranks] = {}
+
+    def get(size: int, transport: str) -> Ranks:
+        return pools.setdefault((size, transport), Ranks(size, transport))
+
+    yield get
+    for ranks in pools.values():
+        ranks.close()
 
 
-@pytest.fixture(scope="session")
-def three_ranks() -> Iterator[Ranks]:
-    ranks = Ranks(3)
-    yield ranks
-    ranks.close()
+@pytest.fixture(scope="session", params=[name for name in TRANSPORTS if name != "mpich"])
+def transport(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def two_ranks(pool: Callable[[int, str], Ranks], transport: str) -> Ranks:
+    return pool(2, transport)
+
+
+@pytest.fixture
+def three_ranks(pool: Callable[[int, str], Ranks], transport: str) -> Ranks:
+    return pool(3, transport)
 
 
 @pytest.fixture(params=[2, 3], ids=["two", "three"])
-def ranks(request: pytest.FixtureRequest, two_ranks: Ranks, three_ranks: Ranks) -> Ranks:
-    return two_ranks if request.param == 2 else three_ranks
+def ranks(
+    request: pytest.FixtureRequest, pool: Callable[[int, str], Ranks], transport: str
+) -> Ranks:
+    return pool(request.param, transport)
 
 
 @pytest.fixture(autouse=True)

@@ -1,25 +1,23 @@
-"""A pool of worker processes that are the ranks of a Gloo group, started once a test run."""
+"""A pool of worker processes that are the ranks of a group, started once a test run."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import pickle
+import shutil
+import socket
+import subprocess
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
+from tests import transports
 
 # A rank that waits for one that raised gives up after this, so that the test fails before pytest's
 # own timeout would end the whole run.
-COLLECTIVE_TIMEOUT = timedelta(seconds=20)
+COLLECTIVE_TIMEOUT = 20.0
 CALL_TIMEOUT = 45.0
 
 
@@ -32,11 +30,15 @@ class Ranks:
 
     Args:
         size: number of ranks.
+        transport: one of :data:`tests.transports.TRANSPORTS`.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, transport: str = "gloo") -> None:
         self.size = size
-        self._workers: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
+        self.transport = transport
+        self._processes: list[subprocess.Popen[str]] = []
+        self._connections: list[Connection] = []
+        self._folder = Path()
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Call ``function(rank, *args)`` on every rank and return the results by rank.
@@ -47,9 +49,9 @@ class Ranks:
         Raises:
             RankError: a rank raised, died or did not answer in time.
         """
-        if not self._workers:
+        if not self._connections:
             self._start()
-        for _, connection in self._workers:
+        for connection in self._connections:
             connection.send_bytes(pickle.dumps((function, args)))
         answers = self._collect()
         failed = [
@@ -63,29 +65,33 @@ class Ranks:
         return [value for _, value in answers]
 
     def close(self) -> None:
-        """End the workers."""
-        for process, connection in self._workers:
+        """End the workers: they leave their group when nobody is connected any more."""
+        for connection in self._connections:
             connection.close()
+        for process in self._processes:
             process.terminate()
-        for process, _ in self._workers:
-            process.join()
-        self._workers = []
+        for process in self._processes:
+            process.wait()
+        if self._processes:
+            shutil.rmtree(self._folder)
+        self._processes, self._connections = [], []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        rendezvous = Path(tempfile.mkdtemp()) / "store"
-        for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_work, args=(rank, self.size, rendezvous, theirs), daemon=True
+        self._folder = Path(tempfile.mkdtemp())
+        program = ("-m", "tests.worker", self.transport, self._folder, str(COLLECTIVE_TIMEOUT))
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(self._folder / "socket"))
+            listener.listen(self.size)
+            listener.settimeout(CALL_TIMEOUT)
+            self._processes = transports.start(
+                self.transport, self.size, program, outlives_ranks=True
             )
-            process.start()
-            theirs.close()
-            self._workers.append((process, ours))
+            ranked = dict(_accept(listener) for _ in range(self.size))
+        self._connections = [ranked[rank] for rank in range(self.size)]
 
     def _collect(self) -> list[tuple[bool, Any]]:
         answers: list[tuple[bool, Any]] = [(False, "no answer in time")] * self.size
-        pending = {connection: rank for rank, (_, connection) in enumerate(self._workers)}
+        pending = {connection: rank for rank, connection in enumerate(self._connections)}
         deadline = time.monotonic() + CALL_TIMEOUT
         while pending:
             ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
@@ -97,29 +103,16 @@ class Ranks:
         return answers
 
 
+def _accept(listener: socket.socket) -> tuple[int, Connection]:
+    accepted, _ = listener.accept()
+    connection = Connection(accepted.detach())
+    rank: int = connection.recv()
+    return rank, connection
+
+
 def _receive(connection: Connection) -> tuple[bool, Any]:
     try:
         answer: tuple[bool, Any] = pickle.loads(connection.recv_bytes())
-    except EOFError:
+    except (EOFError, ConnectionResetError):
         return False, "died"
     return answer
-
-
-def _work(rank: int, size: int, rendezvous: Path, connection: Connection) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(rendezvous), size)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT
-    )
-    while True:
-        try:
-            function, args = pickle.loads(connection.recv_bytes())
-        except EOFError:
-            return
-        try:
-            answer = (True, function(rank, *args))
-        except Exception:
-            answer = (False, traceback.format_exc())
-        # Plain pickle: the connection's own would share tensors through files of this process.
-        connection.send_bytes(pickle.dumps(answer))

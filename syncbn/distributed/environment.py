@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.constants import default_pg_timeout
 
+from syncbn.distributed.place import Place
+
+_BACKENDS = ("nccl", "gloo", "mpi4py")
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# Set for every process by launchers that are not supported yet, with the number of processes.
-_OTHER_LAUNCHERS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS")
+# The number of processes, for every process of a job: Open MPI; MPICH and its relatives; MVAPICH.
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+# With one of these srun has set up MPI (its option --mpi).
+_PMI_RANKS = ("PMIX_RANK", "PMI_RANK")
 
 
 @dataclass(frozen=True)
@@ -35,76 +42,100 @@ class RankInfo:
 def init_process_group(backend: str | None = None, timeout: timedelta | None = None) -> RankInfo:
     """Initialize torch.distributed for the launcher that started this process.
 
-    Reads the environment of torchrun. A process that no launcher started becomes a group of one,
-    so that the same program (DDP included) runs alone. On CUDA the current device is set.
+    Reads the environment of torchrun, else that of mpirun or of srun with PMI. A process that no
+    launcher started becomes a group of one, so that the same program (DDP included) runs alone. On
+    CUDA the current device is set.
 
     Args:
-        backend: "nccl", "gloo", or None for NCCL when every local rank has a GPU, Gloo otherwise.
+        backend: "nccl", "gloo", "mpi4py", or None for NCCL when every local rank has a GPU, else
+            mpi4py in a job started by mpirun or srun, else Gloo.
         timeout: how long a collective may wait for another rank; None for torch's default.
 
     Returns:
         Rank, world size, local rank and device.
 
     Raises:
+        ImportError: mpi4py or an MPI library is needed and missing.
         ValueError: an unknown backend, a variable that is not a number or out of range, or a rank
             without a GPU for NCCL.
-        RuntimeError: some of torchrun's variables are missing, another launcher started several
-            processes, or torch.distributed is initialized already.
+        RuntimeError: some of torchrun's variables are missing, srun started several processes
+            without PMI, ranks do not come, or torch.distributed is initialized already.
     """
-    if backend not in (None, "nccl", "gloo"):
-        raise ValueError(f"got backend {backend!r}; expected 'nccl', 'gloo' or None")
+    if backend not in (None, *_BACKENDS):
+        expected = ", ".join(repr(name) for name in _BACKENDS)
+        raise ValueError(f"got backend {backend!r}; expected {expected} or None")
     if dist.is_initialized():
         raise RuntimeError(
             f"torch.distributed is initialized already (backend {dist.get_backend()!r}); "
             "call init_process_group once"
         )
-    place = _read_environment(os.environ)
-    # Without it all ranks are taken to be on one node: every rank must choose the same backend.
-    local_world = _number(os.environ, "LOCAL_WORLD_SIZE", place.world_size)
-    backend = backend or ("nccl" if torch.cuda.device_count() >= local_world else "gloo")
+    processes = _mpi_processes(os.environ)
+    if any(name in os.environ for name in _TORCHRUN[:3]):
+        place, backend_without_gpus = _torchrun_place(os.environ), "gloo"
+    elif processes > 1:
+        # Imported here: importing it starts MPI.
+        from syncbn.distributed import mpi_launch
+
+        place = mpi_launch.find_place(processes, timeout or default_pg_timeout)
+        backend_without_gpus = "mpi4py"
+    else:
+        place, backend_without_gpus = Place(0, 1, 0, 1, dist.HashStore()), "gloo"
+    every_rank_has_a_gpu = torch.cuda.device_count() >= place.local_world_size
+    backend = backend or ("nccl" if every_rank_has_a_gpu else backend_without_gpus)
     device = _device(backend, place.local_rank)
-    store = None if "RANK" in os.environ else dist.HashStore()
+    if backend == "mpi4py":
+        _register_mpi4py(os.environ)
     dist.init_process_group(
         backend,
-        store=store,
-        rank=place.rank if store is not None else -1,
-        world_size=place.world_size if store is not None else -1,
+        store=place.store,
+        rank=place.rank if place.store is not None else -1,
+        world_size=place.world_size if place.store is not None else -1,
         timeout=timeout,
     )
     return RankInfo(place.rank, place.world_size, place.local_rank, device)
 
 
-@dataclass(frozen=True)
-class _Place:
-    rank: int
-    world_size: int
-    local_rank: int
-
-
-def _read_environment(environ: Mapping[str, str]) -> _Place:
-    present = [name for name in _TORCHRUN if name in environ]
-    if "RANK" not in present and "WORLD_SIZE" not in present and "LOCAL_RANK" not in present:
-        for name in _OTHER_LAUNCHERS:
-            if _number(environ, name, 1) > 1:
-                raise RuntimeError(
-                    f"{name}={environ[name]}: started by mpirun or srun, which are not supported "
-                    "yet; start with torchrun (launch/torchrun.sh)"
-                )
-        return _Place(0, 1, 0)
+def _torchrun_place(environ: Mapping[str, str]) -> Place:
     missing = [name for name in _TORCHRUN if name not in environ]
     if missing:
+        present = [name for name in _TORCHRUN if name in environ]
         raise RuntimeError(
             f"the environment has {', '.join(present)} but not {', '.join(missing)}; start with "
             "torchrun, which sets them all, or unset them all to run alone"
         )
     _number(environ, "MASTER_PORT")
-    place = _Place(*(_number(environ, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
-    if place.rank >= place.world_size:
+    rank, world_size, local_rank = (_number(environ, name) for name in _TORCHRUN[:3])
+    if rank >= world_size:
         raise ValueError(
-            f"got RANK={place.rank} with WORLD_SIZE={place.world_size}; "
-            f"expected a rank from 0 to {place.world_size - 1}"
+            f"got RANK={rank} with WORLD_SIZE={world_size}; "
+            f"expected a rank from 0 to {world_size - 1}"
         )
-    return place
+    # Without it all ranks are taken to be on one node: every rank must choose the same backend.
+    local_world_size = _number(environ, "LOCAL_WORLD_SIZE", world_size)
+    return Place(rank, world_size, local_rank, local_world_size, None)
+
+
+def _mpi_processes(environ: Mapping[str, str]) -> int:
+    processes = max(_number(environ, name, 1) for name in _MPI_SIZES)
+    if processes > 1:
+        return processes
+    tasks = _number(environ, "SLURM_STEP_NUM_TASKS", 1)
+    if tasks > 1 and "RANK" not in environ and not any(name in environ for name in _PMI_RANKS):
+        raise RuntimeError(
+            f"SLURM_STEP_NUM_TASKS={tasks}: srun started several processes without setting up MPI; "
+            "use 'srun --mpi=pmix' (or pmi2), or start torchrun once on each node"
+        )
+    return tasks
+
+
+def _register_mpi4py(environ: Mapping[str, str]) -> None:
+    from syncbn.distributed import mpi
+
+    mpi.register()
+    if not any(name in environ for name in (*_MPI_SIZES, *_PMI_RANKS, "RANK")):
+        warnings.warn(
+            "not started by mpirun: the mpi4py process group has this process alone", stacklevel=3
+        )
 
 
 def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:

@@ -1,0 +1,112 @@
+"""How the ranks of a test are started: torch's backends, and mpi4py under each MPI."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+#: One row of every distributed test each. The layer's tests take the first of each backend.
+TRANSPORTS = ("gloo", "openmpi", "mpich", *(["nccl"] if torch.cuda.device_count() >= 3 else []))
+
+
+def backend_of(transport: str) -> str:
+    """Return the name that init_process_group gets."""
+    return "mpi4py" if transport in ("openmpi", "mpich") else transport
+
+
+def start(
+    transport: str,
+    size: int,
+    program: Sequence[str | Path],
+    *,
+    outlives_ranks: bool = False,
+    stdout: int | None = None,
+    stderr: int | None = None,
+    cwd: Path = ROOT,
+    **variables: str,
+) -> list[subprocess.Popen[str]]:
+    """Start ``python PROGRAM`` on every rank, one thread each.
+
+    Without mpirun, the ranks are told who they are by RANK and WORLD_SIZE alone.
+
+    Args:
+        transport: one of TRANSPORTS.
+        size: number of ranks.
+        program: a file, or ``-m`` and a module, and arguments.
+        outlives_ranks: mpirun lets the other ranks live when one ends.
+        stdout: as for Popen.
+        stderr: as for Popen.
+        cwd: folder in which they run.
+        variables: of their environment.
+    """
+    environment = {
+        **{name: value for name, value in os.environ.items() if not _is_of_a_launcher(name)},
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": "1",
+        **_environment(transport),
+        **variables,
+    }
+    command = [sys.executable, *map(str, program)]
+    if backend_of(transport) == "mpi4py":
+        starts = [([*mpirun(transport, size, outlives_ranks), *command], environment)]
+    else:
+        starts = [
+            (command, {**environment, "RANK": str(rank), "WORLD_SIZE": str(size)})
+            for rank in range(size)
+        ]
+    return [
+        subprocess.Popen(
+            line,
+            env=env,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            text=True,
+        )
+        for line, env in starts
+    ]
+
+
+def mpirun(transport: str, size: int, outlives_ranks: bool = False) -> list[str]:
+    """Return the command line that starts a program on every rank."""
+    if transport == "mpich":
+        option = ["-disable-auto-cleanup"] if outlives_ranks else []
+        return [str(_mpich() / "bin" / "mpirun"), *option, "-n", str(size)]
+    option = ["--continuous"] if outlives_ranks else []
+    found = Path(sys.executable).parent / "mpirun"
+    assert found.exists(), f"{found} is missing: pip install -e '.[dev]'"
+    return [str(found), "--allow-run-as-root", "--oversubscribe", *option, "-n", str(size)]
+
+
+def _environment(transport: str) -> Mapping[str, str]:
+    if transport != "mpich":
+        return {}
+    return {"MPI4PY_MPIABI": "mpich", "LD_LIBRARY_PATH": str(_mpich() / "lib")}
+
+
+@cache
+def _mpich() -> Path:
+    # Its mpirun would replace Open MPI's: it gets a folder of its own.
+    folder = ROOT / ".pytest_cache" / "mpich"
+    if not (folder / "bin" / "mpirun").exists():
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "pip", "install", "--quiet", "--ignore-installed"),
+                *("--prefix", str(folder), "-c", str(ROOT / "constraints.txt"), "mpich"),
+            ],
+            check=True,
+        )
+    return folder
+
+
+def _is_of_a_launcher(name: str) -> bool:
+    prefixes = ("OMPI_", "PMI", "SLURM_", "TORCHELASTIC_", "MASTER_", "LOCAL_")
+    return name in ("RANK", "WORLD_SIZE", "GROUP_RANK") or name.startswith(prefixes)
