@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import syncbn
+from tests import transports
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = {
@@ -21,7 +22,7 @@ TORCHRUN = {
 }
 PROGRAM = """
 import sys, torch, torch.distributed as dist, syncbn
-place = syncbn.init_process_group()
+place = syncbn.init_process_group(*sys.argv[1:])
 assert (place.rank, place.world_size) == (dist.get_rank(), dist.get_world_size())
 x = torch.full((1, 2, 1, 1), 2.0 * place.rank)
 layer = syncbn.SyncBatchNorm2d(2, momentum=1.0)
@@ -62,6 +63,21 @@ def test_alone_is_a_group_of_one(tmp_path: Path) -> None:
     assert run([sys.executable], tmp_path / "program.py") == ["0 1 0 cpu gloo 0.0"]
 
 
+@pytest.mark.parametrize(
+    ("transport", "arguments", "backend"),
+    [("openmpi", [], "mpi4py"), ("mpich", [], "mpi4py"), ("openmpi", ["gloo"], "gloo")],
+)
+def test_mpirun(transport: str, arguments: list[str], backend: str, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    (process,) = transports.start(
+        transport, 2, [program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    output, errors = process.communicate(timeout=50)
+    assert process.returncode == 0, errors
+    assert sorted(output.splitlines()) == [f"0 2 0 cpu {backend} 1.0", f"1 2 1 cpu {backend} 1.0"]
+
+
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*TORCHRUN, "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
@@ -96,15 +112,13 @@ def test_senseless_variables_are_errors(
         syncbn.init_process_group()
 
 
-@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
-def test_other_launchers_do_not_start_many_jobs_of_one(
-    monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    monkeypatch.setenv(name, "4")
-    with pytest.raises(RuntimeError, match=f"{name}=4: started by mpirun or srun"):
+def test_srun_without_mpi_does_not_start_many_jobs_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(RuntimeError, match=r"SLURM_STEP_NUM_TASKS=4: .*srun --mpi=pmix"):
         syncbn.init_process_group()
 
 
 def test_unknown_backend_is_an_error() -> None:
-    with pytest.raises(ValueError, match="got backend 'ncll'; expected 'nccl', 'gloo' or None"):
+    expected = "got backend 'ncll'; expected 'nccl', 'gloo', 'mpi4py' or None"
+    with pytest.raises(ValueError, match=expected):
         syncbn.init_process_group("ncll")

@@ -30,7 +30,7 @@ def start(
     stdout: int | None = None,
     stderr: int | None = None,
     cwd: Path = ROOT,
-    **variables: str,
+    **variables: str | None,
 ) -> list[subprocess.Popen[str]]:
     """Start ``python PROGRAM`` on every rank, one thread each.
 
@@ -44,15 +44,18 @@ def start(
         stdout: as for Popen.
         stderr: as for Popen.
         cwd: folder in which they run.
-        variables: of their environment.
+        variables: of their environment; None to leave one out.
     """
     environment = {
         **{name: value for name, value in os.environ.items() if not _is_of_a_launcher(name)},
         "PYTHONPATH": os.pathsep.join(sys.path),
         "OMP_NUM_THREADS": "1",
-        **_environment(transport),
-        **variables,
+        **environment_of(transport),
     }
+    for name, value in variables.items():
+        environment.pop(name, None)
+        if value is not None:
+            environment[name] = value
     command = [sys.executable, *map(str, program)]
     if backend_of(transport) == "mpi4py":
         starts = [([*mpirun(transport, size, outlives_ranks), *command], environment)]
@@ -80,13 +83,15 @@ def mpirun(transport: str, size: int, outlives_ranks: bool = False) -> list[str]
     if transport == "mpich":
         option = ["-disable-auto-cleanup"] if outlives_ranks else []
         return [str(_mpich() / "bin" / "mpirun"), *option, "-n", str(size)]
-    option = ["--continuous"] if outlives_ranks else []
+    lenient = ["--runtime-options", "recoverable,continuous,error-nonzero-status=0"]
+    option = lenient if outlives_ranks else []
     found = Path(sys.executable).parent / "mpirun"
     assert found.exists(), f"{found} is missing: pip install -e '.[dev]'"
     return [str(found), "--allow-run-as-root", "--oversubscribe", *option, "-n", str(size)]
 
 
-def _environment(transport: str) -> Mapping[str, str]:
+def environment_of(transport: str) -> Mapping[str, str]:
+    """Return the variables by which mpi4py loads the library of a transport."""
     if transport != "mpich":
         return {}
     return {"MPI4PY_MPIABI": "mpich", "LD_LIBRARY_PATH": str(_mpich() / "lib")}

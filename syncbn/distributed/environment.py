@@ -84,7 +84,7 @@ def init_process_group(backend: str | None = None, timeout: timedelta | None = N
     backend = backend or ("nccl" if every_rank_has_a_gpu else backend_without_gpus)
     device = _device(backend, place.local_rank)
     if backend == "mpi4py":
-        _register_mpi4py(os.environ)
+        _register_mpi4py(os.environ, timeout or default_pg_timeout)
     dist.init_process_group(
         backend,
         store=place.store,
@@ -128,10 +128,10 @@ def _mpi_processes(environ: Mapping[str, str]) -> int:
     return tasks
 
 
-def _register_mpi4py(environ: Mapping[str, str]) -> None:
+def _register_mpi4py(environ: Mapping[str, str], timeout: timedelta) -> None:
     from syncbn.distributed import mpi
 
-    mpi.register()
+    mpi.register(timeout)
     if not any(name in environ for name in (*_MPI_SIZES, *_PMI_RANKS, "RANK")):
         warnings.warn(
             "not started by mpirun: the mpi4py process group has this process alone", stacklevel=3

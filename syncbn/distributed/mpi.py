@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import sys
-import time
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from itertools import count
@@ -16,21 +15,28 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.constants import default_pg_timeout
 
 from syncbn.distributed import mpi_collectives as collectives
-from syncbn.distributed.mpi_library import MPI, require_threads
+from syncbn.distributed.mpi_exit import end_job, end_job_after_error
+from syncbn.distributed.mpi_library import MPI, start
 from syncbn.distributed.mpi_watch import Watch, meet
 from syncbn.distributed.mpi_work import MPIWork, Progress, Transfer
 from syncbn.distributed.python_group import PythonProcessGroup
 
 BACKEND = "mpi4py"
 
-# Before ending the other ranks of a broken job: they may be printing the same error.
-_SECONDS_OF_GRACE = 1.0
 
+def register(timeout: timedelta = default_pg_timeout) -> None:
+    """Start MPI and make "mpi4py" a backend of torch.distributed, for CPU and CUDA tensors.
 
-def register() -> None:
-    """Make "mpi4py" a backend of torch.distributed, for CPU and CUDA tensors."""
+    Args:
+        timeout: how long to wait for the other ranks of the MPI job.
+
+    Raises:
+        RuntimeError: ranks are missing, or MPI cannot serve threads.
+    """
+    start(timeout)
     if BACKEND not in dist.Backend.backend_list:
         dist.Backend.register_backend(BACKEND, MPIProcessGroup, devices=["cpu", "cuda"])
 
@@ -51,7 +57,7 @@ class MPIProcessGroup(PythonProcessGroup):
 
     def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
         super().__init__(BACKEND, store, rank, size)
-        require_threads()
+        start(timeout)
         world = MPI.COMM_WORLD
         peers = meet(store, rank, size, timeout.total_seconds(), world.rank, world.size)
         world_ranks = [peer.world_rank for peer in peers]
@@ -213,13 +219,13 @@ class MPIProcessGroup(PythonProcessGroup):
         """Send to one rank."""
         group = self._communicator
         transfers = (collectives.send(group, tensor, destination, tag) for tensor in tensors)
-        return self._start(f"send to rank {destination}", transfers, tensors)
+        return self._start(f"send to rank {destination}", transfers, tensors, peer=destination)
 
     def recv(self, tensors: list[Tensor], source: int, tag: int) -> MPIWork:
         """Receive from one rank."""
         group = self._communicator
         transfers = (collectives.receive(group, tensor, source, tag) for tensor in tensors)
-        return self._start(f"recv from rank {source}", transfers, tensors)
+        return self._start(f"recv from rank {source}", transfers, tensors, peer=source)
 
     def recv_anysource(self, tensors: list[Tensor], tag: int) -> MPIWork:
         """Receive from whoever sends first; the work object knows who."""
@@ -248,6 +254,7 @@ class MPIProcessGroup(PythonProcessGroup):
         results: list[Tensor],
         asynchronous: bool = True,
         timeout: timedelta | None = None,
+        peer: int | None = None,
     ) -> MPIWork:
         operation = f"{name} #{next(self._numbers)}"
         if self._watch.failure:
@@ -260,7 +267,7 @@ class MPIProcessGroup(PythonProcessGroup):
             reason = f"could not be started: {error.Get_error_string()}"
             raise RuntimeError(self._watch.fail(operation, reason)) from error
         seconds = None if timeout is None else timeout.total_seconds()
-        work = MPIWork(operation, started, results, self._progress, self._watch, seconds)
+        work = MPIWork(operation, started, results, self._progress, self._watch, seconds, peer)
         if asynchronous:
             self._progress.add(work)
         return work
@@ -272,27 +279,31 @@ class MPIProcessGroup(PythonProcessGroup):
         self._watch.timeout = timeout.total_seconds()
 
     def shutdown(self) -> None:
-        """Finish what is under way and free the communicator."""
-        atexit.unregister(self._leave)
+        """Finish what is under way and free the communicator; not if the group is broken.
+
+        Raises:
+            RuntimeError: an operation under way failed.
+        """
         if self._watch.failure:
             return
         self._progress.close()
         self._communicator.Free()
+        atexit.unregister(self._leave)
 
     def abort(self) -> None:
-        """Give up the group without waiting for anyone."""
-        self._watch.fail("abort", "was called")
+        """Give up the group; the other ranks notice when they wait for this one."""
+        self._watch.fail("abort()", "was called")
 
     def _leave(self) -> None:
-        # A rank that ends with an error must not stay in MPI_Finalize, waiting for ranks that wait
-        # for it: the interpreter has printed the error by now, and the job ends.
-        error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
-        if self._size > 1 and (error is not None or self._watch.failure):
-            sys.stdout.flush()
-            sys.stderr.flush()
-            time.sleep(_SECONDS_OF_GRACE)
-            MPI.COMM_WORLD.Abort(1)
-        self._progress.close()
+        # At exit. Work that other ranks wait for is finished first, unless all is lost anyway.
+        end_job_after_error()
+        try:
+            self._watch.leave()
+            self._progress.close()
+        except RuntimeError as error:
+            sys.stderr.write(f"{error}\n")
+        if self._watch.failure:
+            end_job()
 
 
 def _is_async(opts: Any) -> bool:

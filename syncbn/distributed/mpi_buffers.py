@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from mpi4py.typing import BufSpec
 from torch import Tensor
 
-from syncbn.distributed.mpi_library import MPI, READS_CUDA_MEMORY
+from syncbn.distributed.mpi_library import MPI, reads_cuda_memory
+
+if TYPE_CHECKING:
+    from mpi4py.typing import BufSpec
 
 _Op: Any = dist.ReduceOp.RedOpType  # torch's stubs lack its members
 
@@ -190,4 +192,4 @@ def datatype(tensor: Tensor) -> MPI.Datatype:
 
 
 def _is_reachable(tensor: Tensor) -> bool:
-    return tensor.is_cpu or (tensor.is_cuda and READS_CUDA_MEMORY)
+    return tensor.is_cpu or (tensor.is_cuda and reads_cuda_memory())

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from mpi4py.typing import BufSpecV
 from torch import Tensor
 
 from syncbn.distributed.mpi_buffers import (
@@ -25,6 +25,9 @@ from syncbn.distributed.mpi_buffers import (
 )
 from syncbn.distributed.mpi_library import MPI
 from syncbn.distributed.mpi_work import Transfer
+
+if TYPE_CHECKING:
+    from mpi4py.typing import BufSpecV
 
 
 def all_reduce(communicator: MPI.Intracomm, tensor: Tensor, op: dist.ReduceOp) -> Transfer:

@@ -6,6 +6,7 @@ others where.
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 import time
@@ -14,7 +15,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from syncbn.distributed.mpi_library import LIBRARY, MPI
+from syncbn.distributed.mpi_exit import end_job_after_error
+from syncbn.distributed.mpi_library import LIBRARY, MPI, start
 from syncbn.distributed.place import Place
 
 _ADDRESS_BYTES = 1024
@@ -32,6 +34,7 @@ def find_place(launched: int, timeout: timedelta) -> Place:
         RuntimeError: the launcher belongs to another MPI than mpi4py's, ranks are missing, or the
             store cannot be opened.
     """
+    start(timeout)
     world = MPI.COMM_WORLD
     if world.size != launched:
         raise RuntimeError(
@@ -39,6 +42,7 @@ def find_place(launched: int, timeout: timedelta) -> Place:
             f"to another MPI than the library that mpi4py loads ({LIBRARY}); use the mpirun that "
             "came with that library"
         )
+    atexit.register(end_job_after_error)
     job, request = world.Idup()
     _wait(request, timeout, "to start")
     node = job.Split_type(MPI.COMM_TYPE_SHARED)

@@ -1,14 +1,23 @@
-"""The MPI library that mpi4py loads: present, able to serve threads, able to read device memory.
+"""The MPI library that mpi4py loads: present, started, able to serve threads and device memory.
 
-Importing this file starts MPI (mpi4py does so on import); nothing of the package imports it unless
-the mpi4py backend, or a job started by mpirun, asks for it.
+Importing this file loads the library and does not start it; :func:`start` does.
 """
 
 from __future__ import annotations
 
 import ctypes
+import sys
+import threading
+from datetime import timedelta
+from functools import cache
 
 try:
+    import mpi4py
+
+    if "mpi4py.MPI" not in sys.modules:
+        # Starting MPI on import could wait for the other ranks for ever.
+        mpi4py.rc.initialize = False
+        mpi4py.rc.finalize = True
     from mpi4py import MPI as MPI
 except (ImportError, RuntimeError) as error:  # no mpi4py; or mpi4py, and no libmpi
     raise ImportError(
@@ -21,14 +30,33 @@ except (ImportError, RuntimeError) as error:  # no mpi4py; or mpi4py, and no lib
 LIBRARY = MPI.Get_library_version().rstrip("\0").splitlines()[0].strip()
 
 
-def require_threads() -> None:
-    """Raise unless several threads may call MPI at once, as the progress of async work needs.
+def start(timeout: timedelta) -> None:
+    """Start MPI unless it has been started; its ranks wait for each other here.
+
+    Args:
+        timeout: how long to wait for them.
 
     Raises:
-        RuntimeError: MPI was started with less, or is over already.
+        RuntimeError: ranks are missing, MPI is over already, or several threads may not call it at
+            once, as the progress of asynchronous work needs.
     """
     if MPI.Is_finalized():
         raise RuntimeError("MPI has been finalized; create process groups before MPI.Finalize()")
+    if not MPI.Is_initialized():
+        # In a thread of its own, because this one must be able to give up; and not by mpi4py, which
+        # would stop all threads of Python until the other ranks are there.
+        init = ctypes.CDLL(MPI.__file__).MPI_Init_thread
+        arguments = (None, None, MPI.THREAD_MULTIPLE, ctypes.byref(ctypes.c_int()))
+        starter = threading.Thread(target=init, args=arguments, daemon=True)
+        starter.start()
+        starter.join(timeout.total_seconds())
+        if starter.is_alive():
+            raise RuntimeError(
+                f"MPI has not started after {timeout.total_seconds():g} s: some ranks of the job "
+                "have not come to init_process_group"
+            )
+        for communicator in (MPI.COMM_WORLD, MPI.COMM_SELF):
+            communicator.Set_errhandler(MPI.ERRORS_RETURN)
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise RuntimeError(
             f"{LIBRARY} was started with thread level {MPI.Query_thread()}; the mpi4py backend "
@@ -37,14 +65,15 @@ def require_threads() -> None:
         )
 
 
-def _reads_cuda_memory() -> bool:
-    # The memory kinds of MPI 4.1 (section 12.4.3), else Open MPI's and MPICH's own extension.
+@cache
+def reads_cuda_memory() -> bool:
+    """Whether MPI, once started, takes pointers to CUDA memory.
+
+    If not, CUDA tensors go through host memory. Asks the library: its memory kinds (MPI 4.1,
+    section 12.4.3), else the extension of Open MPI and MPICH for this question.
+    """
     if MPI.Get_version() >= (4, 1):
         kinds = MPI.COMM_WORLD.Get_info().Get("mpi_memory_alloc_kinds") or ""
         return any(kind.split(":")[0] == "cuda" for kind in kinds.split(","))
     query = getattr(ctypes.CDLL(MPI.__file__), "MPIX_Query_cuda_support", None)
     return query is not None and query() == 1
-
-
-#: Whether MPI takes pointers to CUDA memory; if not, CUDA tensors go through host memory.
-READS_CUDA_MEMORY = _reads_cuda_memory()

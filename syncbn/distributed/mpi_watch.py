@@ -14,14 +14,17 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 
 _SECONDS_BETWEEN_LOOKS = 1.0
+# A rank that has come to its end may still have a last message on its way.
+_SECONDS_AFTER_LEAVING = 10.0
 # How long a rank that gives up waits for the others to say where they are: they look less often.
-_SECONDS_FOR_REPORTS = 2.5
+_SECONDS_FOR_REPORTS = 1.5
 
 
 @dataclass(frozen=True)
@@ -104,15 +107,23 @@ class Watch:
         self._rank = rank
         self._peers = peers
         self._last_look = 0.0
+        self._left: dict[int, float] = {}  # when a rank was first seen to have left
         self._lock = threading.Lock()
 
-    def look(self, operation: object, waited: float, timeout: float | None = None) -> None:
+    def look(
+        self,
+        operation: object,
+        waited: float,
+        timeout: float | None = None,
+        peer: int | None = None,
+    ) -> None:
         """Raise if an operation will never be done.
 
         Args:
             operation: what this rank waits for; its text goes into the message.
             waited: seconds since it was started.
             timeout: seconds it may take; None for the group's.
+            peer: the only rank that it needs; None if it needs all.
 
         Raises:
             RuntimeError: its time is over, a rank has ended, or another rank has given up.
@@ -124,8 +135,15 @@ class Watch:
         if now - self._last_look < _SECONDS_BETWEEN_LOOKS and waited < timeout:
             return
         self._last_look = now
-        if reason := self._hopeless(waited, timeout):
+        needed = range(len(self._peers)) if peer is None else [peer]
+        if reason := self._hopeless(waited, timeout, needed):
             raise RuntimeError(self.fail(operation, reason))
+
+    def leave(self) -> None:
+        """Tell the other ranks that this one is at its end."""
+        with suppress(RuntimeError):  # the store may be gone with its process
+            self._store.set(f"left/{self._rank}", "")
+            self._store.set("leaving", "")
 
     def fail(self, operation: object, reason: str) -> str:
         """Tell the other ranks that the group is broken; return why, and where the others are.
@@ -140,22 +158,31 @@ class Watch:
                 self.failure = "\n".join([first, *self._reports(operation)])
         return self.failure
 
-    def _hopeless(self, waited: float, timeout: float) -> str:
+    def _hopeless(self, waited: float, timeout: float, needed: Sequence[int]) -> str:
         if waited >= timeout:
             return f"is not done after {waited:.1f} s (timeout {timeout:g} s)"
-        if any(peer.has_ended() for peer in self._peers):
+        if any(self._peers[rank].has_ended() for rank in needed):
             return "lost a rank"
         try:
             if self._store.check(["trouble"]):
                 return "was given up by another rank"
+            if self._store.check(["leaving"]) and self._have_left(needed):
+                return "waits for a rank that is at its end"
         except RuntimeError as error:
-            return f"lost the process that keeps the job's store ({_first_line(error)})"
+            return f"lost the process that keeps the store ({str(error).partition(chr(10))[0]})"
         return ""
+
+    def _have_left(self, needed: Sequence[int]) -> bool:
+        now = time.monotonic()
+        for rank in needed:
+            if rank != self._rank and self._store.check([f"left/{rank}"]):
+                self._left.setdefault(rank, now)
+        return any(now - self._left.get(rank, now) > _SECONDS_AFTER_LEAVING for rank in needed)
 
     def _reports(self, operation: object) -> list[str]:
         others = [rank for rank in range(len(self._peers)) if rank != self._rank]
         reported: dict[int, str] = {}
-        try:
+        with suppress(RuntimeError):  # the store may be gone with its process
             self._store.set(f"in/{self._rank}", str(operation))
             self._store.set("trouble", "")
             deadline = time.monotonic() + min(_SECONDS_FOR_REPORTS, self.timeout)
@@ -166,8 +193,6 @@ class Watch:
                 if all(rank in reported or self._peers[rank].has_ended() for rank in others):
                     break
                 time.sleep(0.05)
-        except RuntimeError:
-            pass  # the store is gone with its process, which the lines below then show
         return [f"  rank {rank}: {self._where(rank, reported.get(rank))}" for rank in others]
 
     def _where(self, rank: int, report: str | None) -> str:
@@ -177,6 +202,8 @@ class Watch:
             return f"has ended ({process})"
         if report is not None:
             return f"is in {report}"
+        if rank in self._left:
+            return f"has come to its end ({process})"
         return f"has not come to this operation ({process}); see what it does instead"
 
 
@@ -186,7 +213,3 @@ def _pid_namespace() -> str:
         return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return ""
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

@@ -55,6 +55,7 @@ class MPIWork(dist.Work):
         progress: polls it in the background.
         watch: ends hopeless waits.
         timeout: seconds; None for the group's.
+        peer: the only rank that is needed; None for all.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class MPIWork(dist.Work):
         progress: Progress,
         watch: Watch,
         timeout: float | None = None,
+        peer: int | None = None,
     ) -> None:
         super().__init__()
         self.started = time.perf_counter()
@@ -74,6 +76,7 @@ class MPIWork(dist.Work):
         self._progress = progress
         self._watch = watch
         self._timeout = timeout
+        self._peer = peer
         self._lock = threading.Lock()
         self._pending = True
         self._error: RuntimeError | None = None
@@ -181,7 +184,7 @@ class MPIWork(dist.Work):
                 else:
                     waited = time.perf_counter() - self.started
                     if waited > _SECONDS_BEFORE_DOUBT:
-                        self._watch.look(self, waited, self._timeout)
+                        self._watch.look(self, waited, self._timeout, self._peer)
                     return False
             for transfer in self._transfers:
                 if transfer.finish is not None:

@@ -1,0 +1,372 @@
+"""What goes wrong under mpirun: every rank gets an error that says what, and no process stays."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import transports
+
+MPIS = ["openmpi", "mpich"]
+# Every rank says its process number first; the parts of the programs below come between.
+HEAD = """
+import os, sys, time, torch, torch.distributed as dist, syncbn
+from datetime import timedelta
+from torch import nn
+rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0")))
+sys.stdout.write(f"pid {rank} {os.getpid()}\\n")
+sys.stdout.flush()
+def join(seconds=30):
+    return syncbn.init_process_group(timeout=timedelta(seconds=seconds))
+"""
+TRAIN = """
+join()
+model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(2))
+x = torch.randn(4, 3, 8, 8)
+model(x)
+model = nn.parallel.DistributedDataParallel(syncbn.convert_sync_batchnorm(model))
+for step in range(10**6):
+    model(x).sum().backward()
+    if step == 3:
+        sys.stdout.write(f"trains {rank}\\n")
+        sys.stdout.flush()
+"""
+
+
+class Job:
+    """A program under mpirun whose processes are watched.
+
+    Args:
+        process: of mpirun.
+    """
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.lines: list[str] = []
+        self.pids: dict[int, int] = {}
+
+    def read_until(self, text: str, times: int) -> None:
+        """Read the output until a text has come that often."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._keep(line)
+            times -= text in line
+            if times == 0:
+                return
+        raise AssertionError(f"ended without {text!r}:\n{self.output}")
+
+    def finish(self, timeout: float = 40) -> int:
+        """Wait for the end; return the exit status."""
+        rest, _ = self.process.communicate(timeout=timeout)
+        for line in rest.splitlines(keepends=True):
+            self._keep(line)
+        return self.process.returncode
+
+    @property
+    def output(self) -> str:
+        return "".join(self.lines)
+
+    def _keep(self, line: str) -> None:
+        self.lines.append(line)
+        if found := re.search(r"pid (\d+) (\d+)", line):
+            self.pids[int(found[1])] = int(found[2])
+
+
+class Launch:
+    """Starts jobs, and ends what a failed test has left of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._jobs: list[Job] = []
+
+    def __call__(
+        self,
+        transport: str,
+        size: int,
+        program: str,
+        *,
+        lenient: bool = False,
+        **variables: str | None,
+    ) -> Job:
+        path = self._folder / "program.py"
+        path.write_text(HEAD + program)
+        (process,) = transports.start(
+            transport,
+            size,
+            [path],
+            outlives_ranks=lenient,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            **variables,
+        )
+        self._jobs.append(Job(process))
+        return self._jobs[-1]
+
+    def close(self) -> None:
+        for job in self._jobs:
+            job.process.terminate()
+            job.process.communicate()
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    launch = Launch(tmp_path)
+    yield launch
+    launch.close()
+
+
+def runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def assert_gone(job: Job, ranks: int) -> None:
+    assert len(job.pids) == ranks, job.output
+    deadline = time.monotonic() + 5
+    while any(runs(pid) for pid in job.pids.values()):
+        assert time.monotonic() < deadline, f"still running: {job.pids}\n{job.output}"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("transport", MPIS)
+def test_kill_of_a_rank_ends_a_training_job(launch: Launch, transport: str) -> None:
+    job = launch(transport, 3, TRAIN)
+    job.read_until("trains", times=3)
+    os.kill(job.pids[1], signal.SIGKILL)
+    assert job.finish() != 0
+    assert "illed" in job.output
+    assert_gone(job, 3)
+
+
+def test_survivors_of_a_kill_name_the_operation_and_the_rank(launch: Launch) -> None:
+    """An mpirun that lets survivors live, as the launchers of some clusters do."""
+    job = launch("openmpi", 3, TRAIN, lenient=True)
+    job.read_until("trains", times=3)
+    os.kill(job.pids[1], signal.SIGKILL)
+    killed = time.monotonic()
+    job.finish()
+    assert time.monotonic() - killed < 30
+    for survivor in (0, 2):
+        assert re.search(rf"all_reduce #\d+ .* on rank {survivor} of 3", job.output), job.output
+    assert f"rank 1: has ended (process {job.pids[1]} on" in job.output
+    assert_gone(job, 3)
+
+
+@pytest.mark.parametrize("transport", MPIS)
+def test_an_exception_on_one_rank_ends_the_job(launch: Launch, transport: str) -> None:
+    job = launch(
+        transport,
+        2,
+        """
+join(seconds=600)
+if rank == 1:
+    raise ValueError("the error of rank 1")
+dist.barrier()
+""",
+    )
+    assert job.finish() != 0
+    assert "ValueError: the error of rank 1" in job.output
+    assert_gone(job, 2)
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ("time.sleep(60)", "rank 1: has not come to this operation (process"),
+        ("sys.exit(0)", "rank 1: has come to its end (process"),
+        ("dist.recv(torch.zeros(3), 0)", "rank 1: is in recv from rank 0 #1 (3 float32)"),
+    ],
+)
+def test_a_rank_that_never_arrives_is_named(launch: Launch, others: str, message: str) -> None:
+    job = launch(
+        "openmpi",
+        2,
+        f"""
+join(seconds=4)
+if rank == 1:
+    {others}
+started = time.monotonic()
+layer = syncbn.SyncBatchNorm1d(3)
+layer.sync_name = "stem"
+try:
+    layer(torch.randn(2, 3))
+finally:
+    print("waited", round(time.monotonic() - started), "s", flush=True)
+""",
+    )
+    assert job.finish() != 0
+    assert "all_reduce #1 (7 float64) on rank 0 of 2" in job.output
+    assert message in job.output
+    assert re.search(r"waited [3-7] s", job.output), job.output
+    assert_gone(job, 2)
+
+
+def test_a_rank_that_never_joins_is_an_error(launch: Launch) -> None:
+    job = launch(
+        "openmpi",
+        2,
+        """
+if rank == 1:
+    time.sleep(60)
+join(seconds=3)
+""",
+    )
+    assert job.finish() != 0
+    assert "MPI has not started after 3 s: some ranks of the job have not come to" in job.output
+    assert_gone(job, 2)
+
+
+def test_a_rank_that_never_makes_the_group_is_named(launch: Launch) -> None:
+    job = launch(
+        "openmpi",
+        3,
+        """
+join()
+if rank == 1:
+    time.sleep(60)
+dist.new_group([0, 1, 2], timeout=timedelta(seconds=3))
+""",
+    )
+    assert job.finish() != 0
+    assert "waited 3 s for ranks [1] to create an MPI process group" in job.output
+    assert_gone(job, 3)
+
+
+def test_an_error_of_mpi_is_an_exception(launch: Launch) -> None:
+    job = launch(
+        "openmpi",
+        2,
+        """
+join()
+try:
+    if rank == 0:
+        dist.send(torch.zeros(9), 1)
+    else:
+        dist.recv(torch.zeros(3), 0)
+except RuntimeError as error:
+    print("caught", error, flush=True)
+    try:
+        dist.barrier()
+    except RuntimeError as error:
+        print("then", error, flush=True)
+""",
+    )
+    assert job.finish() != 0
+    assert "caught recv from rank 0 #1 (3 float32) on rank 1 of 2 failed: MPI_ERR_TRUNC" in (
+        job.output
+    )
+    assert "then barrier #2: the process group is broken: recv from rank 0 #1" in job.output
+    assert_gone(job, 2)
+
+
+@pytest.mark.parametrize("transport", MPIS)
+@pytest.mark.parametrize("end", ["dist.destroy_process_group()", "", "MPI.Finalize()"])
+def test_a_job_ends_with_work_under_way(launch: Launch, transport: str, end: str) -> None:
+    """Messages that nobody waits for arrive, with and without a tidy end."""
+    job = launch(
+        transport,
+        2,
+        f"""
+from mpi4py import MPI
+join()
+x = torch.full((100_000,), float(rank))
+work = dist.isend(x, 1) if rank == 0 else dist.irecv(x, 0)
+dist.all_reduce(torch.ones(3), async_op=True)
+group = dist.new_group([0, 1])
+dist.all_reduce(torch.ones(3), group=group, async_op=True)
+if rank == 1:
+    work.get_future().then(lambda future: print("got", future.value()[0].sum().item(), flush=True))
+if "{end}" == "MPI.Finalize()":
+    dist.destroy_process_group()
+{end}
+""",
+    )
+    assert job.finish() == 0, job.output
+    assert "got 0.0" in job.output
+    assert_gone(job, 2)
+
+
+def test_an_mpirun_of_another_mpi_is_an_error(launch: Launch) -> None:
+    job = launch("mpich", 2, "join()", MPI4PY_MPIABI=None, LD_LIBRARY_PATH=None)
+    assert job.finish() != 0
+    assert "the launcher started 2 processes, but MPI sees 1" in job.output
+    assert "Open MPI" in job.output
+
+
+def alone(program: str, *, launcher: tuple[str, ...] = (), **variables: str) -> tuple[int, str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI", "PMI", "SLURM"))}
+    done = subprocess.run(
+        [sys.executable, *launcher, *(() if launcher else ("-c", program))],
+        env={**clean, "OMP_NUM_THREADS": "1", **variables},
+        cwd=transports.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    return done.returncode, done.stderr + done.stdout
+
+
+def test_without_mpirun_mpi4py_is_a_group_of_one() -> None:
+    status, output = alone(
+        """
+import torch, torch.distributed as dist, syncbn
+place = syncbn.init_process_group("mpi4py")
+x = torch.ones(3)
+dist.all_reduce(x)
+print(place.world_size, dist.get_backend(), x.tolist())
+dist.destroy_process_group()
+"""
+    )
+    assert status == 0, output
+    assert "1 mpi4py [1.0, 1.0, 1.0]" in output
+    assert output.count("not started by mpirun: the mpi4py process group has this process") == 1
+
+
+def test_mpi4py_under_torchrun_is_an_error(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("import syncbn\nsyncbn.init_process_group('mpi4py')\n")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program))
+    status, output = alone("", launcher=torchrun)
+    assert status != 0
+    assert "ranks [0, 0] of MPI.COMM_WORLD, which must differ; start the job with mpirun" in output
+
+
+@pytest.mark.parametrize(
+    ("before", "variables"),
+    [
+        ("sys.modules['mpi4py'] = None", {}),
+        ("pass", {"MPI4PY_MPIABI": "mpich", "LD_LIBRARY_PATH": ""}),
+    ],
+    ids=["no mpi4py", "no libmpi"],
+)
+def test_what_is_missing_is_named_with_its_remedy(before: str, variables: dict[str, str]) -> None:
+    status, output = alone(
+        f"import sys; {before}; import syncbn; syncbn.init_process_group('mpi4py')", **variables
+    )
+    assert status != 0
+    assert "ImportError: the backend 'mpi4py' needs mpi4py and an MPI library: pip inst" in output
+
+
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [
+        ("mpi4py.rc.thread_level = 'single'; from mpi4py import MPI", "needs MPI_THREAD_MULTIPLE"),
+        ("from mpi4py import MPI; MPI.Finalize()", "MPI has been finalized"),
+    ],
+)
+def test_an_mpi_that_cannot_serve_is_an_error(before: str, message: str) -> None:
+    program = f"import mpi4py; {before}; import syncbn; syncbn.init_process_group('mpi4py')"
+    status, output = alone(program)
+    assert status != 0
+    assert message in output
