@@ -1,6 +1,7 @@
 """The main job, on real data and two CPU ranks: why one synchronizes batch norm, and how exactly.
 
     make demo
+    python examples/demo.py --launcher mpirun
 
 Trains ResNet-20 on handwritten digits at 2 samples a rank, with torch's local BatchNorm2d and with
 ours, from the same initial weights and on the same samples; the yardstick is one process at the
@@ -10,7 +11,9 @@ for the accuracy. Prints a table and draws `runs/demo/TIME/demo.png`.
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -25,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
+LAUNCHERS = ("torchrun", "mpirun")
 GLOBAL_BATCH = 4
 # Largest difference, in float64, that is rounding.
 EXACT = 1e-10
@@ -38,23 +42,23 @@ class Setup:
     norm: str
     ranks: int
 
-    def train(self, experiment: str, folder: Path) -> float:
-        """Run examples/resnet/train.py under torchrun; return its seconds.
+    def train(self, launcher: str, experiment: str, folder: Path) -> float:
+        """Run examples/resnet/train.py on all ranks; return its seconds.
 
         Raises:
             SystemExit: the job failed; its output has been printed.
         """
         command = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            f"--nproc-per-node={self.ranks}",
+            str(HERE.parent / "launch" / f"{launcher}.sh"),
             str(HERE / "resnet" / "train.py"),
             f"experiment={experiment}",
             f"norm={self.norm}",
             f"data.batch_size={GLOBAL_BATCH // self.ranks}",
             f"run_dir={folder}",
         ]
+        environment = {**os.environ, "PYTHON": sys.executable, "NPROC": str(self.ranks)}
         start = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode != 0:
             sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
         return time.perf_counter() - start
@@ -92,6 +96,9 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run the six jobs, print the table, draw the picture; fail if ours is not exact."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--launcher", choices=LAUNCHERS, default=LAUNCHERS[0])
+    launcher = parser.parse_args().launcher
     console = Console()
     home = Path("runs") / "demo" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     runs, differences = [], []
@@ -103,9 +110,9 @@ def main() -> None:
         trained = home / f"{setup.norm}_{setup.ranks}"
         exact = home / f"{trained.name}_exact"
         with console.status(f"{setup.title}: 20 steps in float64"):
-            setup.train("digits_exact", exact)
+            setup.train(launcher, "digits_exact", exact)
         with console.status(f"{setup.title}: three epochs"):
-            seconds = setup.train("digits_resnet20", trained)
+            seconds = setup.train(launcher, "digits_resnet20", trained)
         runs.append(read_run(setup.title, exact, trained))
         differences.append(largest_difference(exact, home / f"{SETUPS[0].norm}_1_exact"))
         accuracy = f"{runs[-1].accuracies[-1]:.2%}"

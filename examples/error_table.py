@@ -1,6 +1,7 @@
 """How far the layer is from one float64 process on the whole batch, in every corner.
 
-    torchrun --standalone --nproc-per-node 3 examples/error_table.py
+    NPROC=3 launch/torchrun.sh examples/error_table.py
+    NPROC=3 launch/mpirun.sh examples/error_table.py
 
 Prints the largest relative error over all ranks (the largest error over the largest value) of the
 output, the input gradient, the parameter gradients and the running averages.

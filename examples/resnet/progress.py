@@ -1,7 +1,6 @@
 """What a person sees while training: a bar in a terminal, one line an epoch elsewhere."""
 
-import sys
-
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
@@ -22,7 +21,7 @@ class TrainProgress:
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             # A bar in a log file is a thousand lines of escape sequences.
-            disable=not (show and sys.stdout.isatty()),
+            disable=not (show and Console().is_interactive),
         )
         self._task = self._bar.add_task("training", total=steps, completed=done)
         self._bar.start()

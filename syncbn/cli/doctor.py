@@ -1,6 +1,6 @@
 """`syncbn-doctor`: what this machine, this launcher and this installation give the layer.
 
-Alone, or on every rank of a job: ``torchrun --nproc-per-node 2 -m syncbn.cli.doctor``.
+Alone, or on every rank of a job: ``launch/torchrun.sh -m syncbn.cli.doctor``, or with mpirun.sh.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import os
 import platform
 import socket
 import time
+from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ def installation() -> dict[str, str]:
         "gloo": dist.is_gloo_available(),
         "nccl": dist.is_nccl_available(),
         "mpi": dist.is_mpi_available(),
+        "mpi4py": _version("mpi4py") is not None,
     }
     return {
         "syncbn": syncbn.__version__,
@@ -45,7 +48,44 @@ def installation() -> dict[str, str]:
         "GPUs": str(torch.cuda.device_count()),
         "torch.distributed backends": ", ".join(name for name, has in backends.items() if has),
         **{f"kernel on {name}": _name(choose("auto", x)) for name, x in large.items()},
+        "mpi4py": _version("mpi4py") or "not installed",
     }
+
+
+def mpi() -> dict[str, str]:
+    """Return what MPI can do, once it has been started."""
+    from syncbn.distributed.mpi_library import LIBRARY, MPI, reads_cuda_memory
+
+    levels = {
+        MPI.THREAD_SINGLE: "single",
+        MPI.THREAD_FUNNELED: "funneled",
+        MPI.THREAD_SERIALIZED: "serialized",
+        MPI.THREAD_MULTIPLE: "multiple",
+    }
+    reads = reads_cuda_memory()
+    return {
+        "MPI library": LIBRARY,
+        "MPI thread level": levels[MPI.Query_thread()],
+        "CUDA tensors over MPI": (
+            "device pointers (CUDA-aware)" if reads else "staged through host memory"
+        ),
+    }
+
+
+def launcher(environ: Mapping[str, str]) -> str:
+    """Return what started this process: "torchrun", "mpirun", "srun" or "none".
+
+    An mpirun on several nodes of SLURM starts its helpers with srun, and its ranks inherit their
+    variables; srun sets PMI_SIZE itself, with ``--mpi=pmi2``.
+    """
+    names = {
+        "TORCHELASTIC_RUN_ID": "torchrun",
+        "OMPI_COMM_WORLD_SIZE": "mpirun",
+        "MPI_LOCALNRANKS": "mpirun",  # MPICH and its relatives
+        "SLURM_STEP_NUM_TASKS": "srun",
+        "PMI_SIZE": "mpirun",
+    }
+    return next((name for variable, name in names.items() if variable in environ), "none")
 
 
 def rank_report(place: syncbn.RankInfo) -> dict[str, Any]:
@@ -64,10 +104,11 @@ def report(place: syncbn.RankInfo) -> dict[str, Any]:
     """Return the whole report, the same on every rank."""
     ranks: list[dict[str, Any]] = [{} for _ in range(place.world_size)]
     dist.all_gather_object(ranks, rank_report(place))
+    backend = dist.get_backend()
     return {
-        "installation": installation(),
-        "backend": dist.get_backend(),
-        "launcher": "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ else "none",
+        "installation": {**installation(), **(mpi() if backend == "mpi4py" else {})},
+        "backend": backend,
+        "launcher": launcher(os.environ),
         "ranks": ranks,
     }
 
@@ -101,6 +142,13 @@ def _all_reduce_microseconds(device: torch.device) -> float:
         vector[0].item()  # waits for the device
         times.append(time.perf_counter() - start)
     return sorted(times)[_REPEATS // 2] * 1e6
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _name(kernel: Any) -> str:

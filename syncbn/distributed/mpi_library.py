@@ -26,8 +26,8 @@ except (ImportError, RuntimeError) as error:  # no mpi4py; or mpi4py, and no lib
         f"({error})"
     ) from error
 
-#: Name and version, in one line.
-LIBRARY = MPI.Get_library_version().rstrip("\0").splitlines()[0].strip()
+#: Name and version: "Open MPI v5.0.11", "MPICH Version: 5.0.2".
+LIBRARY = " ".join(MPI.Get_library_version().splitlines()[0].partition(",")[0].split())
 
 
 def start(timeout: timedelta) -> None:

@@ -96,7 +96,14 @@ def write_folder(root: Path, *, train: int = 4, val: int = 3) -> None:
 
 
 def start(*arguments: object, cwd: Path, **variables: object) -> subprocess.Popen[str]:
-    """Start the launcher, output and errors in one pipe, one thread a rank."""
+    """Start launch/torchrun.sh."""
+    return launch(LAUNCHER, *arguments, cwd=cwd, **variables)
+
+
+def launch(
+    script: str, *arguments: object, cwd: Path, **variables: object
+) -> subprocess.Popen[str]:
+    """Start a launcher, output and errors in one pipe, one thread a rank."""
     environment = {
         **os.environ,
         # The launcher runs whatever python3 comes first.
@@ -106,7 +113,7 @@ def start(*arguments: object, cwd: Path, **variables: object) -> subprocess.Pope
         **{name: str(value) for name, value in variables.items()},
     }
     return subprocess.Popen(
-        [LAUNCHER, *map(str, arguments)],
+        [script, *map(str, arguments)],
         cwd=cwd,
         env=environment,
         stdout=subprocess.PIPE,

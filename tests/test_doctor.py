@@ -1,0 +1,120 @@
+"""syncbn-doctor: what it says under each launcher, and what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from syncbn.cli import doctor
+from tests import transports
+
+DOCTOR = ["-m", "syncbn.cli.doctor", "json=report.json"]
+# What MPI says about memory cannot be changed; what is made of the answer can be seen.
+CUDA_AWARE = """
+import syncbn
+from syncbn.cli import doctor
+from syncbn.distributed import mpi_library
+syncbn.init_process_group("mpi4py")
+mpi_library.reads_cuda_memory = lambda: True
+print(doctor.mpi()["CUDA tensors over MPI"])
+"""
+QUIET = """
+import sys
+import syncbn
+from syncbn.cli import doctor
+doctor.report(syncbn.init_process_group())
+print([name for name in sys.modules if name.startswith("mpi4py")])
+"""
+
+
+def output(*command: str | Path, cwd: Path) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def report(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("variables", "name"),
+    [
+        ("", "none"),
+        ("RANK WORLD_SIZE", "none"),
+        ("TORCHELASTIC_RUN_ID", "torchrun"),
+        ("OMPI_COMM_WORLD_SIZE PMIX_RANK", "mpirun"),
+        ("PMI_SIZE MPI_LOCALNRANKS", "mpirun"),
+        ("PMI_SIZE", "mpirun"),
+        ("SLURM_STEP_NUM_TASKS PMIX_RANK", "srun"),
+        ("SLURM_STEP_NUM_TASKS PMI_SIZE", "srun"),
+        ("SLURM_STEP_NUM_TASKS OMPI_COMM_WORLD_SIZE", "mpirun"),
+        ("SLURM_STEP_NUM_TASKS PMI_SIZE MPI_LOCALNRANKS", "mpirun"),
+        ("SLURM_STEP_NUM_TASKS TORCHELASTIC_RUN_ID", "torchrun"),
+    ],
+)
+def test_launcher(variables: str, name: str) -> None:
+    assert doctor.launcher(dict.fromkeys(variables.split(), "2")) == name
+
+
+def test_under_torchrun(tmp_path: Path) -> None:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    output(sys.executable, *torchrun, *DOCTOR, cwd=tmp_path)
+    found = report(tmp_path)
+    assert (found["launcher"], found["backend"]) == ("torchrun", "gloo")
+    assert "MPI library" not in found["installation"]
+
+
+@pytest.mark.parametrize(("mpi", "library"), [("openmpi", "Open MPI v"), ("mpich", "MPICH")])
+def test_under_mpirun(mpi: str, library: str, tmp_path: Path) -> None:
+    (job,) = transports.start(mpi, 2, DOCTOR, cwd=tmp_path, stdout=subprocess.PIPE)
+    printed, _ = job.communicate(timeout=50)
+    assert job.returncode == 0
+    found = report(tmp_path)
+    assert (found["launcher"], found["backend"]) == ("mpirun", "mpi4py")
+    assert [rank["rank"] for rank in found["ranks"]] == [0, 1]
+    installation = found["installation"]
+    assert installation["mpi4py"] == metadata.version("mpi4py")
+    assert installation["MPI library"].startswith(library)
+    assert installation["MPI thread level"] == "multiple"
+    assert library in printed
+    assert installation["CUDA tensors over MPI"] in printed
+
+
+def test_mpi_can_be_asked_for_alone(tmp_path: Path) -> None:
+    output(sys.executable, *DOCTOR, "backend=mpi4py", cwd=tmp_path)
+    found = report(tmp_path)
+    assert (found["launcher"], found["backend"]) == ("none", "mpi4py")
+    memory = found["installation"]["CUDA tensors over MPI"]
+    assert memory in ("device pointers (CUDA-aware)", "staged through host memory")
+
+
+def test_cuda_aware(tmp_path: Path) -> None:
+    printed = output(sys.executable, "-c", CUDA_AWARE, cwd=tmp_path)
+    assert printed == "device pointers (CUDA-aware)\n"
+
+
+def test_mpi_is_left_alone_unless_asked_for(tmp_path: Path) -> None:
+    assert output(sys.executable, "-c", QUIET, cwd=tmp_path) == "[]\n"
+
+
+def test_without_mpi4py(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(package: str) -> str:
+        raise metadata.PackageNotFoundError(package)
+
+    assert "mpi4py" in doctor.installation()["torch.distributed backends"]
+    monkeypatch.setattr(metadata, "version", version)
+    found = doctor.installation()
+    assert found["mpi4py"] == "not installed"
+    assert "mpi4py" not in found["torch.distributed backends"]
