@@ -266,7 +266,7 @@ except RuntimeError as error:
     assert "caught recv from rank 0 #1 (3 float32) on rank 1 of 2 failed: MPI_ERR_TRUNC" in (
         job.output
     )
-    assert "then barrier #2: the process group is broken: recv from rank 0 #1" in job.output
+    assert "then barrier #1: the process group is broken: recv from rank 0 #1" in job.output
     assert_gone(job, 2)
 
 

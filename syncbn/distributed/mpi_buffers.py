@@ -39,6 +39,15 @@ _MOVED_AS = {
 # MPI has no half types; a sum of halves in float32 is also the more exact one.
 _REDUCED_IN = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
+# Where there is a NaN, the MIN and MAX of floats may differ from rank to rank in MPI; those of
+# whole numbers in the same order cannot.
+_COMPARED_AS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+
 _SUMS = {_Op.SUM: MPI.SUM, _Op.AVG: MPI.SUM, _Op.PREMUL_SUM: MPI.SUM, _Op.PRODUCT: MPI.PROD}
 _ORDERS = {_Op.MIN: MPI.MIN, _Op.MAX: MPI.MAX}
 _BITS = {_Op.BAND: MPI.BAND, _Op.BOR: MPI.BOR, _Op.BXOR: MPI.BXOR}
@@ -58,26 +67,36 @@ class Reduction(NamedTuple):
         dtype: what the elements are converted to for it.
         average: divide by the size of the group after.
         scaled: every rank multiplies by a factor before.
-        factor: that factor.
+        compared: floats, whose order is that of the whole numbers that MPI gets; NaN wins.
+        factor: by which ranks multiply.
     """
 
     op: MPI.Op
     dtype: torch.dtype
     average: bool
     scaled: bool
+    compared: bool
     factor: float | Tensor = 1.0
 
     def operand(self, tensor: Tensor) -> Tensor:
         """Return what MPI reduces: the tensor itself if it can, else a converted copy."""
         if self.scaled:
             tensor = tensor.detach().to(self.dtype) * self.factor
+        elif self.compared:
+            info = torch.iinfo(self.dtype)
+            nan = info.max if self.op == MPI.MAX else info.min
+            numbers = _in_order(tensor.detach().contiguous().resolve_neg().view(self.dtype))
+            tensor = numbers.masked_fill_(tensor.isnan(), nan)
         return reachable(tensor, self.dtype)
 
     def deliver(self, result: Tensor, tensor: Tensor, size: int) -> None:
         """Finish a result and put it into the tensor it belongs to (which it may be)."""
         if self.average:
-            exact = self.dtype.is_floating_point or self.dtype.is_complex
-            result.div_(size, rounding_mode=None if exact else "trunc")
+            numbers = torch.view_as_real(result) if result.is_complex() else result
+            rounding_mode = None if numbers.is_floating_point() else "trunc"
+            numbers.detach().div_(size, rounding_mode=rounding_mode)
+        elif self.compared:
+            result = _in_order(result).view(tensor.dtype)
         deliver(result, tensor)
 
 
@@ -115,13 +134,20 @@ def _reductions() -> Iterator[tuple[tuple[Any, torch.dtype], Reduction]]:
         else:
             ops = _SUMS | _ORDERS | _BITS
         for kind, op in ops.items():
-            reduced_in = _REDUCED_IN.get(dtype, dtype)
-            how = Reduction(op, reduced_in, kind == _Op.AVG, kind == _Op.PREMUL_SUM)
+            compared = dtype.is_floating_point and kind in _ORDERS
+            reduced_in = (_COMPARED_AS if compared else _REDUCED_IN).get(dtype, dtype)
+            how = Reduction(op, reduced_in, kind == _Op.AVG, kind == _Op.PREMUL_SUM, compared)
             yield (kind, dtype), how
 
 
 # Looked up for every message: building them each time would take longer than a short message.
 _REDUCTIONS = dict(_reductions())
+
+
+def _in_order(numbers: Tensor) -> Tensor:
+    # The bits of floats as whole numbers that have the floats' order; and back.
+    info = torch.iinfo(numbers.dtype)
+    return numbers ^ ((numbers >> (info.bits - 1)) & info.max)
 
 
 def reachable(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -139,10 +165,8 @@ def reachable(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """
     if tensor.layout is not torch.strided:
         raise TypeError(f"MPI sends dense tensors, got one with layout {tensor.layout}")
-    if not _is_reachable(tensor):
-        return room(tensor, tensor.numel(), dtype).view_as(tensor).copy_(tensor.detach())
-    if not (tensor.is_contiguous() and dtype in (None, tensor.dtype)):
-        tensor = tensor.detach().to(dtype or tensor.dtype).contiguous()
+    if not _is_in_place(tensor, dtype):
+        tensor = room(tensor, tensor.numel(), dtype).view_as(tensor).copy_(tensor.detach())
     if tensor.is_cuda:
         torch.cuda.current_stream(tensor.device).synchronize()
     return tensor
@@ -150,9 +174,7 @@ def reachable(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def landing(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return memory of a tensor's size that MPI can write to: its own if possible, else new."""
-    if tensor.is_contiguous() and dtype in (None, tensor.dtype) and _is_reachable(tensor):
-        return tensor
-    return room(tensor, tensor.numel(), dtype)
+    return tensor if _is_in_place(tensor, dtype) else room(tensor, tensor.numel(), dtype)
 
 
 def room(like: Tensor, numel: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -189,6 +211,12 @@ def content(tensor: Tensor, blocks: int = 1) -> BufSpec:
 def datatype(tensor: Tensor) -> MPI.Datatype:
     """Return the type that moves a tensor's elements."""
     return _MOVED_AS[tensor.element_size()]
+
+
+def _is_in_place(tensor: Tensor, dtype: torch.dtype | None) -> bool:
+    # What is in the memory of a lazily conjugated or negated tensor is not its elements.
+    as_stored = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    return as_stored and dtype in (None, tensor.dtype) and _is_reachable(tensor)
 
 
 def _is_reachable(tensor: Tensor) -> bool:

@@ -6,7 +6,6 @@ others where.
 
 from __future__ import annotations
 
-import atexit
 import os
 import socket
 import time
@@ -15,7 +14,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from syncbn.distributed.mpi_exit import end_job_after_error
+from syncbn.distributed.bounded import bounded
+from syncbn.distributed.mpi_exit import watch_for_errors
 from syncbn.distributed.mpi_library import LIBRARY, MPI, start
 from syncbn.distributed.place import Place
 
@@ -42,10 +42,18 @@ def find_place(launched: int, timeout: timedelta) -> Place:
             f"to another MPI than the library that mpi4py loads ({LIBRARY}); use the mpirun that "
             "came with that library"
         )
-    atexit.register(end_job_after_error)
+    watch_for_errors()
     job, request = world.Idup()
     _wait(request, timeout, "to start")
-    node = job.Split_type(MPI.COMM_TYPE_SHARED)
+    try:
+        node = bounded(
+            lambda: job.Split_type(MPI.COMM_TYPE_SHARED), seconds=timeout.total_seconds()
+        )
+    except TimeoutError:
+        raise RuntimeError(
+            f"rank {job.rank} of {job.size} waited {timeout.total_seconds():g} s for the ranks of "
+            "its machine; one of them has ended"
+        ) from None
     try:
         store = _open_store(job, node.size == job.size, timeout)
         return Place(job.rank, job.size, node.rank, node.size, store)

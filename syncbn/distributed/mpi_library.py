@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import sys
-import threading
 from datetime import timedelta
 from functools import cache
+
+from syncbn.distributed.bounded import bounded
 
 try:
     import mpi4py
@@ -43,18 +44,18 @@ def start(timeout: timedelta) -> None:
     if MPI.Is_finalized():
         raise RuntimeError("MPI has been finalized; create process groups before MPI.Finalize()")
     if not MPI.Is_initialized():
-        # In a thread of its own, because this one must be able to give up; and not by mpi4py, which
-        # would stop all threads of Python until the other ranks are there.
-        init = ctypes.CDLL(MPI.__file__).MPI_Init_thread
-        arguments = (None, None, MPI.THREAD_MULTIPLE, ctypes.byref(ctypes.c_int()))
-        starter = threading.Thread(target=init, args=arguments, daemon=True)
-        starter.start()
-        starter.join(timeout.total_seconds())
-        if starter.is_alive():
+        # Not by mpi4py, which would stop all threads of Python until the other ranks are there.
+        init, provided = ctypes.CDLL(MPI.__file__).MPI_Init_thread, ctypes.c_int()
+        try:
+            bounded(
+                lambda: init(None, None, MPI.THREAD_MULTIPLE, ctypes.byref(provided)),
+                timeout.total_seconds(),
+            )
+        except TimeoutError:
             raise RuntimeError(
                 f"MPI has not started after {timeout.total_seconds():g} s: some ranks of the job "
                 "have not come to init_process_group"
-            )
+            ) from None
         for communicator in (MPI.COMM_WORLD, MPI.COMM_SELF):
             communicator.Set_errhandler(MPI.ERRORS_RETURN)
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:

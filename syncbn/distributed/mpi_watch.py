@@ -1,96 +1,51 @@
-"""Who is in a group, who has left it, and what everyone waits for.
+"""What a rank knows of the others while it waits for them.
 
-MPI by itself waits forever for a process that is gone. Here a wait of more than a second looks at
-the group's store and at the processes of its own machine, and ends with an error that names the
-operation and the missing ranks. All communication of this file is by the store: it must work when
-MPI does not.
+MPI by itself waits forever for a process that is gone. Here a wait of more than a second starts a
+thread that looks at the group's store and at the processes of this machine, once a second; a wait
+that has become hopeless ends with an error that says where everyone is. All communication is by the
+store, which must work when MPI does not; and on a connection and a thread of its own, because the
+store may not answer either.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
+
+from syncbn.distributed.bounded import bounded
+from syncbn.distributed.mpi_peers import Peer
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 # A rank that has come to its end may still have a last message on its way.
 _SECONDS_AFTER_LEAVING = 10.0
-# How long a rank that gives up waits for the others to say where they are: they look less often.
+# How long a rank that gives up waits for the others, who look less often, to say where they are.
 _SECONDS_FOR_REPORTS = 1.5
+_SECONDS_FOR_THE_STORE = 1.0
+# How long rank 0, at its end, keeps a store for the others.
+_SECONDS_FOR_OTHERS = 10.0
 
 
-@dataclass(frozen=True)
-class Peer:
-    """A process of a group.
+class Need(NamedTuple):
+    """What an operation needs of other ranks.
 
     Attributes:
-        world_rank: its rank in MPI.COMM_WORLD.
-        world_size: size of its MPI.COMM_WORLD.
-        host: name of its machine.
-        pid: its process number there.
-        namespace: where this number is valid; empty if that cannot be known.
+        number: of a collective among the group's, from 1; 0 for point to point.
+        ranks: whose part it cannot do without; () for all, None for any one of the others.
+        timeout: seconds it may take; None for the group's.
     """
 
-    world_rank: int
-    world_size: int
-    host: str
-    pid: int
-    namespace: str
-
-    def has_ended(self) -> bool:
-        """Whether it is known to be gone: only of processes that this one can see."""
-        if not self.namespace or self.namespace != _pid_namespace():
-            return False
-        try:
-            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:
-            return True
-        return state in "ZX"
-
-
-def meet(
-    store: dist.Store, rank: int, size: int, timeout: float, world_rank: int, world_size: int
-) -> list[Peer]:
-    """Wait until all ranks of a new group are here; return them in the order of their ranks.
-
-    Args:
-        store: of the group alone.
-        rank: of this process in the group.
-        size: of the group.
-        timeout: seconds.
-        world_rank: of this process in MPI.COMM_WORLD.
-        world_size: of its MPI.COMM_WORLD.
-
-    Raises:
-        RuntimeError: some did not come in time; the message names them.
-    """
-    me = Peer(world_rank, world_size, socket.gethostname(), os.getpid(), _pid_namespace())
-    store.set(f"peer/{rank}", json.dumps(asdict(me)))
-    keys = [f"peer/{other}" for other in range(size)]
-    deadline = time.monotonic() + timeout
-    pause = 1e-3
-    while not store.check(keys):
-        if time.monotonic() > deadline:
-            missing = [other for other, key in enumerate(keys) if not store.check([key])]
-            raise RuntimeError(
-                f"rank {rank} of {size} waited {timeout:g} s for ranks {missing} to create an "
-                "MPI process group; every member must create it"
-            )
-        time.sleep(pause)
-        pause = min(2 * pause, 0.1)
-    return [Peer(**json.loads(store.get(key))) for key in keys]
+    number: int = 0
+    ranks: Sequence[int] | None = ()
+    timeout: float | None = None
 
 
 class Watch:
-    """What a rank knows of the others while it waits.
+    """Tells hopeless waits from long ones.
 
     Args:
         store: of the group alone.
@@ -103,47 +58,40 @@ class Watch:
         self.timeout = timeout
         #: Why the group cannot be used any more; empty while it can.
         self.failure = ""
-        self._store = store
+        #: Whether somebody has been told why.
+        self.has_told = False
+        self._store = store.clone()  # type: ignore[attr-defined]  # not in the stub
         self._rank = rank
         self._peers = peers
-        self._last_look = 0.0
-        self._left: dict[int, float] = {}  # when a rank was first seen to have left
+        self._others = [other for other in range(len(peers)) if other != rank]
         self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+        # Found by the thread: who is gone; who has left, when that was seen, and after how many
+        # collectives; whether another rank has given up.
+        self._ended: set[int] = set()
+        self._left: dict[int, tuple[float, int]] = {}
+        self._trouble = False
+        self._store_is_lost = False
 
-    def look(
-        self,
-        operation: object,
-        waited: float,
-        timeout: float | None = None,
-        peer: int | None = None,
-    ) -> None:
-        """Raise if an operation will never be done.
+    def look(self, operation: object, need: Need, waited: float) -> None:
+        """Raise if an operation will never be done. Does not block before it raises.
 
         Args:
-            operation: what this rank waits for; its text goes into the message.
-            waited: seconds since it was started.
-            timeout: seconds it may take; None for the group's.
-            peer: the only rank that it needs; None if it needs all.
+            operation: its text goes into the message.
+            need: of the operation.
+            waited: seconds.
 
         Raises:
-            RuntimeError: its time is over, a rank has ended, or another rank has given up.
+            RuntimeError: its time is over, a rank it needs is gone, or another rank has given up.
         """
         if self.failure:
             raise RuntimeError(self.failure)
-        now = time.monotonic()
-        timeout = self.timeout if timeout is None else timeout
-        if now - self._last_look < _SECONDS_BETWEEN_LOOKS and waited < timeout:
-            return
-        self._last_look = now
-        needed = range(len(self._peers)) if peer is None else [peer]
-        if reason := self._hopeless(waited, timeout, needed):
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._look_around, daemon=True)
+            self._thread.start()
+        if reason := self._hopeless(need, waited):
             raise RuntimeError(self.fail(operation, reason))
-
-    def leave(self) -> None:
-        """Tell the other ranks that this one is at its end."""
-        with suppress(RuntimeError):  # the store may be gone with its process
-            self._store.set(f"left/{self._rank}", "")
-            self._store.set("leaving", "")
 
     def fail(self, operation: object, reason: str) -> str:
         """Tell the other ranks that the group is broken; return why, and where the others are.
@@ -154,62 +102,113 @@ class Watch:
         """
         with self._lock:
             if not self.failure:
-                first = f"{operation} on rank {self._rank} of {len(self._peers)} {reason}"
-                self.failure = "\n".join([first, *self._reports(operation)])
+                reports: dict[int, str] = {}
+                patience = min(_SECONDS_FOR_REPORTS, self.timeout)
+                # Without the store, or its answer, reports are missing.
+                with suppress(RuntimeError, TimeoutError):
+                    bounded(
+                        lambda: self._exchange_reports(operation, reports, patience),
+                        patience + _SECONDS_FOR_THE_STORE,
+                    )
+                first = f"{operation} on {self._name(self._rank)} of {len(self._peers)} {reason}"
+                lines = [f"  {self._name(o)}: {self._where(o, reports)}" for o in self._others]
+                self.failure = "\n".join([first, *lines])
         return self.failure
 
-    def _hopeless(self, waited: float, timeout: float, needed: Sequence[int]) -> str:
+    def leave(self, collectives: int) -> None:
+        """Tell the other ranks that this one will start nothing more in the group.
+
+        Rank 0, whose process may keep the store, waits a little for the others to say so too.
+
+        Args:
+            collectives: that it has started.
+        """
+        self._closing.set()
+        if self._thread is not None:
+            # Or it might come back from the store to an interpreter that is gone.
+            self._thread.join(_SECONDS_FOR_THE_STORE)
+        if self._store_is_lost:
+            return
+        patience = _SECONDS_FOR_OTHERS if self._rank == 0 else 0.0
+        with suppress(RuntimeError, TimeoutError):
+            bounded(
+                lambda: self._announce_end(collectives, patience), patience + _SECONDS_FOR_THE_STORE
+            )
+
+    def _hopeless(self, need: Need, waited: float) -> str:
+        timeout = self.timeout if need.timeout is None else need.timeout
         if waited >= timeout:
             return f"is not done after {waited:.1f} s (timeout {timeout:g} s)"
-        if any(self._peers[rank].has_ended() for rank in needed):
+        if self._trouble:
+            return "was given up by another rank"
+        missing = [self._is_missing(rank, need.number) for rank in need.ranks or self._others]
+        if missing and (all(missing) if need.ranks is None else any(missing)):
             return "lost a rank"
-        try:
-            if self._store.check(["trouble"]):
-                return "was given up by another rank"
-            if self._store.check(["leaving"]) and self._have_left(needed):
-                return "waits for a rank that is at its end"
-        except RuntimeError as error:
-            return f"lost the process that keeps the store ({str(error).partition(chr(10))[0]})"
         return ""
 
-    def _have_left(self, needed: Sequence[int]) -> bool:
-        now = time.monotonic()
-        for rank in needed:
-            if rank != self._rank and self._store.check([f"left/{rank}"]):
-                self._left.setdefault(rank, now)
-        return any(now - self._left.get(rank, now) > _SECONDS_AFTER_LEAVING for rank in needed)
+    def _is_missing(self, rank: int, number: int) -> bool:
+        if rank not in self._left:
+            return rank in self._ended
+        seen, collectives = self._left[rank]
+        if number:
+            return collectives < number
+        return time.monotonic() - seen > _SECONDS_AFTER_LEAVING
 
-    def _reports(self, operation: object) -> list[str]:
-        others = [rank for rank in range(len(self._peers)) if rank != self._rank]
-        reported: dict[int, str] = {}
-        with suppress(RuntimeError):  # the store may be gone with its process
-            self._store.set(f"in/{self._rank}", str(operation))
-            self._store.set("trouble", "")
-            deadline = time.monotonic() + min(_SECONDS_FOR_REPORTS, self.timeout)
-            while time.monotonic() < deadline:
-                for rank in others:
-                    if rank not in reported and self._store.check([f"in/{rank}"]):
-                        reported[rank] = self._store.get(f"in/{rank}").decode()
-                if all(rank in reported or self._peers[rank].has_ended() for rank in others):
-                    break
-                time.sleep(0.05)
-        return [f"  rank {rank}: {self._where(rank, reported.get(rank))}" for rank in others]
+    def _look_around(self) -> None:
+        while not (self._closing.is_set() or self.failure):
+            self._ended = {rank for rank in self._others if self._peers[rank].has_ended()}
+            if not self._store_is_lost:
+                try:
+                    self._read_the_store()
+                except RuntimeError:
+                    self._store_is_lost = True  # its process may be at its end, which is no error
+            self._closing.wait(_SECONDS_BETWEEN_LOOKS)
 
-    def _where(self, rank: int, report: str | None) -> str:
+    def _read_the_store(self) -> None:
+        self._trouble = self._store.check(["trouble"])
+        for rank in self._others:
+            if rank not in self._left and self._store.check([f"left/{rank}"]):
+                collectives = int(self._store.get(f"left/{rank}"))
+                self._left[rank] = time.monotonic(), collectives
+
+    def _announce_end(self, collectives: int, patience: float) -> None:
+        self._store.set(f"left/{self._rank}", str(collectives))
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            if self._store.check([f"left/{rank}" for rank in self._others]):
+                return
+            if any(self._peers[rank].has_ended() for rank in self._others):
+                return
+            time.sleep(0.01)
+
+    def _exchange_reports(
+        self, operation: object, reports: dict[int, str], patience: float
+    ) -> None:
+        self._store.set(f"in/{self._rank}", str(operation))
+        self._store.set("trouble", "")
+        deadline = time.monotonic() + patience
+        while time.monotonic() < deadline:
+            for rank in self._unheard(reports):
+                if self._store.check([f"in/{rank}"]):
+                    reports[rank] = self._store.get(f"in/{rank}").decode()
+            if all(self._peers[rank].has_ended() for rank in self._unheard(reports)):
+                return
+            time.sleep(0.05)
+
+    def _unheard(self, reports: Iterable[int]) -> list[int]:
+        return [rank for rank in self._others if rank not in reports]
+
+    def _where(self, rank: int, reports: dict[int, str]) -> str:
         peer = self._peers[rank]
         process = f"process {peer.pid} on {peer.host}"
-        if peer.has_ended():
-            return f"has ended ({process})"
-        if report is not None:
-            return f"is in {report}"
         if rank in self._left:
             return f"has come to its end ({process})"
+        if peer.has_ended():
+            return f"has ended ({process})"
+        if rank in reports:
+            return f"is in {reports[rank]}"
         return f"has not come to this operation ({process}); see what it does instead"
 
-
-def _pid_namespace() -> str:
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return ""
+    def _name(self, rank: int) -> str:
+        world_rank = self._peers[rank].world_rank
+        return f"rank {rank}" if world_rank == rank else f"rank {rank} (global {world_rank})"

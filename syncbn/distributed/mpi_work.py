@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -14,15 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn.distributed.mpi_library import MPI
-from syncbn.distributed.mpi_watch import Watch
+from syncbn.distributed.mpi_progress import Progress, pause
+from syncbn.distributed.mpi_watch import Need, Watch
 
 # Requests of a wait are tested this often in a row: ranks that come together are done by then, some
 # ten microseconds later.
 _TESTS_IN_A_ROW = 32
-_SECONDS_BEFORE_SLEEPING = 1e-3
-# A look comes late by at most this part of the wait; sleeping longer would save nothing.
-_LATENESS = 0.05
-_LONGEST_SLEEP = 1e-3
 _SECONDS_BEFORE_DOUBT = 1.0
 
 
@@ -52,35 +48,36 @@ class MPIWork(dist.Work):
         name: what is done, for messages.
         transfers: its requests.
         results: the tensors that it fills.
+        need: what it needs of other ranks.
         progress: polls it in the background.
         watch: ends hopeless waits.
-        timeout: seconds; None for the group's.
-        peer: the only rank that is needed; None for all.
     """
 
     def __init__(
         self,
         name: str,
-        transfers: Sequence[Transfer],
+        transfers: list[Transfer],
         results: list[Tensor],
+        need: Need,
         progress: Progress,
         watch: Watch,
-        timeout: float | None = None,
-        peer: int | None = None,
     ) -> None:
         super().__init__()
         self.started = time.perf_counter()
         self._name = name
         self._transfers = transfers
         self._results = results
+        self._need = need
         self._progress = progress
         self._watch = watch
-        self._timeout = timeout
-        self._peer = peer
         self._lock = threading.Lock()
         self._pending = True
+        self._delivered = 0
         self._error: RuntimeError | None = None
-        self._futures: list[torch.futures.Future[list[Tensor]]] = []
+        self._future: torch.futures.Future[list[Tensor]] | None = None
+        # Results are put into CUDA tensors in the order of the stream that asked for them.
+        on_cuda = bool(results) and results[0].is_cuda
+        self._stream = torch.cuda.current_stream(results[0].device) if on_cuda else None
 
     def __str__(self) -> str:
         numbers = sum(tensor.numel() for tensor in self._results)
@@ -98,26 +95,29 @@ class MPIWork(dist.Work):
             True.
 
         Raises:
-            RuntimeError: MPI failed, a rank has ended, or the time is over.
+            RuntimeError: MPI failed, a rank is gone, or the time is over.
         """
+        begun = time.perf_counter()
         try:
-            while not self.advance(_TESTS_IN_A_ROW):
-                waited = time.perf_counter() - self.started
+            while not self.advance(_TESTS_IN_A_ROW, begun):
+                waited = time.perf_counter() - begun
                 if timeout and waited > timeout.total_seconds():
-                    raise RuntimeError(f"{self} is not done after {waited:.1f} s")
-                _pause(waited)
+                    raise RuntimeError(f"{self} is not done after a wait of {waited:.1f} s")
+                pause(waited)
         except BaseException:
             self._progress.add(self)  # MPI still writes to the memory that this object holds
             raise
         if self._error is not None:
+            self._watch.has_told = True
             raise self._error
         return True
 
-    def advance(self, tests: int = 1) -> bool:
+    def advance(self, tests: int = 1, begun: float | None = None) -> bool:
         """Poll; return whether the operation is over, well or not.
 
         Args:
             tests: how often to test each request before coming back.
+            begun: when the caller began to wait for it; None if it does not.
         """
         if not self._pending:
             return True
@@ -125,15 +125,21 @@ class MPIWork(dist.Work):
             return False  # another thread polls
         try:
             if self._pending:
-                self._pending = not self._poll(tests)
+                self._pending = not self._poll(tests, begun)
             if self._pending:
                 return False
-            futures, self._futures = self._futures, []
+            future, self._future = self._future, None
         finally:
             self._lock.release()
-        for future in futures:
+        self._progress.forget(self)
+        if future is not None:
             self._fulfil(future)  # runs callbacks of others, who may come back here
         return True
+
+    @property
+    def is_over(self) -> bool:
+        """Whether a poll has found the operation over."""
+        return not self._pending
 
     def is_completed(self) -> bool:
         """Return whether the operation is over."""
@@ -164,114 +170,79 @@ class MPIWork(dist.Work):
 
     def get_future(self) -> torch.futures.Future[list[Tensor]]:
         """Return a future of the results; it is fulfilled without anyone waiting."""
-        future: torch.futures.Future[list[Tensor]] = torch.futures.Future()
         with self._lock:
             pending = self._pending
-            if pending:
-                self._futures.append(future)
+            if pending and self._future is None:
+                self._future = _ResultsFuture(self)
+            future = self._future
         if pending:
+            assert future is not None
             self._progress.add(self)
-        else:
-            self._fulfil(future)
-        return future
+            return future
+        over: torch.futures.Future[list[Tensor]] = torch.futures.Future()
+        self._fulfil(over)
+        return over
 
-    def _poll(self, tests: int) -> bool:
+    def _poll(self, tests: int, begun: float | None) -> bool:
         try:
             for transfer in self._transfers:
                 for _ in range(tests):
                     if transfer.request.Test(transfer.status):
                         break
                 else:
-                    waited = time.perf_counter() - self.started
-                    if waited > _SECONDS_BEFORE_DOUBT:
-                        self._watch.look(self, waited, self._timeout, self._peer)
+                    self._doubt(begun)
                     return False
-            for transfer in self._transfers:
-                if transfer.finish is not None:
-                    transfer.finish()
+            self._deliver()
         except MPI.Exception as error:
-            self._error = RuntimeError(
-                self._watch.fail(self, f"failed: {error.Get_error_string()}")
-            )
+            reason = f"failed: {error.Get_error_string()}"
+            self._error = RuntimeError(self._watch.fail(self, reason))
         except RuntimeError as error:
             self._error = error
         if self._error is not None:
             self._progress.abandon(self)
         return True
 
+    def _doubt(self, begun: float | None) -> None:
+        # Time runs for a collective from its start, since all ranks should have come to it, and for
+        # a message from when somebody waits for it.
+        since = self.started if self._need.number else begun
+        if since is None:
+            return
+        waited = time.perf_counter() - since
+        if waited > _SECONDS_BEFORE_DOUBT:
+            self._watch.look(self, self._need, waited)
+
+    def _deliver(self) -> None:
+        if self._stream is None:
+            self._finish()
+        else:
+            with torch.cuda.stream(self._stream):
+                self._finish()
+            self._stream.synchronize()
+
+    def _finish(self) -> None:
+        # Counted, for an interrupt not to make this deliver (divide, say) twice.
+        while self._delivered < len(self._transfers):
+            finish = self._transfers[self._delivered].finish
+            self._delivered += 1
+            if finish is not None:
+                finish()
+
     def _fulfil(self, future: torch.futures.Future[list[Tensor]]) -> None:
         if self._error is None:
             future.set_result(self._results)
         else:
+            self._watch.has_told = True
             future.set_exception(self._error)  # type: ignore[arg-type]  # the stub is wrong
 
 
-class Progress:
-    """The thread of a group that polls what was started asynchronously, so that futures come true.
+class _ResultsFuture(torch.futures.Future[list[Tensor]]):
+    """A future whose waiter polls: a callback that waits for it may be on the progress thread."""
 
-    Args:
-        name: of the thread.
-    """
+    def __init__(self, work: MPIWork) -> None:
+        super().__init__()
+        self._work = work
 
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._works: list[MPIWork] = []
-        self._abandoned: list[object] = []
-        self._changed = threading.Condition()
-        self._closing = False
-        self._thread: threading.Thread | None = None
-
-    def add(self, work: MPIWork) -> None:
-        """Poll an operation until it is over."""
-        with self._changed:
-            if work in self._works:
-                return
-            self._works.append(work)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                self._thread.start()
-            self._changed.notify()
-
-    def abandon(self, owner: object) -> None:
-        """Keep the memory of an operation that failed alive: MPI may write there for ever."""
-        self._abandoned.append(owner)
-
-    def close(self) -> None:
-        """Finish what is under way, then end the thread.
-
-        Raises:
-            RuntimeError: an operation failed that nobody has waited for.
-        """
-        with self._changed:
-            works = list(self._works)
-        try:
-            for work in works:
-                work.wait()
-        finally:
-            with self._changed:
-                self._closing = True
-                self._changed.notify()
-            if self._thread is not None:
-                self._thread.join()
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._works or self._closing)
-                if self._closing:
-                    return
-                works = list(self._works)
-            over = [work for work in works if work.advance()]
-            if over:
-                with self._changed:
-                    self._works = [work for work in self._works if work not in over]
-            else:
-                _pause(time.perf_counter() - works[-1].started)
-
-
-def _pause(waited: float) -> None:
-    # Yielding lets another rank of a crowded machine, or another thread, do what is waited for.
-    if waited < _SECONDS_BEFORE_SLEEPING:
-        os.sched_yield()
-    else:
-        time.sleep(min(_LATENESS * waited, _LONGEST_SLEEP))
+    def wait(self) -> list[Tensor]:
+        self._work.wait()
+        return super().wait()

@@ -1,0 +1,98 @@
+"""What a benchmark is, and what it finds: tables for people, numbers for programs."""
+
+from __future__ import annotations
+
+import os
+import platform
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_MODEL_NAME = "model name"
+
+
+@dataclass
+class Table:
+    """A table to print.
+
+    Attributes:
+        title: above it.
+        columns: headings; the first column names the row.
+        rows: cells, as many as headings.
+        notes: sentences to print below it.
+    """
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """What a benchmark found.
+
+    Attributes:
+        facts: the machine and the libraries, by name.
+        tables: for people.
+        results: for programs; what JSON can hold, and dataclasses.
+    """
+
+    facts: dict[str, str]
+    tables: list[Table]
+    results: dict[str, Any]
+
+
+@dataclass
+class Benchmark(ABC):
+    """A benchmark's settings, and what it does with them; one subclass a file.
+
+    Attributes:
+        ranks: processes that `syncbn-bench` starts, with mpirun if there are several.
+        threads: of torch, a rank.
+        json: file to write the report to as well; None for none.
+    """
+
+    ranks: int
+    threads: int
+    json: str | None
+
+    def __post_init__(self) -> None:
+        at_least("ranks", self.ranks, 1)
+        at_least("threads", self.threads, 1)
+        if self.json is not None and not Path(self.json).absolute().parent.is_dir():
+            raise ValueError(f"json: got {self.json}; expected a file in a folder that exists")
+
+    @abstractmethod
+    def run(self) -> Report:
+        """Measure; every rank calls this, and rank 0's report counts."""
+
+
+def at_least(name: str, value: int, low: int) -> None:
+    """Check a setting.
+
+    Raises:
+        ValueError: the value is below ``low``.
+    """
+    if value < low:
+        raise ValueError(f"{name}: got {value}; expected at least {low}")
+
+
+def machine_facts() -> dict[str, str]:
+    """Return what every benchmark says about where it ran."""
+    system = f"{platform.system()} {platform.release()}"
+    return {
+        "machine": f"{os.cpu_count()} CPUs, {_cpu_name()}, {system}",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} thread(s) a rank",
+    }
+
+
+def _cpu_name() -> str:
+    # platform.processor() is empty or "x86_64" on Linux.
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith(_MODEL_NAME)]
+    return names[0] if names else platform.machine()

@@ -1,0 +1,88 @@
+"""Times of calls that take turns, so that a busy machine disturbs all of them alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass
+from itertools import cycle, islice, permutations
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# The first rounds pay for memory, connections and DDP's buckets.
+_WARM_UP_ROUNDS = 2
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The middle of some values, and the range that holds four fifths of them.
+
+    Attributes:
+        median: of the values.
+        low: their 10th percentile.
+        high: their 90th percentile.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Tensor) -> Spread:
+        """Return the spread of a vector of float64."""
+        low, median, high = values.quantile(values.new_tensor([0.1, 0.5, 0.9])).tolist()
+        return cls(median, low, high)
+
+    def text(self, unit: float = 1.0) -> str:
+        """Return ``median (low..high)`` in multiples of a unit."""
+        median, low, high = (value / unit for value in astuple(self))
+        digits = 0 if abs(median) >= 10 else 1
+        return f"{median:.{digits}f} ({low:.{digits}f}..{high:.{digits}f})"
+
+
+class Times(NamedTuple):
+    """What one of the calls took, each time.
+
+    Attributes:
+        wall: ``[rounds * burst]`` float64, seconds.
+        cpu: ``[rounds * burst]`` float64, seconds that this process, all threads, had a CPU.
+    """
+
+    wall: Tensor
+    cpu: Tensor
+
+
+def take_turns(
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    burst: int = 1,
+    meet: Callable[[], None] = lambda: None,
+) -> dict[str, Times]:
+    """Measure calls in turns.
+
+    Args:
+        calls: what to measure, by name.
+        rounds: how often each gets its turn; their order changes from turn to turn.
+        burst: calls a turn, in a row.
+        meet: called before each turn; ranks that measure together wait for each other here.
+
+    Returns:
+        The times of each call. The i-th time of one belongs to the i-th of another.
+    """
+    clocks: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for order in islice(cycle(permutations(calls)), _WARM_UP_ROUNDS + rounds):
+        for name in order:
+            call, times = calls[name], clocks[name]
+            meet()
+            for _ in range(burst):
+                cpu, start = time.process_time(), time.perf_counter()
+                call()
+                end = time.perf_counter()
+                times.append((end - start, time.process_time() - cpu))
+    skipped = _WARM_UP_ROUNDS * burst
+    return {
+        name: Times(*torch.tensor(times[skipped:], dtype=torch.float64).unbind(1))
+        for name, times in clocks.items()
+    }
