@@ -25,6 +25,7 @@ ROOMS = [
     ("lazy",),
     ("adopt",),
     ("convert",),
+    ("bench",),
     ("cli",),
 ]
 # torch has convert_sync_batchnorm as a classmethod of the layer, so the layer reaches up for it.

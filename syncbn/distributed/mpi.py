@@ -6,11 +6,7 @@ Every collective starts non-blocking MPI requests and returns a work object that
 
 from __future__ import annotations
 
-import atexit
-import os
-import sys
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from datetime import timedelta
 from itertools import chain
 from typing import Any
@@ -20,16 +16,9 @@ from torch import Tensor
 from torch.distributed.constants import default_pg_timeout
 
 from syncbn.distributed import mpi_collectives as collectives
-from syncbn.distributed.mpi_communicator import create_communicator
-from syncbn.distributed.mpi_exit import end_job, end_job_after_error, watch_for_errors
-from syncbn.distributed.mpi_library import MPI, start
-from syncbn.distributed.mpi_peers import meet
-from syncbn.distributed.mpi_progress import Progress
-from syncbn.distributed.mpi_watch import Need, Watch
+from syncbn.distributed.mpi_library import start
+from syncbn.distributed.mpi_members import BACKEND, MPIMembers
 from syncbn.distributed.mpi_work import MPIWork, Transfer
-from syncbn.distributed.python_group import PythonProcessGroup
-
-BACKEND = "mpi4py"
 
 
 def register(timeout: timedelta = default_pg_timeout) -> None:
@@ -46,36 +35,12 @@ def register(timeout: timedelta = default_pg_timeout) -> None:
         dist.Backend.register_backend(BACKEND, MPIProcessGroup, devices=["cpu", "cuda"])
 
 
-class MPIProcessGroup(PythonProcessGroup):
-    """A process group whose messages MPI carries, on a communicator of its own.
+class MPIProcessGroup(MPIMembers):
+    """A process group whose messages MPI carries; its arguments are those of :class:`MPIMembers`.
 
-    Args:
-        store: of this group alone; the members find each other by it.
-        rank: of this process in the group.
-        size: of the group.
-        timeout: of an operation and of the meeting of the members.
-
-    Raises:
-        RuntimeError: a member did not come in time; MPI cannot serve threads; the members are not
-            the processes of one MPI job.
+    The methods are those that torch.distributed calls. Their lists hold one tensor each, except
+    where a collective is coalesced.
     """
-
-    def __init__(self, store: dist.Store, rank: int, size: int, timeout: timedelta) -> None:
-        super().__init__(BACKEND, store, rank, size)
-        start(timeout)
-        watch_for_errors()
-        # A store may serve groups of the same name one after another.
-        generation = store.add(f"joined/{rank}", 1)
-        own_store = dist.PrefixStore(str(generation), store)
-        seconds = timeout.total_seconds()
-        peers = meet(own_store, rank, size, seconds, MPI.COMM_WORLD.rank)
-        self._communicator = create_communicator([peer.world_rank for peer in peers], seconds)
-        self._watch = Watch(own_store, rank, peers, seconds)
-        self._progress = Progress(f"syncbn-mpi-{rank}")
-        self._collectives = self._messages = 0
-        atexit.register(self._leave, os.getpid())
-
-    # The lists hold one tensor each, except where a collective is coalesced.
 
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> MPIWork:
         """Reduce over all ranks, in place."""
@@ -229,80 +194,3 @@ class MPIProcessGroup(PythonProcessGroup):
     _reduce_scatter_base = reduce_scatter_single
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
     alltoall_base = all_to_all_single
-
-    def _collect(
-        self,
-        name: str,
-        transfers: Iterable[Transfer],
-        results: list[Tensor],
-        opts: Any,
-        ranks: Sequence[int] = (),
-        timeout: float | None = None,
-    ) -> MPIWork:
-        self._collectives += 1
-        need = Need(self._collectives, ranks, timeout)
-        work = self._start(f"{name} #{self._collectives}", transfers, results, need)
-        if opts is None or getattr(opts, "asyncOp", True):
-            self._progress.add(work)
-        return work
-
-    def _message(
-        self, name: str, transfers: Iterable[Transfer], results: list[Tensor], peer: int | None
-    ) -> MPIWork:
-        self._messages += 1
-        need = Need(ranks=None if peer is None else (peer,))
-        work = self._start(f"{name} #{self._messages}", transfers, results, need)
-        self._progress.add(work, soon=False)
-        return work
-
-    def _start(
-        self, name: str, transfers: Iterable[Transfer], results: list[Tensor], need: Need
-    ) -> MPIWork:
-        if self._watch.failure:
-            raise RuntimeError(f"{name}: the process group is broken: {self._watch.failure}")
-        started: list[Transfer] = []
-        try:
-            started.extend(transfers)
-        except BaseException as error:
-            self._progress.abandon(started)
-            if not isinstance(error, MPI.Exception):
-                raise
-            reason = f"could not be started: {error.Get_error_string()}"
-            raise RuntimeError(self._watch.fail(name, reason)) from error
-        return MPIWork(name, started, results, need, self._progress, self._watch)
-
-    def set_timeout(self, timeout: timedelta) -> None:
-        """Set how long operations may take, those under way included."""
-        self._watch.timeout = timeout.total_seconds()
-
-    def shutdown(self) -> None:
-        """Finish what is under way and free the communicator; not if the group is broken.
-
-        Raises:
-            RuntimeError: an operation has failed, and nobody knows yet.
-        """
-        if not self._watch.failure:
-            self._progress.close()
-            self._communicator.Free()
-            self._watch.leave(self._collectives)
-            atexit.unregister(self._leave)
-        elif not self._watch.has_told:
-            self._watch.has_told = True
-            raise RuntimeError(self._watch.failure)
-
-    def abort(self) -> None:
-        """Give up the group; the other ranks notice when they wait for this one."""
-        self._watch.fail("abort()", "was called")
-
-    def _leave(self, pid: int) -> None:
-        # At exit, with a group that was not destroyed. A forked child is no rank.
-        if pid != os.getpid():
-            return
-        end_job_after_error(pid)  # before waiting for anything
-        with suppress(RuntimeError):  # which the watch knows
-            self._progress.close()
-        if self._watch.failure:
-            if not self._watch.has_told:
-                sys.stderr.write(f"{self._watch.failure}\n")
-            end_job()
-        self._watch.leave(self._collectives)
