@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -94,7 +94,7 @@ class Launch:
         program: str,
         *,
         lenient: bool = False,
-        **variables: str | None,
+        variables: Mapping[str, str | None] | None = None,
     ) -> Job:
         path = self._folder / "program.py"
         path.write_text(HEAD + program)
@@ -105,7 +105,7 @@ class Launch:
             outlives_ranks=lenient,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            **variables,
+            variables=variables,
         )
         self._jobs.append(Job(process))
         return self._jobs[-1]
@@ -298,17 +298,21 @@ if "{end}" == "MPI.Finalize()":
 
 
 def test_an_mpirun_of_another_mpi_is_an_error(launch: Launch) -> None:
-    job = launch("mpich", 2, "join()", MPI4PY_MPIABI=None, LD_LIBRARY_PATH=None)
+    job = launch(
+        "mpich", 2, "join()", variables=dict.fromkeys(("MPI4PY_MPIABI", "LD_LIBRARY_PATH"))
+    )
     assert job.finish() != 0
     assert "the launcher started 2 processes, but MPI sees 1" in job.output
     assert "Open MPI" in job.output
 
 
-def alone(program: str, *, launcher: tuple[str, ...] = (), **variables: str) -> tuple[int, str]:
+def alone(
+    program: str, *, launcher: tuple[str, ...] = (), variables: Mapping[str, str] | None = None
+) -> tuple[int, str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI", "PMI", "SLURM"))}
     done = subprocess.run(
         [sys.executable, *launcher, *(() if launcher else ("-c", program))],
-        env={**clean, "OMP_NUM_THREADS": "1", **variables},
+        env={**clean, "OMP_NUM_THREADS": "1", **(variables or {})},
         cwd=transports.ROOT,
         capture_output=True,
         text=True,
@@ -352,7 +356,8 @@ def test_mpi4py_under_torchrun_is_an_error(tmp_path: Path) -> None:
 )
 def test_what_is_missing_is_named_with_its_remedy(before: str, variables: dict[str, str]) -> None:
     status, output = alone(
-        f"import sys; {before}; import syncbn; syncbn.init_process_group('mpi4py')", **variables
+        f"import sys; {before}; import syncbn; syncbn.init_process_group('mpi4py')",
+        variables=variables,
     )
     assert status != 0
     assert "ImportError: the backend 'mpi4py' needs mpi4py and an MPI library: pip inst" in output

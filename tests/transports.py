@@ -30,7 +30,7 @@ def start(
     stdout: int | None = None,
     stderr: int | None = None,
     cwd: Path = ROOT,
-    **variables: str | None,
+    variables: Mapping[str, str | None] | None = None,
 ) -> list[subprocess.Popen[str]]:
     """Start ``python PROGRAM`` on every rank, one thread each.
 
@@ -52,7 +52,7 @@ def start(
         "OMP_NUM_THREADS": "1",
         **environment_of(transport),
     }
-    for name, value in variables.items():
+    for name, value in (variables or {}).items():
         environment.pop(name, None)
         if value is not None:
             environment[name] = value

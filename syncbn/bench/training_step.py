@@ -127,13 +127,14 @@ def _compared(times: Mapping[str, Times], messages: dict[str, int]) -> TrainingS
 
 
 def _which_rounds_count(found: TrainingStep) -> str:
-    had = f"the step without communication had {_UNDISTURBED:.0%} of a core"
-    if found.undisturbed:
-        return f"Rounds that count: {found.undisturbed} of {found.rounds}, those in which {had}."
-    return (
-        f"OTHERS USE THIS MACHINE: in none of {found.rounds} rounds {had} (median "
-        f"{found.cpu_share.median:.0%}). The differences say little."
-    )
+    undisturbed, rounds = found.undisturbed, found.rounds
+    quiet = f"the step without communication had at least {_UNDISTURBED:.0%} of a core"
+    text = f"{undisturbed} of {rounds} rounds count: in them {quiet}."
+    if not undisturbed:
+        text = f"All {rounds} rounds count, as there is none in which {quiet}."
+    if 2 * undisturbed < rounds:
+        text += " OTHERS USE THIS MACHINE: the differences say little."
+    return text
 
 
 def _synchronized(network: nn.Module, group: dist.ProcessGroup | None) -> nn.Module:

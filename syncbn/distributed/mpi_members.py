@@ -123,10 +123,11 @@ class MPIMembers(PythonProcessGroup):
         if pid != os.getpid():
             return
         end_job_after_error(pid)  # before waiting for anything
+        told = self._watch.has_told
         with suppress(RuntimeError):  # which the watch knows
             self._progress.close()
         if self._watch.failure:
-            if not self._watch.has_told:
+            if not told:
                 sys.stderr.write(f"{self._watch.failure}\n")
             end_job()
         self._watch.leave(self._collectives)

@@ -1,0 +1,209 @@
+"""Operations under way: their memory, their order, their threads, their ends."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.conformance import MPIS, SUITE, own_groups
+from tests.ranks import Ranks
+
+Pool = Callable[[int, str], Ranks]
+NUMEL = 20_000
+#: Put into memory as soon as it is free.
+GARBAGE = 77.0
+
+
+@pytest.fixture(params=SUITE)
+def three(request: pytest.FixtureRequest, pool: Pool) -> Ranks:
+    return pool(3, request.param)
+
+
+@pytest.fixture(params=MPIS)
+def three_of_mpi(request: pytest.FixtureRequest, pool: Pool) -> Ranks:
+    return pool(3, request.param)
+
+
+def _full(value: float, dtype: torch.dtype, numel: int = NUMEL) -> Tensor:
+    return torch.full((numel,), value, dtype=dtype)
+
+
+def _all_reduce(rank: int, dtype: torch.dtype) -> Any:
+    return dist.all_reduce(_full(rank + 1, dtype), async_op=True)
+
+
+def _all_reduce_slice(rank: int, dtype: torch.dtype) -> Any:
+    return dist.all_reduce(_full(rank + 1, dtype, 2 * NUMEL)[::2], async_op=True)
+
+
+def _reduce_scatter(rank: int, dtype: torch.dtype) -> Any:
+    parts = [_full(rank + 1, dtype) for _ in range(3)]
+    return dist.reduce_scatter(_full(0, dtype), parts, async_op=True)
+
+
+def _broadcast(rank: int, dtype: torch.dtype) -> Any:
+    return dist.broadcast(_full(6 if rank == 1 else 0, dtype), 1, async_op=True)
+
+
+def _scatter(rank: int, dtype: torch.dtype) -> Any:
+    parts = [_full(6, dtype) for _ in range(3)] if rank == 2 else None
+    return dist.scatter(_full(0, dtype), parts, src=2, async_op=True)
+
+
+def _all_to_all_single(rank: int, dtype: torch.dtype) -> Any:
+    output, tensor = _full(0, dtype, 3 * NUMEL), _full(6, dtype, 3 * NUMEL)
+    return dist.all_to_all_single(output, tensor, async_op=True)
+
+
+def _without_references(rank: int, transport: str) -> list[float]:
+    """Return of every operation a value that is in all its results, else NaN."""
+    starts = [_all_reduce, _broadcast, _scatter, _all_to_all_single]
+    if transport != "gloo":  # which has neither slices nor futures of a reduce_scatter
+        starts += [_all_reduce_slice, _reduce_scatter]
+    futures = []
+    for start in starts:
+        for dtype in (torch.float32, torch.bfloat16):
+            futures.append(start(rank, dtype).get_future())
+            for numel in (NUMEL, 2 * NUMEL, 3 * NUMEL):
+                _full(GARBAGE, torch.float32, numel)
+                _full(GARBAGE, torch.bfloat16, numel)
+    results = [future.wait()[0] for future in futures]
+    return [x[0].item() if bool((x == x[0]).all()) else float("nan") for x in results]
+
+
+def test_memory_lives_as_long_as_the_operation(three: Ranks) -> None:
+    for values in three.run(_without_references, three.transport):
+        assert values == [6.0] * len(values)
+
+
+def _in_any_order(rank: int) -> list[str]:
+    started = []
+    for number in range(40):
+        for group, members in own_groups():
+            tensor = _full(rank + number, torch.float32, 100 + number)
+            expected = sum(members) + len(members) * number
+            work = dist.all_reduce(tensor, group=group, async_op=True)
+            started.append((work, tensor, expected))
+    random.Random(rank).shuffle(started)
+    wrong = []
+    for work, tensor, expected in started:
+        work.wait()
+        if not bool((tensor == expected).all()):
+            wrong.append(f"got {tensor[0]}, expected {expected}")
+    return wrong
+
+
+def test_many_operations_end_in_any_order(three: Ranks) -> None:
+    assert three.run(_in_any_order) == [[], [], []]
+
+
+def _two_threads(rank: int) -> list[set[float]]:
+    groups = [dist.new_group([0, 1, 2]) for _ in range(2)]
+    seen: list[set[float]] = [set(), set()]
+
+    def add(number: int) -> None:
+        for _ in range(100):
+            tensor = torch.full((50,), float(10**number))
+            dist.all_reduce(tensor, group=groups[number])
+            seen[number].update(tensor.tolist())
+
+    threads = [threading.Thread(target=add, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return seen
+
+
+def test_two_threads_communicate_in_two_groups(three: Ranks) -> None:
+    assert three.run(_two_threads) == [[{3.0}, {30.0}]] * 3
+
+
+def _threads_share_a_work(rank: int) -> list[float]:
+    tensor = torch.full((NUMEL,), float(rank))
+    if rank == 2:
+        time.sleep(0.1)
+    work: Any = dist.all_reduce(tensor, async_op=True)
+    seen: list[float] = []
+
+    def wait() -> None:
+        work.wait()
+        seen.extend((tensor.min().item(), tensor.max().item()))
+
+    threads = [threading.Thread(target=wait) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return seen
+
+
+def test_several_threads_wait_for_one_operation(three: Ranks) -> None:
+    assert three.run(_threads_share_a_work) == [[3.0] * 8] * 3
+
+
+def _callback_that_communicates(rank: int) -> list[float]:
+    # As torch's PowerSGD hook does. The other ranks make sure that nobody is done at once.
+    if rank == 2:
+        time.sleep(0.05)
+    first: Any = dist.all_reduce(torch.ones(3), async_op=True)
+
+    def again(done: torch.futures.Future[list[Tensor]]) -> Tensor:
+        second: Any = dist.all_reduce(done.value()[0], async_op=True)
+        result: Tensor = second.get_future().wait()[0]
+        return result
+
+    values: list[float] = first.get_future().then(again).wait().tolist()
+    return values
+
+
+def test_a_callback_may_wait_for_another_operation(three: Ranks) -> None:
+    assert three.run(_callback_that_communicates) == [[9.0] * 3] * 3
+
+
+def _impatient(rank: int) -> bool:
+    tensor = torch.full((NUMEL,), float(rank))
+    if rank == 2:
+        time.sleep(0.3)
+    work: Any = dist.all_reduce(tensor, async_op=True)
+    if rank != 2:
+        with pytest.raises(RuntimeError, match=r"all_reduce .* is not done after 0.\d s"):
+            work.wait(timedelta(milliseconds=20))
+        assert not work.is_completed()
+    assert work.wait(timedelta(seconds=10))
+    assert work.is_success()
+    assert work.result()[0] is tensor
+    assert work.exception() is None
+    return bool((tensor == 3).all())
+
+
+def test_an_operation_goes_on_after_an_impatient_wait(three_of_mpi: Ranks) -> None:
+    assert all(three_of_mpi.run(_impatient))
+
+
+def _second_of_two_fails(rank: int) -> list[float]:
+    group = dist.group.WORLD
+    assert group is not None
+    for _ in range(10):
+        half = _full(rank + 1, torch.float16)
+        tensors = [half, torch.ones(2).to(torch.float8_e4m3fn)]
+        with pytest.raises(TypeError, match=r"float8_e4m3fn with SUM"):
+            group.allreduce_coalesced(tensors)
+        del half, tensors
+        _full(GARBAGE, torch.float32)
+    values = torch.ones(3)
+    dist.all_reduce(values)
+    return values.tolist()
+
+
+def test_a_group_works_after_the_second_of_two_could_not_be_started(three_of_mpi: Ranks) -> None:
+    assert three_of_mpi.run(_second_of_two_fails) == [[3.0] * 3] * 3

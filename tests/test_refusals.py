@@ -1,0 +1,165 @@
+"""Wrong calls of mpi4py: every one is an error that says what was wrong, and the group works on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.conformance import MPIS
+from tests.ranks import Ranks
+
+Op: Any = dist.ReduceOp  # torch's stubs lack its members
+
+
+@pytest.fixture(params=MPIS)
+def three(request: pytest.FixtureRequest, pool: Callable[[int, str], Ranks]) -> Ranks:
+    return pool(3, request.param)
+
+
+X = torch.ones(2)
+#: Calls that are refused on every rank, in the world or in a group of one.
+REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "the largest complex number": (
+        lambda alone: dist.reduce(torch.ones(2, dtype=torch.complex64), 0, Op.MAX),
+        r"TypeError: reduce: MPI cannot reduce torch.complex64 with MAX",
+    ),
+    "bits of floats": (
+        lambda alone: dist.all_reduce(X, Op.BAND),
+        r"TypeError: all_reduce: MPI cannot reduce torch.float32 with BAND",
+    ),
+    "an average of truth values": (
+        lambda alone: dist.reduce_scatter(X[:1] > 0, [X[:1] > 0] * 3, Op.AVG),
+        r"TypeError: reduce_scatter: MPI cannot reduce torch.bool with AVG",
+    ),
+    "a sum of float8": (
+        lambda alone: dist.all_reduce(X.to(torch.float8_e5m2)),
+        r"TypeError: all_reduce: MPI cannot reduce torch.float8_e5m2 with SUM",
+    ),
+    "a sum of sparse tensors": (
+        lambda alone: dist.all_reduce(X.to_sparse()),
+        r"TypeError: MPI sends dense tensors, got one with layout torch.sparse_coo",
+    ),
+    "a sparse tensor": (
+        lambda alone: dist.broadcast(X.to_sparse(), 0),
+        r"TypeError: MPI sends dense tensors, got one with layout torch.sparse_coo",
+    ),
+    "too few outputs": (
+        lambda alone: dist.all_gather([X], X),
+        r"ValueError: all_gather: got 1 outputs of torch.float32; expected 3",
+    ),
+    "outputs of another size": (
+        lambda alone: dist.all_gather([torch.ones(3)] * 3, X),
+        r"ValueError: all_gather: this rank's own parts differ: 3 and 2 elements",
+    ),
+    "an output of another size": (
+        lambda alone: dist.all_gather_single(torch.ones(5), X),
+        r"ValueError: all_gather_single: got an output of 5 .* expected 6",
+    ),
+    "an output of another dtype": (
+        lambda alone: dist.all_gather_single(torch.ones(6).double(), X),
+        r"ValueError: all_gather_single: got an output of 6 torch.float64 .* of 2 torch.float32",
+    ),
+    "too many inputs to reduce": (
+        lambda alone: dist.reduce_scatter(X, [X] * 4),
+        r"ValueError: reduce_scatter: got 4 inputs of torch.float32; expected 3",
+    ),
+    "an input of another size": (
+        lambda alone: dist.reduce_scatter_single(X, torch.ones(7)),
+        r"ValueError: reduce_scatter_single: got an input of 7 .* expected 6",
+    ),
+    "too many outputs of a gather": (
+        lambda alone: dist.gather(X, [X, X], group=alone, group_dst=0),
+        r"ValueError: gather: got 2 outputs of torch.float32; expected 1",
+    ),
+    "too many inputs of a scatter": (
+        lambda alone: dist.scatter(X, [X, X], group=alone, group_src=0),
+        r"ValueError: scatter: got 2 inputs of torch.float32; expected 1",
+    ),
+    "nothing to exchange": (
+        lambda alone: dist.all_to_all([], []),
+        r"ValueError: all_to_all: got 0 inputs of no dtype; expected 3",
+    ),
+    "an exchange with oneself of different sizes": (
+        lambda alone: dist.all_to_all([torch.ones(3)] * 3, [X] * 3),
+        r"ValueError: all_to_all: this rank's own parts differ: 3 and 2 elements",
+    ),
+    "rows that cannot be shared equally": (
+        lambda alone: dist.all_to_all_single(torch.ones(4), torch.ones(4)),
+        r"ValueError: all_to_all_single: got 4 rows without split sizes; expected a multiple of 3",
+    ),
+    "splits that do not add up": (
+        lambda alone: dist.all_to_all_single(torch.ones(3), torch.ones(3), [1, 1, 2], [1, 1, 1]),
+        r"ValueError: all_to_all_single: got split sizes \[1, 1, 2\] for 3 rows",
+    ),
+    "a negative split": (
+        lambda alone: dist.all_to_all_single(torch.ones(3), torch.ones(3), [4, -1, 0], [1, 1, 1]),
+        r"ValueError: all_to_all_single: got split sizes \[4, -1, 0\] for 3 rows",
+    ),
+    "rows of a number": (
+        lambda alone: dist.all_to_all_single(torch.ones(()), torch.ones(())),
+        r"ValueError: all_to_all_single: got a tensor without dimensions",
+    ),
+    "a root outside": (
+        lambda alone: dist.broadcast(X, group_src=3),
+        r"ValueError: broadcast: got root 3; expected a rank of the group, 0 to 2",
+    ),
+    "a root before the first": (
+        lambda alone: dist.reduce(X, group_dst=-1),
+        r"ValueError: reduce: got root -1; expected a rank of the group, 0 to 2",
+    ),
+    "a destination outside": (
+        lambda alone: dist.isend(X, group_dst=3),
+        r"ValueError: send: got destination 3; expected a rank of the group, 0 to 2",
+    ),
+    "a source outside": (
+        lambda alone: dist.irecv(X, group_src=-2),
+        r"ValueError: recv: got source -2; expected a rank of the group, 0 to 2",
+    ),
+    "a negative tag": (
+        lambda alone: dist.isend(X, group_dst=0, tag=-1),
+        r"ValueError: send: got tag -1; expected 0 to \d+",
+    ),
+}
+
+
+def _refusals(rank: int) -> dict[str, str]:
+    alone, _ = dist.new_subgroups_by_enumeration([[0], [1], [2]])
+    messages = {}
+    for what, (call, _) in REFUSED.items():
+        try:
+            call(alone)
+        except (TypeError, ValueError) as error:
+            messages[what] = f"{type(error).__name__}: {error}"
+        values = torch.ones(1)
+        dist.all_reduce(values)
+        assert values == 3, f"the group does not work after {what}"
+    return messages
+
+
+def test_a_wrong_call_is_refused_and_the_group_works_on(three: Ranks) -> None:
+    for messages in three.run(_refusals):
+        for what, (_, pattern) in REFUSED.items():
+            assert re.match(pattern, messages.get(what, "accepted")), f"{what}: {messages}"
+
+
+def _short_message(rank: int) -> str:
+    message = ""
+    if rank == 0:
+        dist.send(torch.ones(1), 1)
+    elif rank == 1:
+        with pytest.raises(RuntimeError) as caught:
+            dist.recv(torch.ones(2), 0)
+        message = str(caught.value)
+    dist.barrier()
+    return message
+
+
+def test_a_message_shorter_than_expected_is_an_error(three: Ranks) -> None:
+    message = three.run(_short_message)[1]
+    expected = "recv: rank 0 of the group sent 4 bytes; expected 8 for 2 torch.float32"
+    assert message == expected
