@@ -1,4 +1,4 @@
-"""What transports cannot do. Every gap is shown to be there, or it would outlive its cause."""
+"""What transports cannot do. Where that is an error, it is seen, or the gap would outlive its cause."""
 
 from __future__ import annotations
 
@@ -29,8 +29,21 @@ class Gap(NamedTuple):
 
 _MESSAGES = "send and recv|tags|recv from anyone|batch_isend_irecv"
 _COLLECTIVES = f"(?!{_MESSAGES}).*"
+_STRANGE = (torch.int16, torch.uint32, torch.float8_e4m3fn)
 
 _GLOO = (
+    # Where it fails it has ended the process, once in some hundred runs: its heap was corrupt.
+    Gap(
+        "an all_gather_coalesced of anything unusual",
+        "all_gather_coalesced",
+        "",
+        lambda case, call, way: (
+            case.layout in ("()", "(0,)")
+            or case.dtype in _STRANGE
+            or case.dtype.is_complex
+            or way in ("future", "then")
+        ),
+    ),
     Gap(
         "the end of a message, but by waiting",
         _MESSAGES,
@@ -58,8 +71,8 @@ _GLOO = (
     ),
     Gap(
         "a stack to gather in",
-        "all_gather_.*",
-        "invalid (tensor size|size of output)",
+        "all_gather_single",
+        "invalid tensor size",
         lambda case, call, way: "stacked" in call.what or case.layout == "()",
     ),
     Gap(
@@ -108,11 +121,11 @@ _GLOO = (
         "int16, uint32 and float8",
         _COLLECTIVES,
         "Invalid scalar type",
-        lambda case, *_: case.dtype in (torch.int16, torch.uint32, torch.float8_e4m3fn),
+        lambda case, *_: case.dtype in _STRANGE,
     ),
     Gap(
         "complex numbers",
-        "gather|all_gather_coalesced",
+        "gather",
         "Invalid scalar type",
         lambda case, *_: case.dtype.is_complex,
     ),
@@ -160,12 +173,6 @@ _GLOO = (
         "the future of an all_gather_single",
         "all_gather_single",
         "the future has something else",
-        lambda case, call, way: way in ("future", "then"),
-    ),
-    Gap(
-        "the future of an all_gather_coalesced",
-        "all_gather_coalesced",
-        "'list' object has no attribute",
         lambda case, call, way: way in ("future", "then"),
     ),
 )
