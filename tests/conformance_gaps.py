@@ -1,4 +1,4 @@
-"""What transports cannot do; where that is an error it is seen, or the gap would outlive its cause."""
+"""What transports cannot do; an error is seen, or the gap would outlive its cause."""
 
 from __future__ import annotations
 
