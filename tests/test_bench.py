@@ -22,7 +22,7 @@ from config import Arch, ModelConfig
 from resnet import build_resnet
 from torch import nn
 
-from syncbn.bench.mpirun import become_mpirun, is_rank
+from syncbn.bench.mpirun import become_mpirun
 from syncbn.bench.resnet20 import resnet20
 from syncbn.bench.timing import Spread, take_turns
 from syncbn.cli.bench import main, settle, write
@@ -211,13 +211,6 @@ def test_a_report_is_written_whole_or_not_at_all(
     with pytest.raises(OSError, match="no space"):
         write({"ratio": 2}, path)
     assert json.loads(path.read_text()) == {"ratio": 1}
-
-
-def test_who_is_a_rank() -> None:
-    assert is_rank({"OMPI_COMM_WORLD_SIZE": "2"})
-    assert not is_rank({})
-    # An interactive shell on a compute node.
-    assert not is_rank({"SLURM_STEP_NUM_TASKS": "1", "PMI_SIZE": "1"})
 
 
 def test_spread() -> None:

@@ -48,26 +48,6 @@ def report(folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("variables", "name"),
-    [
-        ("", "none"),
-        ("RANK WORLD_SIZE", "none"),
-        ("TORCHELASTIC_RUN_ID", "torchrun"),
-        ("OMPI_COMM_WORLD_SIZE PMIX_RANK", "mpirun"),
-        ("PMI_SIZE MPI_LOCALNRANKS", "mpirun"),
-        ("PMI_SIZE", "mpirun"),
-        ("SLURM_STEP_NUM_TASKS PMIX_RANK", "srun"),
-        ("SLURM_STEP_NUM_TASKS PMI_SIZE", "srun"),
-        ("SLURM_STEP_NUM_TASKS OMPI_COMM_WORLD_SIZE", "mpirun"),
-        ("SLURM_STEP_NUM_TASKS PMI_SIZE MPI_LOCALNRANKS", "mpirun"),
-        ("SLURM_STEP_NUM_TASKS TORCHELASTIC_RUN_ID", "torchrun"),
-    ],
-)
-def test_launcher(variables: str, name: str) -> None:
-    assert doctor.launcher(dict.fromkeys(variables.split(), "2")) == name
-
-
 def test_under_torchrun(tmp_path: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     output(sys.executable, *torchrun, *DOCTOR, cwd=tmp_path)

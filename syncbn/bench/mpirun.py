@@ -6,28 +6,19 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as dist
 from torch import Tensor
 
-# Of torchrun, Open MPI, MPICH, MVAPICH and srun.
-_SIZES = (
-    "WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"
-)  # fmt: skip
 # By environment, since other MPIs' mpirun does not know Open MPI's options. Root, as in every
 # container, has chosen to run this command, and it starts nothing but itself.
 _AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 # Only where it is needed: ranks that may be too many are not bound to cores either.
 _CROWDED = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
 _SECONDS_BETWEEN_LOOKS = 1e-4
-
-
-def is_rank(environ: Mapping[str, str]) -> bool:
-    """Return whether a launcher started this process as one of several."""
-    return any(environ.get(name, "1") != "1" for name in _SIZES)
 
 
 def become_mpirun(ranks: int, program: Sequence[str]) -> NoReturn:

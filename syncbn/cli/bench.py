@@ -24,9 +24,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from syncbn.bench.mpirun import become_mpirun, is_rank
+from syncbn.bench.mpirun import become_mpirun
 from syncbn.bench.report import Benchmark, Report
 from syncbn.cli import config_path
+from syncbn.distributed.launcher import is_one_of_several
 
 _CONFIGS = Path(config_path()) / "bench"
 _USAGE = """\
@@ -129,7 +130,7 @@ def main() -> None:
         case [name, *overrides]:
             with _errors_of_the_user():
                 benchmark = settle(name, overrides)
-                if benchmark.ranks > 1 and not is_rank(os.environ):
+                if benchmark.ranks > 1 and not is_one_of_several(os.environ):
                     become_mpirun(benchmark.ranks, ["-m", "syncbn.cli.bench", *sys.argv[1:]])
             run(name, benchmark)
 

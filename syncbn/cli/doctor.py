@@ -10,7 +10,6 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from rich.table import Table
 
 import syncbn
 from syncbn.cli import config_path
+from syncbn.distributed.launcher import launcher
 from syncbn.kernels import choose
 
 # Numbers in the message of a layer with 512 channels.
@@ -70,22 +70,6 @@ def mpi() -> dict[str, str]:
             "device pointers (CUDA-aware)" if reads else "staged through host memory"
         ),
     }
-
-
-def launcher(environ: Mapping[str, str]) -> str:
-    """Return what started this process: "torchrun", "mpirun", "srun" or "none".
-
-    An mpirun on several nodes of SLURM starts its helpers with srun, and its ranks inherit their
-    variables; srun sets PMI_SIZE itself, with ``--mpi=pmi2``.
-    """
-    names = {
-        "TORCHELASTIC_RUN_ID": "torchrun",
-        "OMPI_COMM_WORLD_SIZE": "mpirun",
-        "MPI_LOCALNRANKS": "mpirun",  # MPICH and its relatives
-        "SLURM_STEP_NUM_TASKS": "srun",
-        "PMI_SIZE": "mpirun",
-    }
-    return next((name for variable, name in names.items() if variable in environ), "none")
 
 
 def rank_report(place: syncbn.RankInfo) -> dict[str, Any]:

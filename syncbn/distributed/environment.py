@@ -12,14 +12,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
+from syncbn.distributed.launcher import MPI_SIZES, PMI_RANKS
 from syncbn.distributed.place import Place
 
 _BACKENDS = ("nccl", "gloo", "mpi4py")
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# The number of processes, for every process of a job: Open MPI; MPICH and its relatives; MVAPICH.
-_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-# With one of these srun has set up MPI (its option --mpi).
-_PMI_RANKS = ("PMIX_RANK", "PMI_RANK")
 
 
 @dataclass(frozen=True)
@@ -116,11 +113,11 @@ def _torchrun_place(environ: Mapping[str, str]) -> Place:
 
 
 def _mpi_processes(environ: Mapping[str, str]) -> int:
-    processes = max(_number(environ, name, 1) for name in _MPI_SIZES)
+    processes = max(_number(environ, name, 1) for name in MPI_SIZES)
     if processes > 1:
         return processes
     tasks = _number(environ, "SLURM_STEP_NUM_TASKS", 1)
-    if tasks > 1 and "RANK" not in environ and not any(name in environ for name in _PMI_RANKS):
+    if tasks > 1 and "RANK" not in environ and not any(name in environ for name in PMI_RANKS):
         raise RuntimeError(
             f"SLURM_STEP_NUM_TASKS={tasks}: srun started several processes without setting up MPI; "
             "use 'srun --mpi=pmix' (or pmi2), or start torchrun once on each node"
@@ -132,7 +129,7 @@ def _register_mpi4py(environ: Mapping[str, str], timeout: timedelta) -> None:
     from syncbn.distributed import mpi
 
     mpi.register(timeout)
-    if not any(name in environ for name in (*_MPI_SIZES, *_PMI_RANKS, "RANK")):
+    if not any(name in environ for name in (*MPI_SIZES, *PMI_RANKS, "RANK")):
         warnings.warn(
             "not started by mpirun: the mpi4py process group has this process alone", stacklevel=3
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.distributed.constants import default_pg_timeout
 from syncbn.distributed import mpi_collectives as collectives
 from syncbn.distributed.mpi_library import start
 from syncbn.distributed.mpi_members import BACKEND, MPIMembers
-from syncbn.distributed.mpi_work import MPIWork, Transfer
+from syncbn.distributed.mpi_work import MPIWork
 
 
 def register(timeout: timedelta = default_pg_timeout) -> None:
@@ -145,7 +146,8 @@ class MPIProcessGroup(MPIMembers):
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> MPIWork:
         """Exchange one tensor with every rank; sizes may differ."""
-        transfers = (collectives.all_to_all(self._communicator, outputs, inputs) for _ in (1,))
+        exchange = partial(collectives.all_to_all, self._communicator)
+        transfers = map(exchange, [outputs], [inputs])
         return self._collect("all_to_all", transfers, outputs, opts)
 
     def all_to_all_single(
@@ -157,10 +159,8 @@ class MPIProcessGroup(MPIMembers):
         opts: Any = None,
     ) -> MPIWork:
         """Exchange parts of one tensor along its first dimension."""
-        splits = (output_splits, input_splits)
-        transfers = (
-            collectives.all_to_all_single(self._communicator, output, tensor, *splits) for _ in (1,)
-        )
+        exchange = partial(collectives.all_to_all_single, self._communicator)
+        transfers = map(exchange, [output], [tensor], [output_splits], [input_splits])
         return self._collect("all_to_all_single", transfers, [output], opts)
 
     def send(self, tensors: list[Tensor], destination: int, tag: int) -> MPIWork:
@@ -184,7 +184,7 @@ class MPIProcessGroup(MPIMembers):
     def barrier(self, opts: Any = None) -> MPIWork:
         """Wait for all ranks."""
         opts = opts or dist.BarrierOptions()
-        transfers = (Transfer(self._communicator.Ibarrier(), ()) for _ in (1,))
+        transfers = map(collectives.barrier, [self._communicator])
         timeout = opts.timeout.total_seconds() if opts.timeout > timedelta(0) else None
         return self._collect("barrier", transfers, [], opts, timeout=timeout)
 

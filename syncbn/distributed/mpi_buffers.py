@@ -111,19 +111,18 @@ def reduction(op: Any, dtype: torch.dtype, what: str) -> Reduction:
     Raises:
         TypeError: MPI has no such reduction of this dtype.
     """
-    kind = op.op
-    how = _REDUCTIONS.get((kind, dtype))
+    how = _REDUCTIONS.get((op.op.value, dtype))
     if how is None:
         dtypes = dict.fromkeys(str(known).removeprefix("torch.") for _, known in _REDUCTIONS)
         raise TypeError(
-            f"{what}: MPI cannot reduce {dtype} with {kind.name}; it adds, multiplies and averages "
-            "numbers, orders real ones, and combines the bits of integers and truth values "
+            f"{what}: MPI cannot reduce {dtype} with {op.op.name}; it adds, multiplies and "
+            "averages numbers, orders real ones, and combines bits of integers and truth values "
             f"({', '.join(dtypes)})"
         )
     return how._replace(factor=op.factor) if how.scaled else how
 
 
-def _reductions() -> Iterator[tuple[tuple[Any, torch.dtype], Reduction]]:
+def _reductions() -> Iterator[tuple[tuple[int, torch.dtype], Reduction]]:
     for dtype in (*_DATATYPES, *_REDUCED_IN):
         if dtype is torch.bool:
             ops = _LOGICAL
@@ -137,10 +136,11 @@ def _reductions() -> Iterator[tuple[tuple[Any, torch.dtype], Reduction]]:
             compared = dtype.is_floating_point and kind in _ORDERS
             reduced_in = (_COMPARED_AS if compared else _REDUCED_IN).get(dtype, dtype)
             how = Reduction(op, reduced_in, kind == _Op.AVG, kind == _Op.PREMUL_SUM, compared)
-            yield (kind, dtype), how
+            yield (kind.value, dtype), how
 
 
-# Looked up for every message: building them each time would take longer than a short message.
+# Looked up for every message: building them each time would take longer than a short message, and
+# hashing the operation instead of its value as long as half of one.
 _REDUCTIONS = dict(_reductions())
 
 
@@ -214,9 +214,11 @@ def datatype(tensor: Tensor) -> MPI.Datatype:
 
 
 def _is_in_place(tensor: Tensor, dtype: torch.dtype | None) -> bool:
+    if dtype is not None and dtype != tensor.dtype:
+        return False
     # What is in the memory of a lazily conjugated or negated tensor is not its elements.
     as_stored = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-    return as_stored and dtype in (None, tensor.dtype) and _is_reachable(tensor)
+    return as_stored and _is_reachable(tensor)
 
 
 def _is_reachable(tensor: Tensor) -> bool:

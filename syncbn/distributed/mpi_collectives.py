@@ -185,6 +185,11 @@ def receive(communicator: MPI.Intracomm, tensor: Tensor, source: int | None, tag
     return Transfer(request, (memory,), partial(_accept, status, memory, tensor), status)
 
 
+def barrier(communicator: MPI.Intracomm) -> Transfer:
+    """Wait for all ranks."""
+    return Transfer(communicator.Ibarrier(), ())
+
+
 def splits(tensor: Tensor, sizes: Sequence[int], world_size: int, name: str) -> list[Tensor]:
     """Return a tensor's parts along its first dimension: of the given sizes, or W equal ones.
 

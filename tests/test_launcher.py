@@ -1,0 +1,34 @@
+"""What started a process, by the variables that launchers are documented to set."""
+
+from __future__ import annotations
+
+import pytest
+
+from syncbn.distributed.launcher import is_one_of_several, launcher
+
+
+@pytest.mark.parametrize(
+    ("variables", "name"),
+    [
+        ("", "none"),
+        ("RANK WORLD_SIZE", "none"),
+        ("TORCHELASTIC_RUN_ID", "torchrun"),
+        ("OMPI_COMM_WORLD_SIZE PMIX_RANK", "mpirun"),
+        ("PMI_SIZE MPI_LOCALNRANKS", "mpirun"),
+        ("PMI_SIZE", "mpirun"),
+        ("SLURM_STEP_NUM_TASKS PMIX_RANK", "srun"),
+        ("SLURM_STEP_NUM_TASKS PMI_SIZE", "srun"),
+        ("SLURM_STEP_NUM_TASKS OMPI_COMM_WORLD_SIZE", "mpirun"),
+        ("SLURM_STEP_NUM_TASKS PMI_SIZE MPI_LOCALNRANKS", "mpirun"),
+        ("SLURM_STEP_NUM_TASKS TORCHELASTIC_RUN_ID", "torchrun"),
+    ],
+)
+def test_launcher(variables: str, name: str) -> None:
+    assert launcher(dict.fromkeys(variables.split(), "2")) == name
+
+
+def test_one_of_several() -> None:
+    assert is_one_of_several({"OMPI_COMM_WORLD_SIZE": "2"})
+    assert not is_one_of_several({})
+    # An interactive shell on a compute node.
+    assert not is_one_of_several({"SLURM_STEP_NUM_TASKS": "1", "PMI_SIZE": "1"})
