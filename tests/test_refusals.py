@@ -163,3 +163,42 @@ def test_a_message_shorter_than_expected_is_an_error(three: Ranks) -> None:
     message = three.run(_short_message)[1]
     expected = "recv: rank 0 of the group sent 4 bytes; expected 8 for 2 torch.float32"
     assert message == expected
+
+
+def _disagreements(rank: int) -> list[str]:
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
+    try:
+        group = dist.new_group([0, 1, 2])
+    finally:
+        dist.set_debug_level(dist.DebugLevel.OFF)
+    messages = []
+    for start in (
+        lambda: dist.all_reduce(torch.ones(3 if rank == 1 else 2), group=group),
+        lambda: dist.all_reduce(X, Op.MAX if rank == 2 else Op.MIN, group=group),
+        lambda: dist.broadcast(X.clone(), rank % 2, group=group),
+        lambda: dist.barrier(group) if rank else dist.all_reduce(X.clone(), group=group),
+    ):
+        with pytest.raises(RuntimeError) as caught:
+            start()
+        messages.append(str(caught.value))
+        values = torch.ones(1)
+        dist.all_reduce(values, group=group)
+        assert values == 3
+    dist.all_gather([torch.ones(1 + r) for r in range(3)], torch.ones(1 + rank), group=group)
+    dist.destroy_process_group(group)
+    return messages
+
+
+def test_different_collectives_in_one_message_are_told_in_debug_mode(three: Ranks) -> None:
+    expected = [
+        (1, "all_reduce, 3 torch.float32, SUM", "all_reduce, 2 torch.float32, SUM"),
+        (2, "all_reduce, 2 torch.float32, MAX", "all_reduce, 2 torch.float32, MIN"),
+        (1, "broadcast, 2 torch.float32, root 1", "broadcast, 2 torch.float32, root 0"),
+        (0, "all_reduce, 2 torch.float32, SUM", "barrier"),
+    ]
+    for messages in three.run(_disagreements):
+        for number, (odd, theirs, others) in enumerate(expected):
+            assert messages[number].splitlines() == [
+                f"the ranks disagree on collective #{1 + 2 * number}:",
+                *(f"  rank {rank}: {theirs if rank == odd else others}" for rank in range(3)),
+            ]

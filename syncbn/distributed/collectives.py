@@ -6,12 +6,10 @@ torch.distributed.
 
 from __future__ import annotations
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Bytes of a message's description in the debug exchange; longer ones are cut.
-_DESCRIPTION_BYTES = 256
+from syncbn.distributed.agreement import as_bytes, disagreement
 
 
 def communicating_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -87,15 +85,8 @@ class _DisagreementError(Exception):
 
 
 def _require_agreement(vector: Tensor, group: dist.ProcessGroup, label: str) -> None:
-    text = f"{vector.numel()} numbers for {label}".encode()[:_DESCRIPTION_BYTES]
-    mine = torch.zeros(_DESCRIPTION_BYTES, dtype=torch.uint8)
-    mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    mine = mine.to(vector.device)
-    gathered = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(gathered, mine, group=group)
-    if all(torch.equal(mine, other) for other in gathered):
-        return
-    ranks = dist.get_process_group_ranks(group)
-    described = (bytes(t.tolist()).rstrip(b"\0").decode(errors="replace") for t in gathered)
-    lines = "\n".join(f"  rank {rank}: {what}" for rank, what in zip(ranks, described, strict=True))
-    raise _DisagreementError(f"the ranks of a synchronized batch norm disagree:\n{lines}")
+    mine = as_bytes(f"{vector.numel()} numbers for {label}").to(vector.device)
+    texts = mine.new_empty(group.size(), len(mine))
+    dist.all_gather(list(texts), mine, group=group)
+    if lines := disagreement(texts, dist.get_process_group_ranks(group)):
+        raise _DisagreementError(f"the ranks of a synchronized batch norm disagree:\n{lines}")

@@ -21,6 +21,8 @@ from syncbn.distributed.place import Place
 
 _ADDRESS_BYTES = 1024
 _ERROR = "error: "
+# MPI may still write to the memory of requests that nobody waits for any more.
+_given_up: list[MPI.Request] = []
 
 
 def find_place(launched: int, timeout: timedelta) -> Place:
@@ -96,6 +98,7 @@ def _wait(request: MPI.Request, timeout: timedelta, what: str) -> None:
     deadline = time.monotonic() + timeout.total_seconds()
     while not request.Test():
         if time.monotonic() > deadline:
+            _given_up.append(request)
             raise RuntimeError(
                 f"rank {MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size} waited "
                 f"{timeout.total_seconds():g} s {what}; every rank of the job must call "

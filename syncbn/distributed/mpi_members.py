@@ -13,6 +13,9 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from syncbn.distributed import mpi_agreement
+from syncbn.distributed.agreement import as_bytes, disagreement
+from syncbn.distributed.mpi_collectives import all_gather_single
 from syncbn.distributed.mpi_communicator import create_communicator
 from syncbn.distributed.mpi_exit import end_job, end_job_after_error, watch_for_errors
 from syncbn.distributed.mpi_library import MPI, start
@@ -47,10 +50,11 @@ class MPIMembers(PythonProcessGroup):
         generation = store.add(f"joined/{rank}", 1)
         own_store = dist.PrefixStore(str(generation), store)
         seconds = timeout.total_seconds()
-        peers = meet(own_store, rank, size, seconds, MPI.COMM_WORLD.rank)
+        self._peers = peers = meet(own_store, rank, size, seconds, MPI.COMM_WORLD.rank)
         self._communicator = create_communicator([peer.world_rank for peer in peers], seconds)
         self._watch = Watch(own_store, rank, peers, seconds)
         self._progress = Progress(f"syncbn-mpi-{rank}")
+        self._compares = mpi_agreement.is_wanted()
         self._collectives = self._messages = 0
         atexit.register(self._leave, os.getpid())
 
@@ -64,11 +68,22 @@ class MPIMembers(PythonProcessGroup):
         timeout: float | None = None,
     ) -> MPIWork:
         self._collectives += 1
+        if self._compares:
+            self._require_agreement(name, mpi_agreement.describe(name, results, opts))
         need = Need(self._collectives, ranks, timeout)
         work = self._start(f"{name} #{self._collectives}", transfers, results, need)
         if opts is None or getattr(opts, "asyncOp", True):
             self._progress.add(work)
         return work
+
+    def _require_agreement(self, name: str, description: str) -> None:
+        mine = as_bytes(description)
+        texts = mine.new_empty(self._size, len(mine))
+        gather = map(all_gather_single, [self._communicator], [texts], [mine])
+        need = Need(self._collectives)
+        self._start(f"comparison before {name} #{self._collectives}", gather, [], need).wait()
+        if lines := disagreement(texts, [peer.world_rank for peer in self._peers]):
+            raise RuntimeError(f"the ranks disagree on collective #{self._collectives}:\n{lines}")
 
     def _message(
         self, name: str, transfers: Iterable[Transfer], results: list[Tensor], peer: int | None
