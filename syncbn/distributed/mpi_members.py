@@ -22,7 +22,7 @@ from syncbn.distributed.mpi_library import MPI, start
 from syncbn.distributed.mpi_peers import meet
 from syncbn.distributed.mpi_progress import Progress
 from syncbn.distributed.mpi_watch import Need, Watch
-from syncbn.distributed.mpi_work import MPIWork, Transfer
+from syncbn.distributed.mpi_work import MPIWork, Transfer, are_over
 from syncbn.distributed.python_group import PythonProcessGroup
 
 BACKEND = "mpi4py"
@@ -55,6 +55,7 @@ class MPIMembers(PythonProcessGroup):
         self._watch = Watch(own_store, rank, peers, seconds)
         self._progress = Progress(f"syncbn-mpi-{rank}")
         self._compares = mpi_agreement.is_wanted()
+        self._over = MPIWork("", [], [], Need(), self._progress, self._watch)
         self._collectives = self._messages = 0
         atexit.register(self._leave, os.getpid())
 
@@ -71,8 +72,11 @@ class MPIMembers(PythonProcessGroup):
         if self._compares:
             self._require_agreement(name, mpi_agreement.describe(name, results, opts))
         need = Need(self._collectives, ranks, timeout)
-        work = self._start(f"{name} #{self._collectives}", transfers, results, need)
-        if opts is None or getattr(opts, "asyncOp", True):
+        asynchronous = opts is None or getattr(opts, "asyncOp", True)
+        work = self._start(
+            f"{name} #{self._collectives}", transfers, results, need, at_once=not asynchronous
+        )
+        if asynchronous:
             self._progress.add(work)
         return work
 
@@ -95,18 +99,27 @@ class MPIMembers(PythonProcessGroup):
         return work
 
     def _start(
-        self, name: str, transfers: Iterable[Transfer], results: list[Tensor], need: Need
+        self,
+        name: str,
+        transfers: Iterable[Transfer],
+        results: list[Tensor],
+        need: Need,
+        at_once: bool = False,
     ) -> MPIWork:
+        # With at_once the caller waits next and for nothing but the end: an operation that is over
+        # before its work object is made gets the one that all of them share.
         if self._watch.failure:
             raise RuntimeError(f"{name}: the process group is broken: {self._watch.failure}")
         started: list[Transfer] = []
         try:
             started.extend(transfers)
+            if at_once and are_over(started):
+                return self._over
         except BaseException as error:
             self._progress.abandon(started)
             if not isinstance(error, MPI.Exception):
                 raise
-            reason = f"could not be started: {error.Get_error_string()}"
+            reason = f"failed: {error.Get_error_string()}"
             raise RuntimeError(self._watch.fail(name, reason)) from error
         return MPIWork(name, started, results, need, self._progress, self._watch)
 
