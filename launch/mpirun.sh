@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Start a program on all ranks of one node or of many, with the mpirun of Open MPI or of MPICH.
-#
 #   launch/mpirun.sh examples/resnet/train.py norm=sync
 #   HOSTS=host0,host1 launch/mpirun.sh PROGRAM [ARGUMENT...]   (on host0; ssh to host1, same paths)
 #
@@ -27,4 +26,5 @@ export PRTE_MCA_rmaps_default_mapping_policy=slot:oversubscribe OMPI_MCA_rmaps_b
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 # Its ranks see a terminal even where this is a file, and on other nodes only what env hands them.
 [[ -t 1 ]] || export TERM=dumb
-exec "$MPIRUN" "${where[@]}" env OMP_NUM_THREADS="$threads" "$python" "$@"
+settings=(OMP_NUM_THREADS="$threads" TORCH_DISTRIBUTED_DEBUG="${TORCH_DISTRIBUTED_DEBUG:-OFF}")
+exec "$MPIRUN" "${where[@]}" env "${settings[@]}" "$python" "$@"

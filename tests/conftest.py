@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests.ranks import Ranks
+from tests.conformance import MPIS, SUITE
+from tests.ranks import Pool, Ranks
 from tests.transports import TRANSPORTS
 
 # Spawned workers and small all-reduces make examples slow to generate, not wrong.
@@ -17,7 +18,7 @@ settings.load_profile("syncbn")
 
 
 @pytest.fixture(scope="session")
-def pool() -> Iterator[Callable[[int, str], Ranks]]:
+def pool() -> Iterator[Pool]:
     """Return the ranks of a size and transport, the same for all tests."""
     pools: dict[tuple[int, str], Ranks] = {}
 
@@ -36,20 +37,28 @@ def transport(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def two_ranks(pool: Callable[[int, str], Ranks], transport: str) -> Ranks:
+def two_ranks(pool: Pool, transport: str) -> Ranks:
     return pool(2, transport)
 
 
 @pytest.fixture
-def three_ranks(pool: Callable[[int, str], Ranks], transport: str) -> Ranks:
+def three_ranks(pool: Pool, transport: str) -> Ranks:
     return pool(3, transport)
 
 
 @pytest.fixture(params=[2, 3], ids=["two", "three"])
-def ranks(
-    request: pytest.FixtureRequest, pool: Callable[[int, str], Ranks], transport: str
-) -> Ranks:
+def ranks(request: pytest.FixtureRequest, pool: Pool, transport: str) -> Ranks:
     return pool(request.param, transport)
+
+
+@pytest.fixture(params=SUITE)
+def three(request: pytest.FixtureRequest, pool: Pool) -> Ranks:
+    return pool(3, request.param)
+
+
+@pytest.fixture(params=MPIS)
+def three_of_mpi(request: pytest.FixtureRequest, pool: Pool) -> Ranks:
+    return pool(3, request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -116,3 +116,7 @@ def _receive(connection: Connection) -> tuple[bool, Any]:
     except (EOFError, ConnectionResetError):
         return False, "died"
     return answer
+
+
+#: The fixture that gives the ranks of a size and transport, the same for all tests.
+Pool = Callable[[int, str], Ranks]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -14,23 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.conformance import MPIS, SUITE, own_groups
+from tests.conformance import own_groups
 from tests.ranks import Ranks
 
-Pool = Callable[[int, str], Ranks]
 NUMEL = 20_000
 #: Put into memory as soon as it is free.
 GARBAGE = 77.0
-
-
-@pytest.fixture(params=SUITE)
-def three(request: pytest.FixtureRequest, pool: Pool) -> Ranks:
-    return pool(3, request.param)
-
-
-@pytest.fixture(params=MPIS)
-def three_of_mpi(request: pytest.FixtureRequest, pool: Pool) -> Ranks:
-    return pool(3, request.param)
 
 
 def _full(value: float, dtype: torch.dtype, numel: int = NUMEL) -> Tensor:

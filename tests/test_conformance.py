@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,23 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests import conformance
-from tests.conformance import MPIS, SUITE
+from tests.conformance import SUITE
 from tests.conformance_calls import COLLECTIVES
 from tests.conformance_cases import HALVES
-from tests.ranks import Ranks
+from tests.ranks import Pool, Ranks
 
-Pool = Callable[[int, str], Ranks]
 Op: Any = dist.ReduceOp  # torch's stubs lack its members
-
-
-@pytest.fixture(params=SUITE)
-def three(request: pytest.FixtureRequest, pool: Pool) -> Ranks:
-    return pool(3, request.param)
-
-
-@pytest.fixture(params=MPIS)
-def three_of_mpi(request: pytest.FixtureRequest, pool: Pool) -> Ranks:
-    return pool(3, request.param)
 
 
 @pytest.mark.parametrize("name", COLLECTIVES)

@@ -12,7 +12,6 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
-from tests.conformance import SUITE
 from tests.ecosystem import (
     adam,
     batch,
@@ -27,11 +26,6 @@ from tests.ecosystem import (
     values,
 )
 from tests.ranks import Ranks
-
-
-@pytest.fixture(params=SUITE)
-def three(request: pytest.FixtureRequest, pool: Callable[[int, str], Ranks]) -> Ranks:
-    return pool(3, request.param)
 
 
 def _ddp(rank: int, options: dict[str, Any]) -> list[Tensor]:

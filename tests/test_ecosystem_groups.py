@@ -11,14 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.conformance import MPIS, SUITE
-from tests.ranks import Ranks
-
-Pool = Callable[[int, str], Ranks]
-
-
-@pytest.fixture(params=SUITE)
-def three(request: pytest.FixtureRequest, pool: Pool) -> Ranks:
-    return pool(3, request.param)
+from tests.ranks import Pool, Ranks
 
 
 def _sum(group: Any, value: float) -> float:

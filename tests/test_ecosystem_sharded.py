@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,12 @@ from tests.ecosystem import (
     train,
     trained_alone,
 )
-from tests.ranks import Ranks
+from tests.ranks import Pool, Ranks
 
 
 # On one MPI alone: every rank takes seconds to import what is used here.
 @pytest.fixture(params=[name for name in SUITE if name != "mpich"])
-def two(request: pytest.FixtureRequest, pool: Callable[[int, str], Ranks]) -> Ranks:
+def two(request: pytest.FixtureRequest, pool: Pool) -> Ranks:
     return pool(2, request.param)
 
 

@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -15,10 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.ranks import Ranks
+from tests.ranks import Pool
 from tests.test_mpi_faults import MPIS, Launch, assert_gone
 
-Pool = Callable[[int, str], Ranks]
 # More than a rank waits before it begins to doubt.
 LATE = 2.5
 

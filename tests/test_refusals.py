@@ -10,15 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.conformance import MPIS
 from tests.ranks import Ranks
 
 Op: Any = dist.ReduceOp  # torch's stubs lack its members
-
-
-@pytest.fixture(params=MPIS)
-def three(request: pytest.FixtureRequest, pool: Callable[[int, str], Ranks]) -> Ranks:
-    return pool(3, request.param)
 
 
 X = torch.ones(2)
@@ -141,8 +135,8 @@ def _refusals(rank: int) -> dict[str, str]:
     return messages
 
 
-def test_a_wrong_call_is_refused_and_the_group_works_on(three: Ranks) -> None:
-    for messages in three.run(_refusals):
+def test_a_wrong_call_is_refused_and_the_group_works_on(three_of_mpi: Ranks) -> None:
+    for messages in three_of_mpi.run(_refusals):
         for what, (_, pattern) in REFUSED.items():
             assert re.match(pattern, messages.get(what, "accepted")), f"{what}: {messages}"
 
@@ -159,8 +153,8 @@ def _short_message(rank: int) -> str:
     return message
 
 
-def test_a_message_shorter_than_expected_is_an_error(three: Ranks) -> None:
-    message = three.run(_short_message)[1]
+def test_a_message_shorter_than_expected_is_an_error(three_of_mpi: Ranks) -> None:
+    message = three_of_mpi.run(_short_message)[1]
     expected = "recv: rank 0 of the group sent 4 bytes; expected 8 for 2 torch.float32"
     assert message == expected
 
@@ -189,14 +183,54 @@ def _disagreements(rank: int) -> list[str]:
     return messages
 
 
-def test_different_collectives_in_one_message_are_told_in_debug_mode(three: Ranks) -> None:
+def _unsigned(rank: int) -> list[list[int]]:
+    results = []
+    for dtype in (torch.uint16, torch.uint32, torch.uint64):
+        for op in (Op.SUM, Op.MAX, Op.BXOR):
+            values = torch.tensor([rank + 1, 2**15]).to(dtype)
+            dist.all_reduce(values, op)
+            results.append(values.tolist())
+    return results
+
+
+def test_wide_unsigned_integers_are_reduced(three_of_mpi: Ranks) -> None:
+    for results in three_of_mpi.run(_unsigned):
+        assert results[0] == [6, (3 * 2**15) % 2**16]
+        assert results[3::3] == [[6, 3 * 2**15]] * 2
+        assert results[1::3] == [[3, 2**15]] * 3
+        assert results[2::3] == [[0, 2**15]] * 3
+
+
+def _debug_on_one_rank(rank: int) -> str:
+    dist.set_debug_level(dist.DebugLevel.DETAIL if rank == 1 else dist.DebugLevel.OFF)
+    try:
+        group: Any = dist.new_group([0, 1, 2])
+    finally:
+        dist.set_debug_level(dist.DebugLevel.OFF)
+    dist.all_reduce(torch.ones(2), group=group)
+    # More than a message of the comparison holds, and different at its end.
+    tensors = [torch.ones(2) for _ in range(30)]
+    tensors[-1] = torch.ones(2 if rank else 3)
+    with pytest.raises(RuntimeError) as caught:
+        group.allreduce_coalesced(tensors)
+    group.shutdown()
+    group.shutdown()
+    return str(caught.value)
+
+
+def test_debug_mode_of_one_rank_is_that_of_all(three_of_mpi: Ranks) -> None:
+    for message in three_of_mpi.run(_debug_on_one_rank):
+        assert message.startswith("the ranks disagree on collective #2")
+
+
+def test_different_collectives_in_one_message_are_told_in_debug_mode(three_of_mpi: Ranks) -> None:
     expected = [
         (1, "all_reduce, 3 torch.float32, SUM", "all_reduce, 2 torch.float32, SUM"),
         (2, "all_reduce, 2 torch.float32, MAX", "all_reduce, 2 torch.float32, MIN"),
         (1, "broadcast, 2 torch.float32, root 1", "broadcast, 2 torch.float32, root 0"),
         (0, "all_reduce, 2 torch.float32, SUM", "barrier"),
     ]
-    for messages in three.run(_disagreements):
+    for messages in three_of_mpi.run(_disagreements):
         for number, (odd, theirs, others) in enumerate(expected):
             assert messages[number].splitlines() == [
                 f"the ranks disagree on collective #{1 + 2 * number}:",

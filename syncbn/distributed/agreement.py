@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-#: Bytes of a text in the exchange; longer ones are cut.
+#: Bytes of a text in the exchange; longer ones are cut, and end in a digest of the whole.
 TEXT_BYTES = 256
+_DIGEST_BYTES = 8
 
 
 def as_bytes(text: str) -> Tensor:
     """Return a text as uint8 [TEXT_BYTES]."""
-    encoded = text.encode()[:TEXT_BYTES].ljust(TEXT_BYTES, b"\0")
+    encoded = text.encode()
+    if len(encoded) > TEXT_BYTES:
+        digest = hashlib.blake2b(encoded, digest_size=_DIGEST_BYTES).hexdigest().encode()
+        encoded = encoded[: TEXT_BYTES - len(digest) - 4] + b"... " + digest
+    encoded = encoded.ljust(TEXT_BYTES, b"\0")
     return torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
 
 

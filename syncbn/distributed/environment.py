@@ -113,9 +113,10 @@ def _torchrun_place(environ: Mapping[str, str]) -> Place:
 
 
 def _mpi_processes(environ: Mapping[str, str]) -> int:
-    processes = max(_number(environ, name, 1) for name in MPI_SIZES)
-    if processes > 1:
-        return processes
+    sizes = [_number(environ, name) for name in MPI_SIZES if name in environ]
+    # An mpirun of one process within a SLURM job has inherited the size of that.
+    if max(sizes, default=1) > 1 or "OMPI_COMM_WORLD_SIZE" in environ:
+        return max(sizes)
     tasks = _number(environ, "SLURM_STEP_NUM_TASKS", 1)
     if tasks > 1 and "RANK" not in environ and not any(name in environ for name in PMI_RANKS):
         raise RuntimeError(

@@ -19,6 +19,9 @@ _Op: Any = dist.ReduceOp.RedOpType  # torch's stubs lack its members
 _DATATYPES = {
     torch.bool: MPI.C_BOOL,
     torch.uint8: MPI.UINT8_T,
+    torch.uint16: MPI.UINT16_T,
+    torch.uint32: MPI.UINT32_T,
+    torch.uint64: MPI.UINT64_T,
     torch.int8: MPI.INT8_T,
     torch.int16: MPI.INT16_T,
     torch.int32: MPI.INT32_T,
@@ -48,6 +51,8 @@ _COMPARED_AS = {
     torch.float64: torch.int64,
 }
 
+# Torch does not divide these.
+_NEVER_AVERAGED = (torch.uint16, torch.uint32, torch.uint64)
 _SUMS = {_Op.SUM: MPI.SUM, _Op.AVG: MPI.SUM, _Op.PREMUL_SUM: MPI.SUM, _Op.PRODUCT: MPI.PROD}
 _ORDERS = {_Op.MIN: MPI.MIN, _Op.MAX: MPI.MAX}
 _BITS = {_Op.BAND: MPI.BAND, _Op.BOR: MPI.BOR, _Op.BXOR: MPI.BXOR}
@@ -132,6 +137,8 @@ def _reductions() -> Iterator[tuple[tuple[int, torch.dtype], Reduction]]:
             ops = _SUMS | _ORDERS
         else:
             ops = _SUMS | _ORDERS | _BITS
+        if dtype in _NEVER_AVERAGED:
+            ops = {kind: op for kind, op in ops.items() if kind not in (_Op.AVG, _Op.PREMUL_SUM)}
         for kind, op in ops.items():
             compared = dtype.is_floating_point and kind in _ORDERS
             reduced_in = (_COMPARED_AS if compared else _REDUCED_IN).get(dtype, dtype)
@@ -167,21 +174,22 @@ def reachable(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         raise TypeError(f"MPI sends dense tensors, got one with layout {tensor.layout}")
     if not _is_in_place(tensor, dtype):
         tensor = room(tensor, tensor.numel(), dtype).view_as(tensor).copy_(tensor.detach())
-    if tensor.is_cuda:
-        torch.cuda.current_stream(tensor.device).synchronize()
-    return tensor
+    return _at_rest(tensor)
 
 
 def landing(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return memory of a tensor's size that MPI can write to: its own if possible, else new."""
-    return tensor if _is_in_place(tensor, dtype) else room(tensor, tensor.numel(), dtype)
+    if _is_in_place(tensor, dtype):
+        return _at_rest(tensor)
+    return room(tensor, tensor.numel(), dtype)
 
 
 def room(like: Tensor, numel: int, dtype: torch.dtype | None = None) -> Tensor:
     """Return new memory that MPI can write to, for elements that end up in tensors like this."""
     device = like.device if _is_reachable(like) else torch.device("cpu")
-    return torch.empty(
-        numel, dtype=dtype or like.dtype, device=device, pin_memory=like.device != device
+    dtype = dtype or like.dtype
+    return _at_rest(
+        torch.empty(numel, dtype=dtype, device=device, pin_memory=like.device != device)
     )
 
 
@@ -211,6 +219,14 @@ def content(tensor: Tensor, blocks: int = 1) -> BufSpec:
 def datatype(tensor: Tensor) -> MPI.Datatype:
     """Return the type that moves a tensor's elements."""
     return _MOVED_AS[tensor.element_size()]
+
+
+def _at_rest(tensor: Tensor) -> Tensor:
+    # MPI knows no streams: what is queued may still write what it reads, or read what it writes
+    # over, in memory that the allocator has handed on, too.
+    if tensor.is_cuda:
+        torch.cuda.current_stream(tensor.device).synchronize()
+    return tensor
 
 
 def _is_in_place(tensor: Tensor, dtype: torch.dtype | None) -> bool:

@@ -19,7 +19,7 @@ from syncbn.distributed.mpi_collectives import all_gather_single
 from syncbn.distributed.mpi_communicator import create_communicator
 from syncbn.distributed.mpi_exit import end_job, end_job_after_error, watch_for_errors
 from syncbn.distributed.mpi_library import MPI, start
-from syncbn.distributed.mpi_peers import meet
+from syncbn.distributed.mpi_peers import meet, myself
 from syncbn.distributed.mpi_progress import Progress
 from syncbn.distributed.mpi_watch import Need, Watch
 from syncbn.distributed.mpi_work import MPIWork, Transfer, are_over
@@ -50,12 +50,14 @@ class MPIMembers(PythonProcessGroup):
         generation = store.add(f"joined/{rank}", 1)
         own_store = dist.PrefixStore(str(generation), store)
         seconds = timeout.total_seconds()
-        self._peers = peers = meet(own_store, rank, size, seconds, MPI.COMM_WORLD.rank)
+        self._peers = peers = meet(own_store, rank, size, seconds, myself(MPI.COMM_WORLD.rank))
         self._communicator = create_communicator([peer.world_rank for peer in peers], seconds)
         self._watch = Watch(own_store, rank, peers, seconds)
         self._progress = Progress(f"syncbn-mpi-{rank}")
-        self._compares = mpi_agreement.is_wanted()
+        # On all ranks, or they would wait for each other in different operations.
+        self._compares = any(peer.compares for peer in peers)
         self._over = MPIWork("", [], [], Need(), self._progress, self._watch)
+        self._over.wait()
         self._collectives = self._messages = 0
         atexit.register(self._leave, os.getpid())
 
@@ -109,18 +111,23 @@ class MPIMembers(PythonProcessGroup):
         # With at_once the caller waits next and for nothing but the end: an operation that is over
         # before its work object is made gets the one that all of them share.
         if self._watch.failure:
+            self._watch.has_told = True
             raise RuntimeError(f"{name}: the process group is broken: {self._watch.failure}")
         started: list[Transfer] = []
         try:
             started.extend(transfers)
             if at_once and are_over(started):
                 return self._over
-        except BaseException as error:
+        except MPI.Exception as error:
             self._progress.abandon(started)
-            if not isinstance(error, MPI.Exception):
-                raise
+            self._watch.has_told = True
             reason = f"failed: {error.Get_error_string()}"
             raise RuntimeError(self._watch.fail(name, reason)) from error
+        except BaseException:
+            # What has been started goes on: the other ranks may be in it.
+            work = MPIWork(name, started, results, need, self._progress, self._watch)
+            self._progress.add(work)
+            raise
         return MPIWork(name, started, results, need, self._progress, self._watch)
 
     def set_timeout(self, timeout: timedelta) -> None:
@@ -133,10 +140,12 @@ class MPIMembers(PythonProcessGroup):
         Raises:
             RuntimeError: an operation has failed, and nobody knows yet.
         """
+        if self._communicator == MPI.COMM_NULL:
+            return
         if not self._watch.failure:
             self._progress.close()
             self._communicator.Free()
-            self._watch.leave(self._collectives)
+            self._watch.leave(self._collectives, keeps_store=self._keeps_store)
             atexit.unregister(self._leave)
         elif not self._watch.has_told:
             self._watch.has_told = True
@@ -158,4 +167,9 @@ class MPIMembers(PythonProcessGroup):
             if not told:
                 sys.stderr.write(f"{self._watch.failure}\n")
             end_job()
-        self._watch.leave(self._collectives)
+        self._watch.leave(self._collectives, keeps_store=self._keeps_store)
+
+    @property
+    def _keeps_store(self) -> bool:
+        # The store of all groups is that of the first, whose description this is, and its rank 0's.
+        return self._rank == 0 and self._description == "default_pg"

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from syncbn.distributed.mpi_agreement import is_wanted
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -23,6 +25,7 @@ class Peer:
         pid: its process number there.
         started: when that process started, in the clock ticks of its machine; -1 if unknown.
         namespace: where its number is valid; empty if unknown.
+        compares: whether it wants the ranks to compare collectives before they start them.
     """
 
     world_rank: int
@@ -30,6 +33,7 @@ class Peer:
     pid: int
     started: int
     namespace: str
+    compares: bool
 
     def has_ended(self) -> bool:
         """Whether it is known to be gone: only of processes that this one can see."""
@@ -45,7 +49,7 @@ class Peer:
         return state in "ZX" or started != self.started
 
 
-def meet(store: dist.Store, rank: int, size: int, timeout: float, world_rank: int) -> list[Peer]:
+def meet(store: dist.Store, rank: int, size: int, timeout: float, me: Peer) -> list[Peer]:
     """Wait until all ranks of a new group are here; return them in the order of their ranks.
 
     Args:
@@ -53,12 +57,12 @@ def meet(store: dist.Store, rank: int, size: int, timeout: float, world_rank: in
         rank: of this process in the group.
         size: of the group.
         timeout: seconds.
-        world_rank: of this process in MPI.COMM_WORLD.
+        me: this process.
 
     Raises:
         RuntimeError: some did not come in time; the message names them.
     """
-    store.set(f"peer/{rank}", json.dumps(asdict(_myself(world_rank))))
+    store.set(f"peer/{rank}", json.dumps(asdict(me)))
     keys = [f"peer/{other}" for other in range(size)]
     deadline = time.monotonic() + timeout
     pause = 1e-3
@@ -74,10 +78,11 @@ def meet(store: dist.Store, rank: int, size: int, timeout: float, world_rank: in
     return [Peer(**json.loads(store.get(key))) for key in keys]
 
 
-def _myself(world_rank: int) -> Peer:
+def myself(world_rank: int) -> Peer:
+    """Return this process, whose rank in MPI.COMM_WORLD is given."""
     pid, namespace = os.getpid(), _namespace()
     started = _state_and_start(pid)[1] if namespace else -1
-    return Peer(world_rank, socket.gethostname(), pid, started, namespace)
+    return Peer(world_rank, socket.gethostname(), pid, started, namespace, is_wanted())
 
 
 def _state_and_start(pid: int) -> tuple[str, int]:

@@ -3,8 +3,8 @@
 MPI by itself waits forever for a process that is gone. Here a wait of more than a second starts a
 thread that looks at the group's store and at the processes of this machine, once a second; a wait
 that has become hopeless ends with an error that says where everyone is. All communication is by the
-store, which must work when MPI does not; and on a connection and a thread of its own, because the
-store may not answer either.
+store, which must work when MPI does not; and on a connection and a thread of its own, made then,
+because the store may not answer either.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -21,6 +22,8 @@ from syncbn.distributed.bounded import bounded
 from syncbn.distributed.mpi_peers import Peer
 
 _SECONDS_BETWEEN_LOOKS = 1.0
+# After the last wait that asked.
+_SECONDS_OF_INTEREST = 5.0
 # A rank that has come to its end may still have a last message on its way.
 _SECONDS_AFTER_LEAVING = 10.0
 # How long a rank that gives up waits for the others, who look less often, to say where they are.
@@ -60,7 +63,7 @@ class Watch:
         self.failure = ""
         #: Whether somebody has been told why.
         self.has_told = False
-        self._store = store.clone()  # type: ignore[attr-defined]  # not in the stub
+        self._parent_store = store
         self._rank = rank
         self._peers = peers
         self._others = [other for other in range(len(peers)) if other != rank]
@@ -73,6 +76,7 @@ class Watch:
         self._left: dict[int, tuple[float, int]] = {}
         self._trouble = False
         self._store_is_lost = False
+        self._last_look = 0.0
 
     def look(self, operation: object, need: Need, waited: float) -> None:
         """Raise if an operation will never be done. Does not block before it raises.
@@ -87,7 +91,8 @@ class Watch:
         """
         if self.failure:
             raise RuntimeError(self.failure)
-        if self._thread is None:
+        self._last_look = time.monotonic()
+        if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._look_around, daemon=True)
             self._thread.start()
         if reason := self._hopeless(need, waited):
@@ -115,13 +120,12 @@ class Watch:
                 self.failure = "\n".join([first, *lines])
         return self.failure
 
-    def leave(self, collectives: int) -> None:
+    def leave(self, collectives: int, keeps_store: bool) -> None:
         """Tell the other ranks that this one will start nothing more in the group.
-
-        Rank 0, whose process may keep the store, waits a little for the others to say so too.
 
         Args:
             collectives: that it has started.
+            keeps_store: wait a little for the others to say so too.
         """
         self._closing.set()
         if self._thread is not None:
@@ -129,7 +133,7 @@ class Watch:
             self._thread.join(_SECONDS_FOR_THE_STORE)
         if self._store_is_lost:
             return
-        patience = _SECONDS_FOR_OTHERS if self._rank == 0 else 0.0
+        patience = _SECONDS_FOR_OTHERS if keeps_store else 0.0
         with suppress(RuntimeError, TimeoutError):
             bounded(
                 lambda: self._announce_end(collectives, patience), patience + _SECONDS_FOR_THE_STORE
@@ -154,8 +158,13 @@ class Watch:
             return collectives < number
         return time.monotonic() - seen > _SECONDS_AFTER_LEAVING
 
+    @cached_property
+    def _store(self) -> dist.Store:
+        store: dist.Store = self._parent_store.clone()  # type: ignore[attr-defined]  # not in stub
+        return store
+
     def _look_around(self) -> None:
-        while not (self._closing.is_set() or self.failure):
+        while not (self._closing.is_set() or self.failure or self._is_idle()):
             self._ended = {rank for rank in self._others if self._peers[rank].has_ended()}
             if not self._store_is_lost:
                 try:
@@ -163,6 +172,9 @@ class Watch:
                 except RuntimeError:
                     self._store_is_lost = True  # its process may be at its end, which is no error
             self._closing.wait(_SECONDS_BETWEEN_LOOKS)
+
+    def _is_idle(self) -> bool:
+        return time.monotonic() - self._last_look > _SECONDS_OF_INTEREST
 
     def _read_the_store(self) -> None:
         self._trouble = self._store.check(["trouble"])
@@ -172,10 +184,12 @@ class Watch:
                 self._left[rank] = time.monotonic(), collectives
 
     def _announce_end(self, collectives: int, patience: float) -> None:
-        self._store.set(f"left/{self._rank}", str(collectives))
+        # By the parent if possible: a connection more, with its look into the DNS, is not free.
+        store = self._parent_store if self._thread is None else self._store
+        store.set(f"left/{self._rank}", str(collectives))
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
-            if self._store.check([f"left/{rank}" for rank in self._others]):
+            if store.check([f"left/{rank}" for rank in self._others]):
                 return
             if any(self._peers[rank].has_ended() for rank in self._others):
                 return

@@ -211,6 +211,8 @@ class MPIWork(dist.Work):
             self._error = RuntimeError(self._watch.fail(self, reason))
         except RuntimeError as error:
             self._error = error
+        except Exception as error:  # or the thread that polls would end, and nobody know
+            self._error = RuntimeError(f"{self}: {error!r}")
         if self._error is not None:
             self._progress.abandon(self)
         return True
