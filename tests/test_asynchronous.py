@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -176,6 +177,27 @@ def _impatient(rank: int) -> bool:
 
 def test_an_operation_goes_on_after_an_impatient_wait(three_of_mpi: Ranks) -> None:
     assert all(three_of_mpi.run(_impatient))
+
+
+def _future_after_many_waits(rank: int) -> bool:
+    between = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(6000):
+            work: Any = dist.all_reduce(torch.ones(1), async_op=True)
+            work.wait()
+    finally:
+        sys.setswitchinterval(between)
+    future = dist.all_reduce(torch.ones(1), async_op=True).get_future()  # type: ignore[union-attr]
+    deadline = time.monotonic() + 10
+    while not future.done() and time.monotonic() < deadline:
+        time.sleep(1e-3)
+    return bool(future.done())
+
+
+def test_futures_come_true_after_many_waits(three_of_mpi: Ranks) -> None:
+    """The thread that polls and the callers of wait take operations off the same list."""
+    assert three_of_mpi.run(_future_after_many_waits) == [True] * 3
 
 
 def _second_of_two_fails(rank: int) -> list[float]:

@@ -57,7 +57,9 @@ class Progress:
 
     def forget(self, work: MPIWork) -> None:
         """Poll an operation no more: it is over."""
-        self._works.pop(id(work), None)
+        # Not without the lock: the thread has looked whether there is any.
+        with self._changed:
+            self._works.pop(id(work), None)
 
     def abandon(self, owner: object) -> None:
         """Keep the memory of an operation that failed alive: MPI may write there forever."""
