@@ -188,7 +188,8 @@ def _future_after_many_waits(rank: int) -> bool:
             work.wait()
     finally:
         sys.setswitchinterval(between)
-    future = dist.all_reduce(torch.ones(1), async_op=True).get_future()  # type: ignore[union-attr]
+    last: Any = dist.all_reduce(torch.ones(1), async_op=True)
+    future = last.get_future()
     deadline = time.monotonic() + 10
     while not future.done() and time.monotonic() < deadline:
         time.sleep(1e-3)
