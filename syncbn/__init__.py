@@ -3,6 +3,8 @@
 Importing this package imports torch and nothing optional.
 """
 
+from syncbn.calibration import CalibrationReport as CalibrationReport
+from syncbn.calibration import recalibrate as recalibrate
 from syncbn.convert import convert_sync_batchnorm as convert_sync_batchnorm
 from syncbn.convert import revert_sync_batchnorm as revert_sync_batchnorm
 from syncbn.distributed import RankInfo as RankInfo
@@ -16,6 +18,7 @@ from syncbn.module import SyncBatchNorm3d as SyncBatchNorm3d
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "CalibrationReport",
     "RankInfo",
     "SyncBatchNorm",
     "SyncBatchNorm1d",
@@ -23,6 +26,7 @@ __all__ = [
     "SyncBatchNorm3d",
     "convert_sync_batchnorm",
     "init_process_group",
+    "recalibrate",
     "revert_sync_batchnorm",
     "sync_batch_norm",
 ]

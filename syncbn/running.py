@@ -42,3 +42,19 @@ def update_running_statistics(
             if running is not None:
                 # In float64, so that a half buffer rounds once.
                 running.copy_(running + torch.where(counts, batch - running, 0.0) * momentum)
+
+
+def write_running_statistics(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor
+) -> None:
+    """Replace running averages, in place.
+
+    Args:
+        running_mean: shape ``[C]``, any floating dtype.
+        running_var: shape ``[C]``, any floating dtype.
+        mean: shape ``[C]``.
+        var: shape ``[C]``, unbiased.
+    """
+    with torch.no_grad():
+        running_mean.copy_(mean)
+        running_var.copy_(var)

@@ -26,6 +26,7 @@ from syncbn.bench.mpirun import become_mpirun
 from syncbn.bench.resnet20 import resnet20
 from syncbn.bench.timing import Spread, take_turns
 from syncbn.cli.bench import main, settle, write
+from tests.disk import almost_full
 from tests.transports import ROOT, mpirun
 
 COMMAND = [sys.executable, "-m", "syncbn.cli.bench", "collectives"]
@@ -196,20 +197,12 @@ def test_without_mpirun_the_message_says_what_to_install(
         become_mpirun(2, ["-c", "pass"])
 
 
-def test_a_report_is_written_whole_or_not_at_all(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     write({"ratio": 1}, path)
-    write_text = Path.write_text
-
-    def fill_the_disk(path: Path, text: str) -> int:
-        write_text(path, text[:5])
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(Path, "write_text", fill_the_disk)
-    with pytest.raises(OSError, match="no space"):
+    with almost_full(5), pytest.raises(OSError, match="too large"):
         write({"ratio": 2}, path)
+    assert list(tmp_path.iterdir()) == [path]
     assert json.loads(path.read_text()) == {"ratio": 1}
 
 

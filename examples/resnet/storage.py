@@ -1,10 +1,11 @@
 """Checkpoint files: written so that a crash leaves the old one whole, read without running code."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from syncbn.files import replacing
 
 
 def save(saved: dict[str, Any], path: Path) -> None:
@@ -13,15 +14,8 @@ def save(saved: dict[str, Any], path: Path) -> None:
     Raises:
         OSError: the disk is full, or the folder cannot be written; an old file stays as it was.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            torch.save(saved, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        torch.save(saved, file)
 
 
 def load(path: Path) -> dict[str, Any]:

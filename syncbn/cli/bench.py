@@ -28,6 +28,7 @@ from syncbn.bench.mpirun import become_mpirun
 from syncbn.bench.report import Benchmark, Report
 from syncbn.cli import config_path
 from syncbn.distributed.launcher import is_one_of_several
+from syncbn.files import replacing
 
 _CONFIGS = Path(config_path()) / "bench"
 _USAGE = """\
@@ -101,9 +102,8 @@ def show(report: Report) -> None:
 
 def write(found: dict[str, Any], path: Path) -> None:
     """Write JSON; the file is there whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(found, indent=2, default=asdict) + "\n")
-    unfinished.replace(path)
+    with replacing(path) as file:
+        file.write((json.dumps(found, indent=2, default=asdict) + "\n").encode())
 
 
 def run(name: str, benchmark: Benchmark) -> None:

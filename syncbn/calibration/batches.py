@@ -1,0 +1,160 @@
+"""A calibration set, batch by batch: what a sample is, how a batch gets into the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Forward = Callable[[nn.Module, Any], object]
+
+
+def default_forward(model: nn.Module, batch: Any) -> object:
+    """Call ``model(batch)``, ``model(batch[0])`` for a sequence, ``model(**batch)`` for a mapping.
+
+    A sequence is what most loaders give: inputs, then labels.
+
+    Raises:
+        TypeError: the batch is none of a tensor, a sequence and a mapping.
+    """
+    match batch:
+        case Tensor():
+            return model(batch)
+        case Mapping():
+            return model(**batch)
+        case Sequence() if len(batch) and not isinstance(batch, str | bytes):
+            return model(batch[0])
+    raise TypeError(
+        f"got a batch of type {type(batch).__name__}; expected a tensor, a sequence that begins "
+        "with the input, or a mapping of arguments; else pass forward=, called as "
+        "forward(model, batch)"
+    )
+
+
+@dataclass(frozen=True)
+class Batches:
+    """The batches of this rank.
+
+    Attributes:
+        source: what the user gave: re-iterable, or an iterator that gives its batches once.
+        limit: samples to stop after; the last batch is cut. None for all.
+        device: tensors in batches are moved there.
+    """
+
+    source: Iterable[Any]
+    limit: int | None
+    device: torch.device
+
+    @property
+    def is_one_shot(self) -> bool:
+        """Whether the batches come only once."""
+        return isinstance(self.source, Iterator)
+
+    def __len__(self) -> int:
+        """Return how many batches the source promises; zero if it does not say."""
+        try:
+            return len(self.source)  # type: ignore[arg-type]
+        except TypeError:  # also of a DataLoader, whose class has a length, over a stream
+            return 0
+
+    def expected_samples(self, size: int) -> int:
+        """Return how many samples to expect if batches have this size; zero if unknown."""
+        promised = size * len(self)
+        if self.limit is None:
+            return promised
+        return min(promised, self.limit) if promised else self.limit
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield the batches on the device.
+
+        Raises:
+            ValueError: there are fewer samples, or batches, than expected.
+        """
+        left, number = self.limit, 0
+        if left == 0:
+            return
+        for batch in self.source:
+            number += 1
+            samples = count_samples(batch)
+            if left is not None:
+                if samples is None:
+                    raise ValueError(
+                        f"num_samples={self.limit} needs to know the samples of a batch, but got a "
+                        f"{type(batch).__name__} without a tensor in it; pass batches of tensors, "
+                        "or no num_samples"
+                    )
+                if samples > left:
+                    batch = first_samples(batch, left, samples)
+                left -= min(samples, left)
+            yield move(batch, self.device)
+            if left == 0:
+                return
+        if left:
+            raise ValueError(
+                f"the batches ended after {(self.limit or 0) - left} samples; expected "
+                f"{self.limit} on this rank (num_samples is shared by all ranks)"
+            )
+        if number < len(self):
+            raise ValueError(
+                f"the batches ended early: got {number}, expected the {len(self)} that their "
+                "len() promises"
+            )
+
+
+def count_samples(batch: Any) -> int | None:
+    """Return the size of the first dimension of the first tensor in a batch; None without one."""
+    tensor = next(_tensors(batch), None)
+    return None if tensor is None else len(tensor)
+
+
+def first_samples(batch: Any, number: int, samples: int) -> Any:
+    """Return the first samples of a batch: of every tensor and list with one entry a sample.
+
+    Args:
+        batch: tensors, nested in sequences and mappings.
+        number: samples to keep.
+        samples: in the batch.
+    """
+    match batch:
+        case Tensor():
+            return batch[:number] if batch.dim() and len(batch) == samples else batch
+        case list() if len(batch) == samples and not any(isinstance(x, Tensor) for x in batch):
+            return batch[:number]
+        case _:
+            return _rebuilt(batch, lambda part: first_samples(part, number, samples))
+
+
+def move(batch: Any, device: torch.device) -> Any:
+    """Return the batch with its tensors on a device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    return _rebuilt(batch, lambda part: move(part, device))
+
+
+def _rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:
+    match batch:
+        case tuple() if hasattr(batch, "_fields"):
+            return type(batch)(*(change(part) for part in batch))
+        case list() | tuple():
+            return type(batch)(change(part) for part in batch)
+        case dict():
+            return {key: change(part) for key, part in batch.items()}
+        case Mapping():
+            return type(batch)({key: change(part) for key, part in batch.items()})  # type: ignore[call-arg]  # UserDict's, and so those of transformers
+    return batch
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    match batch:
+        case Tensor():
+            if batch.dim():
+                yield batch
+        case Mapping():
+            for part in batch.values():
+                yield from _tensors(part)
+        case list() | tuple():
+            for part in batch:
+                yield from _tensors(part)

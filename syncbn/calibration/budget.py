@@ -1,0 +1,143 @@
+"""How much memory suspended forward passes will take, known before they take it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from syncbn.calibration.batches import count_samples, default_forward, first_samples
+from syncbn.calibration.intercept import intercepted
+from syncbn.calibration.job import Job
+from syncbn.calibration.layers import Layer
+
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+_GIB = 1 << 30
+# Of a batch, one sample in so many is enough to see what it takes.
+_PART_TO_MEASURE = 16
+
+
+def bytes_while_stopped(run: Callable[[], object], layers: Sequence[Layer]) -> int:
+    """Return the most memory of its own that a forward pass has when it comes to a layer.
+
+    Args:
+        run: the pass; it is run to its end.
+        layers: where it will be stopped.
+    """
+    peak = 0
+    with _Watch() as watch:
+
+        def look(layer: Layer, x: Tensor) -> None:
+            nonlocal peak
+            peak = max(peak, watch.live_bytes())
+
+        with intercepted(layers, look):
+            run()
+    return peak
+
+
+def tensor_bytes(batch: Any) -> int:
+    """Return the size of the tensors in a batch."""
+    return sum(tensor.nbytes for tensor in _tensors(batch))
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the memory that a device, or this process on the CPU, can still get; None: unknown."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    known = [free for free in (_free_of_machine(), _free_of_container()) if free is not None]
+    return min(known, default=None)
+
+
+class Room:
+    """The memory for the suspended passes of a rank.
+
+    Args:
+        job: whose first batch is run to see what a sample takes.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._bytes_per_sample: float | None = None
+        self._samples = self._expected = 0
+
+    def take(self, batch: Any) -> None:
+        """Take room for a batch.
+
+        Raises:
+            MemoryError: there will not be enough for this one, or for all that are expected.
+        """
+        size = count_samples(batch) or 1
+        if self._bytes_per_sample is None:
+            self._bytes_per_sample = self._measure(batch, size)
+            self._expected = self._job.batches.expected_samples(size)
+        self._samples += size
+        samples = max(self._samples, self._expected)
+        needed = self._bytes_per_sample * samples
+        allowed = self._job.max_bytes
+        if allowed is None or needed <= allowed:
+            return
+        raise MemoryError(
+            f"method 'lockstep' would hold {needed / _GIB:.3g} GiB of activations for {samples} "
+            f"samples on this rank, more than max_bytes={allowed} ({allowed / _GIB:.3g} GiB; if "
+            "not given, what is free); use method='sequential', which holds one batch and comes to "
+            "the same result, or fewer samples (num_samples)"
+        )
+
+    def _measure(self, batch: Any, size: int) -> float:
+        job = self._job
+        if job.forward is default_forward:
+            part = max(1, size // _PART_TO_MEASURE)
+            batch, size = first_samples(batch, part, size), part
+        held = bytes_while_stopped(lambda: job.run(batch), job.layers)
+        return (held + tensor_bytes(batch)) / size
+
+
+def _free_of_machine() -> int | None:
+    if not _MEMINFO.exists():
+        return None
+    fields = (line.split() for line in _MEMINFO.read_text().splitlines())
+    return next((int(field[1]) * 1024 for field in fields if field[0] == "MemAvailable:"), None)
+
+
+def _free_of_container() -> int | None:
+    limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
+    if not (limit.exists() and used.exists()) or limit.read_text().strip() == "max":
+        return None
+    return max(int(limit.read_text()) - int(used.read_text()), 0)
+
+
+class _Watch(TorchDispatchMode):
+    """Knows the memory of everything that was computed and is still there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def live_bytes(self) -> int:
+        self._storages = {
+            key: entry for key, entry in self._storages.items() if not entry[0].expired()
+        }
+        return sum(size for _, size in self._storages.values())
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        old = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in old:
+                self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return result
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (part for part in tree_iter(tree) if isinstance(part, Tensor))

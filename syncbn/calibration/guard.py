@@ -1,0 +1,63 @@
+"""Everything about a model that calibration must leave as it was."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import FrameType
+
+import torch
+from torch import nn
+
+from syncbn.calibration.layers import Layer, old_statistics
+from syncbn.calibration.randomness import same_randomness
+from syncbn.calibration.wrappers import without_communication
+
+
+@contextmanager
+def untouched(model: nn.Module, layers: list[Layer]) -> Iterator[None]:
+    """Put a model into inference mode for the body, alone on its rank, and everything back after.
+
+    Back come training flags and the state of random generators, and on any exception the running
+    statistics. The model's own communication is off in the body: ranks may call it a different
+    number of times. Compiled parts run uncompiled, so that hooks are called.
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    statistics = old_statistics(layers)
+    with ExitStack() as stack:
+        stack.enter_context(same_randomness())
+        stack.enter_context(without_communication(model))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.no_grad())
+        try:
+            # Not model.eval(), which classes override, for example to keep parts as they are.
+            for module, _ in flags:
+                module.training = False
+            yield
+        except BaseException:
+            with uninterrupted():
+                for layer, (mean, var) in zip(layers, statistics, strict=True):
+                    layer.use(mean, var)
+            raise
+        finally:
+            with uninterrupted():
+                for module, flag in flags:
+                    module.training = flag
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Put off Ctrl-C to the end of the body."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda *what: seen.append(what))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if seen and callable(before):
+            before(*seen[0])

@@ -1,0 +1,101 @@
+"""The layers to calibrate: found, read and written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncbn.moments import Moments
+from syncbn.running import write_running_statistics
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A batch-norm layer with running statistics.
+
+    Attributes:
+        index: among the layers of its model, the same on every rank.
+        name: in the model; the first one of a shared layer.
+        module: ``nn.BatchNorm*``, ``nn.SyncBatchNorm`` or a layer of this library.
+    """
+
+    index: int
+    name: str
+    module: _BatchNorm
+
+    @property
+    def channels(self) -> int:
+        """The number of channels."""
+        return self.running_mean.numel()
+
+    @property
+    def running_mean(self) -> Tensor:
+        """The buffer, ``[C]``."""
+        mean = self.module.running_mean
+        assert mean is not None
+        return mean
+
+    @property
+    def running_var(self) -> Tensor:
+        """The buffer, ``[C]``."""
+        var = self.module.running_var
+        assert var is not None
+        return var
+
+    def use(self, mean: Tensor, var: Tensor) -> None:
+        """Normalize with these statistics from now on; writes to the buffers in place.
+
+        Args:
+            mean: ``[C]``.
+            var: ``[C]``.
+        """
+        write_running_statistics(self.running_mean, self.running_var, mean, var)
+
+    def use_moments(self, moments: Moments, unbiased: bool = True) -> None:
+        """Normalize with the mean and the variance of moments from now on, if they have values.
+
+        Args:
+            moments: ``[C]``.
+            unbiased: take the unbiased variance, that of running averages.
+        """
+        if moments.count > 0:
+            self.use(moments.mean(), moments.variance(unbiased=unbiased))
+
+
+def find_layers(model: nn.Module) -> list[Layer]:
+    """Return the batch-norm layers that have running statistics, each once.
+
+    Raises:
+        ValueError: there are none; one is lazy and has no size yet; one always normalizes with the
+            statistics of its batch, whose outputs and all that follows depend on the batch size.
+    """
+    found: list[Layer] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, _BatchNorm):
+            continue
+        if isinstance(module.running_mean, nn.UninitializedBuffer):
+            raise ValueError(
+                f"{name}: got a lazy layer without a size; run one batch through the model first"
+            )
+        if module.running_mean is None or module.running_var is None:
+            raise ValueError(
+                f"{name}: got a layer with track_running_stats=False, which has no population "
+                "statistics and makes those of later layers depend on the batch size; expected "
+                "running_mean and running_var"
+            )
+        found.append(Layer(len(found), name, module))
+    if not found:
+        raise ValueError(
+            f"got {type(model).__name__} without a batch-norm layer; expected nn.BatchNorm*, "
+            "nn.SyncBatchNorm or syncbn layers in it"
+        )
+    return found
+
+
+def old_statistics(layers: list[Layer]) -> list[tuple[Tensor, Tensor]]:
+    """Return copies of the buffers."""
+    with torch.no_grad():
+        return [(layer.running_mean.clone(), layer.running_var.clone()) for layer in layers]

@@ -1,0 +1,88 @@
+"""The ranks of a calibration: they agree on every step, and fail together."""
+
+from __future__ import annotations
+
+import hashlib
+import socket
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from syncbn.distributed.collectives import all_reduce
+
+_FAILED = -1
+
+
+class Ranks:
+    """The ranks that calibrate together.
+
+    Args:
+        group: to talk to; None for this process alone.
+        device: of the messages.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
+        self._group = group
+        self._device = device
+
+    @property
+    def rank(self) -> int:
+        """The rank of this process, from 0."""
+        return 0 if self._group is None else self._group.rank()
+
+    @property
+    def size(self) -> int:
+        """The number of ranks."""
+        return 1 if self._group is None else self._group.size()
+
+    def together(self, work: Callable[[], list[int]], numbers: int) -> Tensor:
+        """Do this rank's work and learn what the others' has come to; every rank must call this.
+
+        Args:
+            work: raises, or returns what the others must know: integers from 0.
+            numbers: that it returns.
+
+        Returns:
+            int64 ``[W, numbers]``, by rank.
+
+        Raises:
+            RuntimeError: the work of another rank has failed.
+            BaseException: what this rank's work has raised.
+        """
+        try:
+            mine = work()
+            assert len(mine) == numbers
+            assert all(number >= 0 for number in mine)
+        except BaseException:
+            self._gather([_FAILED] * numbers)
+            raise
+        everyone = self._gather(mine)
+        failed = (everyone == _FAILED).all(1).nonzero().flatten().tolist()
+        if failed:
+            names = ", ".join(f"rank {rank}" for rank in failed)
+            raise RuntimeError(f"calibration was ended by an error on {names}; see there")
+        return everyone
+
+    def on_this_machine(self) -> int:
+        """Return how many of the ranks share this machine; every rank must call this."""
+        name = hashlib.blake2b(socket.gethostname().encode(), digest_size=7).digest()
+        mine = torch.tensor([int.from_bytes(name, "big")], device=self._device)
+        return int((self.gather(mine) == mine).sum())
+
+    def sum(self, vector: Tensor, label: str) -> Tensor:
+        """Return a float64 vector summed over the ranks, with the same bits on all of them."""
+        return all_reduce(vector, self._group, label)
+
+    def gather(self, vector: Tensor) -> Tensor:
+        """Return the vectors of all ranks, ``[W, n]``."""
+        rows = vector.new_empty(self.size, vector.numel())
+        if self._group is None:
+            rows[0] = vector
+        else:
+            dist.all_gather(list(rows), vector.contiguous(), group=self._group)
+        return rows
+
+    def _gather(self, numbers: list[int]) -> Tensor:
+        return self.gather(torch.tensor(numbers, device=self._device)).cpu()

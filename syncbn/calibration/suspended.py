@@ -1,0 +1,109 @@
+"""Forward passes that stop at every batch-norm layer, side by side in one thread.
+
+Each runs in a coroutine (greenlet), which can stop in the middle of anything a model's forward
+calls. Threads could, too, and were measured at 1.5 to 3 times a plain pass for small batches.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable
+from typing import NamedTuple
+
+import greenlet
+import torch
+from torch import Tensor
+
+from syncbn.calibration.layers import Layer
+
+
+class Stop(NamedTuple):
+    """Where a forward pass has stopped.
+
+    Attributes:
+        layer: before whose forward.
+        input: of the layer, ``[N, C, *]``.
+    """
+
+    layer: Layer
+    input: Tensor
+
+
+class Suspended:
+    """A forward pass that runs from one batch-norm layer to the next.
+
+    Args:
+        run: the whole pass; it calls :func:`stop` where it may be stopped.
+    """
+
+    def __init__(self, run: Callable[[], object]) -> None:
+        self._coroutine = greenlet.greenlet(run)
+        self._coroutine.gr_context = contextvars.copy_context()
+        self._settings = _Settings.now()
+
+    def resume(self) -> Stop | None:
+        """Run to the next layer and return where; None at the end of the pass.
+
+        Raises:
+            BaseException: what the pass raised.
+        """
+        # The coroutine may be within torch.autocast, say, and must not leave others there.
+        ours = _Settings.now()
+        self._settings.restore(ours)
+        try:
+            stop = self._coroutine.switch()
+        finally:
+            self._settings = _Settings.now()
+            ours.restore(self._settings)
+        return None if self._coroutine.dead else stop
+
+    def close(self) -> None:
+        """End the pass where it is; its ``finally`` blocks run."""
+        if self._coroutine and not self._coroutine.dead:
+            self._coroutine.throw()
+
+
+def stop(layer: Layer, x: Tensor) -> None:
+    """Stop the pass that comes to a layer with an input; returns when the pass is resumed.
+
+    Raises:
+        RuntimeError: the caller is not in a :class:`Suspended` pass.
+    """
+    parent = greenlet.getcurrent().parent
+    if parent is None:
+        raise RuntimeError(
+            f"{layer.name}: called in a thread of the model's own; expected a forward that calls "
+            "its layers in the thread that it was called in"
+        )
+    parent.switch(Stop(layer, x))
+
+
+class _Settings(NamedTuple):
+    """What a pass may have set for its thread, and others must not see."""
+
+    grad: bool
+    autocast: tuple[tuple[str, bool, torch.dtype], ...]
+    device: int
+
+    @staticmethod
+    def now() -> _Settings:
+        cuda = torch.cuda.is_initialized()
+        kinds = ("cpu", "cuda") if cuda else ("cpu",)
+        return _Settings(
+            torch.is_grad_enabled(),
+            tuple(
+                (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+                for kind in kinds
+            ),
+            torch.cuda.current_device() if cuda else 0,
+        )
+
+    def restore(self, now: _Settings) -> None:
+        if self == now:
+            return
+        torch.set_grad_enabled(self.grad)
+        for kind, enabled, dtype in self.autocast:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        if torch.cuda.is_initialized():
+            torch.cuda.set_device(self.device)

@@ -1,0 +1,45 @@
+"""A calibration report as text."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from syncbn.calibration.report import CalibrationReport
+
+_COLUMNS = 100
+
+
+def render(report: CalibrationReport) -> str:
+    """Return a table with a row a layer, notes and the verdict."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layer")
+    for heading in ("samples", "values", "mean shift", "± error", "var ratio", "± error", "KL"):
+        table.add_column(heading, justify="right")
+    for layer in report.layers:
+        table.add_row(
+            layer.name,
+            str(layer.samples),
+            f"{layer.count:.3g}",
+            f"{layer.mean_shift:.3f}",
+            f"{layer.mean_error:.3f}",
+            f"{layer.var_ratio:.3f}",
+            f"{layer.var_error:.3f}",
+            f"{layer.kl:.4f}",
+        )
+    text = io.StringIO()
+    console = Console(file=text, width=_COLUMNS, highlight=False, color_system=None)
+    console.print(table)
+    console.print(
+        "mean shift: in standard deviations (root mean square over channels); var ratio: new over "
+        "old (geometric mean); errors: standard errors of the new ones; KL: nats a channel"
+    )
+    if report.not_reached:
+        console.print(f"not reached, unchanged: {', '.join(report.not_reached)}")
+    console.print(report.verdict())
+    return text.getvalue()

@@ -1,0 +1,131 @@
+"""Small networks with batch norm, data for them, and their buffers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import syncbn
+
+
+class Block(nn.Module):
+    """Two convolutions beside a shortcut."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()
+        )
+        self.second = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1), nn.BatchNorm2d(channels)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.relu(x + self.second(self.first(x)))
+        return y
+
+
+def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """Return a network with five batch-norm layers, three of them torch's, and dropout."""
+    torch.manual_seed(1)
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        syncbn.SyncBatchNorm2d(6),
+        nn.ReLU(),
+        Block(6),
+        nn.Dropout(0.5),
+        nn.Conv2d(6, 5, 3, stride=2),
+        nn.SyncBatchNorm(5),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(5, 4),
+        nn.BatchNorm1d(4),
+        nn.Linear(4, 2),
+    )
+    for layer in layers(net).values():
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.5, 2.0)
+        layer.weight.data.uniform_(0.5, 1.5)
+        layer.num_batches_tracked.fill_(7)
+    return net.to(dtype)
+
+
+def images(number: int = 24, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return images ``[N, 3, 8, 8]`` that differ in brightness and contrast."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(number, 3, 8, 8, generator=generator, dtype=torch.float64)
+    contrast = torch.rand(number, 1, 1, 1, generator=generator, dtype=torch.float64) + 0.5
+    brightness = torch.randn(number, 3, 1, 1, generator=generator, dtype=torch.float64)
+    return (x * contrast + brightness + 3).to(dtype)
+
+
+def layers(net: nn.Module) -> dict[str, Any]:
+    """Return the batch-norm layers by name."""
+    return {
+        name: module
+        for name, module in net.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    }
+
+
+def statistics(net: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return copies of the running mean and variance of every layer."""
+    return {
+        name: (layer.running_mean.double().clone(), layer.running_var.double().clone())
+        for name, layer in layers(net).items()
+    }
+
+
+def distance(
+    ours: dict[str, tuple[Tensor, Tensor]], theirs: dict[str, tuple[Tensor, Tensor]]
+) -> float:
+    """Return the largest difference: of means in standard deviations, of variances relative."""
+    assert ours.keys() == theirs.keys()
+    worst = 0.0
+    for name, (mean, var) in theirs.items():
+        shift = ((ours[name][0] - mean).abs() / var.sqrt()).max().item()
+        worst = max(worst, shift, ((ours[name][1] - var).abs() / var).max().item())
+    return worst
+
+
+def by_hand(net: nn.Module, x: Tensor) -> None:
+    """Set the population statistics, one layer after the other, from the whole data at once."""
+    net.eval()
+    for layer in layers(net).values():
+        seen: list[Tensor] = []
+
+        def keep(module: nn.Module, args: tuple[Tensor], seen: list[Tensor] = seen) -> None:
+            seen.append(args[0])
+
+        handle = layer.register_forward_pre_hook(keep)
+        with torch.no_grad():
+            net(x)
+        handle.remove()
+        values = seen[0].transpose(0, 1).flatten(1).double()
+        layer.running_mean.copy_(values.mean(1))
+        layer.running_var.copy_(values.var(1, correction=1))
+
+
+def inputs_in_training(net: nn.Module, batches: list[Tensor]) -> dict[str, list[Tensor]]:
+    """Return the inputs of every layer, ``[C, n]``, when each batch is normalized by itself."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers(net)}
+    handles = []
+    for name, layer in layers(net).items():
+
+        def keep(module: Any, args: tuple[Tensor], name: str = name) -> None:
+            seen[name].append(args[0].transpose(0, 1).flatten(1))
+            values = seen[name][-1]
+            module.running_mean.copy_(values.mean(1))
+            module.running_var.copy_(values.var(1, correction=0))
+
+        handles.append(layer.register_forward_pre_hook(keep))
+    net.eval()
+    with torch.no_grad():
+        for batch in batches:
+            net(batch)
+    for handle in handles:
+        handle.remove()
+    return seen

@@ -1,0 +1,196 @@
+"""Ranks that calibrate together: one result, whatever data they have, and one end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import syncbn
+from tests.calibration.networks import distance, images, layers, network, statistics
+from tests.calibration.test_exact import BOUND, EXACT
+from tests.ranks import Ranks
+
+#: Samples and batch size of every rank, by their number.
+SHARES: dict[str, list[list[tuple[int, int]]]] = {
+    "equal": [[(12, 4), (12, 4)], [(8, 4), (8, 4), (8, 4)]],
+    "batches of other sizes": [[(12, 1), (12, 12)], [(8, 1), (8, 8), (8, 3)]],
+    "other numbers of batches": [[(20, 2), (4, 4)], [(2, 2), (21, 3), (1, 1)]],
+    "no data on one": [[(24, 5), (0, 1)], [(0, 1), (24, 5), (0, 1)]],
+}
+Buffers = dict[str, tuple[Tensor, Tensor]]
+
+
+def _batches(rank: int, shares: list[tuple[int, int]], dtype: torch.dtype) -> list[Tensor]:
+    start = sum(samples for samples, _ in shares[:rank])
+    samples, batch_size = shares[rank]
+    mine = images(dtype=dtype)[start : start + samples]
+    return list(mine.split(batch_size)) if samples else []
+
+
+def _calibrate(
+    rank: int, shares: Any, dtype: torch.dtype, method: Any, num_samples: int | None = None
+) -> Buffers:
+    net = network(dtype)
+    batches = _batches(rank, shares, dtype)
+    syncbn.recalibrate(net, batches, method=method, num_samples=num_samples)
+    return statistics(net)
+
+
+def _equal_bits(results: list[Buffers]) -> bool:
+    return all(distance(other, results[0]) == 0.0 for other in results)
+
+
+@pytest.mark.parametrize("shares", SHARES)
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("method", [*EXACT, "pooled", "average", "ema"])
+def test_ranks_agree_bit_by_bit(ranks: Ranks, method: Any, dtype: torch.dtype, shares: str) -> None:
+    parts = SHARES[shares][ranks.size - 2]
+    if method in ("average", "ema") and any(1 in part for part in parts):
+        parts = [(samples, 4) for samples, _ in SHARES["equal"][ranks.size - 2]]
+    results = ranks.run(_calibrate, parts, dtype, method)
+    assert _equal_bits(results)
+    alone = network(dtype)
+    together = [b for rank in range(ranks.size) for b in _batches(rank, parts, dtype)]
+    syncbn.recalibrate(alone, together, method=method)
+    assert distance(results[0], statistics(alone)) < BOUND[dtype]
+
+
+def test_a_number_of_samples_is_shared(three_ranks: Ranks) -> None:
+    results = three_ranks.run(_calibrate, [(8, 8), (8, 3), (8, 1)], torch.float64, "lockstep", 10)
+    assert _equal_bits(results)
+    x, alone = images(), network()
+    syncbn.recalibrate(alone, [x[:4], x[8:11], x[16:19]])
+    assert distance(results[0], statistics(alone)) < 1e-12
+
+
+def _wrapped(rank: int, method: Any) -> Buffers:
+    net = network()
+    net[6] = torch.nn.BatchNorm2d(5).double()  # DDP takes no torch.nn.SyncBatchNorm on CPU
+    model = DistributedDataParallel(net)
+    parts = [(18, 3), (6, 6)]
+    syncbn.recalibrate(model, _batches(rank, parts, torch.float64), method=method)
+    found = statistics(net)
+    model.train()
+    model(images()[rank : rank + 4]).sum().backward()  # still synchronizes
+    weight: Any = net[0].weight
+    return {**found, "gradient": (weight.grad, torch.ones(1))}
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_ddp(two_ranks: Ranks, method: str) -> None:
+    results = two_ranks.run(_wrapped, method)
+    assert _equal_bits(results)
+
+
+def _fully_sharded(rank: int, method: Any) -> list[Any]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    net: Any = network()
+    for module in (net[3], net[0], net):
+        fully_shard(module, mesh=mesh)
+    syncbn.recalibrate(net, _batches(rank, [(18, 3), (6, 6)], torch.float64), method=method)
+    assert all(p.__class__.__name__ == "DTensor" for p in net.parameters())
+    found = statistics(net)
+    net.eval()
+    net(images()[:4]).sum().backward()
+    return [found, net[0].weight.grad.full_tensor()]
+
+
+@pytest.mark.parametrize("method", ["lockstep", "sequential", "pooled"])
+def test_fully_sharded(two_ranks: Ranks, method: str) -> None:
+    results = two_ranks.run(_fully_sharded, method)
+    assert _equal_bits([found for found, _ in results])
+    alone = network()
+    parts = [(18, 3), (6, 6)]
+    batches = [b for rank in range(2) for b in _batches(rank, parts, torch.float64)]
+    syncbn.recalibrate(alone, batches, method=method)  # type: ignore[arg-type]
+    assert distance(results[0][0], statistics(alone)) < 1e-12
+    alone.eval()
+    alone(images()[:4]).sum().backward()
+    torch.testing.assert_close(results[0][1], alone[0].weight.grad)
+
+
+def _one_fails(rank: int, method: Any, where: str) -> tuple[str, bool, list[float]]:
+    net = network()
+    before = statistics(net)
+
+    def batches() -> Any:
+        for number, x in enumerate(images().split(4)):
+            if rank == 1 and number == 2 and where == "loader":
+                raise OSError("the disk is gone")
+            yield x
+
+    calls = [0]
+
+    def fail(module: Any, args: Any) -> None:
+        calls[0] += 1
+        if rank == 1 and calls[0] == 4 and where in ("model", "Ctrl-C"):
+            raise KeyboardInterrupt if where == "Ctrl-C" else ArithmeticError("no such number")
+
+    layers(net)["3.second.1"].register_forward_pre_hook(fail)
+    source = list(images().split(4)) if where != "loader" else batches()
+    if method == "sequential" and where == "loader":
+
+        class Again:
+            def __iter__(self) -> Any:
+                return batches()
+
+        source = Again()
+    message = ""
+    try:
+        syncbn.recalibrate(net, source, method=method)
+    except BaseException as error:
+        message = f"{type(error).__name__}: {error}"
+    value = torch.ones(1)
+    dist.all_reduce(value)  # nobody is left in a collective
+    return message, distance(statistics(net), before) == 0.0, value.tolist()
+
+
+@pytest.mark.parametrize("where", ["loader", "model", "Ctrl-C"])
+@pytest.mark.parametrize("method", ["lockstep", "sequential", "pooled", "average", "ema"])
+def test_an_error_on_one_rank_ends_all(three_ranks: Ranks, method: str, where: str) -> None:
+    expected = {
+        "loader": "OSError: the disk is gone",
+        "model": "ArithmeticError: no such number",
+        "Ctrl-C": "KeyboardInterrupt: ",
+    }[where]
+    others = "RuntimeError: calibration was ended by an error on rank 1; see there"
+    for rank, (message, unchanged, value) in enumerate(three_ranks.run(_one_fails, method, where)):
+        assert message == (expected if rank == 1 else others)
+        assert unchanged
+        assert value == [3.0]
+
+
+def _no_data(rank: int, method: Any) -> str:
+    net = network()
+    before = statistics(net)
+    with pytest.raises(ValueError, match="got no batches on any rank") as caught:
+        syncbn.recalibrate(net, [], method=method)
+    assert distance(statistics(net), before) == 0.0
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["lockstep", "sequential", "pooled"])
+def test_no_data_anywhere(two_ranks: Ranks, method: str) -> None:
+    assert len(set(two_ranks.run(_no_data, method))) == 1
+
+
+def _other_layers(rank: int) -> str:
+    net = network()
+    net[3].forward = (lambda x: x) if rank == 1 else net[3].forward
+    with pytest.raises(ValueError, match=r"the ranks come to different layers") as caught:
+        syncbn.recalibrate(net, images().split(6))
+    return str(caught.value)
+
+
+def test_ranks_that_come_to_different_layers(two_ranks: Ranks) -> None:
+    messages = two_ranks.run(_other_layers)
+    assert messages[0] == messages[1]
+    assert "some to '3.first.1' while others come to '6'" in messages[0]

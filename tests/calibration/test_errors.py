@@ -1,0 +1,217 @@
+"""Bad input: an error that says what was got, what was expected and what to do; nothing changed."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import syncbn
+from syncbn.calibration.budget import bytes_while_stopped, free_bytes
+from syncbn.calibration.layers import find_layers
+from tests.calibration.networks import distance, images, layers, network, statistics
+
+
+class Promises:
+    """More batches than there are."""
+
+    def __len__(self) -> int:
+        return 9
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(images().split(6))
+
+
+def _poisoned(value: float) -> Callable[[nn.Module], None]:
+    def poison(net: nn.Module) -> None:
+        net[3].first[0].bias.data[2] = value  # type: ignore[index]
+
+    return poison
+
+
+def _unchanged(net: nn.Module) -> None:
+    pass
+
+
+BAD: dict[str, tuple[Callable[[nn.Module], None], Any, dict[str, Any], str]] = {
+    "nothing": (_unchanged, [], {}, r"got no batches on any rank"),
+    "nothing, in sequence": (
+        _unchanged,
+        [],
+        {"method": "sequential"},
+        r"got no batches on any rank",
+    ),
+    "batches without samples": (
+        _unchanged,
+        [torch.empty(0, 3, 8, 8).double()],
+        {},
+        r"no sample came to any of the batch-norm layers",
+    ),
+    "too few batches": (
+        _unchanged,
+        Promises(),
+        {},
+        r"the batches ended early: got 4, expected the 9 that their len\(\) promises",
+    ),
+    "too few samples": (
+        _unchanged,
+        images().split(6),
+        {"num_samples": 25},
+        r"the batches ended after 24 samples; expected 25 on this rank",
+    ),
+    "no samples wanted": (_unchanged, images().split(6), {"num_samples": 0}, r"num_samples=0"),
+    "samples that cannot be counted": (
+        _unchanged,
+        [1, 2],
+        {"num_samples": 5, "forward": lambda model, batch: model(images(batch))},
+        r"num_samples=5 needs to know the samples of a batch, but got a int",
+    ),
+    "a method nobody knows": (
+        _unchanged,
+        images().split(6),
+        {"method": "precise"},
+        r"got method 'precise'; expected one of lockstep, sequential, pooled, average, ema",
+    ),
+    "batches that come once": (
+        _unchanged,
+        iter(images().split(6)),
+        {"method": "sequential"},
+        r"got a one-shot tuple_?iterator; expected a list, a DataLoader",
+    ),
+    "NaN": (_poisoned(float("nan")), images().split(6), {}, r"3\.first\.1: the inputs have NaN"),
+    "infinity": (_poisoned(float("inf")), images().split(6), {}, r"3\.first\.1: the inputs have"),
+    "NaN, in sequence": (
+        _poisoned(float("nan")),
+        images().split(6),
+        {"method": "sequential"},
+        r"3\.first\.1: the inputs have NaN or infinite values",
+    ),
+    "a batch of no known make": (
+        _unchanged,
+        [3.5],
+        {},
+        r"got a batch of type float; expected a tensor, a sequence .* else pass forward=",
+    ),
+    "a forward that uses nothing": (
+        _unchanged,
+        images().split(6),
+        {"forward": lambda model, batch: None},
+        r"no sample came to any of the batch-norm layers \(1, 3\.first\.1, 3\.second\.1, 6, 11\)",
+    ),
+    "one value a channel": (
+        _unchanged,
+        [images(1)],
+        {},
+        r"11: got one value a channel in the whole calibration set",
+    ),
+    "too little room": (
+        _unchanged,
+        images().split(6),
+        {"max_bytes": 100_000},
+        r"would hold .* GiB of activations for 24 samples .*max_bytes=100000.*'sequential'",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input(what: str) -> None:
+    change, batches, options, message = BAD[what]
+    net = network().train()
+    change(net)
+    before = statistics(net)
+    with pytest.raises((ValueError, TypeError, MemoryError), match=message):
+        syncbn.recalibrate(net, batches, **options)
+    assert distance(statistics(net), before) == 0.0
+    assert all(module.training for module in net.modules())
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "no batch norm": (lambda: nn.Linear(3, 3), r"got Linear without a batch-norm layer"),
+    "a lazy layer": (lambda: nn.Sequential(nn.LazyBatchNorm2d()), r"0: got a lazy layer"),
+    "no running statistics": (
+        lambda: nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)),
+        r"0: got a layer with track_running_stats=False",
+    ),
+    "DataParallel": (
+        lambda: nn.Sequential(nn.DataParallel(nn.BatchNorm2d(3))),
+        r"got nn\.DataParallel at 0.*pass its \.module",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", MODELS)
+def test_models_that_cannot_be_calibrated(what: str) -> None:
+    make, message = MODELS[what]
+    with pytest.raises(ValueError, match=message):
+        syncbn.recalibrate(make(), images().float().split(6))
+
+
+def test_a_layer_in_a_thread_of_the_models_own() -> None:
+    class Threaded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> None:
+            errors: list[Exception] = []
+
+            def run() -> None:
+                try:
+                    with torch.no_grad():
+                        self.norm(x)
+                except RuntimeError as error:
+                    errors.append(error)
+
+            thread = threading.Thread(target=run)
+            thread.start()
+            thread.join()
+            if errors:
+                raise errors[0]
+
+    with pytest.raises(RuntimeError, match=r"norm: called in a thread of the model's own"):
+        syncbn.recalibrate(Threaded(), images().float().split(6))
+    syncbn.recalibrate(Threaded(), images().float().split(6), method="pooled")
+
+
+def test_memory_that_passes_hold() -> None:
+    """At the second layer: its input and the shortcut that is kept beside it."""
+
+    class Shortcut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            shortcut = x + 1
+            y: Tensor = shortcut + self.second(self.first(x) * 2)
+            return y
+
+    net, x = Shortcut().eval(), torch.zeros(5, 3, 8, 8)
+    with torch.no_grad():
+        held = bytes_while_stopped(lambda: net(x), find_layers(net))
+    assert held == 2 * x.nbytes
+    free = free_bytes(torch.device("cpu"))
+    assert free is not None
+    assert free > 1 << 20
+
+
+def test_room_is_looked_for_before_any_work() -> None:
+    net = network()
+    calls: list[int] = []
+    layers(net)["1"].register_forward_hook(lambda module, args, output: calls.append(len(output)))
+    with pytest.raises(MemoryError):
+        syncbn.recalibrate(net, images().split(12), max_bytes=100_000)
+    assert calls == [1]  # the sample that was measured
+
+
+def test_room_is_looked_for_while_a_stream_comes() -> None:
+    net, sample = network().eval(), images(1)
+    with torch.no_grad():
+        held = bytes_while_stopped(lambda: net(sample), find_layers(net)) + sample.nbytes
+    with pytest.raises(MemoryError, match="for 18 samples on this rank"):
+        syncbn.recalibrate(net, iter(images().split(6)), max_bytes=15 * held)
+    syncbn.recalibrate(net, iter(images().split(6)), max_bytes=24 * held)

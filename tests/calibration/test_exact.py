@@ -1,0 +1,95 @@
+"""The exact methods: against statistics taken layer by layer from the whole data."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import syncbn
+from tests.calibration.networks import by_hand, distance, images, network, statistics
+
+EXACT = ("lockstep", "sequential")
+BOUND = {torch.float32: 1e-6, torch.float64: 1e-12}
+
+
+@pytest.mark.parametrize("dtype", BOUND)
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 5, 16, 24])
+@pytest.mark.parametrize("method", EXACT)
+def test_statistics_do_not_depend_on_the_batch_size(
+    method: str, batch_size: int, dtype: torch.dtype
+) -> None:
+    x = images(dtype=dtype)
+    expected, net = network(dtype), network(dtype)
+    by_hand(expected, x)
+    before = statistics(net)
+    report = syncbn.recalibrate(net, x.split(batch_size), method=method)  # type: ignore[arg-type]
+    assert distance(statistics(net), statistics(expected)) < BOUND[dtype]
+    assert distance(before, statistics(expected)) > 0.1
+    assert [layer.samples for layer in report.layers] == [24] * 5
+    assert [layer.count for layer in report.layers] == [24 * 64] * 3 + [24 * 9, 24]
+
+
+def test_batches_of_different_sizes_and_image_sizes() -> None:
+    # Small inputs are put together where they can be; these cannot all.
+    parts = [images(5), images(1), images(4)[:, :, :6, :5], images(3)[:, :, ::2, ::2], images(2)]
+    results = []
+    for method in EXACT:
+        net = network()
+        report = syncbn.recalibrate(net, parts, method=method)  # type: ignore[arg-type]
+        results.append(statistics(net))
+        assert report.layers[0].samples == 15
+    assert distance(*results) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_inputs(dtype: torch.dtype) -> None:
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3)).to(dtype)
+    x = images(16, dtype)
+    syncbn.recalibrate(net, x.split(3))
+    values = x.double().transpose(0, 1).flatten(1)
+    mean, var = statistics(net)["0"]
+    torch.testing.assert_close(mean, values.mean(1), rtol=torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(var, values.var(1), rtol=torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_far_from_zero(method: str) -> None:
+    """A mean of 10,000 standard deviations, as the layer itself is tested with."""
+    net = nn.Sequential(nn.BatchNorm1d(2)).double()
+    x = torch.randn(64, 2, dtype=torch.float64) + 1e4
+    report = syncbn.recalibrate(net, x.split(3), method=method)  # type: ignore[arg-type]
+    mean, var = statistics(net)["0"]
+    torch.testing.assert_close(mean, x.mean(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(var, x.var(0), rtol=1e-6, atol=0)
+    assert report.layers[0].samples == 64
+
+
+def test_autocast_around_and_inside() -> None:
+    """What one forward sets for its thread is not seen by another that runs in between."""
+
+    class Inside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+            self.head = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                y = self.body(x)
+            assert not torch.is_autocast_enabled("cpu")
+            with torch.enable_grad():
+                z: Tensor = self.head(y.float())
+            assert not torch.is_grad_enabled()
+            return z
+
+    x = torch.randn(12, 4)
+    results = []
+    for method in EXACT:
+        torch.manual_seed(3)
+        net = Inside()
+        syncbn.recalibrate(net, x.split(3), method=method)  # type: ignore[arg-type]
+        results.append(statistics(net))
+    assert distance(*results) < 1e-6
+    assert torch.is_grad_enabled()
+    assert not torch.is_autocast_enabled("cpu")

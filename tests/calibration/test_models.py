@@ -1,0 +1,205 @@
+"""Models of every make: layers shared, called again, skipped; wrapped; fed with anything."""
+
+from __future__ import annotations
+
+from collections import UserDict
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+import syncbn
+from tests.calibration.networks import distance, images, network, statistics
+from tests.calibration.test_exact import EXACT
+
+
+class Recurrent(nn.Module):
+    """One batch norm after each of three steps, and one of its own at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step = nn.Linear(4, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.same_norm = self.norm
+        self.last = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = x + 0.3 * torch.tanh(self.norm(self.step(x)) + 0.5)
+        x = torch.relu(self.same_norm(self.step(x)))
+        y: Tensor = self.last(x)
+        return y
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 40])
+@pytest.mark.parametrize("method", EXACT)
+def test_a_layer_that_is_called_again_agrees_with_itself(method: str, batch_size: int) -> None:
+    torch.manual_seed(0)
+    net, x = Recurrent().double(), torch.randn(40, 4, dtype=torch.float64) + 1
+    report = syncbn.recalibrate(net, x.split(batch_size), method=method)  # type: ignore[arg-type]
+    seen: list[Tensor] = []
+    net.eval()
+    net.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    net.last.register_forward_pre_hook(lambda module, args: last.append(args[0]))
+    last: list[Tensor] = []
+    with torch.no_grad():
+        net(x)
+    values = torch.cat(seen)
+    assert len(seen) == 3
+    for layer, inputs in ((net.norm, values), (net.last, last[0])):
+        torch.testing.assert_close(layer.running_mean, inputs.mean(0), rtol=0, atol=1e-12)
+        torch.testing.assert_close(layer.running_var, inputs.var(0), rtol=1e-12, atol=0)
+    assert [(entry.name, entry.samples) for entry in report.layers] == [("norm", 120), ("last", 40)]
+
+
+def test_a_layer_that_never_settles_is_told() -> None:
+    class Oscillator(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(x)
+            z: Tensor = self.norm(-40 * y**3 + x)
+            return z
+
+    net, x = Oscillator().double(), torch.randn(50, 1, dtype=torch.float64) + 0.3
+    with pytest.warns(UserWarning, match=r"norm: called more than once .* still changing after 50"):
+        syncbn.recalibrate(net, x.split(5))
+
+
+class Choosy(nn.Module):
+    """A layer that only some batches come to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.BatchNorm1d(3)  # registered first, called last
+        self.first = nn.BatchNorm1d(3)
+        self.dark = nn.BatchNorm1d(3)
+        self.unused = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if x.sum() < 0:
+            x = self.dark(x.exp())
+        y: Tensor = self.last(x * x)
+        return y
+
+
+def _bright_and_dark() -> list[Tensor]:
+    return [torch.randn(8, 3, dtype=torch.float64) + sign * 3 for sign in (1, -1, 1, 1, -1)]
+
+
+def test_sequential_serves_layers_that_some_batches_skip() -> None:
+    net, batches = Choosy().double(), _bright_and_dark()
+    report = syncbn.recalibrate(net, batches, method="sequential")
+    first = torch.cat(batches)
+    torch.testing.assert_close(net.first.running_mean, first.mean(0))
+    net.eval()
+    after = [net.first(batch) for batch in batches]
+    dark = torch.cat([x.exp() for x in after if x.sum() < 0])
+    torch.testing.assert_close(net.dark.running_mean, dark.mean(0))
+    torch.testing.assert_close(net.dark.running_var, dark.var(0))
+    last = torch.cat([(net.dark(x.exp()) if x.sum() < 0 else x).square() for x in after])
+    torch.testing.assert_close(net.last.running_mean, last.mean(0))
+    samples = {layer.name: layer.samples for layer in report.layers}
+    assert samples == {"first": 40, "dark": 16, "last": 40}
+    assert report.not_reached == ["unused"]
+    assert net.unused.running_var.tolist() == [1, 1, 1]  # type: ignore[union-attr]
+
+
+def test_lockstep_names_the_layers_that_batches_come_to() -> None:
+    net = Choosy().double()
+    with pytest.raises(ValueError, match=r"some to 'last' while others come to 'dark'.*sequential"):
+        syncbn.recalibrate(net, _bright_and_dark())
+    assert net.first.running_mean.tolist() == [0, 0, 0]  # type: ignore[union-attr]
+
+
+def test_sequential_needs_an_order_of_the_layers() -> None:
+    class EitherWay(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.b(self.a(x)) if x.sum() > 0 else self.a(self.b(x))
+            return y
+
+    with pytest.raises(ValueError, match=r"[ab] and [ab]: some batches come to one first"):
+        syncbn.recalibrate(EitherWay(), [torch.ones(3, 2), -torch.ones(3, 2)], method="sequential")
+
+
+@pytest.mark.parametrize("method", ["lockstep", "sequential", "pooled"])
+def test_compiled_models(method: Any) -> None:
+    plain, compiled = network(), network()
+    syncbn.recalibrate(plain, images().split(6), method=method)
+    wrapped: Any = torch.compile(compiled, backend="eager")
+    syncbn.recalibrate(wrapped, images().split(6), method=method)
+    assert distance(statistics(compiled), statistics(plain)) == 0.0
+
+
+class Pair(NamedTuple):
+    image: Tensor
+    label: Tensor
+
+
+class Stream(IterableDataset[Tensor]):
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from images()
+
+
+X, LABELS = images(), torch.zeros(24)
+FEEDS: dict[str, Any] = {
+    "tensors": X.split(5),
+    "an iterator": lambda: iter(X.split(5)),
+    "lists": [[x, "a name"] for x in X.split(5)],
+    "named tuples": [Pair(x, y) for x, y in zip(X.split(5), LABELS.split(5), strict=True)],
+    "keywords": [{"input": x} for x in X.split(5)],
+    "keywords of transformers": [UserDict(input=x) for x in X.split(5)],
+    "a loader": DataLoader(TensorDataset(X, LABELS), batch_size=5),
+    "a shuffling loader": DataLoader(TensorDataset(X, LABELS), batch_size=5, shuffle=True),
+    "a stream": DataLoader(Stream(), batch_size=5),
+}
+
+
+@pytest.mark.parametrize("feed", FEEDS)
+def test_batches_of_any_make(feed: str) -> None:
+    batches = FEEDS[feed]() if callable(FEEDS[feed]) else FEEDS[feed]
+    expected, net = network(), network()
+    syncbn.recalibrate(expected, X.split(24))
+    syncbn.recalibrate(net, batches)
+    assert distance(statistics(net), statistics(expected)) < 1e-12
+
+
+def test_a_forward_of_the_users_own() -> None:
+    expected, net = network(), network()
+    syncbn.recalibrate(expected, X.split(24))
+    batches = [("ignored", (x,)) for x in X.split(7)]
+    syncbn.recalibrate(net, batches, forward=lambda model, batch: model(batch[1][0]))
+    assert distance(statistics(net), statistics(expected)) < 1e-12
+
+
+@pytest.mark.parametrize("method", EXACT)
+@pytest.mark.parametrize("batch_size", [3, 10, 24])
+def test_a_number_of_samples(method: Any, batch_size: int) -> None:
+    expected, net = network(), network()
+    syncbn.recalibrate(expected, [X[:11]])
+    batches = [{"input": x} for x in X.split(batch_size)]
+    report = syncbn.recalibrate(net, batches, method=method, num_samples=11)
+    assert distance(statistics(net), statistics(expected)) < 1e-12
+    assert report.layers[0].samples == 11
+
+
+def test_sequential_sees_the_same_random_batches_in_every_pass() -> None:
+    """A loader that shuffles, and a subset of it: another one would show in the statistics."""
+    expected, net = network(), network()
+    loader = DataLoader(TensorDataset(X, LABELS), batch_size=5, shuffle=True)
+    torch.manual_seed(5)
+    chosen = list(loader)[:2]
+    torch.manual_seed(5)
+    syncbn.recalibrate(net, loader, method="sequential", num_samples=10)
+    syncbn.recalibrate(expected, chosen)
+    assert distance(statistics(net), statistics(expected)) < 1e-12

@@ -1,0 +1,145 @@
+"""The figures of a report: against simulations and formulas written out."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+
+import syncbn
+from tests.calibration.networks import images, network
+
+
+def _one_layer(channels: int = 2) -> nn.Sequential:
+    return nn.Sequential(nn.BatchNorm2d(channels, eps=1e-3)).double()
+
+
+def _draw(samples: int, generator: np.random.Generator) -> torch.Tensor:
+    """Return samples whose pixels are much alike: each has a brightness and a contrast."""
+    brightness = generator.normal(size=(samples, 2, 1, 1)) * np.array([0.5, 2.0])[:, None, None]
+    contrast = generator.uniform(0.2, 1.5, size=(samples, 2, 1, 1))
+    pixels = generator.normal(size=(samples, 2, 4, 4))
+    return torch.from_numpy(3 + brightness + contrast * pixels)
+
+
+def test_standard_errors_are_the_scatter_over_calibration_sets() -> None:
+    generator = np.random.default_rng(0)
+    means, variances, errors = [], [], []
+    for _ in range(300):
+        net = _one_layer()
+        report = syncbn.recalibrate(net, _draw(60, generator).split(7))
+        channels = report.layers[0].channels
+        means.append(channels.new_mean)
+        variances.append(channels.new_var)
+        errors.append(torch.stack([channels.mean_error, channels.var_error]))
+    scatter = torch.stack([torch.stack(means).std(0), torch.stack(variances).std(0)])
+    ratio = torch.stack(errors).mean(0) / scatter
+    assert ratio.min() > 0.85
+    assert ratio.max() < 1.15
+
+
+def test_errors_do_not_depend_on_batches() -> None:
+    x = torch.cat([_draw(40, np.random.default_rng(1)), torch.full((1, 2, 4, 4), 9.0)])
+    found = []
+    for batch_size in (1, 7, 41):
+        report = syncbn.recalibrate(_one_layer(), x.split(batch_size))
+        channels = report.layers[0].channels
+        found.append(torch.stack([channels.mean_error, channels.var_error, channels.between]))
+    torch.testing.assert_close(found[0], found[2], rtol=1e-9, atol=0)
+    torch.testing.assert_close(found[1], found[2], rtol=1e-9, atol=0)
+    between = x.mean((2, 3)).var(0)
+    torch.testing.assert_close(found[2][2], between, rtol=1e-9, atol=0)
+
+
+def test_drift() -> None:
+    net = _one_layer()
+    net[0].running_mean.copy_(torch.tensor([2.0, 4.0]))  # type: ignore[operator]
+    net[0].running_var.copy_(torch.tensor([0.5, 9.0]))  # type: ignore[operator]
+    x = _draw(50, np.random.default_rng(2))
+    report = syncbn.recalibrate(net, x.split(9))
+    layer = report.layers[0]
+    values = x.transpose(0, 1).flatten(1)
+    new = Normal(values.mean(1), (values.var(1) + 1e-3).sqrt())
+    old = Normal(torch.tensor([2.0, 4.0]).double(), (torch.tensor([0.5, 9.0]) + 1e-3).sqrt())
+    assert layer.kl == pytest.approx(float(kl_divergence(new, old).mean()), rel=1e-6)
+    shift = (new.mean - old.mean) / new.stddev
+    assert layer.mean_shift == pytest.approx(float(shift.square().mean().sqrt()), rel=1e-6)
+    ratios = (new.variance / old.variance).tolist()
+    assert layer.var_ratio == pytest.approx(math.sqrt(ratios[0] * ratios[1]), rel=1e-6)
+    assert (layer.samples, layer.count) == (50, 800)
+
+
+def test_verdicts() -> None:
+    net, x = network(), images(24)
+    report = syncbn.recalibrate(net, x.split(4))
+    worst = max(report.layers, key=lambda layer: layer.kl)
+    assert report.verdict().startswith(f"recalibration changes {worst.name} by ")
+    again = syncbn.recalibrate(net, x.split(4)).verdict()
+    assert again.startswith("running statistics are fine; recalibration changes most ")
+    assert "few" in again  # 24 samples
+    generator = np.random.default_rng(3)
+    one = _one_layer()
+    syncbn.recalibrate(one, [_draw(5000, generator)])
+    verdict = syncbn.recalibrate(one, [_draw(5000, generator)]).verdict()
+    assert verdict.startswith("running statistics are fine")
+    assert "few" not in verdict
+    one[0].running_mean[1] = math.nan  # type: ignore[operator]
+    assert "not finite" in syncbn.recalibrate(one, [_draw(50, generator)]).verdict()
+
+
+def test_one_sample_has_no_standard_error(tmp_path: Path) -> None:
+    report = syncbn.recalibrate(_one_layer(), [_draw(1, np.random.default_rng(0))])
+    assert math.isnan(report.layers[0].mean_error)
+    assert "1 samples are few" in report.verdict()
+    report.save(tmp_path / "report.json")
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["layers"][0]["mean_error"] is None
+    report.plot(tmp_path / "report.png")
+
+
+def test_table_json_and_picture(tmp_path: Path) -> None:
+    net = network()
+    net.add_module("unused", nn.BatchNorm1d(2))
+    report = syncbn.recalibrate(
+        net, images().split(4), forward=lambda model, batch: net[:-1](batch)
+    )
+    table = report.table()
+    for layer in report.layers:
+        assert layer.name in table
+    assert "not reached, unchanged: unused" in table
+    assert report.verdict().split(";")[0][:40] in table
+    report.save(tmp_path / "report.json")
+    found = json.loads((tmp_path / "report.json").read_text())
+    assert found["verdict"] == report.verdict()
+    assert found["not_reached"] == ["unused"]
+    assert [layer["kl"] for layer in found["layers"]] == [layer.kl for layer in report.layers]
+    report.plot(tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.png"]
+
+
+def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    report = syncbn.recalibrate(_one_layer(), [_draw(5, np.random.default_rng(0))])
+    path = tmp_path / "report.json"
+    path.write_text("old")
+    broken: Any = report.layers[0]
+    object.__setattr__(broken, "name", object())
+    with pytest.raises(TypeError):
+        report.save(path)
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.json"]
+
+
+@pytest.mark.parametrize("shown", [True, False, None])
+def test_progress_bar(shown: bool | None, capsys: pytest.CaptureFixture[str]) -> None:
+    syncbn.recalibrate(network(), images().split(4), progress=shown)
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert ("recalibrating (lockstep)" in captured.err and "5/5" in captured.err) is bool(shown)
