@@ -6,9 +6,10 @@ the means of batches differ by is not in the variance.
 
 from __future__ import annotations
 
-from syncbn.calibration.job import Job, Sums
+from syncbn.calibration.job import Job
 from syncbn.calibration.layers import Layer
 from syncbn.calibration.onepass import one_pass, stacked, unbiased
+from syncbn.calibration.sums import Sums
 from syncbn.moments import Moments
 
 

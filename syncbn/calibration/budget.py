@@ -77,7 +77,7 @@ class Room:
         size = count_samples(batch) or 1
         if self._bytes_per_sample is None:
             self._bytes_per_sample = self._measure(batch, size)
-            self._expected = self._job.batches.expected_samples(size)
+            self._expected = self._job.batches.expected_samples()
         self._samples += size
         samples = max(self._samples, self._expected)
         needed = self._bytes_per_sample * samples

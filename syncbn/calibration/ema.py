@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncbn.calibration.job import Job, Sums
+from syncbn.calibration.job import Job
 from syncbn.calibration.layers import Layer, old_statistics
 from syncbn.calibration.onepass import one_pass, stacked, unbiased
+from syncbn.calibration.sums import Sums
 from syncbn.moments import Moments
 
 

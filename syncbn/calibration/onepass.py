@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from syncbn.calibration.intercept import intercepted
-from syncbn.calibration.job import Job, Sums
+from syncbn.calibration.job import Job
 from syncbn.calibration.layers import Layer
+from syncbn.calibration.sums import Sums
+from syncbn.kernels import choose
 from syncbn.moments import Moments
 
 
@@ -28,14 +30,14 @@ def one_pass(
     Raises:
         ValueError: there are no batches; NaN.
     """
-    sums = [job.nothing(layer) for layer in job.layers]
+    samples = [job.samples(layer) for layer in job.layers]
 
     def look(layer: Layer, x: Tensor) -> None:
-        if len(x):
-            batch = Sums.of(x, job.pivots[layer.index])
-            sums[layer.index] += batch
-            observe(layer, batch.moments)
-            layer.use_moments(batch.moments, unbiased=False)
+        if x.numel():
+            samples[layer.index].add(x)
+            batch = Moments.unpack(choose("auto", x).moments(x))
+            observe(layer, batch)
+            layer.use_moments(batch, unbiased=False)
 
     def work() -> list[int]:
         number = 0
@@ -48,7 +50,7 @@ def one_pass(
 
     if not job.ranks.together(work, numbers=1).any():
         raise ValueError("got no batches on any rank; expected at least one")
-    totals = {layer: job.total(layer, sums[layer.index]) for layer in job.layers}
+    totals = {layer: job.total(layer, samples[layer.index]) for layer in job.layers}
     return {layer: total for layer, total in totals.items() if total.spread.samples > 0}
 
 

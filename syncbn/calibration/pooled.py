@@ -6,9 +6,10 @@ variance). What it gets depends on the batch size, through the layers before it.
 
 from __future__ import annotations
 
-from syncbn.calibration.job import Job, Sums
+from syncbn.calibration.job import Job
 from syncbn.calibration.layers import Layer
 from syncbn.calibration.onepass import one_pass
+from syncbn.calibration.sums import Sums
 
 
 def pooled(job: Job) -> dict[Layer, Sums]:

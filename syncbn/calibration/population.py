@@ -36,26 +36,17 @@ class Spread(NamedTuple):
     mq: Tensor
 
     @staticmethod
-    def of(x: Tensor, pivot: Tensor) -> Spread:
-        """Return the spread of the samples of a tensor.
-
-        Sums within a sample are float32 for float32 data: they end up in standard errors, of which
-        nobody needs seven digits.
+    def of(n: Tensor, m: Tensor, var: Tensor) -> Spread:
+        """Return the spread of N samples.
 
         Args:
-            x: ``[N, C, *]``.
-            pivot: float64 ``[C]``, near the mean.
+            n: values a channel, float64 ``[N, 1]``.
+            m: means, less the pivot, float64 ``[N, C]``.
+            var: biased variances, float64 ``[N, C]``.
         """
-        values = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
-        n = values.shape[2]
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        m = values.mean(2, dtype=dtype).double()
-        norm = torch.linalg.vector_norm(values, dim=2, dtype=dtype).double()
-        q = norm.square() / max(n, 1) - 2 * pivot * m + pivot * pivot
-        m = m - pivot
-        sums = (n * n * s.sum(0) for s in (m, m * m, q, q * q, m * q))
-        samples = torch.tensor(float(len(x)), dtype=torch.float64, device=x.device)
-        return Spread(samples, samples * n * n, *sums)
+        q = var + m * m
+        sums = ((n * n * s).sum(0) for s in (m, m * m, q, q * q, m * q))
+        return Spread(n.new_tensor(float(len(n))), (n * n).sum(), *sums)
 
     @staticmethod
     def unpack(vector: Tensor) -> Spread:

@@ -11,11 +11,12 @@ from torch import nn
 from syncbn.calibration.batches import Batches, Forward, default_forward
 from syncbn.calibration.budget import free_bytes
 from syncbn.calibration.guard import untouched
-from syncbn.calibration.job import Job, Sums
+from syncbn.calibration.job import Job
 from syncbn.calibration.layers import Layer, find_layers, old_statistics
 from syncbn.calibration.progress import progress_bar
 from syncbn.calibration.ranks import Ranks
 from syncbn.calibration.report import CalibrationReport
+from syncbn.calibration.sums import Sums
 from syncbn.distributed import resolve_group
 from syncbn.distributed.collectives import communicating_group
 
@@ -69,7 +70,9 @@ def recalibrate(
         num_samples: how many samples to use, of all ranks together, each an equal share; None for
             all.
         forward: called as ``forward(model, batch)``; by default ``model(batch)``,
-            ``model(batch[0])`` for a sequence, or ``model(**batch)`` for a mapping.
+            ``model(batch[0])`` for a sequence, or ``model(**batch)`` for a mapping. By default,
+            ``lockstep`` computes small batches of equal shapes together, up to 16 samples; a
+            forward of your own gets the batches as they are.
         process_group: the ranks that calibrate together, described as for
             :class:`~syncbn.SyncBatchNorm`; None for all.
         progress: show a progress bar on rank 0; None: if it has a terminal.

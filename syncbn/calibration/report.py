@@ -12,9 +12,9 @@ from torch import Tensor
 
 from syncbn.calibration.drift import NOTICEABLE, Channels, rms
 from syncbn.calibration.guard import uninterrupted
-from syncbn.calibration.job import Sums
 from syncbn.calibration.layers import Layer
 from syncbn.calibration.population import Population
+from syncbn.calibration.sums import Sums
 from syncbn.files import replacing
 
 # Of the change, what noise may make up before the calibration set is called small.

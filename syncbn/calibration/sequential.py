@@ -13,10 +13,11 @@ from itertools import islice
 from torch import Tensor
 
 from syncbn.calibration.intercept import intercepted
-from syncbn.calibration.job import Job, Sums
+from syncbn.calibration.job import Job
 from syncbn.calibration.layers import Layer
 from syncbn.calibration.randomness import same_randomness
 from syncbn.calibration.settle import Found, Input, settle
+from syncbn.calibration.sums import Sums
 from syncbn.calibration.wrappers import is_fully_sharded
 
 
@@ -55,7 +56,7 @@ def _cycle(job: Job, held: frozenset[Layer]) -> Found:
             postponed.add(target)
             waiting = [before, *(layer for layer in waiting if layer is not before)]
             continue
-        found[target] = Input(job.total(target, look.sums[target]), times)
+        found[target] = Input(job.total(target, look.samples[target]), times)
         target.use_moments(found[target].sums.moments)
         postponed.discard(target)
         waiting.remove(target)
@@ -66,7 +67,7 @@ def _cycle(job: Job, held: frozenset[Layer]) -> Found:
         look = _Pass(job, held, held.union(found))
         look.run()
         for layer in sorted(held, key=lambda layer: layer.index):
-            found[layer] = Input(job.total(layer, look.sums[layer]), calls[layer.index])
+            found[layer] = Input(job.total(layer, look.samples[layer]), calls[layer.index])
     return found
 
 
@@ -119,7 +120,7 @@ class _Pass:
         waiting: Collection[Layer] = (),
         postponed: Collection[Layer] = (),
     ) -> None:
-        self.sums = {layer: job.nothing(layer) for layer in wanted}
+        self.samples = {layer: job.samples(layer, precise=False) for layer in wanted}
         #: Run whole forwards, to see calls and layers after the wanted one.
         self.to_the_end = not waiting
         self._job = job
@@ -147,25 +148,30 @@ class _Pass:
         # Those who do not stop in the middle must not: FSDP would not know where it is.
         sharded = any(is_fully_sharded(module) for module in job.model.modules())
         self.to_the_end = self.to_the_end or sharded
-        with same_randomness(), intercepted(job.layers, self._look):
-            for batch in job.batches:
-                self._calls, self._passed = 0, None
-                with suppress(_EnoughError):
-                    job.run(batch)
-                if self._before is not None:
-                    break
+        self._read_all()
+        if any(samples.must_be_precise() for samples in self.samples.values()):
+            self.samples = {layer: job.samples(layer) for layer in self.samples}
+            self._read_all()
         indices = [0 if x is None else x.index + 1 for x in (self._before, self._after)]
         return [*indices, self._most_calls]
 
+    def _read_all(self) -> None:
+        with same_randomness(), intercepted(self._job.layers, self._look):
+            for batch in self._job.batches:
+                self._calls, self._passed = 0, None
+                with suppress(_EnoughError):
+                    self._job.run(batch)
+                if self._before is not None:
+                    return
+
     def _look(self, layer: Layer, x: Tensor) -> None:
-        if layer in self.sums:
+        if layer in self.samples:
             if self._passed is not None:
                 self._before = self._passed
                 raise _EnoughError
             self._calls += 1
             self._most_calls = max(self._calls, self._most_calls)
-            if len(x):
-                self.sums[layer] += Sums.of(x, self._job.pivots[layer.index])
+            self.samples[layer].add(x)
             if not self.to_the_end:
                 raise _EnoughError
         elif layer not in self._known:

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn.calibration.job import Job, Sums
+from syncbn.calibration.job import Job
 from syncbn.calibration.layers import Layer
+from syncbn.calibration.sums import Sums
 
 
 class Input(NamedTuple):

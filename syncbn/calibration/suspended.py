@@ -39,7 +39,7 @@ class Suspended:
     def __init__(self, run: Callable[[], object]) -> None:
         self._coroutine = greenlet.greenlet(run)
         self._coroutine.gr_context = contextvars.copy_context()
-        self._settings = _Settings.now()
+        self._ours = self._settings = _Settings.now()
 
     def resume(self) -> Stop | None:
         """Run to the next layer and return where; None at the end of the pass.
@@ -48,13 +48,14 @@ class Suspended:
             BaseException: what the pass raised.
         """
         # The coroutine may be within torch.autocast, say, and must not leave others there.
-        ours = _Settings.now()
-        self._settings.restore(ours)
+        if self._settings != self._ours:
+            self._settings.apply()
         try:
             stop = self._coroutine.switch()
         finally:
             self._settings = _Settings.now()
-            ours.restore(self._settings)
+            if self._settings != self._ours:
+                self._ours.apply()
         return None if self._coroutine.dead else stop
 
     def close(self) -> None:
@@ -98,9 +99,7 @@ class _Settings(NamedTuple):
             torch.cuda.current_device() if cuda else 0,
         )
 
-    def restore(self, now: _Settings) -> None:
-        if self == now:
-            return
+    def apply(self) -> None:
         torch.set_grad_enabled(self.grad)
         for kind, enabled, dtype in self.autocast:
             torch.set_autocast_enabled(kind, enabled)

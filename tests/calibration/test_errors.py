@@ -212,6 +212,6 @@ def test_room_is_looked_for_while_a_stream_comes() -> None:
     net, sample = network().eval(), images(1)
     with torch.no_grad():
         held = bytes_while_stopped(lambda: net(sample), find_layers(net)) + sample.nbytes
-    with pytest.raises(MemoryError, match="for 18 samples on this rank"):
+    with pytest.raises(MemoryError, match="for 24 samples on this rank"):
         syncbn.recalibrate(net, iter(images().split(6)), max_bytes=15 * held)
     syncbn.recalibrate(net, iter(images().split(6)), max_bytes=24 * held)

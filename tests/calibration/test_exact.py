@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import syncbn
-from tests.calibration.networks import by_hand, distance, images, network, statistics
+from tests.calibration.networks import as_they_are, by_hand, distance, images, network, statistics
 
 EXACT = ("lockstep", "sequential")
 BOUND = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
+@pytest.mark.parametrize("forward", [None, as_they_are])
 @pytest.mark.parametrize("dtype", BOUND)
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 5, 16, 24])
 @pytest.mark.parametrize("method", EXACT)
 def test_statistics_do_not_depend_on_the_batch_size(
-    method: str, batch_size: int, dtype: torch.dtype
+    method: Any, batch_size: int, dtype: torch.dtype, forward: Any
 ) -> None:
     x = images(dtype=dtype)
     expected, net = network(dtype), network(dtype)
     by_hand(expected, x)
     before = statistics(net)
-    report = syncbn.recalibrate(net, x.split(batch_size), method=method)  # type: ignore[arg-type]
+    report = syncbn.recalibrate(net, x.split(batch_size), method=method, forward=forward)
     assert distance(statistics(net), statistics(expected)) < BOUND[dtype]
     assert distance(before, statistics(expected)) > 0.1
     assert [layer.samples for layer in report.layers] == [24] * 5
@@ -53,16 +56,26 @@ def test_half_inputs(dtype: torch.dtype) -> None:
     torch.testing.assert_close(var, values.var(1), rtol=torch.finfo(dtype).eps, atol=0)
 
 
-@pytest.mark.parametrize("method", EXACT)
-def test_far_from_zero(method: str) -> None:
-    """A mean of 10,000 standard deviations, as the layer itself is tested with."""
-    net = nn.Sequential(nn.BatchNorm1d(2)).double()
-    x = torch.randn(64, 2, dtype=torch.float64) + 1e4
-    report = syncbn.recalibrate(net, x.split(3), method=method)  # type: ignore[arg-type]
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("pixels", [1, 8, 70])
+@pytest.mark.parametrize("mean_over_std", [0, 5, 20, 1e2, 1e4])
+@pytest.mark.parametrize("method", [*EXACT, "pooled"])
+def test_far_from_zero(method: Any, mean_over_std: float, pixels: int, layout: Any) -> None:
+    """Float32 data, as the layer itself is tested with; buffers are float64 to see more digits."""
+    net = nn.Sequential(nn.BatchNorm2d(2)).double()
+    x = (torch.randn(30, 2, pixels, pixels) + mean_over_std).to(memory_format=layout)
+    with torch.no_grad():
+        syncbn.recalibrate(net, x.split(7), method=method, forward=_normalize_alone)
+    values = x.double().transpose(0, 1).flatten(1)
     mean, var = statistics(net)["0"]
-    torch.testing.assert_close(mean, x.mean(0), rtol=1e-12, atol=0)
-    torch.testing.assert_close(var, x.var(0), rtol=1e-6, atol=0)
-    assert report.layers[0].samples == 64
+    assert ((mean - values.mean(1)).abs() / values.std(1)).max() < 1e-6
+    torch.testing.assert_close(var, values.var(1), rtol=1e-6, atol=0)
+
+
+def _normalize_alone(model: Any, x: Tensor) -> object:
+    for hook in model[0]._forward_pre_hooks.values():
+        hook(model[0], (x,), {})  # float64 layers do not take float32 inputs
+    return None
 
 
 def test_autocast_around_and_inside() -> None:
@@ -85,10 +98,11 @@ def test_autocast_around_and_inside() -> None:
 
     x = torch.randn(12, 4)
     results = []
+    method: Any
     for method in EXACT:
         torch.manual_seed(3)
         net = Inside()
-        syncbn.recalibrate(net, x.split(3), method=method)  # type: ignore[arg-type]
+        syncbn.recalibrate(net, x.split(3), method=method, forward=as_they_are)
         results.append(statistics(net))
     assert distance(*results) < 1e-6
     assert torch.is_grad_enabled()
