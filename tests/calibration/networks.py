@@ -62,6 +62,11 @@ def images(number: int = 24, dtype: torch.dtype = torch.float64) -> Tensor:
     return (x * contrast + brightness + 3).to(dtype)
 
 
+def batches(batch_size: int, rank: int = 0, world_size: int = 1) -> tuple[Tensor, ...]:
+    """Return a rank's part of the images, in batches."""
+    return tuple(images()[rank::world_size].split(batch_size))
+
+
 def as_they_are(model: nn.Module, batch: Tensor) -> object:
     """Run a batch; recalibrate does not put small ones together for a forward of the user's own."""
     return model(batch)

@@ -1,0 +1,223 @@
+"""Checkpoints: found in any nesting, changed in nothing but running statistics, never damaged."""
+
+from __future__ import annotations
+
+import collections
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import syncbn
+from syncbn.calibration.checkpoint import read_checkpoint
+from tests.calibration.networks import distance, images, network, statistics
+from tests.disk import almost_full
+
+
+def weights(prefix: str = "") -> dict[str, Tensor]:
+    return {prefix + name: value.clone() for name, value in network().state_dict().items()}
+
+
+NESTINGS: dict[str, Any] = {
+    "alone": lambda: weights(),
+    "ordered": lambda: collections.OrderedDict(weights()),
+    "of DDP": lambda: weights("module."),
+    "of a compiled DDP": lambda: {"state_dict": weights("module._orig_mod.")},
+    "model": lambda: {"model": weights(), "step": 7, "args": {"lr": [0.1, None, "x"]}},
+    "model_state": lambda: {"epoch": 3, "model_state": weights("module.")},
+    "Lightning": lambda: {"state_dict": weights("model."), "loops": {}},
+    "deep": lambda: {"state": {"net": weights()}},
+    "an average": lambda: {"model_ema": {**weights("module."), "n_averaged": torch.tensor(4)}},
+    "with an optimizer": lambda: {
+        "model": weights(),
+        "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{}]},
+    },
+}
+
+
+def flat(content: Any, path: str = "") -> dict[str, Any]:
+    """Return everything in a checkpoint by its path, tensors as bytes."""
+    match content:
+        case Tensor():
+            described = (content.dtype, tuple(content.shape), content.stride())
+            return {path: (*described, content.contiguous().view(-1).tolist())}
+        case dict():
+            parts = {f"{path}/{key!r}": value for key, value in content.items()}
+        case list() | tuple():
+            parts = {f"{path}/{number}": value for number, value in enumerate(content)}
+        case _:
+            return {path: content}
+    found: dict[str, Any] = {path: (type(content), list(parts))}
+    for name, value in parts.items():
+        found |= flat(value, name)
+    return found
+
+
+def is_statistic(path: str) -> bool:
+    return path.endswith(("running_mean'", "running_var'"))
+
+
+def recalibrate(source: Path, output: Path, where: str | None = None) -> nn.Module:
+    checkpoint, net = read_checkpoint(source), network()
+    nn.init.zeros_(net[0].weight)  # type: ignore[arg-type]
+    state = checkpoint.find(net, where)
+    state.load_into(net)
+    syncbn.recalibrate(net, images().split(6))
+    state.take_statistics(net)
+    checkpoint.write(output)
+    return net
+
+
+@pytest.mark.parametrize("nesting", NESTINGS)
+def test_only_running_statistics_change(nesting: str, tmp_path: Path) -> None:
+    content = NESTINGS[nesting]()
+    source, output = tmp_path / "in.pt", tmp_path / "out.pt"
+    torch.save(content, source)
+    before = source.read_bytes()
+    net = recalibrate(source, output)
+    assert source.read_bytes() == before
+    old, new = flat(content), flat(torch.load(output, weights_only=True))
+    assert old.keys() == new.keys()
+    for path in old:
+        assert (old[path] == new[path]) is not is_statistic(path), path
+    assert sum(map(is_statistic, old)) == 10
+    again = network()
+    read_checkpoint(output).find(again).load_into(again)
+    assert distance(statistics(again), statistics(net)) == 0.0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pt", "out.pt"]
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    source, output = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    save_file(weights("module."), source, {"made by": "a test"})
+    net = recalibrate(source, output)
+    with safe_open(source, "pt") as old, safe_open(output, "pt") as new:
+        assert old.metadata() == new.metadata() == {"made by": "a test"}
+        assert list(old.keys()) == list(new.keys())
+        for name in list(old.keys()):
+            same = torch.equal(old.get_tensor(name), new.get_tensor(name))
+            assert same is not name.endswith(("running_mean", "running_var"))
+    again = network()
+    read_checkpoint(output).find(again).load_into(again)
+    assert distance(statistics(again), statistics(net)) == 0.0
+
+
+def test_weights_before_their_averages_unless_asked(tmp_path: Path) -> None:
+    content = {"ema": weights(), "model": weights(), "step": 1}
+    torch.save(content, tmp_path / "in.pt")
+    checkpoint = read_checkpoint(tmp_path / "in.pt")
+    assert checkpoint.find(network()).where == "model"
+    assert checkpoint.find(network(), "ema").where == "ema"
+    recalibrate(tmp_path / "in.pt", tmp_path / "out.pt", "ema")
+    new = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert not torch.equal(new["ema"]["1.running_mean"], content["ema"]["1.running_mean"])  # type: ignore[index]
+    assert torch.equal(new["model"]["1.running_mean"], content["model"]["1.running_mean"])  # type: ignore[index]
+    with pytest.raises(ValueError, match="no state dict found at 'optimizer'"):
+        checkpoint.find(network(), "optimizer")
+
+
+def test_tensors_that_share_memory_still_do(tmp_path: Path) -> None:
+    """A layer under two names, and half-precision buffers in a slice of a larger one."""
+    net: Any = nn.Module()
+    net.first = nn.BatchNorm1d(2)
+    net.second = net.first
+    content = dict(net.state_dict())
+    storage = torch.zeros(8, dtype=torch.float16)
+    content["first.running_mean"] = storage[2:6:2]
+    content["second.running_mean"] = content["first.running_mean"]
+    torch.save({"model": content, "all": storage}, tmp_path / "in.pt")
+    checkpoint = read_checkpoint(tmp_path / "in.pt")
+    state = checkpoint.find(net)
+    syncbn.recalibrate(net, [torch.randn(9, 2) + 3], forward=lambda m, x: net.first(x))
+    state.take_statistics(net)
+    checkpoint.write(tmp_path / "out.pt")
+    new = torch.load(tmp_path / "out.pt", weights_only=True)
+    mean = new["model"]["first.running_mean"]
+    torch.testing.assert_close(mean, net.first.running_mean.half())
+    assert new["all"][2:6:2].tolist() == mean.tolist()
+    assert new["all"][:2].tolist() == [0, 0]
+    assert new["model"]["second.running_mean"].data_ptr() == mean.data_ptr()
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return (os.mkdir, ("owned",))
+
+
+def _corrupt(path: Path, text: bytes) -> None:
+    path.write_bytes(text)
+
+
+def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    good = tmp_path / "good.pt"
+    torch.save({"model": weights()}, good)
+    whole = good.read_bytes()
+    torch.save({"model": weights(), "hook": Evil()}, "evil.pt")
+    torch.save([1, 2], "list.pt")
+    Path("empty.pt").write_bytes(b"")
+    Path("half.pt").write_bytes(whole[: len(whole) // 2])
+    Path("text.pt").write_text("no checkpoint")
+    Path("half.safetensors").write_bytes(whole[:100])
+    torch.save({"step": 3}, "no_tensors.pt")
+    for name in ("evil.pt", "empty.pt", "half.pt", "text.pt"):
+        with pytest.raises(ValueError, match=rf"{name}: cannot be read as tensors and plain data"):
+            read_checkpoint(Path(name))
+    assert not Path("owned").exists()
+    with pytest.raises(ValueError, match=r"half\.safetensors: cannot be read as safetensors"):
+        read_checkpoint(Path("half.safetensors"))
+    with pytest.raises(ValueError, match=r"list\.pt: got a list; expected a dict"):
+        read_checkpoint(Path("list.pt"))
+    with pytest.raises(ValueError, match=r"gone\.pt: no such file"):
+        read_checkpoint(Path("gone.pt"))
+    with pytest.raises(ValueError, match=r"no state dict found anywhere"):
+        read_checkpoint(Path("no_tensors.pt")).find(network())
+
+
+def test_what_does_not_fit(tmp_path: Path) -> None:
+    content = weights()
+    del content["1.running_mean"]
+    content["7.running_mean"] = torch.zeros(3)
+    content["12.bias"] = torch.zeros(9)
+    torch.save({"model": content}, tmp_path / "in.pt")
+    message = (
+        r"does not fit the model; the state dict at 'model': 1\.running_mean is missing, "
+        r"7\.running_mean is unexpected, 12\.bias is \(9,\), not \(2,\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint(tmp_path / "in.pt").find(network())
+
+
+def test_outputs_that_are_refused(tmp_path: Path) -> None:
+    source = tmp_path / "in.pt"
+    torch.save(weights(), source)
+    (tmp_path / "link.pt").symlink_to(source)
+    checkpoint = read_checkpoint(source)
+    for output, message in (
+        (source, r"is the checkpoint that is read; .*overwrite=true"),
+        (tmp_path / "link.pt", r"is the checkpoint that is read"),
+        (tmp_path / "no" / "out.pt", r"the folder .*no does not exist"),
+        (tmp_path, r"is a folder"),
+        (tmp_path / "out.safetensors", r"expected a file of the kind of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            checkpoint.write(output)
+    checkpoint.write(source, overwrite=True)
+    assert read_checkpoint(source).content.keys() == checkpoint.content.keys()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_full_disk_leaves_what_there_was(suffix: str, tmp_path: Path) -> None:
+    source = tmp_path / f"in{suffix}"
+    torch.save(weights(), source) if suffix == ".pt" else save_file(weights(), source)
+    checkpoint, before = read_checkpoint(source), source.read_bytes()
+    for output, overwrite in ((source, True), (tmp_path / f"out{suffix}", False)):
+        with almost_full(1000), pytest.raises((OSError, RuntimeError)):
+            checkpoint.write(output, overwrite)
+        assert source.read_bytes() == before
+        assert list(tmp_path.iterdir()) == [source]
