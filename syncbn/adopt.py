@@ -106,7 +106,8 @@ def _is_parametrized(kind: type) -> bool:
 
 def _reduce(layer: SyncBatchNorm, protocol: Any) -> tuple[Any, ...]:
     # The class has no name to import it by: it is made again from the original.
-    return _new, (original(type(layer)),), layer.__getstate__()
+    original_class = type(layer).original_class  # type: ignore[attr-defined]  # of adopted ones
+    return _new, (original_class,), layer.__getstate__()
 
 
 def _new(original: LayerClass) -> nn.Module:

@@ -132,7 +132,13 @@ class SyncBatchNorm(_BatchNorm):
         if not self.training:
             return self._normalize_for_inference(input)
         output, moments = batch_norm_with_moments(
-            input, self.weight, self.bias, self.eps, self._group(), self.sync_kernel, self._label()
+            input,
+            self.weight,
+            self.bias,
+            self.eps,
+            self.communicating_group(),
+            self.sync_kernel,
+            self._label(),
         )
         if self.track_running_stats:
             self._record(moments)
@@ -158,7 +164,13 @@ class SyncBatchNorm(_BatchNorm):
             self.running_mean, self.running_var, moments, 0.0 if momentum is None else momentum
         )
 
-    def _group(self) -> dist.ProcessGroup | None:
+    def communicating_group(self) -> dist.ProcessGroup | None:
+        """Return the group to talk to, or None if this process is alone in it.
+
+        Raises:
+            RuntimeError: the layer was unpickled and has lost its group.
+            ValueError: this rank is not in the group.
+        """
         if isinstance(self.process_group, DetachedGroup):
             raise RuntimeError(
                 f"{self._label()}: was unpickled and has lost its process group of the ranks "

@@ -26,6 +26,7 @@ ROOMS = [
     ("adopt",),
     ("convert",),
     ("calibration",),
+    ("inference",),
     ("bench",),
     ("cli",),
 ]

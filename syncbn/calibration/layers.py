@@ -69,13 +69,19 @@ def find_layers(model: nn.Module) -> list[Layer]:
     """Return the batch-norm layers that have running statistics, each once.
 
     Raises:
-        ValueError: there are none; one is lazy and has no size yet; one always normalizes with the
-            statistics of its batch, whose outputs and all that follows depend on the batch size.
+        ValueError: there are none; one follows a rule of :mod:`syncbn.inference`; one is lazy and
+            has no size yet; one always normalizes with the statistics of its batch, whose outputs
+            and all that follows depend on the batch size.
     """
     found: list[Layer] = []
     for name, module in model.named_modules():
         if not isinstance(module, _BatchNorm):
             continue
+        if (rule := module._modules.get("inference_rule")) is not None:
+            raise ValueError(
+                f"{name}: follows {rule} instead of its running statistics; expected a layer "
+                "without a rule (syncbn.inference.revert_inference takes it away)"
+            )
         if isinstance(module.running_mean, nn.UninitializedBuffer):
             raise ValueError(
                 f"{name}: got a lazy layer without a size; run one batch through the model first"

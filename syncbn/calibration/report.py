@@ -116,6 +116,13 @@ class CalibrationReport:
             _undo=[(layer, *old[layer.index]) for layer in totals],
         )
 
+    def between(self) -> dict[str, Tensor]:
+        """Return the variance between the means of samples, float64 ``[C]`` by name of the layer.
+
+        For :func:`syncbn.inference.example_weighted`; ``torch.save`` keeps it beside a checkpoint.
+        """
+        return {layer.name: layer.channels.between for layer in self.layers}
+
     def verdict(self) -> str:
         """Return in a line whether recalibration was needed, and whether the data was enough."""
         worst = max(self.layers, key=lambda layer: layer.kl if layer.kl == layer.kl else math.inf)

@@ -6,19 +6,16 @@ and independently of the batch that it came in; the sums over samples are float6
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from syncbn.calibration.per_sample import PerSample, fast, precise
 from syncbn.calibration.sums import Sums
 
 # Statistics of samples that wait to be summed, in numbers.
 _MOST_WAITING = 1 << 20
 # Means, in standard deviations, up to which the fast way keeps seven digits.
 _NEAR = 30
-# Longer float32 sums of squares than this lose digits in torch.linalg.vector_norm.
-_LONG = 4096
 
 
 class Samples:
@@ -32,7 +29,7 @@ class Samples:
     def __init__(self, pivot: Tensor, precise: bool = True) -> None:
         self._sums = Sums.nothing(pivot)
         self._precise = precise
-        self._waiting: list[_PerSample] = []
+        self._waiting: list[PerSample] = []
         self._numbers = 0
 
     def add(self, x: Tensor) -> None:
@@ -40,8 +37,8 @@ class Samples:
         if not x.numel():
             return
         # In other memory layouts, group norm subtracts large squares from each other.
-        fast = not self._precise and x.dim() > 2 and x.is_contiguous()
-        self._waiting.append(_fast(x) if fast else _precise(x))
+        can_be_fast = not self._precise and x.dim() > 2 and x.is_contiguous()
+        self._waiting.append(fast(x) if can_be_fast else precise(x))
         self._numbers += self._waiting[-1].mean.numel()
         if self._numbers > _MOST_WAITING:
             self._flush()
@@ -66,44 +63,3 @@ class Samples:
         n = torch.cat([var.new_full((len(s.mean), 1), s.n) for s in self._waiting])
         self._waiting, self._numbers = [], 0
         self._sums += Sums.of(n, mean, var, self._sums.pivot)
-
-
-class _PerSample(NamedTuple):
-    """Statistics of N samples, ``[N, C]``, in the precision of the input but at least float32.
-
-    Attributes:
-        n: values a channel, of each.
-        mean: rounded.
-        var: biased.
-        rest: what rounding has taken from the mean.
-    """
-
-    n: int
-    mean: Tensor
-    var: Tensor
-    rest: Tensor | float = 0.0
-
-
-def _fast(x: Tensor) -> _PerSample:
-    # Group norm with a group a channel has the fastest way to moments in ATen, on CPU and CUDA.
-    x = x if x.dtype == torch.float64 else x.float()
-    samples, channels = x.shape[:2]
-    n = x[0, 0].numel()
-    _, mean, invstd = torch.native_group_norm(x, None, None, samples, channels, n, channels, 0.0)
-    return _PerSample(n, mean, invstd.double().pow_(-2))
-
-
-def _precise(x: Tensor) -> _PerSample:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if x.dim() == 2:
-        return _PerSample(1, x.to(dtype), torch.zeros_like(x, dtype=dtype))
-    values = x.flatten(2)
-    n = values.shape[2]
-    mean = values.mean(2, dtype=dtype)
-    differences = values - mean.unsqueeze(2)
-    rest = differences.mean(2).double()
-    if n <= _LONG:
-        squares = torch.linalg.vector_norm(differences, dim=2).double().square_()
-    else:
-        squares = differences.square_().sum(2).double()
-    return _PerSample(n, mean, squares / n - rest * rest, rest)

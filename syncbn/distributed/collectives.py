@@ -6,8 +6,11 @@ torch.distributed.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import Function
 
 from syncbn.distributed.agreement import as_bytes, disagreement
 
@@ -78,6 +81,33 @@ def all_reduce(vector: Tensor, group: dist.ProcessGroup | None, label: str) -> T
             f"this layer, look there: layers must run in the same order on every rank. {error}"
         ) from error
     return vector
+
+
+def sum_over_ranks(vector: Tensor, group: dist.ProcessGroup | None, label: str) -> Tensor:
+    """Return a vector summed over a group, with a gradient.
+
+    The gradient is that of the sum of all ranks' losses, so every rank must also run the backward
+    pass.
+
+    Args:
+        vector: the same shape and dtype on every rank.
+        group: from :func:`communicating_group`; None for this process alone.
+        label: as for :func:`all_reduce`, whose errors this raises.
+    """
+    return vector if group is None else _SumOverRanks.apply(vector, group, label)
+
+
+class _SumOverRanks(Function):
+    """s = sum over ranks of v; with the loss L = sum over ranks of L_r, dL/dv = sum of dL_r/ds."""
+
+    @staticmethod
+    def forward(ctx: Any, vector: Tensor, group: dist.ProcessGroup, label: str) -> Tensor:
+        ctx.group, ctx.label = group, label
+        return all_reduce(vector.clone(), group, label)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return sum_over_ranks(grad.contiguous(), ctx.group, f"{ctx.label} backward"), None, None
 
 
 class _DisagreementError(Exception):

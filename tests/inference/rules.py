@@ -1,0 +1,57 @@
+"""The rules as rows of tests, with networks that can follow them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from syncbn.inference import (
+    convert_example_weighted,
+    convert_prior_mix,
+    example_weighted,
+    prior_mix,
+)
+from tests.calibration.networks import layers, network
+
+
+def between(net: nn.Module) -> dict[str, Tensor]:
+    """Return a between-sample variance for every layer, smaller than its variance."""
+    return {name: 0.3 * layer.running_var.detach() for name, layer in layers(net).items()}
+
+
+#: name: (in a with statement, for good)
+RULES: dict[
+    str,
+    tuple[
+        Callable[[nn.Module], AbstractContextManager[None]],
+        Callable[[nn.Module], nn.Module],
+    ],
+] = {
+    "prior_mix": (lambda net: prior_mix(net, 16), lambda net: convert_prior_mix(net, 16)),
+    "example_weighted": (
+        lambda net: example_weighted(net, 4, between(net)),
+        lambda net: convert_example_weighted(net, 4, between(net)),
+    ),
+}
+
+
+def evaluated(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    """Return the network in evaluation mode."""
+    net = network(dtype)
+    return net.eval()
+
+
+def single(channels: int, dtype: torch.dtype = torch.float64, **arguments: Any) -> nn.BatchNorm2d:
+    """Return a layer in evaluation mode, with statistics and parameters that are not trivial."""
+    layer = nn.BatchNorm2d(channels, dtype=dtype, **arguments).eval()
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    layer.running_mean.normal_()
+    layer.running_var.uniform_(0.5, 2.0)
+    for parameter in layer.parameters():
+        parameter.data.uniform_(0.5, 1.5)
+    return layer

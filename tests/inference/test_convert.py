@@ -1,0 +1,218 @@
+"""Rules come into a model and leave it, and nothing else of it changes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import syncbn
+from syncbn.inference import (
+    convert_example_weighted,
+    convert_prior_mix,
+    example_weighted,
+    prior_mix,
+    revert_inference,
+)
+from tests.calibration.networks import images, layers, network
+from tests.inference.rules import RULES, between, evaluated, single
+
+
+class Subclass(nn.BatchNorm2d):
+    """A class of the user's own."""
+
+
+class Activated(nn.BatchNorm2d):
+    """A layer that does more than normalize."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return torch.relu(super().forward(input))
+
+
+def classes(net: nn.Module) -> list[type]:
+    return [type(module) for module in net.modules()]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_end_of_a_context_leaves_the_model_as_it_was(rule: str) -> None:
+    net, x = evaluated(), images(6)
+    before, plain = classes(net), net(x)
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+
+    def interrupted() -> None:
+        with RULES[rule][0](net):
+            assert (net(x) - plain).abs().max() > 1e-3
+            assert list(net.state_dict()) == list(state)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert classes(net) == before
+    assert torch.equal(net(x), plain)
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_for_good_and_back(rule: str) -> None:
+    net, x = evaluated(), images(6)
+    before, plain = classes(net), net(x)
+    with RULES[rule][0](net):
+        expected = net(x)
+    assert RULES[rule][1](net) is net
+    assert torch.equal(net(x), expected)
+    assert revert_inference(net) is net
+    assert classes(net) == before
+    assert torch.equal(net(x), plain)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_training_is_as_ever(rule: str) -> None:
+    net, other, x = network(), network(), images(6)
+    net[4], other[4] = nn.Identity(), nn.Identity()  # the dropout
+    net[6] = syncbn.convert_sync_batchnorm(net[6])  # torch's own wants a GPU in training
+    other[6] = syncbn.convert_sync_batchnorm(other[6])
+    with RULES[rule][0](net):
+        assert torch.equal(net(x), other(x))
+    for ours, theirs in zip(net.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def copied(net: nn.Module) -> nn.Module:
+    return copy.deepcopy(net)
+
+
+def pickled(net: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(net))  # type: ignore[no-any-return]  # Any
+
+
+def saved(net: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)  # type: ignore[no-any-return]  # Any
+
+
+@pytest.mark.parametrize("through", [copied, pickled, saved])
+@pytest.mark.parametrize("rule", RULES)
+def test_copies_follow_the_rule(rule: str, through: Any) -> None:
+    net, x = evaluated(), images(6)
+    net.append(nn.Unflatten(1, (2, 1, 1)))
+    net.append(syncbn.convert_sync_batchnorm(Subclass(2).double().eval()))
+    before = classes(net)
+    RULES[rule][1](net)
+    clone = through(net)
+    assert torch.equal(clone(x), net(x))
+    revert_inference(clone)
+    assert classes(clone) == before
+
+
+def test_what_a_rule_holds_moves_with_the_model() -> None:
+    layer = single(3, torch.float32)
+    convert_example_weighted(layer, 4, between(layer))
+    rule: Any = layer.inference_rule
+    layer.double()
+    assert rule.between.dtype == torch.float64
+    assert layer.to("meta")(torch.empty(2, 3, 4, 4, device="meta").double()).device.type == "meta"
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_hooks_shared_and_parametrized_layers(rule: str) -> None:
+    shared = single(3)
+    nn.utils.parametrizations.weight_norm(shared, dim=None)  # type: ignore[arg-type]  # for all
+    net, x = nn.Sequential(shared, nn.ReLU(), shared).eval(), images(6)
+    seen: list[Tensor] = []
+    shared.register_forward_hook(lambda module, args, output: seen.append(output))
+    plain = net(x)
+    with RULES[rule][0](net):
+        y = net(x)
+    assert (y - plain).abs().max() > 1e-3
+    assert seen[3] is y
+    assert torch.equal(net(x), plain)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_layer_with_a_forward_of_its_own_is_left_alone(rule: str) -> None:
+    net = nn.Sequential(single(3), Activated(3).double().eval())
+    with pytest.warns(
+        UserWarning, match=r"override forward, so they are left alone: 1 \(Activated"
+    ):
+        RULES[rule][1](net)
+    assert type(net[0]) is not nn.BatchNorm2d
+    assert type(net[1]) is Activated
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_compiled_without_a_graph_break(rule: str) -> None:
+    layer, x = single(3), images(6)
+    RULES[rule][1](layer)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(x), layer(x))
+
+
+def test_the_rule_shows_in_the_model() -> None:
+    net = convert_prior_mix(evaluated(), 16)
+    assert "RuledBatchNorm2d" in str(net)
+    assert "(inference_rule): PriorMix(pseudo_samples=16)" in str(net)
+
+
+BAD: dict[str, tuple[Any, str]] = {
+    "negative": (lambda net: prior_mix(net, -1), "got pseudo_samples=-1; expected 0 or more"),
+    "NaN": (lambda net: prior_mix(net, math.nan), "got pseudo_samples=nan; expected 0 or more"),
+    "no batch": (
+        lambda net: example_weighted(net, 0.5, between(net)),
+        "got batch_size=0.5; expected 1 or more",
+    ),
+    "nothing known": (
+        lambda net: example_weighted(net, 4, {}),
+        "1: got no between-sample variance; expected one for each",
+    ),
+    "another shape": (
+        lambda net: example_weighted(net, 4, {**between(net), "6": torch.ones(6)}),
+        r"6: got a between-sample variance of shape \(6,\); expected \(5,\)",
+    ),
+    "one sample": (
+        lambda net: example_weighted(net, 4, {**between(net), "6": torch.full((5,), math.nan)}),
+        "6: got a between-sample variance that is negative or not finite",
+    ),
+    "no layer": (lambda net: prior_mix(net[0], 4), "got Conv2d without a batch-norm layer"),
+    "twice": (
+        lambda net: prior_mix(convert_prior_mix(net, 4), 8),
+        r"1: follows PriorMix\(pseudo_samples=4\) instead of its running statistics",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_input_changes_nothing(what: str) -> None:
+    rule, message = BAD[what]
+    net, x = evaluated(), images(6)
+    plain = net(x)
+    with pytest.raises(ValueError, match=message), rule(net):
+        pass
+    assert torch.equal(revert_inference(net)(x), plain)
+
+
+def test_a_model_that_follows_a_rule_is_not_calibrated() -> None:
+    net = convert_prior_mix(evaluated(), 4)
+    with pytest.raises(ValueError, match="revert_inference takes it away"):
+        syncbn.recalibrate(net, [images()])
+    assert len(layers(net)) == 5
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_bad_inputs_of_a_layer(rule: str) -> None:
+    layer = convert_prior_mix(single(3), 4) if rule == "prior_mix" else single(3)
+    if rule == "example_weighted":
+        convert_example_weighted(layer, 4, between(layer))
+    with pytest.raises(ValueError, match="expected 4D input"):
+        layer(torch.zeros(2, 3).double())
+    with pytest.raises(ValueError, match="that is 4 channels, and a running_mean"):
+        layer(torch.zeros(2, 4, 2, 2).double())
+    with pytest.raises(ValueError, match=r"dtype torch\.int64; expected float16"):
+        layer(torch.zeros(2, 3, 2, 2, dtype=torch.int64))

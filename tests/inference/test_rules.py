@@ -1,0 +1,188 @@
+"""What each rule computes, from other computations."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import syncbn
+from syncbn.inference import example_weighted, prior_mix
+from tests.calibration.networks import images, layers
+from tests.inference.rules import RULES, between, evaluated, single
+
+
+def normalized(x: Tensor, layer: nn.BatchNorm2d, mean: np.ndarray, var: np.ndarray) -> np.ndarray:
+    """Return, by numpy, x normalized with statistics ``[N or 1, C]``."""
+    weight, bias = (p.detach().double().numpy()[:, None, None] for p in layer.parameters())
+    invstd: np.ndarray = 1 / np.sqrt(var + layer.eps)
+    hat = (x.double().numpy() - mean[..., None, None]) * invstd[..., None, None]
+    return hat * weight + bias  # type: ignore[no-any-return]  # numpy's operators
+
+
+def running(layer: nn.BatchNorm2d) -> tuple[np.ndarray, np.ndarray]:
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    return layer.running_mean.double().numpy(), layer.running_var.double().numpy()
+
+
+@pytest.mark.parametrize("pseudo_samples", [0, 0.5, 16, 1000])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_prior_mix_is_the_papers_formula(pseudo_samples: float, offset: float) -> None:
+    layer = single(3)
+    x = torch.randn(5, 3, 4, 2, dtype=torch.float64) * 3 + offset
+    mean, var = running(layer)
+    n = 5
+    old, new = pseudo_samples / (pseudo_samples + n), n / (pseudo_samples + n)
+    mixed_mean = old * mean + new * x.numpy().mean((0, 2, 3))
+    mixed_var = old * var + new * x.numpy().var((0, 2, 3))
+    with prior_mix(layer, pseudo_samples):
+        y = layer(x)
+    expected = normalized(x, layer, mixed_mean[None], mixed_var[None])
+    # Raw float64 sums lose 1e-16 (mean / std)^2 of the variance.
+    bound = 1e-12 if offset == 0 else 1e-7 * abs(expected).max()
+    assert abs(y.detach().numpy() - expected).max() < bound
+
+
+def test_example_weighted_is_its_formula() -> None:
+    layer, batch_size, s2 = single(3), 4, torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
+    x = torch.randn(5, 3, 4, 2, dtype=torch.float64) * 3
+    mean, var = running(layer)
+    own_mean, own_var = x.numpy().mean((2, 3)), x.numpy().var((2, 3))
+    ours = own_mean / batch_size + (batch_size - 1) / batch_size * mean
+    spread = (own_mean - mean) ** 2 - s2.numpy()
+    theirs = own_var / batch_size + (batch_size - 1) / batch_size * var
+    theirs += (batch_size - 1) / batch_size**2 * spread
+    with example_weighted(layer, batch_size, {"": s2}):
+        y = layer(x)
+    assert abs(y.detach().numpy() - normalized(x, layer, ours, theirs)).max() < 1e-12
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
+def test_example_weighted_has_the_statistics_of_an_average_training_batch(batch_size: int) -> None:
+    """Over all training batches that a sample can be in, drawn from a set of five."""
+    samples = torch.randn(5, 2, 3, 3, dtype=torch.float64) * 2 + torch.randn(5, 2, 1, 1)
+    layer = single(2, eps=0.0)
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    values = samples.transpose(0, 1).flatten(1)
+    layer.running_mean.copy_(values.mean(1))
+    layer.running_var.copy_(values.var(1, correction=0))
+    s2 = samples.mean((2, 3)).var(0, correction=0)
+    others = itertools.product(range(5), repeat=batch_size - 1)
+    batches = [samples[[0, *other]].transpose(0, 1).flatten(1) for other in others]
+    mean = torch.stack([batch.mean(1) for batch in batches]).mean(0)
+    var = torch.stack([batch.var(1, correction=0) for batch in batches]).mean(0)
+    with example_weighted(layer, batch_size, {"": s2}):
+        y = layer(samples[:1])
+    expected = normalized(samples[:1], layer, mean.numpy()[None], var.numpy()[None])
+    assert abs(y.detach().numpy() - expected).max() < 1e-12
+
+
+def test_extremes_of_prior_mix() -> None:
+    net, x = evaluated(), images(6)
+    plain = net(x)
+    with prior_mix(net, math.inf):
+        assert torch.equal(net(x), plain)
+    with prior_mix(net, 1e12):
+        assert 0 < (net(x) - plain).abs().max() < 1e-9
+    with prior_mix(net, 0):
+        y = net(x)
+    for layer in layers(net).values():
+        layer.train()
+    assert (y - net(x)).abs().max() < 1e-12
+
+
+def test_extremes_of_example_weighted() -> None:
+    net, x = evaluated(), images(6)
+    plain = net(x)
+    with example_weighted(net, math.inf, between(net)):
+        assert torch.equal(net(x), plain)
+    with example_weighted(net, 1e12, between(net)):
+        assert 0 < (net(x) - plain).abs().max() < 1e-9
+    layer = single(3)
+    with example_weighted(layer, 1, between(layer)):
+        y = layer(x)
+    expected = nn.functional.instance_norm(x, weight=layer.weight, bias=layer.bias)
+    assert (y - expected).abs().max() < 1e-12
+
+
+def test_example_weighted_takes_every_sample_by_itself() -> None:
+    net, x = evaluated(), images(7)
+    with example_weighted(net, 2, between(net)):
+        together, apart = net(x), torch.cat([net(x[:1]), net(x[1:3]), net(x[3:3]), net(x[3:])])
+    assert (together - apart).abs().max() < 1e-12
+
+
+def test_a_calibration_gives_what_example_weighted_needs() -> None:
+    net = evaluated()
+    net.unused = nn.BatchNorm2d(3)
+    report = syncbn.recalibrate(net[:-1], images().split(5))
+    found = report.between()["1"]
+    inputs = net[0](images()).mean((2, 3))
+    assert (found - inputs.var(0, correction=1)).abs().max() < 1e-12
+    plain = net[:-1](images(5))
+    with example_weighted(net[:-1], 4, report):
+        assert (net[:-1](images(5)) - plain).abs().max() > 1e-3
+
+
+def test_layers_that_a_calibration_did_not_reach_are_left_as_they_are() -> None:
+    net = nn.ModuleDict({"used": nn.BatchNorm2d(3), "not": nn.BatchNorm2d(3)}).double()
+    report = syncbn.recalibrate(net, [images()], forward=lambda net, x: net["used"](x))  # type: ignore[index]
+    with example_weighted(net, 4, report):
+        assert type(net["not"]) is nn.BatchNorm2d
+        assert type(net["used"]) is not nn.BatchNorm2d
+
+
+def test_a_between_sample_variance_above_the_variance_keeps_roots_real() -> None:
+    layer = single(3)
+    with example_weighted(layer, 2, {"": torch.full((3,), 1e6)}):
+        assert layer(images(3)).isfinite().all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("parameters", ["as the input", "float32"])
+def test_types_and_layouts(rule: str, dtype: torch.dtype, parameters: str) -> None:
+    x = images(6).contiguous(memory_format=torch.channels_last)
+    exact = single(3)
+    layer = single(3, torch.float32 if parameters == "float32" else dtype)
+    layer.load_state_dict(exact.state_dict())
+    exact.load_state_dict(layer.state_dict())  # what rounding has left
+    with RULES[rule][0](layer), RULES[rule][0](exact):
+        y, expected = layer(x.to(dtype)), exact(x.to(dtype).double())
+    assert y.dtype == dtype
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert (y - expected).abs().max() < 4 * torch.finfo(dtype).eps * expected.abs().max()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 5), (6, 3, 2, 3, 2), (1, 3, 70, 70)], ids=str)
+def test_any_number_of_dimensions(rule: str, shape: tuple[int, ...]) -> None:
+    layer = syncbn.SyncBatchNorm(3).double().eval()
+    x = torch.randn(shape, dtype=torch.float64) * 2 + 1
+    flat = x.reshape(*shape[:2], -1, 1)
+    two_d = nn.BatchNorm2d(3).double().eval()
+    with RULES[rule][0](layer), RULES[rule][0](two_d):
+        assert (layer(x) - two_d(flat).reshape(shape)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_empty_batch(rule: str) -> None:
+    net = evaluated()
+    with RULES[rule][0](net):
+        assert net(images(0)).shape == (0, 2)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("shape", [(3, 2, 2, 3), (3, 2)], ids=str)
+def test_gradients(rule: str, shape: tuple[int, ...]) -> None:
+    layer = syncbn.SyncBatchNorm(2).double().eval()
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    with RULES[rule][0](layer):
+        assert torch.autograd.gradcheck(layer, x)
+        assert torch.autograd.gradgradcheck(layer, x)
