@@ -122,6 +122,39 @@ def test_collectives(command: list[str], ranks: int, tmp_path: Path) -> None:
         assert spread["low"] <= spread["median"] <= spread["high"]
 
 
+def test_calibration(tmp_path: Path) -> None:
+    settings = [
+        "sizes=[8,16]",
+        "samples=[6,2]",
+        "batches=[1,4]",
+        "repeats=2",
+        "sequential_repeats=1",
+    ]
+    with started([*COMMAND[:-1], "calibration", *settings], tmp_path) as job:
+        output, errors = job.communicate(timeout=50)
+    assert job.returncode == 0, errors
+    assert "8x8, lockstep, batch 4" in output
+    assert max(map(len, output.splitlines())) <= 100
+    results = json.loads((tmp_path / "report.json").read_text())["results"]
+    assert results["layers"] == 19
+    costs = [(cost["size"], cost["method"], cost["batch"]) for cost in results["costs"]]
+    lockstep, last = [(8, "lockstep", 1), (8, "lockstep", 4)], "sequential"
+    assert costs == [*lockstep, (8, last, 16), (16, "lockstep", 1), (16, last, 16)]
+    for cost in results["costs"]:
+        assert cost["plain"]["median"] > 0
+        assert cost["ratio"]["median"] > 0
+    # Of one image of 8x8 with 16 channels: what goes into a convolution, and what comes out.
+    plain, giant = (
+        results["costs"][0]["plain_bytes"],
+        results["giant_batch_bytes"]["8x8, one giant batch of 6"],
+    )
+    assert plain >= 2 * 4 * 16 * 8 * 8
+    assert giant >= 6 * 2 * 4 * 16 * 8 * 8
+    lockstep_bytes, sequential_bytes = (results["costs"][i]["bytes"] for i in (0, 2))
+    assert plain < lockstep_bytes
+    assert plain < sequential_bytes
+
+
 @pytest.mark.parametrize("ending", ["Ctrl-C", "a rank is killed"])
 def test_no_process_outlives_the_command(ending: str, tmp_path: Path) -> None:
     with started([*COMMAND, *ENDLESS], tmp_path) as job:
@@ -148,7 +181,7 @@ def test_alone_it_lists_the_benchmarks(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["colectives"], r"got benchmark 'colectives'; expected one of\n  collectives  What"),
+        (["colectives"], r"got benchmark 'colectives'; expected one of\n  calibration  What"),
         (["colectives", "--help"], "got benchmark 'colectives'; expected one of"),
         (["collectives", "size=3"], "Could not override 'size'"),
         (
@@ -157,6 +190,13 @@ def test_alone_it_lists_the_benchmarks(
         ),
         (["collectives", "sizes=[0]"], "sizes: got 0; expected at least 1"),
         (["collectives", "ranks=1"], "ranks: got 1; expected at least 2"),
+        (["calibration", "ranks=2"], "ranks: got 2; expected 1, it measures one process"),
+        (["calibration", "samples=[256,1]"], "samples: got 1; expected at least 2"),
+        (
+            ["calibration", "sizes=[8]"],
+            r"samples: got \[256, 32\]; expected as many as sizes \[8\]",
+        ),
+        (["calibration", "batches=[0]"], "batches: got 0; expected at least 1"),
         (["collectives", "json=/no/such/folder.json"], "expected a file in a folder that exists"),
     ],
 )
@@ -175,17 +215,18 @@ def test_wrong_use_ends_with_a_message(
     assert re.search(message, printed)
 
 
+@pytest.mark.parametrize(("benchmark", "ranks"), [("collectives", 2), ("calibration", 1)])
 def test_every_setting_is_explained_where_help_shows_it(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    benchmark: str, ranks: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["syncbn-bench", "collectives", "--help"])
+    monkeypatch.setattr(sys, "argv", ["syncbn-bench", benchmark, "--help"])
     main()
     lines = capsys.readouterr().out.splitlines()
-    settings = vars(settle("collectives", []))
+    settings = vars(settle(benchmark, []))
     for name in settings:
         (line,) = (line for line in lines if line.startswith(f"{name}: "))
         assert " # " in line
-    assert settings["ranks"] == 2
+    assert settings["ranks"] == ranks
 
 
 def test_without_mpirun_the_message_says_what_to_install(

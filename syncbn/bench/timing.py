@@ -35,10 +35,16 @@ class Spread:
         low, median, high = values.quantile(values.new_tensor([0.1, 0.5, 0.9])).tolist()
         return cls(median, low, high)
 
-    def text(self, unit: float = 1.0) -> str:
-        """Return ``median (low..high)`` in multiples of a unit."""
+    def text(self, unit: float = 1.0, digits: int | None = None) -> str:
+        """Return ``median (low..high)`` in multiples of a unit.
+
+        Args:
+            unit: of the values.
+            digits: after the point; None for none from ten on, and one below.
+        """
         median, low, high = (value / unit for value in astuple(self))
-        digits = 0 if abs(median) >= 10 else 1
+        if digits is None:
+            digits = 0 if abs(median) >= 10 else 1
         return f"{median:.{digits}f} ({low:.{digits}f}..{high:.{digits}f})"
 
 

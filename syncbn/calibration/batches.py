@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 # Where the time for Python is a tenth of that for a small ResNet.
-_SAMPLES_TOGETHER = 16
+_SAMPLES_TOGETHER = 32
+# Larger inputs have activations beyond the caches, and beyond what malloc keeps: each is slower.
+_BYTES_TOGETHER = 1 << 18
 
 Forward = Callable[[nn.Module, Any], object]
 
@@ -140,8 +142,10 @@ def _small_input(batch: Any) -> Tensor | None:
 
 
 def _fits(x: Tensor, group: list[Tensor]) -> bool:
+    together = [x, *group]
     alike = x.shape[1:] == group[0].shape[1:] and x.dtype == group[0].dtype
-    return alike and len(x) + sum(len(part) for part in group) <= _SAMPLES_TOGETHER
+    few = sum(len(part) for part in together) <= _SAMPLES_TOGETHER
+    return alike and few and sum(part.nbytes for part in together) <= _BYTES_TOGETHER
 
 
 def count_samples(batch: Any) -> int | None:

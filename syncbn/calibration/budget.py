@@ -32,7 +32,7 @@ def bytes_while_stopped(run: Callable[[], object], layers: Sequence[Layer]) -> i
         layers: where it will be stopped.
     """
     peak = 0
-    with _Watch() as watch:
+    with LiveBytes() as watch:
 
         def look(layer: Layer, x: Tensor) -> None:
             nonlocal peak
@@ -114,7 +114,7 @@ def _free_of_container() -> int | None:
     return max(int(limit.read_text()) - int(used.read_text()), 0)
 
 
-class _Watch(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):
     """Knows the memory of everything that was computed and is still there."""
 
     def __init__(self) -> None:
@@ -122,6 +122,7 @@ class _Watch(TorchDispatchMode):
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def live_bytes(self) -> int:
+        """Return how much that is now, without what there was before."""
         self._storages = {
             key: entry for key, entry in self._storages.items() if not entry[0].expired()
         }

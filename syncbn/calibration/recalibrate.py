@@ -71,8 +71,8 @@ def recalibrate(
             all.
         forward: called as ``forward(model, batch)``; by default ``model(batch)``,
             ``model(batch[0])`` for a sequence, or ``model(**batch)`` for a mapping. By default,
-            ``lockstep`` computes small batches of equal shapes together, up to 16 samples; a
-            forward of your own gets the batches as they are.
+            ``lockstep`` computes small batches of equal shapes together, up to 32 samples and 256
+            KiB of input; a forward of your own gets the batches as they are.
         process_group: the ranks that calibrate together, described as for
             :class:`~syncbn.SyncBatchNorm`; None for all.
         progress: show a progress bar on rank 0; None: if it has a terminal.

@@ -50,6 +50,10 @@ def benchmark_class(name: str) -> type[Benchmark]:
             from syncbn.bench.collectives import Collectives
 
             return Collectives
+        case "calibration":
+            from syncbn.bench.calibration import Calibration
+
+            return Calibration
     raise ValueError(f"got benchmark {name!r}; expected one of\n{_list()}")
 
 

@@ -174,6 +174,21 @@ def test_batches_of_any_make(feed: str) -> None:
     assert distance(statistics(net), statistics(expected)) < 1e-12
 
 
+@pytest.mark.parametrize(
+    ("number", "size", "together"),
+    # 32 samples of 8x8; of 64x64 and float64, 96 KiB each, as many as stay below 256 KiB.
+    [(70, 8, [32, 32, 6]), (5, 64, [2, 2, 1]), (2, 128, [1, 1])],
+)
+def test_lockstep_computes_small_batches_together(
+    number: int, size: int, together: list[int]
+) -> None:
+    net, seen = network(), []
+    x = torch.randn(number, 3, size, size, dtype=torch.float64)
+    net.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    syncbn.recalibrate(net, x.split(1))
+    assert seen[1:] == together  # before, one sample to see what it takes
+
+
 def test_a_forward_of_the_users_own() -> None:
     expected, net = network(), network()
     syncbn.recalibrate(expected, X.split(24))
