@@ -1,4 +1,5 @@
 # make demo    train a ResNet on two ranks, with local and with synchronized batch norm
+# make calibration    what recalibrating and mixing statistics are worth to a small network
 # make test    the whole test-suite
 # make check   formatter, linter, type checker
 # Each makes and fills .venv itself; nothing but Python and make is needed.
@@ -8,10 +9,13 @@ PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check format clean
+.PHONY: demo calibration test check format clean
 
 demo: $(INSTALLED)
 	$(PYTHON) examples/demo.py
+
+calibration: $(INSTALLED)
+	$(PYTHON) examples/resnet/calibration_study.py
 
 test: $(INSTALLED)
 	$(PYTHON) -m pytest

@@ -47,7 +47,8 @@ def draw(report: CalibrationReport, path: Path) -> None:
     bottom.set_xticks(range(len(layers)))
     names = [layer.name if len(layers) <= _MOST_NAMES else "" for layer in layers]
     bottom.set_xticklabels(names, rotation=60, ha="right", fontsize=8)
-    top.legend(loc="upper left", frameon=False, fontsize=8, ncols=3)
+    handles, labels = top.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", frameon=False, fontsize=8, ncols=3)
     with replacing(path) as file:
         figure.savefig(file, format="png")
 
@@ -61,14 +62,15 @@ def _panel(axes: Any, values: list[Tensor], errors: list[float]) -> None:
     axes.vlines(places, low, high, color=_BLUE, linewidth=1.5, alpha=0.5, label="5 to 95 %")
     axes.vlines(places, first, third, color=_BLUE, linewidth=5, label="middle half of the channels")
     axes.plot(places, middle, "o", color="white", markersize=2.5)
+    edges = [place + side for place in places for side in (-0.5, 0.5)]
+    band = [2 * error for error in errors for _ in range(2)]
     axes.fill_between(
-        places,
-        [-2 * error for error in errors],
-        [2 * error for error in errors],
+        edges,
+        [-error for error in band],
+        band,
         color=_RED,
         alpha=0.18,
         linewidth=0,
-        step="mid",
         label="new statistics ± 2 standard errors",
     )
     axes.axhline(0.0, color=_GREY, linewidth=0.8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import socket
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from torch import Tensor
 from syncbn.distributed.collectives import all_reduce
 
 _FAILED = -1
+T = TypeVar("T")
 
 
 class Ranks:
@@ -64,6 +66,31 @@ class Ranks:
             names = ", ".join(f"rank {rank}" for rank in failed)
             raise RuntimeError(f"calibration was ended by an error on {names}; see there")
         return everyone
+
+    def agreed(self, work: Callable[[], T]) -> T:
+        """Do this rank's work, which has succeeded on every rank when this returns.
+
+        Every rank must call this.
+
+        Raises:
+            RuntimeError: the work of another rank has failed.
+            BaseException: what this rank's work has raised.
+        """
+        results: list[T] = []
+
+        def do() -> list[int]:
+            results.append(work())
+            return [0]
+
+        self.together(do, numbers=1)
+        return results[0]
+
+    def objects(self, value: T) -> list[T]:
+        """Return the values of all ranks, anything that pickles; every rank must call this."""
+        values = [value] * self.size
+        if self._group is not None:
+            dist.all_gather_object(values, value, group=self._group)
+        return values
 
     def on_this_machine(self) -> int:
         """Return how many of the ranks share this machine; every rank must call this."""

@@ -32,14 +32,29 @@ def render(report: CalibrationReport) -> str:
             f"{layer.var_error:.3f}",
             f"{layer.kl:.4f}",
         )
-    text = io.StringIO()
-    console = Console(file=text, width=_COLUMNS, highlight=False, color_system=None)
-    console.print(table)
-    console.print(
+    notes = [
         "mean shift: in standard deviations (root mean square over channels); var ratio: new over "
         "old (geometric mean); errors: standard errors of the new ones; KL: nats a channel"
-    )
+    ]
     if report.not_reached:
-        console.print(f"not reached, unchanged: {', '.join(report.not_reached)}")
-    console.print(report.verdict())
+        notes.append(f"not reached, unchanged: {', '.join(report.not_reached)}")
+    return _text(table, *notes, report.verdict())
+
+
+def render_metrics(before: dict[str, float], after: dict[str, float]) -> str:
+    """Return a table of metrics before and after a calibration."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("evaluation")
+    for heading in ("before", "after"):
+        table.add_column(heading, justify="right")
+    for name in before:
+        table.add_row(name, f"{before[name]:.4f}", f"{after[name]:.4f}")
+    return _text(table)
+
+
+def _text(*parts: Table | str) -> str:
+    text = io.StringIO()
+    console = Console(file=text, width=_COLUMNS, highlight=False, color_system=None)
+    for part in parts:
+        console.print(part)
     return text.getvalue()

@@ -7,10 +7,13 @@ mpirun.sh. The settings are explained in ``configs/recalibrate.yaml``.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 import torch.distributed as dist
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -20,16 +23,58 @@ from torch import nn
 
 import syncbn
 from syncbn.calibration.checkpoint import Checkpoint, StateDict, read_checkpoint, require_output
+from syncbn.calibration.evaluate import evaluate
+from syncbn.calibration.ranks import Ranks
+from syncbn.calibration.table import render_metrics
 from syncbn.cli import config_path
+from syncbn.distributed.collectives import communicating_group
+from syncbn.files import replacing
 
 _WRONG_USE = 2
 
 
-def load(config: DictConfig, place: syncbn.RankInfo) -> tuple[Checkpoint, StateDict, nn.Module]:
-    """Return the checkpoint, the state dict in it that fits, and the network with its weights.
+def run(config: DictConfig, place: syncbn.RankInfo) -> None:
+    """Recalibrate; rank 0 prints the report and writes the files.
+
+    Every step ends on all ranks before the next begins: what fails on one ends all.
 
     Raises:
-        ValueError: the checkpoint cannot be read or does not fit, or the output is refused.
+        ValueError: bad input, on the ranks that have it.
+        RuntimeError: another rank has failed.
+    """
+    ranks = Ranks(communicating_group(None), place.device)
+    checkpoint = ranks.agreed(lambda: open_checkpoint(config))
+    model = ranks.agreed(lambda: make_model(config))
+    state = ranks.agreed(lambda: load(checkpoint, model, config))
+    model.to(place.device)
+    batches = ranks.agreed(lambda: instantiate(config.data))
+    measure = ranks.agreed(lambda: measurement(config, model, batches, ranks))
+    before = measure()
+    report = syncbn.recalibrate(
+        model,
+        batches,
+        method=config.method,
+        num_samples=config.num_samples,
+        max_bytes=config.max_bytes,
+    )
+    after = measure()
+    if place.rank == 0:
+        print(report.table())
+        if config.evaluate:
+            print(render_metrics(before, after))
+
+    def finish() -> None:
+        if place.rank == 0:
+            write(config, report, checkpoint, state, model)
+
+    ranks.agreed(finish)
+
+
+def open_checkpoint(config: DictConfig) -> Checkpoint:
+    """Read the checkpoint.
+
+    Raises:
+        ValueError: it cannot be read, or the output is refused.
     """
     source = Path(config.checkpoint)
     checkpoint = read_checkpoint(source)
@@ -37,38 +82,50 @@ def load(config: DictConfig, place: syncbn.RankInfo) -> tuple[Checkpoint, StateD
         require_output(source, Path(config.output), config.overwrite)
     elif not config.dry_run:
         raise ValueError("got no output=; expected the file to write, or dry_run=true")
+    return checkpoint
+
+
+def make_model(config: DictConfig) -> nn.Module:
+    """Make the network that ``model`` names.
+
+    Raises:
+        ValueError: it is none.
+    """
     model: Any = instantiate(config.model)
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: got a {type(model).__name__}; expected a torch.nn.Module")
-    state = checkpoint.find(model, config.state_dict)
-    state.load_into(model)
-    return checkpoint, state, model.to(place.device)
+    return model.eval()
 
 
-def run(config: DictConfig, place: syncbn.RankInfo) -> None:
-    """Recalibrate; rank 0 prints the report and writes the files.
+def load(checkpoint: Checkpoint, model: nn.Module, config: DictConfig) -> StateDict:
+    """Load the weights into the network and return where in the checkpoint they are.
 
     Raises:
-        ValueError: bad input, or a file that rank 0 cannot write; on every rank.
+        ValueError: no state dict in the checkpoint fits.
     """
-    checkpoint, state, model = load(config, place)
-    report = syncbn.recalibrate(
-        model,
-        instantiate(config.data),
-        method=config.method,
-        num_samples=config.num_samples,
-        max_bytes=config.max_bytes,
-    )
-    problem = [""]
-    if place.rank == 0:
-        print(report.table())
-        try:
-            write(config, report, checkpoint, state, model)
-        except (OSError, ValueError, RuntimeError, ImportError) as error:
-            problem = [f"{config.output}: cannot be written: {error}"]
-    dist.broadcast_object_list(problem, src=0)
-    if problem[0]:
-        raise ValueError(problem[0])
+    state = checkpoint.find(model, config.state_dict)
+    state.load_into(model)
+    return state
+
+
+def measurement(
+    config: DictConfig, model: nn.Module, batches: Any, ranks: Ranks
+) -> Callable[[], dict[str, float]]:
+    """Return what measures the network with ``metric``; nothing if that is not asked for.
+
+    Raises:
+        ValueError: the calibration batches are to be read for it, and come only once.
+    """
+    if not config.evaluate:
+        return dict
+    metric = instantiate(config.metric)
+    chosen = batches if config.evaluation is None else instantiate(config.evaluation)
+    if isinstance(chosen, Iterator):
+        raise ValueError(
+            f"evaluate: got a one-shot {type(chosen).__name__}, which cannot be read before and "
+            "after; expected a list, a DataLoader or another iterable that can be read again"
+        )
+    return lambda: evaluate(model, chosen, metric, ranks)
 
 
 def write(
@@ -78,15 +135,35 @@ def write(
     state: StateDict,
     model: nn.Module,
 ) -> None:
-    """Write the files that the settings ask for, the checkpoint last."""
-    if config.report is not None:
-        report.save(config.report)
-    if config.plot is not None:
-        report.plot(config.plot)
+    """Write the files that the settings ask for, the checkpoint last.
+
+    Raises:
+        ValueError: a file cannot be written.
+    """
+    with _named(config.report) as path:
+        if path is not None:
+            report.save(path)
+    with _named(config.plot) as path:
+        if path is not None:
+            report.plot(path)
+    with _named(config.between) as path:
+        if path is not None:
+            with replacing(path) as file:
+                torch.save(report.between(), file)
     if not config.dry_run:
         state.take_statistics(model)
-        checkpoint.write(Path(config.output), config.overwrite)
+        with _named(config.output) as path:
+            assert path is not None
+            checkpoint.write(path, config.overwrite)
         print(f"written: {config.output}")
+
+
+@contextmanager
+def _named(path: str | None) -> Iterator[Path | None]:
+    try:
+        yield None if path is None else Path(path)
+    except (OSError, RuntimeError, ImportError) as error:  # torch's writer raises RuntimeError
+        raise ValueError(f"{path}: cannot be written: {error}") from error
 
 
 @hydra.main(version_base="1.3", config_path=config_path(), config_name="recalibrate")
@@ -94,12 +171,13 @@ def main(config: DictConfig) -> None:
     """Recalibrate the checkpoint that the command line names."""
     place = syncbn.init_process_group(config.backend)
     config.rank, config.world_size = place.rank, place.world_size
+    sys.path.insert(0, str(Path(config.path).absolute()))
     try:
         run(config, place)
-    except (ValueError, TypeError, ImportError, OSError, MemoryError, RuntimeError) as error:
-        _exit(error)
     except (InstantiationException, OmegaConfBaseException) as error:
         _exit(error.__cause__ or error)
+    except (ValueError, TypeError, ImportError, OSError, MemoryError, RuntimeError) as error:
+        _exit(error)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -65,6 +66,18 @@ def images(number: int = 24, dtype: torch.dtype = torch.float64) -> Tensor:
 def batches(batch_size: int, rank: int = 0, world_size: int = 1) -> tuple[Tensor, ...]:
     """Return a rank's part of the images, in batches."""
     return tuple(images()[rank::world_size].split(batch_size))
+
+
+def labelled(batch_size: int, rank: int = 0, world_size: int = 1) -> list[tuple[Tensor, Tensor]]:
+    """Return a rank's part of the images with labels, 0 or 1, in batches."""
+    labels = torch.arange(24) % 3 // 2
+    mine = labels[rank::world_size].split(batch_size)
+    return list(zip(batches(batch_size, rank, world_size), mine, strict=True))
+
+
+def one_shot() -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the images with labels, once."""
+    yield from labelled(6)
 
 
 def as_they_are(model: nn.Module, batch: Tensor) -> object:

@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 import syncbn
 from syncbn.calibration.checkpoint import read_checkpoint
 from tests.calibration.networks import batches, distance, network, statistics
+from tests.calibration.networks import labelled as labelled_images
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NETWORKS = "tests.calibration.networks"
@@ -52,19 +54,76 @@ def command(
 @pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["alone", "torchrun"])
 def test_a_checkpoint_is_recalibrated(launcher: list[str], source: Path) -> None:
     output, report = source.with_name("out.pt"), source.with_name("report.json")
-    picture = source.with_name("drift.png")
-    files = [f"output={output}", f"report={report}", f"plot={picture}"]
+    picture, between = source.with_name("drift.png"), source.with_name("between.pt")
+    files = [f"output={output}", f"report={report}", f"plot={picture}", f"between={between}"]
     shared = SHARED if launcher else []
     done = command(source, "+data.batch_size=1", *files, *shared, launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert "recalibration changes 11 by" in done.stdout
     assert done.stdout.count("layer ") == 1  # rank 0 alone
     expected, net = network(), network()
-    syncbn.recalibrate(expected, batches(24))
+    exact = syncbn.recalibrate(expected, batches(24)).between()
+    for name, values in torch.load(between).items():
+        torch.testing.assert_close(values, exact[name])
     read_checkpoint(output).find(net).load_into(net)
     assert distance(statistics(net), statistics(expected)) < 1e-12
     assert [layer["samples"] for layer in json.loads(report.read_text())["layers"]] == [24] * 5
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["alone", "torchrun"])
+def test_a_metric_before_and_after(launcher: list[str], source: Path) -> None:
+    shared = SHARED if launcher else []
+    labelled = f"data._target_={NETWORKS}.labelled"
+    settings = ["+data.batch_size=5", labelled, "evaluate=true", "dry_run=true", *shared]
+    done = command(source, *settings, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    net, found = network().eval(), []
+    (x, labels), *_ = labelled_images(24)
+    for _ in range(2):
+        logits = net(x)
+        right = (logits.argmax(1) == labels).double().mean()
+        found.append((torch.nn.functional.cross_entropy(logits, labels).item(), right.item()))
+        syncbn.recalibrate(net, [x])
+    (loss, accuracy), (new_loss, new_accuracy) = found
+    assert f"cross-entropy   {loss:.4f}   {new_loss:.4f}" in done.stdout
+    assert f"accuracy        {accuracy:.4f}   {new_accuracy:.4f}" in done.stdout
+    assert loss != new_loss
+
+
+def test_modules_are_found_from_any_folder(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("from tests.calibration.networks import batches, network")
+    script = Path(sys.executable).with_name("syncbn-recalibrate")
+    names = ["+model._target_=mine.network", "+data._target_=mine.batches", "+data.batch_size=4"]
+    done = subprocess.run(
+        [script, f"checkpoint={source}", "dry_run=true", f"path={tmp_path}", *names],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=55,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "recalibration changes" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["checkpoint={folder}/${{rank}}.pt"], "1.pt: no such file"),
+        (["+data.rank='${{rank}}'", "+data.world_size=0"], "slice step cannot be zero"),
+    ],
+    ids=["the checkpoint", "the data"],
+)
+def test_what_one_rank_lacks_ends_all(settings: list[str], message: str, source: Path) -> None:
+    source.rename(source.with_name("0.pt"))
+    checkpoint = source.with_name("0.pt")
+    added = [setting.format(folder=source.parent) for setting in settings]
+    start = time.monotonic()
+    done = command(checkpoint, "+data.batch_size=4", "dry_run=true", *added, launcher=TORCHRUN)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert time.monotonic() - start < 30
 
 
 def test_a_dry_run_writes_nothing(source: Path) -> None:
@@ -81,6 +140,18 @@ BAD = {
     "an argument": (["dry_run=true"], "missing 1 required positional argument: 'batch_size'"),
     "no data": (["+data.batch_size=4", "+data.rank=24", "dry_run=true"], "no sample came to"),
     "a place": (["+data.batch_size=4", "dry_run=true", "state_dict=ema"], "found at 'ema'"),
+    "a metric": (
+        ["+data.batch_size=4", "dry_run=true", "evaluate=true"],
+        "got a batch of type Tensor without labels; expected (inputs, labels)",
+    ),
+    "an iterator to evaluate": (
+        [f"data._target_={NETWORKS}.one_shot", "dry_run=true", "evaluate=true"],
+        "evaluate: got a one-shot generator, which cannot be read before and after",
+    ),
+    "a folder": (
+        ["+data.batch_size=4", "dry_run=false", "output=/no/such/folder/out.pt"],
+        "the folder /no/such/folder does not exist",
+    ),
     "a model": (
         ["+data.batch_size=4", "dry_run=true", "model._target_=torch.nn.Identity"],
         "does not fit the model",

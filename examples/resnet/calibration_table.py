@@ -1,0 +1,106 @@
+"""The findings of the calibration study, and their tables."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+
+class Finding(NamedTuple):
+    """A network after a calibration.
+
+    Attributes:
+        tool: that calibrated.
+        batch_size: of the calibration batches; 0 for the network as it was trained.
+        loss: cross-entropy on the test set, nats.
+        accuracy: on the test set.
+        distance: of its running statistics from those of the population, nats a channel.
+    """
+
+    tool: str
+    batch_size: int
+    loss: float
+    accuracy: float
+    distance: float
+
+
+class Robustness(NamedTuple):
+    """A network on corrupted test images.
+
+    Attributes:
+        strength: of the corruption.
+        plain: accuracy with running statistics.
+        mixed: accuracy with those of the test batch mixed in.
+    """
+
+    strength: float
+    plain: float
+    mixed: float
+
+
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
+    """Return mean, lowest and highest."""
+    return float(torch.tensor(values, dtype=torch.float64).mean()), min(values), max(values)
+
+
+def tables(
+    findings: list[list[Finding]],
+    weighted: list[list[Finding]],
+    noisy: list[list[Robustness]],
+    flat: list[list[Robustness]],
+) -> str:
+    """Return the means over seeds as tables in Markdown.
+
+    Args:
+        findings: of every seed, in the same order.
+        weighted: of every seed, by the training batch size that was assumed.
+        noisy: of every seed, by the noise.
+        flat: of every seed, by the loss of contrast.
+    """
+    tools = list(dict.fromkeys(finding.tool for finding in findings[0]))
+    trained, *tools = tools
+    head = ["calibration batch", *tools]
+    rows = [[trained, *[_cell([seed[0] for seed in findings])] * len(tools)]]
+    for first in range(1, len(findings[0]), len(tools)):
+        cells = [_cell([s[first + i] for s in findings]) for i in range(len(tools))]
+        rows.append([str(findings[0][first].batch_size), *cells])
+    corrupted = [
+        [
+            *_accuracies([seed[place] for seed in noisy]),
+            *_accuracies([seed[place] for seed in flat]),
+        ]
+        for place in range(len(noisy[0]))
+    ]
+    columns = ["noise", "plain", "prior_mix", "loss of contrast", "plain", "prior_mix"]
+    shares = [
+        [str(found[0].batch_size), *_tested(list(found))] for found in zip(*weighted, strict=True)
+    ]
+    return "\n".join(
+        (
+            _markdown(head, rows),
+            _markdown(["B", "cross-entropy", "accuracy"], shares),
+            _markdown(columns, corrupted),
+        )
+    )
+
+
+def _cell(findings: list[Finding]) -> str:
+    distance = spread([finding.distance for finding in findings])[0]
+    return ", ".join((*_tested(findings), f"{distance:.1e}"))
+
+
+def _tested(findings: list[Finding]) -> tuple[str, str]:
+    loss, accuracy = (
+        spread(values)[0] for values in zip(*((f.loss, f.accuracy) for f in findings), strict=True)
+    )
+    return f"{loss:.4f}", f"{accuracy:.2%}"
+
+
+def _accuracies(found: list[Robustness]) -> list[str]:
+    plain, mixed = (spread(values)[0] for values in zip(*(f[1:] for f in found), strict=True))
+    return [f"{found[0].strength}", f"{plain:.1%}", f"{mixed:.1%}"]
+
+
+def _markdown(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
