@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import resource
 import subprocess
 import sys
 import time
@@ -17,10 +15,13 @@ import syncbn
 from syncbn.calibration.checkpoint import read_checkpoint
 from tests.calibration.networks import batches, distance, network, statistics
 from tests.calibration.networks import labelled as labelled_images
+from tests.processes import run
+from tests.transports import mpirun
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NETWORKS = "tests.calibration.networks"
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TORCHRUN = [*(sys.executable, "-m", "torch.distributed.run"), "--standalone", "--nproc-per-node=2"]
+MPIRUN = [*mpirun("openmpi", 2), sys.executable]
 SHARED = ["+data.rank=${rank}", "+data.world_size=${world_size}"]
 
 
@@ -33,25 +34,17 @@ def source(tmp_path: Path) -> Path:
 def command(
     source: Path, *arguments: str, launcher: list[str] | None = None, largest_file: int = -1
 ) -> subprocess.CompletedProcess[str]:
-    program = [sys.executable, *(launcher or []), "-m", "syncbn.cli.recalibrate"]
+    program = [*(launcher or [sys.executable]), "-m", "syncbn.cli.recalibrate"]
     settings = [
         f"checkpoint={source}",
         f"+model._target_={NETWORKS}.network",
         f"+data._target_={NETWORKS}.batches",
         *arguments,
     ]
-    return subprocess.run(
-        [*program, *settings],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=55,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file,) * 2),
-    )
+    return run([*program, *settings], ROOT, largest_file=largest_file)
 
 
-@pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["alone", "torchrun"])
+@pytest.mark.parametrize("launcher", [[], TORCHRUN, MPIRUN], ids=["alone", "torchrun", "mpirun"])
 def test_a_checkpoint_is_recalibrated(launcher: list[str], source: Path) -> None:
     output, report = source.with_name("out.pt"), source.with_name("report.json")
     picture, between = source.with_name("drift.png"), source.with_name("between.pt")
@@ -95,14 +88,8 @@ def test_modules_are_found_from_any_folder(source: Path, tmp_path: Path) -> None
     (tmp_path / "mine.py").write_text("from tests.calibration.networks import batches, network")
     script = Path(sys.executable).with_name("syncbn-recalibrate")
     names = ["+model._target_=mine.network", "+data._target_=mine.batches", "+data.batch_size=4"]
-    done = subprocess.run(
-        [script, f"checkpoint={source}", "dry_run=true", f"path={tmp_path}", *names],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=55,
-    )
+    command = [script, f"checkpoint={source}", "dry_run=true", *names]
+    done = run(command, tmp_path, {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert "recalibration changes" in done.stdout
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from resnet import build_resnet
 
 from syncbn.cli import config_path
+from tests.processes import run
 from tests.transports import ROOT
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -27,18 +26,8 @@ def test_a_checkpoint_of_the_example(tmp_path: Path) -> None:
     torch.save({"step": 5, "model": net.state_dict()}, tmp_path / "last.pt")
     files = [f"checkpoint={tmp_path / 'last.pt'}", f"output={tmp_path / 'out.pt'}"]
     settings = ["data.batch_size=1", "evaluate=true", "model.width=4", FEW]
-    done = subprocess.run(
-        [
-            *(sys.executable, *TORCHRUN, "-m", "syncbn.cli.recalibrate", "+example=resnet"),
-            *files,
-            *settings,
-        ],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=55,
-    )
+    program = [sys.executable, *TORCHRUN, "-m", "syncbn.cli.recalibrate", "+example=resnet"]
+    done = run([*program, *files, *settings], ROOT)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^ bn1 +89 ", done.stdout, re.MULTILINE)
     assert "cross-entropy" in done.stdout
