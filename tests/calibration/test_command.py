@@ -86,7 +86,7 @@ def test_a_metric_before_and_after(launcher: list[str], source: Path) -> None:
 
 def test_modules_are_found_from_any_folder(source: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("from tests.calibration.networks import batches, network")
-    script = Path(sys.executable).with_name("syncbn-recalibrate")
+    script = str(Path(sys.executable).with_name("syncbn-recalibrate"))
     names = ["+model._target_=mine.network", "+data._target_=mine.batches", "+data.batch_size=4"]
     command = [script, f"checkpoint={source}", "dry_run=true", *names]
     done = run(command, tmp_path, {"PYTHONPATH": str(ROOT)})
