@@ -63,6 +63,24 @@ def test_alone_is_a_group_of_one(tmp_path: Path) -> None:
     assert run([sys.executable], tmp_path / "program.py") == ["0 1 0 cpu gloo 0.0"]
 
 
+def test_the_end_of_the_group_is_the_end_of_its_threads() -> None:
+    """Whoever has imported torch.compile meanwhile; threads that are left may abort at exit."""
+    program = """
+import os, syncbn, torch.distributed as dist
+threads = lambda: len(os.listdir("/proc/self/task"))
+before = threads()
+syncbn.init_process_group()
+dist.barrier()
+import torch._dynamo
+assert threads() > before
+dist.destroy_process_group()
+assert threads() == before
+"""
+    clean = {k: v for k, v in os.environ.items() if k not in TORCHRUN}
+    done = subprocess.run([sys.executable, "-c", program], env=clean, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("transport", "arguments", "backend"),
     [("openmpi", [], "mpi4py"), ("mpich", [], "mpi4py"), ("openmpi", ["gloo"], "gloo")],

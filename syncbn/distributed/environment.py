@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from collections.abc import Mapping
@@ -82,6 +83,10 @@ def init_process_group(backend: str | None = None, timeout: timedelta | None = N
     device = _device(backend, place.local_rank)
     if backend == "mpi4py":
         _register_mpi4py(os.environ, timeout or default_pg_timeout)
+    # It has the default group for a default argument, and keeps that for good if there is one when
+    # it is imported, as by torch.compile or an optimizer's first step. Then Gloo's threads outlive
+    # destroy_process_group, and abort one process in a hundred at its end.
+    importlib.import_module("torch.distributed.nn.functional")
     dist.init_process_group(
         backend,
         store=place.store,
