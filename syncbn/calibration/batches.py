@@ -67,6 +67,12 @@ class Batches:
         except TypeError:  # also of a DataLoader, whose class has a length, over a stream
             return 0
 
+    def kept(self) -> Batches:
+        """Return the same batches, which can be read again even if the source gives them once."""
+        if not self.is_one_shot:
+            return self
+        return Batches(_Kept(iter(self.source)), self.limit, self.device)
+
     def expected_samples(self) -> int:
         """Return how many samples to expect once the first batch has come; zero if unknown."""
         promised = self.size * len(self)
@@ -110,6 +116,24 @@ class Batches:
                 f"the batches ended early: got {number}, expected the {len(self)} that their "
                 "len() promises"
             )
+
+
+class _Kept(Iterable[Any]):
+    """What an iterator gives, as often as it is asked for.
+
+    Args:
+        source: read once.
+    """
+
+    def __init__(self, source: Iterator[Any]) -> None:
+        self._source = source
+        self._seen: list[Any] = []
+
+    def __iter__(self) -> Iterator[Any]:
+        yield from self._seen
+        for batch in self._source:
+            self._seen.append(batch)
+            yield batch
 
 
 def put_together(batches: Iterable[Any]) -> Iterator[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,13 +22,28 @@ _CGROUP = Path("/sys/fs/cgroup")
 _GIB = 1 << 30
 # Of a batch, one sample in so many is enough to see what it takes.
 _PART_TO_MEASURE = 16
+# Of operations: item(), bool(tensor) and their like; nonzero() and its like.
+_READING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
-def bytes_while_stopped(run: Callable[[], object], layers: Sequence[Layer]) -> int:
-    """Return the most memory of its own that a forward pass has when it comes to a layer.
+class Watched(NamedTuple):
+    """What was seen of a forward pass.
+
+    Attributes:
+        bytes: the most memory of its own that it has when it comes to a layer.
+        reads_data: whether it reads values or lets them decide on shapes, so that what it does may
+            depend on the batch as a whole.
+    """
+
+    bytes: int
+    reads_data: bool
+
+
+def watch_pass(run: Callable[[], object], layers: Sequence[Layer]) -> Watched:
+    """Run a forward pass to its end and look at it.
 
     Args:
-        run: the pass; it is run to its end.
+        run: the pass.
         layers: where it will be stopped.
     """
     peak = 0
@@ -40,7 +55,7 @@ def bytes_while_stopped(run: Callable[[], object], layers: Sequence[Layer]) -> i
 
         with intercepted(layers, look):
             run()
-    return peak
+    return Watched(peak, watch.reads_data)
 
 
 def tensor_bytes(batch: Any) -> int:
@@ -60,13 +75,26 @@ class Room:
     """The memory for the suspended passes of a rank.
 
     Args:
-        job: whose first batch is run to see what a sample takes.
+        job: whose passes they are.
+        first: the first batch, which is run to see what a sample takes.
+
+    Attributes:
+        reads_data: whether the forward may depend on the batch as a whole.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, first: Any) -> None:
         self._job = job
-        self._bytes_per_sample: float | None = None
-        self._samples = self._expected = 0
+        self._samples = 0
+        self._expected = job.batches.expected_samples()
+        size = count_samples(first) or 1
+        # A forward of the user's own may need its batches as they are.
+        part = max(1, size // _PART_TO_MEASURE) if job.forward is default_forward else size
+        try:
+            self.reads_data = self._measure(first_samples(first, part, size), part)
+        except Exception:
+            if part == size:
+                raise
+            self.reads_data = self._measure(first, size)  # so may the model, for its shapes
 
     def take(self, batch: Any) -> None:
         """Take room for a batch.
@@ -74,11 +102,7 @@ class Room:
         Raises:
             MemoryError: there will not be enough for this one, or for all that are expected.
         """
-        size = count_samples(batch) or 1
-        if self._bytes_per_sample is None:
-            self._bytes_per_sample = self._measure(batch, size)
-            self._expected = self._job.batches.expected_samples()
-        self._samples += size
+        self._samples += count_samples(batch) or 1
         samples = max(self._samples, self._expected)
         needed = self._bytes_per_sample * samples
         allowed = self._job.max_bytes
@@ -91,13 +115,10 @@ class Room:
             "the same result, or fewer samples (num_samples)"
         )
 
-    def _measure(self, batch: Any, size: int) -> float:
-        job = self._job
-        if job.forward is default_forward:
-            part = max(1, size // _PART_TO_MEASURE)
-            batch, size = first_samples(batch, part, size), part
-        held = bytes_while_stopped(lambda: job.run(batch), job.layers)
-        return (held + tensor_bytes(batch)) / size
+    def _measure(self, batch: Any, size: int) -> bool:
+        seen = watch_pass(lambda: self._job.run(batch), self._job.layers)
+        self._bytes_per_sample = (seen.bytes + tensor_bytes(batch)) / size
+        return seen.reads_data
 
 
 def _free_of_machine() -> int | None:
@@ -119,6 +140,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
+        #: Whether anything has read values, or made shapes of them.
+        self.reads_data = False
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def live_bytes(self) -> int:
@@ -132,6 +155,7 @@ class LiveBytes(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.reads_data = self.reads_data or not _READING.isdisjoint(func.tags)
         old = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()

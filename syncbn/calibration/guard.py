@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import signal
-import threading
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from types import FrameType
 
 import torch
 from torch import nn
 
-from syncbn.calibration.layers import Layer, old_statistics
+from syncbn.calibration.interrupts import uninterrupted
+from syncbn.calibration.layers import Layer, old_statistics, put_back
 from syncbn.calibration.randomness import same_randomness
 from syncbn.calibration.wrappers import without_communication
 
@@ -29,7 +28,8 @@ def untouched(model: nn.Module, layers: list[Layer]) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(same_randomness())
         stack.enter_context(without_communication(model))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules:  # it takes a second to import
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.no_grad())
         try:
             # Not model.eval(), which classes override, for example to keep parts as they are.
@@ -38,26 +38,9 @@ def untouched(model: nn.Module, layers: list[Layer]) -> Iterator[None]:
             yield
         except BaseException:
             with uninterrupted():
-                for layer, (mean, var) in zip(layers, statistics, strict=True):
-                    layer.use(mean, var)
+                put_back(layers, statistics)
             raise
         finally:
             with uninterrupted():
                 for module, flag in flags:
                     module.training = flag
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Put off Ctrl-C to the end of the body."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    seen: list[tuple[int, FrameType | None]] = []
-    before = signal.signal(signal.SIGINT, lambda *what: seen.append(what))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if seen and callable(before):
-            before(*seen[0])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from syncbn.moments import Moments
 from syncbn.running import write_running_statistics
@@ -18,7 +19,7 @@ class Layer:
 
     Attributes:
         index: among the layers of its model, the same on every rank.
-        name: in the model; the first one of a shared layer.
+        name: in the model, without what wrappers add; the first one of a shared layer.
         module: ``nn.BatchNorm*``, ``nn.SyncBatchNorm`` or a layer of this library.
     """
 
@@ -60,9 +61,18 @@ class Layer:
         Args:
             moments: ``[C]``.
             unbiased: take the unbiased variance, that of running averages.
+
+        Raises:
+            ValueError: they are beyond the dtype of the buffers.
         """
         if moments.count > 0:
             self.use(moments.mean(), moments.variance(unbiased=unbiased))
+            if not bool((self.running_mean + self.running_var).isfinite().all()):
+                raise ValueError(
+                    f"{self.name}: the mean or variance of the inputs is beyond the range of its "
+                    f"buffers, which are {self.running_var.dtype}; expected buffers that can hold "
+                    "it (calibrate the model in float32)"
+                )
 
 
 def find_layers(model: nn.Module) -> list[Layer]:
@@ -74,9 +84,10 @@ def find_layers(model: nn.Module) -> list[Layer]:
             and all that follows depend on the batch size.
     """
     found: list[Layer] = []
-    for name, module in model.named_modules():
+    for full_name, module in model.named_modules():
         if not isinstance(module, _BatchNorm):
             continue
+        name = _name_in_the_plain_model(full_name, model)
         if (rule := module._modules.get("inference_rule")) is not None:
             raise ValueError(
                 f"{name}: follows {rule} instead of its running statistics; expected a layer "
@@ -99,6 +110,24 @@ def find_layers(model: nn.Module) -> list[Layer]:
             "nn.SyncBatchNorm or syncbn layers in it"
         )
     return found
+
+
+def put_back(layers: list[Layer], statistics: list[tuple[Tensor, Tensor]]) -> None:
+    """Write statistics into the buffers."""
+    for layer, (mean, var) in zip(layers, statistics, strict=True):
+        layer.use(mean, var)
+
+
+def _name_in_the_plain_model(name: str, model: nn.Module) -> str:
+    """Return a name without what DDP and torch.compile put into it."""
+    name = name.replace("_orig_mod.", "").removesuffix("_orig_mod")
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            name, model = name.removeprefix("module").removeprefix("."), model.module
+        elif isinstance(compiled := getattr(model, "_orig_mod", None), nn.Module):
+            model = compiled
+        else:
+            return name
 
 
 def old_statistics(layers: list[Layer]) -> list[tuple[Tensor, Tensor]]:

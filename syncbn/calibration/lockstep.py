@@ -2,14 +2,16 @@
 
 Every layer's input is then the one that the network sees in inference, whatever the batches' size.
 The inputs of a layer, of the whole calibration set, are in memory together. So small batches may as
-well be computed together.
+well be computed together, if the forward does not decide by what is in them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
+from itertools import chain, islice
 from typing import Any
 
 from torch import Tensor
@@ -32,6 +34,8 @@ def lockstep(job: Job) -> dict[Layer, Sums]:
         ValueError: the batches come to different layers; there are none; NaN.
         MemoryError: the suspended passes would not fit.
     """
+    # Layers that are called again take more passes.
+    job = replace(job, batches=job.batches.kept())
     return settle(job, partial(_one_pass, job))
 
 
@@ -91,14 +95,17 @@ class _Passes:
 
     def _start_all(self) -> None:
         job = self._job
-        room = Room(job)
-        batches: Iterable[Any] = job.batches
-        if job.forward is default_forward:
+        rest = iter(job.batches)
+        first = list(islice(rest, 1))
+        if not first:
+            return
+        room = Room(job, *first)
+        self._hooks.enter_context(intercepted(job.layers, stop))
+        batches: Iterable[Any] = chain(first, rest)
+        if job.forward is default_forward and not room.reads_data:
             batches = put_together(batches)
         for batch in batches:
             room.take(batch)
-            if not self._passes:  # before, room has run the model for itself
-                self._hooks.enter_context(intercepted(job.layers, stop))
             forward = Suspended(partial(job.run, batch))
             self._passes.append(forward)
             self._look(forward.resume())

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from syncbn.calibration.interrupts import Held
 from syncbn.distributed.collectives import all_reduce
 
 _FAILED = -1
@@ -23,11 +24,18 @@ class Ranks:
     Args:
         group: to talk to; None for this process alone.
         device: of the messages.
+        interrupts: held back while ranks talk: a rank that left a message out would be waited for.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        device: torch.device,
+        interrupts: Held | None = None,
+    ) -> None:
         self._group = group
         self._device = device
+        self._interrupts = interrupts or Held()
 
     @property
     def rank(self) -> int:
@@ -54,7 +62,8 @@ class Ranks:
             BaseException: what this rank's work has raised.
         """
         try:
-            mine = work()
+            with self._interrupts.let_through():
+                mine = work()
             assert len(mine) == numbers
             assert all(number >= 0 for number in mine)
         except BaseException:
@@ -101,6 +110,12 @@ class Ranks:
     def sum(self, vector: Tensor, label: str) -> Tensor:
         """Return a float64 vector summed over the ranks, with the same bits on all of them."""
         return all_reduce(vector, self._group, label)
+
+    def first(self, vector: Tensor) -> Tensor:
+        """Return the vector of the first rank, in place; every rank must call this."""
+        if self._group is not None:
+            dist.broadcast(vector, dist.get_global_rank(self._group, 0), group=self._group)
+        return vector
 
     def gather(self, vector: Tensor) -> Tensor:
         """Return the vectors of all ranks, ``[W, n]``."""

@@ -11,8 +11,9 @@ from torch import nn
 from syncbn.calibration.batches import Batches, Forward, default_forward
 from syncbn.calibration.budget import free_bytes
 from syncbn.calibration.guard import untouched
+from syncbn.calibration.interrupts import uninterrupted
 from syncbn.calibration.job import Job
-from syncbn.calibration.layers import Layer, find_layers, old_statistics
+from syncbn.calibration.layers import Layer, find_layers, old_statistics, put_back
 from syncbn.calibration.progress import progress_bar
 from syncbn.calibration.ranks import Ranks
 from syncbn.calibration.report import CalibrationReport
@@ -57,9 +58,12 @@ def recalibrate(
     ``ema`` moves the old ones with the layers' momentum.
 
     A layer that a forward calls several times takes the statistics of all its calls, found by
-    repeated passes; a layer that is not reached keeps its own. Nothing else of the model changes:
-    not training flags, hooks, counters of batches, or the state of random generators. On any error,
-    Ctrl-C included, the statistics are put back.
+    repeated passes; a layer that is not reached keeps its own. Ranks whose old statistics differ
+    start from those of the first. Nothing else of the model changes: not training flags, hooks,
+    counters of batches, or the state of random generators. On any error, Ctrl-C included, the
+    statistics are put back.
+
+    A sample is an entry of the first dimension of the first tensor in a batch.
 
     Args:
         model: with ``nn.BatchNorm*``, ``nn.SyncBatchNorm`` or layers of this library; may be
@@ -97,28 +101,45 @@ def recalibrate(
         raise ValueError(f"got num_samples={num_samples}; expected 1 or more, or None for all")
     layers = find_layers(model)
     device = layers[0].running_mean.device
-    ranks = Ranks(communicating_group(resolve_group(process_group)), device)
-    old = old_statistics(layers)
-    with progress_bar(ranks.rank == 0, progress, f"recalibrating ({method})") as report_progress:
-        job = Job(
-            model=model,
-            layers=layers,
-            pivots=[mean.double().nan_to_num(0.0, 0.0, 0.0) for mean, _ in old],
-            batches=Batches(batches, _share(num_samples, ranks), device),
-            forward=forward or default_forward,
-            ranks=ranks,
-            max_bytes=_room(max_bytes, ranks, device),
-            report_progress=report_progress,
-        )
-        with untouched(model, layers):
-            totals = {layer: s for layer, s in run(job).items() if s.spread.samples > 0}
-            if not totals:
-                raise ValueError(
-                    "no sample came to any of the batch-norm layers "
-                    f"({', '.join(layer.name for layer in layers)}); expected batches with samples "
-                    "and a forward that calls these layers"
+    own = old_statistics(layers)
+    with (
+        uninterrupted(undo=lambda: put_back(layers, own)) as interrupts,
+        untouched(model, layers),
+    ):
+        group = communicating_group(resolve_group(process_group))
+        ranks = Ranks(group, device, interrupts)
+        _start_alike(layers, ranks)
+        old = old_statistics(layers)
+        title = f"recalibrating ({method})"
+        with progress_bar(ranks.rank == 0, progress, title) as report_progress:
+            totals = run(
+                Job(
+                    model=model,
+                    layers=layers,
+                    pivots=[mean.double().nan_to_num(0.0, 0.0, 0.0) for mean, _ in old],
+                    batches=Batches(batches, _share(num_samples, ranks), device),
+                    forward=forward or default_forward,
+                    ranks=ranks,
+                    max_bytes=_room(max_bytes, ranks, device),
+                    report_progress=report_progress,
                 )
-    return CalibrationReport.of(layers, old, totals)
+            )
+        totals = {layer: sums for layer, sums in totals.items() if sums.spread.samples > 0}
+        if not totals:
+            raise ValueError(
+                "no sample came to any of the batch-norm layers "
+                f"({', '.join(layer.name for layer in layers)}); expected batches with samples "
+                "and a forward that calls these layers"
+            )
+        return CalibrationReport.of(layers, old, own, totals)
+
+
+def _start_alike(layers: list[Layer], ranks: Ranks) -> None:
+    """Take the old statistics of the first rank: without synchronization, each has its own."""
+    old = [part.double() for pair in old_statistics(layers) for part in pair]
+    parts = iter(ranks.first(torch.cat(old)).split([len(part) for part in old]))
+    for layer, mean, var in zip(layers, parts, parts, strict=True):
+        layer.use(mean, var)
 
 
 def _method(name: str) -> Callable[[Job], dict[Layer, Sums]]:

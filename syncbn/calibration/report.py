@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from syncbn.calibration.drift import NOTICEABLE, Channels, rms
-from syncbn.calibration.guard import uninterrupted
+from syncbn.calibration.interrupts import uninterrupted
 from syncbn.calibration.layers import Layer
 from syncbn.calibration.population import Population
 from syncbn.calibration.sums import Sums
@@ -92,9 +92,19 @@ class CalibrationReport:
 
     @staticmethod
     def of(
-        layers: list[Layer], old: list[tuple[Tensor, Tensor]], totals: dict[Layer, Sums]
+        layers: list[Layer],
+        old: list[tuple[Tensor, Tensor]],
+        own: list[tuple[Tensor, Tensor]],
+        totals: dict[Layer, Sums],
     ) -> CalibrationReport:
-        """Compare the statistics of layers with their old ones."""
+        """Compare the statistics of layers with their old ones.
+
+        Args:
+            layers: of the model.
+            old: statistics to compare with, the same on every rank.
+            own: statistics that this rank had, to put back.
+            totals: sums over the inputs of the layers that were reached.
+        """
         reports = []
         for layer, sums in totals.items():
             population = Population.of(sums.moments, sums.spread, sums.pivot)
@@ -113,7 +123,7 @@ class CalibrationReport:
         return CalibrationReport(
             layers=reports,
             not_reached=[layer.name for layer in layers if layer not in totals],
-            _undo=[(layer, *old[layer.index]) for layer in totals],
+            _undo=[(layer, *own[layer.index]) for layer in layers],
         )
 
     def between(self) -> dict[str, Tensor]:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
 from torch import Tensor
 
+from syncbn.calibration.batches import Batches, count_samples
 from syncbn.calibration.intercept import intercepted
 from syncbn.calibration.job import Job
 from syncbn.calibration.layers import Layer
@@ -28,23 +30,52 @@ def sequential(job: Job) -> dict[Layer, Sums]:
         ValueError: the batches come only once, or differ from pass to pass; there are none; NaN;
             two layers come in either order.
     """
-    if job.batches.is_one_shot:
+    job.ranks.agreed(partial(_refuse_one_shot, job.batches))
+    return settle(job, partial(_cycle, job, _Data()))
+
+
+def _refuse_one_shot(batches: Batches) -> None:
+    if batches.is_one_shot:
         raise ValueError(
             f"method 'sequential' reads the batches once for every layer; got a one-shot "
-            f"{type(job.batches.source).__name__}; expected a list, a DataLoader or another "
+            f"{type(batches.source).__name__}; expected a list, a DataLoader or another "
             "iterable that can be read again (method='lockstep' reads them once)"
         )
-    return settle(job, partial(_cycle, job))
 
 
-def _cycle(job: Job, held: frozenset[Layer]) -> Found:
+@dataclass
+class _Data:
+    """What this rank's batches are, in every pass: set by the first.
+
+    Attributes:
+        size: batches, and samples in them; None before.
+    """
+
+    size: tuple[int, int] | None = None
+
+    def check(self, batches: int, samples: int) -> None:
+        """Compare a pass with the first.
+
+        Raises:
+            ValueError: it had other numbers.
+        """
+        if self.size not in (None, (batches, samples)):
+            raise ValueError(
+                f"method 'sequential' got {self.size} batches and samples in a pass, and "
+                f"({batches}, {samples}) in a later one; expected the same data in every pass "
+                "(method='lockstep' reads it once)"
+            )
+        self.size = batches, samples
+
+
+def _cycle(job: Job, data: _Data, held: frozenset[Layer]) -> Found:
     order, calls = _first_order(job)
     waiting = [layer for layer in order if layer not in held]
     postponed: set[Layer] = set()
     found: Found = {}
     while waiting:
         target = waiting[0]
-        look = _Pass(job, {target}, {*found, *held}, waiting, postponed)
+        look = _Pass(job, data, {target}, {*found, *held}, waiting, postponed)
         look.to_the_end = len(waiting) == 1 or calls[target.index] > 1
         before, after, times = look.run()
         if before is not None:
@@ -64,7 +95,7 @@ def _cycle(job: Job, held: frozenset[Layer]) -> Found:
             waiting.append(after)
         job.report_progress(len(found), len(found) + len(waiting))
     if held:
-        look = _Pass(job, held, held.union(found))
+        look = _Pass(job, data, held, held.union(found))
         look.run()
         for layer in sorted(held, key=lambda layer: layer.index):
             found[layer] = Input(job.total(layer, look.samples[layer]), calls[layer.index])
@@ -79,7 +110,7 @@ def _first_order(job: Job) -> tuple[list[Layer], list[int]]:
         order.append(layer.index)
 
     def work() -> list[int]:
-        with same_randomness(), intercepted(job.layers, look):
+        with same_randomness(job.batches.source), intercepted(job.layers, look):
             has_batch = False
             for batch in islice(job.batches, 1):
                 job.run(batch)
@@ -106,6 +137,7 @@ class _Pass:
 
     Args:
         job: the calibration.
+        data: what the batches of every pass are.
         wanted: layers whose inputs are summed up.
         known: layers that have their population statistics.
         waiting: layers whose turn comes later.
@@ -115,6 +147,7 @@ class _Pass:
     def __init__(
         self,
         job: Job,
+        data: _Data,
         wanted: Collection[Layer],
         known: Collection[Layer],
         waiting: Collection[Layer] = (),
@@ -124,6 +157,7 @@ class _Pass:
         #: Run whole forwards, to see calls and layers after the wanted one.
         self.to_the_end = not waiting
         self._job = job
+        self._data = data
         self._known = known
         self._waiting = waiting
         self._postponed = postponed
@@ -156,13 +190,18 @@ class _Pass:
         return [*indices, self._most_calls]
 
     def _read_all(self) -> None:
-        with same_randomness(), intercepted(self._job.layers, self._look):
-            for batch in self._job.batches:
+        job = self._job
+        batches = samples = 0
+        with same_randomness(job.batches.source), intercepted(job.layers, self._look):
+            for batch in job.batches:
                 self._calls, self._passed = 0, None
                 with suppress(_EnoughError):
-                    self._job.run(batch)
+                    job.run(batch)
                 if self._before is not None:
                     return
+                batches += 1
+                samples += count_samples(batch) or 0
+        self._data.check(batches, samples)
 
     def _look(self, layer: Layer, x: Tensor) -> None:
         if layer in self.samples:

@@ -16,6 +16,14 @@ from torch import Tensor
 
 from syncbn.calibration.layers import Layer
 
+# The kinds of scaled_dot_product_attention, which torch.nn.attention.sdpa_kernel chooses from.
+_ATTENTION = (
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+)
+
 
 class Stop(NamedTuple):
     """Where a forward pass has stopped.
@@ -40,6 +48,7 @@ class Suspended:
         self._coroutine = greenlet.greenlet(run)
         self._coroutine.gr_context = contextvars.copy_context()
         self._ours = self._settings = _Settings.now()
+        self._inference = torch.is_inference_mode_enabled()
 
     def resume(self) -> Stop | None:
         """Run to the next layer and return where; None at the end of the pass.
@@ -56,7 +65,14 @@ class Suspended:
             self._settings = _Settings.now()
             if self._settings != self._ours:
                 self._ours.apply()
-        return None if self._coroutine.dead else stop
+        if self._coroutine.dead:
+            return None
+        if torch.is_inference_mode_enabled() != self._inference:
+            raise ValueError(
+                f"{stop.layer.name}: called within torch.inference_mode(), which cannot be "
+                "suspended; use torch.no_grad() in the forward, or method='sequential'"
+            )
+        return stop  # type: ignore[no-any-return]  # what greenlets give each other
 
     def close(self) -> None:
         """End the pass where it is; its ``finally`` blocks run."""
@@ -85,6 +101,7 @@ class _Settings(NamedTuple):
     grad: bool
     autocast: tuple[tuple[str, bool, torch.dtype], ...]
     device: int
+    attention: tuple[bool, ...]
 
     @staticmethod
     def now() -> _Settings:
@@ -97,6 +114,7 @@ class _Settings(NamedTuple):
                 for kind in kinds
             ),
             torch.cuda.current_device() if cuda else 0,
+            tuple(enabled() for enabled, _ in _ATTENTION),
         )
 
     def apply(self) -> None:
@@ -106,3 +124,5 @@ class _Settings(NamedTuple):
             torch.set_autocast_dtype(kind, dtype)
         if torch.cuda.is_initialized():
             torch.cuda.set_device(self.device)
+        for (_, enable), enabled in zip(_ATTENTION, self.attention, strict=True):
+            enable(enabled)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -166,6 +170,79 @@ def test_an_error_on_one_rank_ends_all(three_ranks: Ranks, method: str, where: s
         assert message == (expected if rank == 1 else others)
         assert unchanged
         assert value == [3.0]
+
+
+def _with_statistics_of_their_own(rank: int, method: Any) -> tuple[Buffers, Any]:
+    net, batches = network(), _batches(rank, SHARES["equal"][0], torch.float64)
+    net[12].register_module("unused", torch.nn.BatchNorm2d(3).double())
+    for layer in layers(net).values():
+        layer.running_mean += rank
+    before = statistics(net)
+    report = syncbn.recalibrate(net, batches, method=method)
+    found = statistics(net)
+    report.undo()
+    assert distance(statistics(net), before) == 0.0
+    return found, [(layer.figures(), layer.channels.between.tolist()) for layer in report.layers]
+
+
+@pytest.mark.parametrize("method", ["lockstep", "sequential", "pooled", "average", "ema"])
+def test_ranks_with_statistics_of_their_own(two_ranks: Ranks, method: Any) -> None:
+    """As local batch norm leaves them."""
+    results = two_ranks.run(_with_statistics_of_their_own, method)
+    assert _equal_bits([found for found, _ in results])
+    assert results[0][1] == results[1][1]
+    alone = network()
+    batches = [b for rank in range(2) for b in _batches(rank, SHARES["equal"][0], torch.float64)]
+    between = syncbn.recalibrate(alone, batches, method=method).between()
+    found, figures = results[0]
+    found.pop("12.unused")
+    assert distance(found, statistics(alone)) < 1e-12
+    for (_, ours), expected in zip(figures, between.values(), strict=True):
+        assert ours == pytest.approx(expected.tolist())
+
+
+def _one_shot(rank: int) -> str:
+    source: Any = images().split(4)
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        syncbn.recalibrate(network(), iter(source) if rank else source, method="sequential")
+    return str(caught.value)
+
+
+def test_a_one_shot_iterator_on_one_rank(two_ranks: Ranks) -> None:
+    first, second = two_ranks.run(_one_shot)
+    assert "ended by an error on rank 1" in first
+    assert "got a one-shot tuple_iterator" in second
+
+
+def _interrupted_while_waiting(rank: int, method: Any) -> tuple[str, bool, list[float]]:
+    net = network()
+    before = statistics(net)
+
+    class Slow:
+        def __iter__(self) -> Any:
+            for x in images().split(8):
+                time.sleep(0.3 * rank)
+                yield x
+
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    if rank == 0:
+        timer.start()
+    message = ""
+    try:
+        syncbn.recalibrate(net, Slow(), method=method)
+    except BaseException as error:
+        message = f"{type(error).__name__}: {error}"
+    value = torch.ones(1)
+    dist.all_reduce(value)
+    return message, distance(statistics(net), before) == 0.0, value.tolist()
+
+
+@pytest.mark.parametrize("method", ["lockstep", "sequential"])
+def test_an_interrupt_while_waiting_ends_all(two_ranks: Ranks, method: Any) -> None:
+    first, second = two_ranks.run(_interrupted_while_waiting, method)
+    assert first == ("KeyboardInterrupt: ", True, [2.0])
+    assert second[0].startswith("RuntimeError: calibration was ended by an error on rank 0")
+    assert second[1:] == (True, [2.0])
 
 
 def _no_data(rank: int, method: Any) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import syncbn
-from syncbn.calibration.budget import bytes_while_stopped, free_bytes
+from syncbn.calibration.budget import free_bytes, watch_pass
 from syncbn.calibration.layers import find_layers
 from tests.calibration.networks import distance, images, layers, network, statistics
 
@@ -192,7 +192,7 @@ def test_memory_that_passes_hold() -> None:
 
     net, x = Shortcut().eval(), torch.zeros(5, 3, 8, 8)
     with torch.no_grad():
-        held = bytes_while_stopped(lambda: net(x), find_layers(net))
+        held = watch_pass(lambda: net(x), find_layers(net)).bytes
     assert held == 2 * x.nbytes
     free = free_bytes(torch.device("cpu"))
     assert free is not None
@@ -211,7 +211,7 @@ def test_room_is_looked_for_before_any_work() -> None:
 def test_room_is_looked_for_while_a_stream_comes() -> None:
     net, sample = network().eval(), images(1)
     with torch.no_grad():
-        held = bytes_while_stopped(lambda: net(sample), find_layers(net)) + sample.nbytes
+        held = watch_pass(lambda: net(sample), find_layers(net)).bytes + sample.nbytes
     with pytest.raises(MemoryError, match="for 24 samples on this rank"):
         syncbn.recalibrate(net, iter(images().split(6)), max_bytes=15 * held)
     syncbn.recalibrate(net, iter(images().split(6)), max_bytes=24 * held)

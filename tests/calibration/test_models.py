@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import syncbn
@@ -39,7 +40,9 @@ class Recurrent(nn.Module):
 def test_a_layer_that_is_called_again_agrees_with_itself(method: str, batch_size: int) -> None:
     torch.manual_seed(0)
     net, x = Recurrent().double(), torch.randn(40, 4, dtype=torch.float64) + 1
-    report = syncbn.recalibrate(net, x.split(batch_size), method=method)  # type: ignore[arg-type]
+    batches = x.split(batch_size)
+    source: Any = iter(batches) if method == "lockstep" else batches
+    report = syncbn.recalibrate(net, source, method=method)  # type: ignore[arg-type]
     seen: list[Tensor] = []
     net.eval()
     net.norm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -111,11 +114,110 @@ def test_sequential_serves_layers_that_some_batches_skip() -> None:
     assert net.unused.running_var.tolist() == [1, 1, 1]  # type: ignore[union-attr]
 
 
-def test_lockstep_names_the_layers_that_batches_come_to() -> None:
+@pytest.mark.parametrize("forward", [as_they_are, None], ids=["own forward", "default"])
+def test_lockstep_names_the_layers_that_batches_come_to(forward: Any) -> None:
     net = Choosy().double()
     with pytest.raises(ValueError, match=r"some to 'last' while others come to 'dark'.*sequential"):
-        syncbn.recalibrate(net, _bright_and_dark(), forward=as_they_are)
+        syncbn.recalibrate(net, _bright_and_dark(), forward=forward)
     assert net.first.running_mean.tolist() == [0, 0, 0]  # type: ignore[union-attr]
+
+
+class Turns:
+    """Another number of batches in every pass."""
+
+    def __init__(self) -> None:
+        self.passes = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.passes += 1
+        yield from images().split(4)[: self.passes]
+
+
+class Spent:
+    """Re-iterable by its looks, and empty from the second pass on."""
+
+    def __init__(self) -> None:
+        self.batches = iter(images().split(4))
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from self.batches
+
+
+@pytest.mark.parametrize("source", [Turns, Spent])
+def test_sequential_wants_the_same_data_in_every_pass(source: Any) -> None:
+    net = network()
+    before = statistics(net)
+    with pytest.raises(ValueError, match=r"expected the same data in every pass"):
+        syncbn.recalibrate(net, source(), method="sequential")
+    assert distance(statistics(net), before) == 0.0
+
+
+def test_sequential_puts_the_generator_of_a_loader_back() -> None:
+    def loader() -> DataLoader[Any]:
+        generator = torch.Generator().manual_seed(5)
+        return DataLoader(TensorDataset(images()), 4, shuffle=True, generator=generator)
+
+    net, expected = network(), network()
+    syncbn.recalibrate(net, loader(), method="sequential", num_samples=10)
+    syncbn.recalibrate(expected, loader(), num_samples=10)
+    assert distance(statistics(net), statistics(expected)) < 1e-12
+
+
+def test_lockstep_in_inference_mode_is_refused() -> None:
+    net = network()
+
+    def forward(model: nn.Module, x: Tensor) -> None:
+        with torch.inference_mode():
+            model(x)
+
+    with pytest.raises(ValueError, match=r"^1: called within torch.inference_mode\(\)"):
+        syncbn.recalibrate(net, images().split(4), forward=forward)
+    assert not torch.is_inference_mode_enabled()
+    expected = network()
+    syncbn.recalibrate(net, images().split(4), forward=forward, method="sequential")
+    syncbn.recalibrate(expected, [images()])
+    assert distance(statistics(net), statistics(expected)) < 1e-12
+
+
+def test_what_a_forward_sets_for_attention_stays_in_it() -> None:
+    seen: list[bool] = []
+
+    def forward(model: nn.Module, x: Tensor) -> None:
+        with sdpa_kernel(SDPBackend.MATH):
+            model(x)
+            seen.append(torch.backends.cuda.flash_sdp_enabled())
+
+    syncbn.recalibrate(network(), images().split(4), forward=forward)
+    assert seen == [False] * 7
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
+class Squeezed(nn.Module):
+    """Loses the batch dimension of a single sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.mean((2, 3), keepdim=True).squeeze())  # type: ignore[no-any-return]
+
+
+def test_a_model_that_cannot_take_a_single_sample() -> None:
+    net: Any = Squeezed().double()
+    report = syncbn.recalibrate(net, images().split(12))
+    assert report.layers[0].samples == 24
+    torch.testing.assert_close(net.norm.running_mean, images().mean((0, 2, 3)))
+
+
+@pytest.mark.parametrize("method", ["lockstep", "sequential", "pooled"])
+def test_statistics_beyond_the_buffers(method: Any) -> None:
+    net = nn.Sequential(nn.BatchNorm2d(3)).half()
+    x = images() * 1000
+    with pytest.raises(ValueError, match=r"^0: .* beyond the range of its buffers.*float16"):
+        syncbn.recalibrate(net, [x.half()], method=method)
+    assert net[0].running_var.tolist() == [1, 1, 1]
 
 
 def test_sequential_needs_an_order_of_the_layers() -> None:
@@ -139,6 +241,17 @@ def test_compiled_models(method: Any) -> None:
     wrapped: Any = torch.compile(compiled, backend="eager")
     syncbn.recalibrate(wrapped, images().split(6), method=method)
     assert distance(statistics(compiled), statistics(plain)) == 0.0
+
+
+def test_names_are_those_of_the_plain_model() -> None:
+    expected = syncbn.recalibrate(network(), images().split(6)).between()
+    whole: Any = torch.compile(network(), backend="eager")
+    part: Any = network()
+    part[3] = torch.compile(part[3], backend="eager")
+    for model in (whole, part):
+        assert list(syncbn.recalibrate(model, images().split(6)).between()) == list(expected)
+    alone: Any = torch.compile(nn.BatchNorm2d(3).double(), backend="eager")
+    assert list(syncbn.recalibrate(alone, [images()]).between()) == [""]
 
 
 class Pair(NamedTuple):

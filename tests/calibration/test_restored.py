@@ -16,7 +16,10 @@ import torch
 from torch import Tensor, nn
 
 import syncbn
-from syncbn.calibration.guard import uninterrupted
+from syncbn.calibration import CalibrationReport
+from syncbn.calibration.interrupts import uninterrupted
+from syncbn.calibration.job import Job
+from syncbn.calibration.ranks import Ranks
 from tests.calibration.networks import as_they_are, distance, images, layers, network, statistics
 
 METHODS = ("lockstep", "sequential", "pooled", "average", "ema")
@@ -110,6 +113,41 @@ def test_any_failure_leaves_the_model_as_it_was(method: Any, fail: Any) -> None:
             syncbn.recalibrate(net, source, method=method, forward=as_they_are)
         assert distance(statistics(net), before) == 0.0, f"event {event}"
         assert everything(net) == everything_before, f"event {event}"
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (CalibrationReport, "of"),
+        (Ranks, "gather"),
+        (Job, "total"),
+        (nn.Module, "register_forward_pre_hook"),
+        (torch.random, "fork_rng"),
+    ],
+    ids=lambda part: getattr(part, "__name__", part),
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_an_interrupt_anywhere_leaves_the_model_as_it_was(
+    owner: Any, name: str, method: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = getattr(owner, name), []
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        _interrupt()
+        return real(*args, **kwargs)
+
+    net = network().train()
+    before, everything_before = statistics(net), everything(net)
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        syncbn.recalibrate(net, images().split(8), method=method)
+    assert calls
+    monkeypatch.undo()
+    assert distance(statistics(net), before) == 0.0
+    assert everything(net) == everything_before
+    assert torch.is_grad_enabled()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_interrupted_passes_end() -> None:
