@@ -247,6 +247,17 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert json.loads(path.read_text()) == {"ratio": 1}
 
 
+def test_a_replaced_file_keeps_its_permissions_and_links_to_it(tmp_path: Path) -> None:
+    path, link = tmp_path / "report.json", tmp_path / "link.json"
+    path.write_text("{}")
+    path.chmod(0o600)
+    link.symlink_to(path)
+    write({"ratio": 1}, link)
+    assert link.is_symlink()
+    assert json.loads(path.read_text()) == {"ratio": 1}
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
 def test_spread() -> None:
     spread = Spread.of(torch.arange(101, dtype=torch.float64).flip(0))
     assert (spread.low, spread.median, spread.high) == (10, 50, 90)

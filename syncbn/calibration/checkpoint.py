@@ -5,6 +5,8 @@ Files are read without running code from them, and written whole or not at all.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +19,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn.files import replacing
 
 _SAFETENSORS = ".safetensors"
-# What wrappers put before the names of their parameters: DDP, torch.compile, torch's AveragedModel,
-# Lightning.
-_PREFIXES = ("module.", "_orig_mod.", "model.")
 # Of several state dicts that fit, the weights themselves come before averages of them.
 _AVERAGES = ("ema", "swa", "average")
 _DEEPEST = 3
+# Of layers; files from before torch 0.4.1 have none, and calibration does not use it.
+_COUNTER = "num_batches_tracked"
 
 
 @dataclass
@@ -50,7 +51,7 @@ class Checkpoint:
             ValueError: none fits; the message says what the nearest lacks.
         """
         found = [StateDict(name, values, prefix) for name, values in _nested(self.content)
-                 for prefix in _prefixes(values)]  # fmt: skip
+                 for prefix in _prefixes(values, model)]  # fmt: skip
         if where is not None:
             found = [state for state in found if state.where == where]
         if not found:
@@ -104,11 +105,12 @@ class StateDict:
     @property
     def is_average(self) -> bool:
         """Whether it seems to hold averaged weights."""
-        return any(word in self.where.lower() for word in _AVERAGES)
+        return any(word in f"{self.where}.{self.prefix}".lower() for word in _AVERAGES)
 
     def name(self) -> str:
         """Return what to call it in a message."""
-        return f"the state dict at {self.where!r}" if self.where else "its tensors"
+        place = f"the state dict at {self.where!r}" if self.where else "its tensors"
+        return f"{place}, from {self.prefix!r} on" if self.prefix else place
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by the model's names."""
@@ -122,28 +124,56 @@ class StateDict:
         """Return what keeps it from fitting a model, a line each."""
         own, ours = model.state_dict(), self.tensors()
         return [
-            *(f"{name} is missing" for name in own if name not in ours),
+            *(
+                f"{name} is missing"
+                for name, value in own.items()
+                if isinstance(value, Tensor) and name not in ours and not name.endswith(_COUNTER)
+            ),
             *(f"{name} is unexpected" for name in ours if name not in own and name != "n_averaged"),
             *(
                 f"{name} is {tuple(ours[name].shape)}, not {tuple(value.shape)}"
                 for name, value in own.items()
-                if name in ours and ours[name].shape != value.shape
+                if isinstance(value, Tensor) and name in ours and ours[name].shape != value.shape
             ),
         ]
 
     def load_into(self, model: nn.Module) -> None:
-        """Copy everything into a model that it fits."""
-        model.load_state_dict({k: v for k, v in self.tensors().items() if k != "n_averaged"})
+        """Copy all tensors into a model that they fit."""
+        # Not strict: counters of batches may be missing, and what is no tensor is not loaded.
+        model.load_state_dict(
+            {k: v for k, v in self.tensors().items() if k != "n_averaged"}, strict=False
+        )
 
     def take_statistics(self, model: nn.Module) -> None:
-        """Replace the running statistics by those of a model, in the memory where they are."""
-        with torch.no_grad():
-            for name, module in model.named_modules(remove_duplicate=False):
-                if isinstance(module, _BatchNorm):
-                    for buffer in ("running_mean", "running_var"):
-                        key = self.prefix + (f"{name}.{buffer}" if name else buffer)
-                        if key in self.values:
-                            self.values[key].copy_(getattr(module, buffer))
+        """Replace the running statistics by those of a model.
+
+        By new tensors: other entries of the file may share the memory of the old ones. Names of one
+        layer go on sharing theirs.
+
+        Raises:
+            ValueError: they are beyond the dtype of the entries.
+        """
+        replaced: dict[tuple[str, int], Tensor] = {}
+        for name, module in model.named_modules(remove_duplicate=False):
+            if not isinstance(module, _BatchNorm):
+                continue
+            for buffer in ("running_mean", "running_var"):
+                key = self.prefix + (f"{name}.{buffer}" if name else buffer)
+                if key in self.values:
+                    new = replaced.get((buffer, id(module)))
+                    if new is None:
+                        new = _in_dtype_of(self.values[key], getattr(module, buffer), key)
+                    self.values[key] = replaced[buffer, id(module)] = new
+
+
+def _in_dtype_of(old: Tensor, statistic: Tensor, key: str) -> Tensor:
+    new = statistic.detach().to(old, copy=True)
+    if not bool(new.isfinite().all()):
+        raise ValueError(
+            f"{key}: the new statistics are beyond the range of {new.dtype}, in which the "
+            "checkpoint has the old ones; save it in float32"
+        )
+    return new
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -160,33 +190,49 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises whatever the bytes make it raise
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise ValueError(
-            f"{path}: cannot be read as tensors and plain data ({reason}); damaged, or saved with "
-            "objects of other classes, which are not loaded, because that could run any code: save "
-            "its state dict alone"
-        ) from None
+        raise ValueError(_unreadable(path, str(error) or repr(error))) from None
     if not isinstance(content, MutableMapping):
         raise ValueError(f"{path}: got a {type(content).__name__}; expected a dict")
     return Checkpoint(path, content)
 
 
+def _unreadable(path: Path, reason: str) -> str:
+    # Of torch's long message, with its advice to run what is in the file, the one fact.
+    if (found := re.search(r"GLOBAL (\S+)", reason)) is not None:
+        return (
+            f"{path}: holds an object of class {found[1]} beside its tensors, which is not loaded, "
+            "because that could run any code; save its state dict alone, or without such objects"
+        )
+    return f"{path}: cannot be read as tensors and plain data ({reason.splitlines()[0]}); damaged?"
+
+
 def require_output(source: Path, output: Path, overwrite: bool) -> None:
-    """Raise unless a result may be written to a file.
+    """Raise unless a checkpoint may be written to a file.
 
     Raises:
         ValueError: it is the source, or of another kind; its folder does not exist.
     """
-    if not output.parent.is_dir():
-        raise ValueError(f"{output}: the folder {output.parent} does not exist; make it first")
-    if output.is_dir():
-        raise ValueError(f"{output}: is a folder; expected the name of a file")
+    require_file(output)
     if (output.suffix == _SAFETENSORS) != (source.suffix == _SAFETENSORS):
         raise ValueError(f"{output}: expected a file of the kind of {source}, which is kept")
     if output.exists() and output.samefile(source) and not overwrite:
         raise ValueError(
             f"{output}: is the checkpoint that is read; give another output, or overwrite=true"
         )
+
+
+def require_file(path: Path) -> None:
+    """Raise unless a file can be where a path says.
+
+    Raises:
+        ValueError: its folder does not exist or cannot be written; it is a folder.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: the folder {path.parent} does not exist; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"{path}: the folder {path.parent} cannot be written")
+    if path.is_dir():
+        raise ValueError(f"{path}: is a folder; expected the name of a file")
 
 
 def _read_safetensors(path: Path) -> Checkpoint:
@@ -218,16 +264,12 @@ def _nested(content: MutableMapping[str, Any]) -> Iterator[tuple[str, MutableMap
         level = deeper
 
 
-def _prefixes(values: Mapping[str, Any]) -> Iterator[str]:
-    """Yield what may stand before all names: nothing, and what wrappers put there."""
-    prefix, rest = "", [name for name, value in values.items() if isinstance(value, Tensor)]
-    while True:
-        yield prefix
-        added = next((p for p in _PREFIXES if any(name.startswith(p) for name in rest)), None)
-        if added is None:
-            return
-        rest = [name.removeprefix(added) for name in rest if name.startswith(added)]
-        prefix += added
+def _prefixes(values: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """Return what may stand before all names of a model, such as ``module.``, shortest first."""
+    first = next(iter(model.state_dict()), "")
+    names = [name for name in values if isinstance(name, str)]
+    found = {n.removesuffix(first) for n in names if n.endswith(f".{first}")} if first else set()
+    return ["", *sorted(found, key=len)]
 
 
 def _few(lines: list[str]) -> str:

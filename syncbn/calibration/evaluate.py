@@ -41,7 +41,11 @@ def classification(model: nn.Module, batch: Any) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[Any], metric: Metric, ranks: Ranks
+    model: nn.Module,
+    batches: Iterable[Any],
+    metric: Metric,
+    ranks: Ranks,
+    device: torch.device,
 ) -> dict[str, float]:
     """Return a metric over the samples of all ranks, each counted once.
 
@@ -50,12 +54,12 @@ def evaluate(
         batches: of this rank; may be empty.
         metric: what to average.
         ranks: that evaluate together; every rank must call this.
+        device: to move the batches to.
 
     Raises:
         ValueError: no rank has samples; batches without tensors.
         RuntimeError: another rank has failed.
     """
-    device = next(model.parameters()).device
     sums: dict[str, float] = {}
     samples = 0
 

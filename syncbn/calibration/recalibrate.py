@@ -97,8 +97,8 @@ def recalibrate(
         Wu and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576, section 3.
     """
     run = _method(method)
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"got num_samples={num_samples}; expected 1 or more, or None for all")
+    if num_samples is not None and not (isinstance(num_samples, int) and num_samples >= 1):
+        raise ValueError(f"got num_samples={num_samples!r}; expected 1 or more, or None for all")
     layers = find_layers(model)
     device = layers[0].running_mean.device
     own = old_statistics(layers)

@@ -6,11 +6,12 @@ mpirun.sh. The settings are explained in ``configs/recalibrate.yaml``.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 import torch
@@ -22,7 +23,13 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 import syncbn
-from syncbn.calibration.checkpoint import Checkpoint, StateDict, read_checkpoint, require_output
+from syncbn.calibration.checkpoint import (
+    Checkpoint,
+    StateDict,
+    read_checkpoint,
+    require_file,
+    require_output,
+)
 from syncbn.calibration.evaluate import evaluate
 from syncbn.calibration.ranks import Ranks
 from syncbn.calibration.table import render_metrics
@@ -31,6 +38,8 @@ from syncbn.distributed.collectives import communicating_group
 from syncbn.files import replacing
 
 _WRONG_USE = 2
+# Settings that name files to write beside the output.
+_REPORTS = ("report", "plot", "between")
 
 
 def run(config: DictConfig, place: syncbn.RankInfo) -> None:
@@ -48,7 +57,7 @@ def run(config: DictConfig, place: syncbn.RankInfo) -> None:
     state = ranks.agreed(lambda: load(checkpoint, model, config))
     model.to(place.device)
     batches = ranks.agreed(lambda: instantiate(config.data))
-    measure = ranks.agreed(lambda: measurement(config, model, batches, ranks))
+    measure = ranks.agreed(lambda: measurement(config, model, batches, ranks, place.device))
     before = measure()
     report = syncbn.recalibrate(
         model,
@@ -82,7 +91,23 @@ def open_checkpoint(config: DictConfig) -> Checkpoint:
         require_output(source, Path(config.output), config.overwrite)
     elif not config.dry_run:
         raise ValueError("got no output=; expected the file to write, or dry_run=true")
+    _check_reports(config, source)
     return checkpoint
+
+
+def _check_reports(config: DictConfig, source: Path) -> None:
+    taken = {source.resolve(): "checkpoint"}
+    if config.output is not None:
+        taken[Path(config.output).resolve()] = "output"
+    for name in _REPORTS:
+        if config[name] is None:
+            continue
+        path = Path(config[name])
+        require_file(path)
+        if (other := taken.setdefault(path.resolve(), name)) != name:
+            raise ValueError(f"{name}: got {path}, which is the {other}; expected another file")
+    if config.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("plot: needs matplotlib: pip install matplotlib")
 
 
 def make_model(config: DictConfig) -> nn.Module:
@@ -109,7 +134,7 @@ def load(checkpoint: Checkpoint, model: nn.Module, config: DictConfig) -> StateD
 
 
 def measurement(
-    config: DictConfig, model: nn.Module, batches: Any, ranks: Ranks
+    config: DictConfig, model: nn.Module, batches: Any, ranks: Ranks, device: torch.device
 ) -> Callable[[], dict[str, float]]:
     """Return what measures the network with ``metric``; nothing if that is not asked for.
 
@@ -125,7 +150,7 @@ def measurement(
             f"evaluate: got a one-shot {type(chosen).__name__}, which cannot be read before and "
             "after; expected a list, a DataLoader or another iterable that can be read again"
         )
-    return lambda: evaluate(model, chosen, metric, ranks)
+    return lambda: evaluate(model, chosen, metric, ranks, device)
 
 
 def write(
@@ -155,7 +180,7 @@ def write(
         with _named(config.output) as path:
             assert path is not None
             checkpoint.write(path, config.overwrite)
-        print(f"written: {config.output}")
+        print(f"written: {config.output} ({state.name()})")
 
 
 @contextmanager
@@ -169,22 +194,29 @@ def _named(path: str | None) -> Iterator[Path | None]:
 @hydra.main(version_base="1.3", config_path=config_path(), config_name="recalibrate")
 def main(config: DictConfig) -> None:
     """Recalibrate the checkpoint that the command line names."""
-    place = syncbn.init_process_group(config.backend)
+    try:
+        place = syncbn.init_process_group(config.backend)
+    except (ValueError, RuntimeError, ImportError) as error:
+        _exit(error)
     config.rank, config.world_size = place.rank, place.world_size
     sys.path.insert(0, str(Path(config.path).absolute()))
     try:
         run(config, place)
     except (InstantiationException, OmegaConfBaseException) as error:
         _exit(error.__cause__ or error)
-    except (ValueError, TypeError, ImportError, OSError, MemoryError, RuntimeError) as error:
+    except (
+        *(ValueError, TypeError, LookupError, ImportError),
+        *(OSError, MemoryError, RuntimeError),
+    ) as error:
         _exit(error)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _exit(error: BaseException) -> None:
-    # Without a traceback: the message says what to do.
-    sys.stderr.write(f"syncbn-recalibrate: {error}\n")
+def _exit(error: BaseException) -> NoReturn:
+    # Without a traceback: the message says what to do. That of a KeyError is only the key.
+    kind = f"{type(error).__name__}: " if isinstance(error, LookupError) else ""
+    sys.stderr.write(f"syncbn-recalibrate: {kind}{error}\n")
     sys.exit(_WRONG_USE)
 
 

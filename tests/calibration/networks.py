@@ -80,6 +80,11 @@ def one_shot() -> Iterator[tuple[Tensor, Tensor]]:
     yield from labelled(6)
 
 
+def without_a_key() -> Iterator[Tensor]:
+    """Fail as a loader does that looks for something else."""
+    yield {"picture": images()}["image"]
+
+
 def as_they_are(model: nn.Module, batch: Tensor) -> object:
     """Run a batch; recalibrate does not put small ones together for a forward of the user's own."""
     return model(batch)

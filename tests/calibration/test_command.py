@@ -135,6 +135,27 @@ BAD = {
         [f"data._target_={NETWORKS}.one_shot", "dry_run=true", "evaluate=true"],
         "evaluate: got a one-shot generator, which cannot be read before and after",
     ),
+    "a report over the input": (
+        ["+data.batch_size=4", "dry_run=true", "report={source}"],
+        "which is the checkpoint; expected another file",
+    ),
+    "two in one": (
+        ["+data.batch_size=4", "dry_run=true", "report={source}.x", "between={source}.x"],
+        "which is the report; expected another file",
+    ),
+    "a picture nowhere": (
+        ["+data.batch_size=4", "dry_run=true", "report={source}.x", "plot=/no/such/x.png"],
+        "the folder /no/such does not exist",
+    ),
+    "a backend": (["+data.batch_size=4", "dry_run=true", "backend=foo"], "got backend 'foo'"),
+    "a number": (
+        ["+data.batch_size=4", "dry_run=true", "num_samples=many"],
+        "got num_samples='many'; expected 1 or more, or None for all",
+    ),
+    "a key": (
+        [f"data._target_={NETWORKS}.without_a_key", "dry_run=true"],
+        "KeyError: 'image'",
+    ),
     "a folder": (
         ["+data.batch_size=4", "dry_run=false", "output=/no/such/folder/out.pt"],
         "the folder /no/such/folder does not exist",

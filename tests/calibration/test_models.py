@@ -213,7 +213,7 @@ def test_a_model_that_cannot_take_a_single_sample() -> None:
 
 @pytest.mark.parametrize("method", ["lockstep", "sequential", "pooled"])
 def test_statistics_beyond_the_buffers(method: Any) -> None:
-    net = nn.Sequential(nn.BatchNorm2d(3)).half()
+    net: Any = nn.Sequential(nn.BatchNorm2d(3)).half()
     x = images() * 1000
     with pytest.raises(ValueError, match=r"^0: .* beyond the range of its buffers.*float16"):
         syncbn.recalibrate(net, [x.half()], method=method)
