@@ -17,6 +17,7 @@ from syncbn.calibration import recalibrate
 from syncbn.calibration.budget import LiveBytes
 from syncbn.calibration.layers import find_layers
 
+_OWN = "own forward"
 _MILLISECOND = 1e-3
 _MIB = 1 << 20
 
@@ -27,7 +28,8 @@ class Cost:
 
     Attributes:
         size: height and width of the images.
-        method: of the calibration.
+        method: of the calibration; "own forward" is lockstep with a forward of the user's own, for
+            which small batches are not computed together.
         batch: samples.
         plain: seconds of a pass in inference mode over the same batches.
         calibration: seconds.
@@ -91,7 +93,11 @@ class Calibration(Benchmark):
         for size, number in zip(self.sizes, self.samples, strict=True):
             images = torch.randn(number, 3, size, size)
             small = [batch for batch in self.batches if batch <= number]
-            costs += [_measure("lockstep", batch, net, images, self.repeats) for batch in small]
+            costs += [
+                _measure(method, batch, net, images, self.repeats)
+                for batch in small
+                for method in ("lockstep", _OWN)
+            ]
             last = "sequential", self.sequential_batch
             costs.append(_measure(*last, net, images, self.sequential_repeats))
             giants[f"{size}x{size}, one giant batch of {number}"] = _peak_bytes(
@@ -105,10 +111,17 @@ class Calibration(Benchmark):
         )
 
 
-def _measure(method: Any, batch: int, net: nn.Module, images: Tensor, repeats: int) -> Cost:
+def _measure(method: str, batch: int, net: nn.Module, images: Tensor, repeats: int) -> Cost:
     batches = images.split(batch)
     plain = partial(_plain, net, batches)
-    calibration = partial(recalibrate, net, batches, method=method, progress=False)
+    calibration = partial(
+        recalibrate,
+        net,
+        batches,
+        method="sequential" if method == "sequential" else "lockstep",
+        forward=_forward if method == _OWN else None,
+        progress=False,
+    )
     times = take_turns({"plain": plain, "calibration": calibration}, repeats)
     pass_time, time = times["plain"].wall, times["calibration"].wall
     return Cost(
@@ -127,6 +140,10 @@ def _plain(net: nn.Module, batches: list[Tensor]) -> None:
     with torch.no_grad():
         for batch in batches:
             net(batch)
+
+
+def _forward(net: nn.Module, batch: Tensor) -> object:
+    return net(batch)
 
 
 def _peak_bytes(run: Callable[[], object]) -> int:

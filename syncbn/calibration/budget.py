@@ -66,7 +66,8 @@ def tensor_bytes(batch: Any) -> int:
 def free_bytes(device: torch.device) -> int | None:
     """Return the memory that a device, or this process on the CPU, can still get; None: unknown."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
     known = [free for free in (_free_of_machine(), _free_of_container()) if free is not None]
     return min(known, default=None)
 
@@ -132,7 +133,13 @@ def _free_of_container() -> int | None:
     limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
     if not (limit.exists() and used.exists()) or limit.read_text().strip() == "max":
         return None
-    return max(int(limit.read_text()) - int(used.read_text()), 0)
+    return max(int(limit.read_text()) - int(used.read_text()) + _reclaimable(), 0)
+
+
+def _reclaimable() -> int:
+    # Of the files that were read, which count as used, what the kernel gives up first.
+    fields = (line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+    return next((int(field[1]) for field in fields if field[0] == "inactive_file"), 0)
 
 
 class LiveBytes(TorchDispatchMode):

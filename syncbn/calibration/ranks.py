@@ -101,9 +101,12 @@ class Ranks:
             dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def on_this_machine(self) -> int:
-        """Return how many of the ranks share this machine; every rank must call this."""
-        name = hashlib.blake2b(socket.gethostname().encode(), digest_size=7).digest()
+    def sharing_memory(self) -> int:
+        """Return how many of the ranks share this one's memory; every rank must call this."""
+        where = socket.gethostname()
+        if self._device.type == "cuda":
+            where += str(torch.cuda.get_device_properties(self._device).uuid)
+        name = hashlib.blake2b(where.encode(), digest_size=7).digest()
         mine = torch.tensor([int.from_bytes(name, "big")], device=self._device)
         return int((self.gather(mine) == mine).sum())
 

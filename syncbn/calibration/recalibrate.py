@@ -74,9 +74,10 @@ def recalibrate(
         num_samples: how many samples to use, of all ranks together, each an equal share; None for
             all.
         forward: called as ``forward(model, batch)``; by default ``model(batch)``,
-            ``model(batch[0])`` for a sequence, or ``model(**batch)`` for a mapping. By default,
-            ``lockstep`` computes small batches of equal shapes together, up to 32 samples and 256
-            KiB of input; a forward of your own gets the batches as they are.
+            ``model(batch[0])`` for a sequence, or ``model(**batch)`` for a mapping. By default, and
+            if the model's forward reads no values, ``lockstep`` computes small batches of equal
+            shapes together, up to 32 samples and 256 KiB of input; a forward of your own gets the
+            batches as they are. Not within ``torch.inference_mode()``, for ``lockstep``.
         process_group: the ranks that calibrate together, described as for
             :class:`~syncbn.SyncBatchNorm`; None for all.
         progress: show a progress bar on rank 0; None: if it has a terminal.
@@ -174,6 +175,6 @@ def _share(num_samples: int | None, ranks: Ranks) -> int | None:
 
 
 def _room(max_bytes: int | None, ranks: Ranks, device: torch.device) -> int | None:
-    sharing = ranks.on_this_machine()  # on every rank, whatever this one was given
+    sharing = ranks.sharing_memory()  # on every rank, whatever this one was given
     free = free_bytes(device) if max_bytes is None else None
     return max_bytes if free is None else free // sharing

@@ -28,7 +28,7 @@ def convert_inference(model: M, make_rule: Callable[[Layer], Rule | None]) -> M:
         make_rule: returns the rule of a layer; None to leave it as it is.
 
     Raises:
-        ValueError: no layers with running statistics; a layer has a rule already.
+        ValueError: no layers with running statistics, or only such; a layer has a rule already.
     """
     rules: list[tuple[_BatchNorm, Rule]] = []
     left_alone: list[str] = []
@@ -38,10 +38,15 @@ def convert_inference(model: M, make_rule: Callable[[Layer], Rule | None]) -> M:
         elif (rule := make_rule(layer)) is not None:
             rule.layer_name = layer.name
             rules.append((layer.module, rule))
+    if left_alone and not rules:
+        raise ValueError(
+            f"all layers override forward: {', '.join(left_alone)}; expected one that normalizes "
+            "as torch's do"
+        )
     if left_alone:
         warnings.warn(
             f"these layers override forward, so they are left alone: {', '.join(left_alone)}",
-            stacklevel=3,
+            stacklevel=2,
         )
     for module, rule in rules:
         module.inference_rule = rule

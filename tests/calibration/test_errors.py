@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -194,6 +195,20 @@ def test_memory_that_passes_hold() -> None:
     with torch.no_grad():
         held = watch_pass(lambda: net(x), find_layers(net)).bytes
     assert held == 2 * x.nbytes
+    free = free_bytes(torch.device("cpu"))
+    assert free is not None
+    assert free > 1 << 20
+
+
+def test_files_that_were_read_leave_room_in_a_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("syncbn.calibration.budget._CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 200\ninactive_file 600\nactive_file 100\n")
+    assert free_bytes(torch.device("cpu")) == 700
+    (tmp_path / "memory.max").write_text("max\n")
     free = free_bytes(torch.device("cpu"))
     assert free is not None
     assert free > 1 << 20

@@ -180,6 +180,10 @@ BAD: dict[str, tuple[Any, str]] = {
         lambda net: example_weighted(net, 4, {**between(net), "6": torch.full((5,), math.nan)}),
         "6: got a between-sample variance that is negative or not finite",
     ),
+    "nothing to convert": (
+        lambda net: prior_mix(Activated(3), 4),
+        r"all layers override forward:  \(Activated\)",
+    ),
     "no layer": (lambda net: prior_mix(net[0], 4), "got Conv2d without a batch-norm layer"),
     "twice": (
         lambda net: prior_mix(convert_prior_mix(net, 4), 8),
