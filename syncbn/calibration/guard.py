@@ -7,24 +7,30 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from syncbn.calibration.interrupts import uninterrupted
-from syncbn.calibration.layers import Layer, old_statistics, put_back
+from syncbn.calibration.layers import Layer, put_back
 from syncbn.calibration.randomness import same_randomness
 from syncbn.calibration.wrappers import without_communication
 
 
 @contextmanager
-def untouched(model: nn.Module, layers: list[Layer]) -> Iterator[None]:
+def untouched(
+    model: nn.Module, layers: list[Layer], statistics: list[tuple[Tensor, Tensor]]
+) -> Iterator[None]:
     """Put a model into inference mode for the body, alone on its rank, and everything back after.
 
     Back come training flags and the state of random generators, and on any exception the running
     statistics. The model's own communication is off in the body: ranks may call it a different
     number of times. Compiled parts run uncompiled, so that hooks are called.
+
+    Args:
+        model: wrapped or not.
+        layers: of the model.
+        statistics: running means and variances of the layers, to be put back on an exception.
     """
     flags = [(module, module.training) for module in model.modules()]
-    statistics = old_statistics(layers)
     with ExitStack() as stack:
         stack.enter_context(same_randomness())
         stack.enter_context(without_communication(model))

@@ -105,7 +105,7 @@ def recalibrate(
     own = old_statistics(layers)
     with (
         uninterrupted(undo=lambda: put_back(layers, own)) as interrupts,
-        untouched(model, layers),
+        untouched(model, layers, own),
     ):
         group = communicating_group(resolve_group(process_group))
         ranks = Ranks(group, device, interrupts)
