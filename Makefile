@@ -1,6 +1,7 @@
 # make demo    train a ResNet on two ranks, with local and with synchronized batch norm
 # make calibration    what recalibrating and mixing statistics are worth to a small network
 # make test    the whole test-suite
+# make sanitize  the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 # make check   formatter, linter, type checker
 # Each makes and fills .venv itself; nothing but Python and make is needed.
 
@@ -9,7 +10,7 @@ PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo calibration test check format clean
+.PHONY: demo calibration test sanitize check format clean
 
 demo: $(INSTALLED)
 	$(PYTHON) examples/demo.py
@@ -19,6 +20,18 @@ calibration: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(PYTHON) -m pytest
+
+# On a copy of the tree, for the library in this one to stay. -O1: at -O3 the compiler takes minutes.
+SANITIZED := build/sanitized
+SANITIZERS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+sanitize: $(INSTALLED)
+	mkdir -p $(SANITIZED)
+	cp -r syncbn tests examples configs hatch_build.py pyproject.toml $(SANITIZED)
+	cd $(SANITIZED) && CXX=g++ CXXFLAGS="$(SANITIZERS)" $(CURDIR)/$(PYTHON) hatch_build.py
+	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
+		$(CURDIR)/$(PYTHON) -m pytest --capture=sys --durations=3 -k "not reference" \
+		tests/test_cpu_kernels.py tests/test_kernels.py
 
 check: $(INSTALLED)
 	$(PYTHON) -m ruff format --check
@@ -32,7 +45,8 @@ format: $(INSTALLED)
 clean:
 	rm -rf $(VENV) build dist runs .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-$(INSTALLED): pyproject.toml constraints.txt
+SOURCES := hatch_build.py syncbn/kernels/cpu.cpp $(wildcard syncbn/kernels/cpp/*)
+$(INSTALLED): pyproject.toml constraints.txt $(SOURCES)
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@

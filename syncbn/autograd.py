@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -10,8 +10,29 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from syncbn.distributed import collectives
-from syncbn.kernels import Kernel
-from syncbn.moments import Moments
+from syncbn.kernels import Kernel, Transform
+
+
+class Call(NamedTuple):
+    """How a batch is normalized.
+
+    Attributes:
+        eps: added to the variance.
+        relu: whether a ReLU comes last.
+        group: from :func:`~syncbn.distributed.collectives.communicating_group`; None if alone.
+        kernel: from :func:`syncbn.kernels.choose`.
+        label: names the layer in error messages.
+    """
+
+    eps: float
+    relu: bool
+    group: dist.ProcessGroup | None
+    kernel: Kernel
+    label: str
+
+    def about(self, direction: str, x: Tensor) -> str:
+        """Return what a message is about, for error messages."""
+        return f"{self.label} {direction}, {x.dtype} input"
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
@@ -54,8 +75,15 @@ class SyncBatchNormFunction(torch.autograd.Function):
     terms. They stay local: DistributedDataParallel averages parameter gradients itself, and summing
     them here would count each rank R times.
 
-    Saved are x (its memory is alive anyway, as the output of the layer before), weight, and C-sized
-    mean, invstd and n. Neither xhat nor y is saved: xhat is one multiply-add away from x.
+    With a residual r (shape of x) and a ReLU::
+
+        y = max(xhat weight + bias + r, 0)
+        dr = dy where y > 0, else 0;  dx, dweight and dbias as above, with dr in place of dy
+
+    Saved are x (its memory is alive anyway, as the output of the layer before) and numbers by
+    channel: mean, invstd, n, weight, bias. Neither xhat nor y is saved: xhat, and where y > 0, is
+    one multiply-add away from x. With a residual y is saved, which the next layer keeps, and r is
+    not.
 
     A rank without values takes part in both messages with zeros; n = 0 on all ranks gives mean 0
     and empty outputs. No number is read back to the host.
@@ -70,26 +98,18 @@ class SyncBatchNormFunction(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        eps: float,
-        group: dist.ProcessGroup | None,
-        kernel: Kernel,
-        label: str,
+        residual: Tensor | None,
+        call: Call,
     ) -> tuple[Tensor, Tensor]:
         """Return y, and the group's packed :class:`~syncbn.moments.Moments` (no gradient)."""
-        message = collectives.all_reduce(
-            kernel.moments(x), group, f"{label} forward, {x.dtype} input"
-        )
-        moments = Moments.unpack(message)
-        mean = moments.mean()
-        invstd = (moments.variance() + eps).rsqrt()
-        y = kernel.normalize(x, mean, invstd, weight, bias)
+        kernel = call.kernel
+        message = collectives.all_reduce(kernel.moments(x), call.group, call.about("forward", x))
+        statistics = kernel.statistics(message, call.eps)
+        y = kernel.normalize(x, Transform(statistics, weight, bias, call.relu), residual)
 
-        ctx.save_for_backward(x, weight, mean, invstd, moments.count)
-        ctx.parameter_dtypes = (
-            None if weight is None else weight.dtype,
-            None if bias is None else bias.dtype,
-        )
-        ctx.group, ctx.kernel, ctx.label = group, kernel, label
+        masks = call.relu and residual is not None
+        ctx.save_for_backward(x, weight, bias, statistics, y if masks else None)
+        ctx.call = call
         ctx.mark_non_differentiable(message)
         ctx.set_materialize_grads(False)
         return y, message
@@ -97,21 +117,23 @@ class SyncBatchNormFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Return dx and this rank's dweight and dbias."""
-        x, weight, mean, invstd, count = ctx.saved_tensors
-        kernel: Kernel = ctx.kernel
-        dy = grads[0]
+        """Return dx, this rank's dweight and dbias, and dresidual."""
+        x, weight, bias, statistics, y = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+        call: Call = ctx.call
+        kernel, dy = call.kernel, grads[0]
         if dy is None:
             dy = torch.zeros_like(x)
-        sums = kernel.backward_reduce(dy, x, mean, invstd)
-        dbias, dweight = sums.view(2, -1)
-        weight_dtype, bias_dtype = ctx.parameter_dtypes
+        if y is not None:
+            dy = torch.ops.aten.threshold_backward(dy, y, 0)
+        transform = Transform(statistics, weight, bias, call.relu and y is None)
+        sums = kernel.backward_reduce(dy, x, transform)
+        channels = x.shape[1]
         # Copies, because the all-reduce works in place.
-        dweight = dweight.to(weight_dtype, copy=True) if ctx.needs_input_grad[1] else None
-        dbias = dbias.to(bias_dtype, copy=True) if ctx.needs_input_grad[2] else None
+        dbias = sums[:channels].to(bias.dtype, copy=True) if needs_bias else None
+        dweight = sums[channels:].to(weight.dtype, copy=True) if needs_weight else None
         # Also when this rank needs no dx: the others wait for its share.
-        sums = collectives.all_reduce(sums, ctx.group, f"{ctx.label} backward, {x.dtype} input")
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = kernel.backward_elemt(dy, x, mean, invstd, weight, sums, count)
-        return dx, dweight, dbias, None, None, None, None
+        sums = collectives.all_reduce(sums, call.group, call.about("backward", x))
+        dx = kernel.backward_elemt(dy, x, transform, sums) if needs_x else None
+        dresidual = dy if needs_residual else None
+        return dx, dweight, dbias, dresidual, None

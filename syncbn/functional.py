@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from syncbn import kernels
-from syncbn.autograd import SyncBatchNormFunction
+from syncbn.autograd import Call, SyncBatchNormFunction
 from syncbn.distributed.collectives import communicating_group
-from syncbn.moments import Moments
-from syncbn.running import update_running_statistics
+
+Activation = Literal["relu"]
+
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 def sync_batch_norm(
@@ -25,6 +29,8 @@ def sync_batch_norm(
     eps: float = 1e-5,
     process_group: dist.ProcessGroup | None = None,
     *,
+    residual: Tensor | None = None,
+    activation: Activation | None = None,
     kernel: str = "auto",
 ) -> Tensor:
     """Batch normalization with the statistics of the batches of every rank of a group.
@@ -45,6 +51,9 @@ def sync_batch_norm(
         eps: added to the variance.
         process_group: the ranks whose batches count as one; None for all ranks. Without an
             initialized torch.distributed this process is alone.
+        residual: added to what is normalized; shape and dtype of the input.
+        activation: "relu", applied last, or None. ``relu(batch_norm(input) + residual)`` takes one
+            pass over the memory.
         kernel: "auto", or the name of one module of :mod:`syncbn.kernels`.
 
     Returns:
@@ -52,9 +61,10 @@ def sync_batch_norm(
 
     Raises:
         ValueError: an input that is not floating, has fewer than two dimensions or no channels;
-            tensors whose length is not C or whose dtype does not go with the input's; a group this
-            rank is not in; running averages missing outside training; or, on CPU, a single value
-            per channel in the whole group.
+            tensors whose length is not C, or whose dtype or device does not go with the input's; a
+            residual unlike the input, or an unknown activation; a group this rank is not in;
+            running averages missing outside training; or, on CPU, a single value per channel in
+            the whole group.
         RuntimeError: the transport failed or timed out, or the ranks disagree (debug level).
 
     Reference:
@@ -64,52 +74,49 @@ def sync_batch_norm(
     check_parameters(
         input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
     )
+    check_residual(input, residual, activation)
     if not training:
         if running_mean is None or running_var is None:
             raise ValueError(
                 "got no running_mean or running_var; expected both when training is False"
             )
-        return F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
-    group = communicating_group(process_group)
-    output, moments = batch_norm_with_moments(input, weight, bias, eps, group, kernel)
-    update_running_statistics(running_mean, running_var, moments, momentum)
+        y = F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
+        y = y if residual is None else y + residual
+        return y if activation is None else y.relu()
+    group, chosen = communicating_group(process_group), kernels.choose(kernel, input)
+    call = Call(eps, activation == "relu", group, chosen, "sync_batch_norm")
+    output, message = batch_norm_with_message(input, weight, bias, residual, call)
+    chosen.move_running(message, running_mean, running_var, None, momentum)
     return output
 
 
-def batch_norm_with_moments(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    group: dist.ProcessGroup | None,
-    kernel: str = "auto",
-    label: str = "sync_batch_norm",
-) -> tuple[Tensor, Moments]:
-    """Normalize with the group's batch and return its moments, for whoever keeps the averages.
+def batch_norm_with_message(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call
+) -> tuple[Tensor, Tensor]:
+    """Normalize with the group's batch, and return its message for whoever keeps averages.
 
     Args:
         input: checked by :func:`check_input`.
         weight: shape ``[C]`` or None.
         bias: shape ``[C]`` or None.
-        eps: added to the variance.
-        group: from :func:`~syncbn.distributed.collectives.communicating_group`; None if alone.
-        kernel: see :func:`sync_batch_norm`.
-        label: names the layer in error messages.
+        residual: checked by :func:`check_residual`, or None.
+        call: how.
+
+    Returns:
+        The output, and :meth:`syncbn.kernels.Kernel.moments` summed over the group.
 
     Raises:
         ValueError: on CPU, a single value per channel in the whole group.
     """
-    chosen = kernels.choose(kernel, input)
-    output, message = SyncBatchNormFunction.apply(input, weight, bias, eps, group, chosen, label)
-    moments = Moments.unpack(message)
-    # Elsewhere reading the count would stall the device; there running.py keeps NaN out.
-    if input.device.type == "cpu" and moments.count == 1:
+    output, message = SyncBatchNormFunction.apply(input, weight, bias, residual, call)
+    # Elsewhere reading the count would stall the device; there kernels keep NaN out of averages.
+    if input.device.type == "cpu" and message[-1].item() == 1:
         raise ValueError(
-            f"{label}: got a single value per channel in the whole group (input of shape "
+            f"{call.label}: got a single value per channel in the whole group (input of shape "
             f"{tuple(input.shape)} on this rank); expected at least two in training, since the "
             "variance of one value is zero"
         )
-    return output, moments
+    return output, message
 
 
 def check_input(input: Tensor) -> None:
@@ -139,22 +146,44 @@ def check_parameters(input: Tensor, **per_channel: Tensor | None) -> None:
     Dtypes must be those that torch takes in evaluation, so that a model that trains also runs.
 
     Raises:
-        ValueError: a length that is not C, or a dtype other than the input's (float32 goes with
-            half inputs, too).
+        ValueError: a length that is not C, another device than the input's, or another dtype
+            (float32 goes with half inputs, too).
     """
-    channels = input.shape[1]
-    half = input.dtype in (torch.float16, torch.bfloat16)
+    shape, dtype, device = input.shape[1:2], input.dtype, input.device
     for name, tensor in per_channel.items():
         if tensor is None:
             continue
-        if tensor.shape != (channels,):
+        if tensor.shape != shape:
             raise ValueError(
-                f"got an input of shape {tuple(input.shape)}, that is {channels} channels, and a "
-                f"{name} of shape {tuple(tensor.shape)}; expected ({channels},)"
+                f"got an input of shape {tuple(input.shape)}, that is {shape[0]} channels, and a "
+                f"{name} of shape {tuple(tensor.shape)}; expected {tuple(shape)}"
             )
-        if tensor.dtype != input.dtype and not (half and tensor.dtype == torch.float32):
-            allowed = f"{input.dtype} or torch.float32" if half else f"{input.dtype}"
+        if tensor.dtype != dtype and not (dtype in _HALVES and tensor.dtype == torch.float32):
+            allowed = f"{dtype} or torch.float32" if dtype in _HALVES else f"{dtype}"
             raise ValueError(
-                f"got an input of dtype {input.dtype} and a {name} of dtype {tensor.dtype}; "
+                f"got an input of dtype {dtype} and a {name} of dtype {tensor.dtype}; "
                 f"expected {allowed}: convert the input or the layer"
+            )
+        if tensor.device != device:
+            raise ValueError(
+                f"got an input on {device} and a {name} on {tensor.device}; move one of them"
+            )
+
+
+def check_residual(input: Tensor, residual: Tensor | None, activation: Activation | None) -> None:
+    """Check what comes after the normalization.
+
+    Raises:
+        ValueError: a residual of another shape, dtype or device than the input; an unknown
+            activation.
+    """
+    if activation not in (None, "relu"):
+        raise ValueError(f"got activation {activation!r}; expected 'relu' or None")
+    if residual is None:
+        return
+    for what in ("shape", "dtype", "device"):
+        got, expected = getattr(residual, what), getattr(input, what)
+        if got != expected:
+            raise ValueError(
+                f"got a residual of {what} {got}; expected that of the input, {expected}"
             )

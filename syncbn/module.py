@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from syncbn.autograd import Call
 from syncbn.distributed.collectives import communicating_group
 from syncbn.distributed.groups import GroupLike, resolve_group
-from syncbn.functional import batch_norm_with_moments, check_input, check_parameters
-from syncbn.moments import Moments
-from syncbn.running import recorded, update_running_statistics
+from syncbn.functional import batch_norm_with_message, check_input, check_parameters
+from syncbn.kernels import choose
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -122,47 +122,18 @@ class SyncBatchNorm(_BatchNorm):
                 f"{self._label()}: got an input of shape {tuple(input.shape)}; expected "
                 f"{self.num_features} channels in dimension 1"
             )
-        check_parameters(
-            input,
-            running_mean=self.running_mean,
-            running_var=self.running_var,
-            weight=self.weight,
-            bias=self.bias,
-        )
-        if not self.training:
-            return self._normalize_for_inference(input)
-        output, moments = batch_norm_with_moments(
-            input,
-            self.weight,
-            self.bias,
-            self.eps,
-            self.communicating_group(),
-            self.sync_kernel,
-            self._label(),
-        )
-        if self.track_running_stats:
-            self._record(moments)
+        weight, bias, mean, var = self.weight, self.bias, self.running_mean, self.running_var
+        check_parameters(input, running_mean=mean, running_var=var, weight=weight, bias=bias)
+        if not self.training and mean is not None and var is not None:
+            return F.batch_norm(input, mean, var, weight, bias, False, 0.0, self.eps)
+        # In evaluation without running averages the batch is that of this rank, as in torch.
+        group = self.communicating_group() if self.training else None
+        kernel = choose(self.sync_kernel, input)
+        call = Call(self.eps, False, group, kernel, self._label())
+        output, message = batch_norm_with_message(input, weight, bias, None, call)
+        if self.training and self.track_running_stats:
+            kernel.move_running(message, mean, var, self.num_batches_tracked, self.momentum)
         return output
-
-    def _normalize_for_inference(self, input: Tensor) -> Tensor:
-        mean, var = self.running_mean, self.running_var
-        if mean is not None and var is not None:
-            return F.batch_norm(input, mean, var, self.weight, self.bias, False, 0.0, self.eps)
-        output, _ = batch_norm_with_moments(
-            input, self.weight, self.bias, self.eps, None, self.sync_kernel, self._label()
-        )
-        return output
-
-    def _record(self, moments: Moments) -> None:
-        momentum: float | Tensor | None = self.momentum
-        if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(recorded(moments))
-            if momentum is None:
-                # A tensor, not .item(): reading the counter would stall the device.
-                momentum = self.num_batches_tracked.clamp(min=1).double().reciprocal()
-        update_running_statistics(
-            self.running_mean, self.running_var, moments, 0.0 if momentum is None else momentum
-        )
 
     def communicating_group(self) -> dist.ProcessGroup | None:
         """Return the group to talk to, or None if this process is alone in it.

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from syncbn import kernels
+from syncbn.kernels import Kernel, cpu
+
+needs_cpp = pytest.mark.skipif(isinstance(cpu.load(), str), reason=f"{cpu.load()}")
 KERNELS = [
     pytest.param("reference", id="reference"),
-    pytest.param("blocked", id="blocked"),
-    pytest.param("aten_cpu", id="aten_cpu"),
+    pytest.param("cpu", id="cpu", marks=needs_cpp),
     pytest.param(
         "aten_cuda",
         id="aten_cuda",
@@ -18,6 +21,24 @@ KERNELS = [
         ],
     ),
 ]
+
+
+def cpp() -> cpu.CPU:
+    """Return the C++ kernels, which are there."""
+    found = cpu.load()
+    assert isinstance(found, cpu.CPU), found
+    return found
+
+
+def levels() -> list[cpu.CPU]:
+    """Return the C++ kernels for each instruction set that this processor has."""
+    best = cpp()
+    return [cpu.CPU(best.library, level) for level in range(best.level + 1)]
+
+
+def on_its_device(kernel: str) -> Kernel:
+    """Return a kernel by its name."""
+    return kernels.choose(kernel, torch.empty(0, device=device_of(kernel)))
 
 
 def device_of(kernel: str) -> torch.device:

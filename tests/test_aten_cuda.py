@@ -16,7 +16,7 @@ from oracle import Case
 from torch import Tensor
 
 from syncbn.kernels import aten_cuda
-from syncbn.kernels.coefficients import compute_dtype
+from syncbn.kernels.transform import compute_dtype
 from syncbn.moments import Moments
 from tests.kernels import tolerance
 from tests.test_kernels import DTYPES, LAYOUTS, SHAPES, check_module

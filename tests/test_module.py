@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import syncbn
+from syncbn.kernels import reference
 from syncbn.moments import Moments
-from syncbn.running import update_running_statistics
 from tests.kernels import KERNELS, device_of
 
 PAIRS: list[tuple[Callable[..., nn.Module], Callable[..., nn.Module], tuple[int, ...]]] = [
@@ -143,7 +143,8 @@ def test_a_single_value_reaches_no_buffer(value: float) -> None:
     """CPU refuses such a batch; on CUDA, where reading the count would stall, this keeps it out."""
     mean, var = torch.zeros(2), torch.ones(2)
     one, sums = torch.tensor(1.0).double(), torch.full((2,), value).double()
-    update_running_statistics(mean, var, Moments(one, sums, sums.square()), 0.1)
+    message = Moments(one, sums, sums.square()).pack()
+    reference.move_running(message, mean, var, None, 0.1)
     assert torch.equal(mean, torch.zeros(2))
     assert torch.equal(var, torch.ones(2))
 

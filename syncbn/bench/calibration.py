@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from syncbn.bench.memory import peak_bytes
 from syncbn.bench.report import Benchmark, Report, Table, at_least, machine_facts
 from syncbn.bench.resnet20 import resnet20
 from syncbn.bench.timing import Spread, take_turns
 from syncbn.calibration import recalibrate
-from syncbn.calibration.budget import LiveBytes
 from syncbn.calibration.layers import find_layers
 
+_CPU = torch.device("cpu")
 _OWN = "own forward"
 _MILLISECOND = 1e-3
 _MIB = 1 << 20
@@ -100,8 +99,8 @@ class Calibration(Benchmark):
             ]
             last = "sequential", self.sequential_batch
             costs.append(_measure(*last, net, images, self.sequential_repeats))
-            giants[f"{size}x{size}, one giant batch of {number}"] = _peak_bytes(
-                partial(_plain, net, [images])
+            giants[f"{size}x{size}, one giant batch of {number}"] = peak_bytes(
+                partial(_plain, net, [images]), _CPU
             )
         layers = len(find_layers(net))
         return Report(
@@ -131,8 +130,8 @@ def _measure(method: str, batch: int, net: nn.Module, images: Tensor, repeats: i
         plain=Spread.of(pass_time),
         calibration=Spread.of(time),
         ratio=Spread.of(time / pass_time),
-        plain_bytes=_peak_bytes(plain),
-        bytes=_peak_bytes(calibration),
+        plain_bytes=peak_bytes(plain, _CPU),
+        bytes=peak_bytes(calibration, _CPU),
     )
 
 
@@ -144,28 +143,6 @@ def _plain(net: nn.Module, batches: list[Tensor]) -> None:
 
 def _forward(net: nn.Module, batch: Tensor) -> object:
     return net(batch)
-
-
-def _peak_bytes(run: Callable[[], object]) -> int:
-    watch = _Peak()
-    with watch:
-        run()
-    return watch.peak
-
-
-class _Peak(LiveBytes):
-    """The most memory that tensors had at once; what a library works in is not seen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak: int = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        self.peak = max(self.peak, self.live_bytes())
-        return result
 
 
 def _times(costs: list[Cost], layers: int) -> Table:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import platform
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from syncbn.kernels import cpu
 
 _MODEL_NAME = "model name"
 
@@ -63,8 +66,7 @@ class Benchmark(ABC):
     def __post_init__(self) -> None:
         at_least("ranks", self.ranks, 1)
         at_least("threads", self.threads, 1)
-        if self.json is not None and not Path(self.json).absolute().parent.is_dir():
-            raise ValueError(f"json: got {self.json}; expected a file in a folder that exists")
+        in_a_folder("json", self.json)
 
     @abstractmethod
     def run(self) -> Report:
@@ -81,12 +83,35 @@ def at_least(name: str, value: int, low: int) -> None:
         raise ValueError(f"{name}: got {value}; expected at least {low}")
 
 
+def one_of(name: str, values: Iterable[object], known: Iterable[object]) -> None:
+    """Check the values of a setting.
+
+    Raises:
+        ValueError: one is not among those that are known.
+    """
+    known = list(known)
+    for value in values:
+        if value not in known:
+            raise ValueError(f"{name}: got {value}; expected one of {', '.join(map(str, known))}")
+
+
+def in_a_folder(name: str, path: str | None) -> None:
+    """Check the name of a file to write, if there is one.
+
+    Raises:
+        ValueError: its folder does not exist.
+    """
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"{name}: got {path}; expected a file in a folder that exists")
+
+
 def machine_facts() -> dict[str, str]:
     """Return what every benchmark says about where it ran."""
     system = f"{platform.system()} {platform.release()}"
     return {
         "machine": f"{os.cpu_count()} CPUs, {_cpu_name()}, {system}",
         "torch": f"{torch.__version__}, {torch.get_num_threads()} thread(s) a rank",
+        "C++ kernels": cpu.describe(),
     }
 
 

@@ -92,3 +92,13 @@ def take_turns(
         name: Times(*torch.tensor(times[skipped:], dtype=torch.float64).unbind(1))
         for name, times in clocks.items()
     }
+
+
+def finished(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """Return a call that ends when the device is done with it."""
+
+    def run() -> None:
+        call()
+        torch.cuda.synchronize()
+
+    return run if device.type == "cuda" else call

@@ -10,7 +10,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from syncbn.moments import Moments
-from syncbn.running import write_running_statistics
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,9 @@ class Layer:
             mean: ``[C]``.
             var: ``[C]``.
         """
-        write_running_statistics(self.running_mean, self.running_var, mean, var)
+        with torch.no_grad():
+            self.running_mean.copy_(mean)
+            self.running_var.copy_(var)
 
     def use_moments(self, moments: Moments, unbiased: bool = True) -> None:
         """Normalize with the mean and the variance of moments from now on, if they have values.

@@ -54,6 +54,10 @@ def benchmark_class(name: str) -> type[Benchmark]:
             from syncbn.bench.calibration import Calibration
 
             return Calibration
+        case "layers":
+            from syncbn.bench.layers import Layers
+
+            return Layers
     raise ValueError(f"got benchmark {name!r}; expected one of\n{_list()}")
 
 

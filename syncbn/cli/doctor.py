@@ -24,7 +24,7 @@ from rich.table import Table
 import syncbn
 from syncbn.cli import config_path
 from syncbn.distributed.launcher import launcher
-from syncbn.kernels import choose
+from syncbn.kernels import cpu
 
 # Numbers in the message of a layer with 512 channels.
 _MESSAGE = 1025
@@ -32,9 +32,7 @@ _REPEATS = 30
 
 
 def installation() -> dict[str, str]:
-    """Return versions, and the kernel that the layer would take for a large tensor."""
-    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-    large = {device: torch.empty(1, 1, 1024, 1024, device=device) for device in devices}
+    """Return versions, and the kernels that layers take."""
     backends = {
         "gloo": dist.is_gloo_available(),
         "nccl": dist.is_nccl_available(),
@@ -47,7 +45,7 @@ def installation() -> dict[str, str]:
         "python": platform.python_version(),
         "GPUs": str(torch.cuda.device_count()),
         "torch.distributed backends": ", ".join(name for name, has in backends.items() if has),
-        **{f"kernel on {name}": _name(choose("auto", x)) for name, x in large.items()},
+        "C++ kernels": cpu.describe(),
         "mpi4py": _version("mpi4py") or "not installed",
     }
 
@@ -133,11 +131,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _name(kernel: Any) -> str:
-    name: str = kernel.__name__
-    return name.rsplit(".", 1)[-1]
 
 
 @hydra.main(version_base="1.3", config_path=config_path(), config_name="doctor")

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.calibration.layers import Layer
 from syncbn.functional import check_input, check_parameters
-from syncbn.kernels.coefficients import normalize_coefficients
+from syncbn.kernels.transform import normalize_coefficients
 
 # One for each class met, so that layers of one class stay of one class.
 _RULED: dict[type[_BatchNorm], type[_BatchNorm]] = {}

@@ -1,8 +1,8 @@
 """Local compute: kernels know nothing of ranks, and one `match` chooses among the modules.
 
-Adding a kernel is a new file with the four functions of :class:`Kernel`, a row in :func:`choose`,
-and a row in ``tests/kernels.py``, which runs the whole test-suite on it. What each function returns
-is written in :mod:`syncbn.kernels.reference`.
+Adding a kernel is a new file with the functions of :class:`Kernel`, a row in :func:`choose`, and a
+row in ``tests/kernels.py``, which runs the whole test-suite on it. What each function returns is
+written in :mod:`syncbn.kernels.reference`.
 """
 
 from __future__ import annotations
@@ -10,42 +10,44 @@ from __future__ import annotations
 from typing import Protocol
 
 from torch import Tensor
+from torch.nn import Parameter
 
-# Elements up to which, on CPU, the fewest calls are the fastest kernel (docs/kernels.md).
-_SMALL = 1 << 16
+from syncbn.kernels.transform import Transform as Transform
 
-NAMES = ("auto", "reference", "blocked", "aten_cpu", "aten_cuda")
+NAMES = ("auto", "reference", "cpu", "aten_cuda")
 
 
 class Kernel(Protocol):
-    """The four local computations of batch normalization."""
+    """The local computations of batch normalization."""
 
     def moments(self, x: Tensor) -> Tensor:
         """Return ``[sum (C) | sum_sq (C) | count (1)]``, float64 ``[2C + 1]``."""
 
-    def normalize(
-        self, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
-        """Return ``(x - mean) * invstd * weight + bias`` in x's dtype and layout."""
+    def statistics(self, message: Tensor, eps: float) -> Tensor:
+        """Return ``[mean (C) | invstd (C) | count (1)]``, float64 ``[2C + 1]``."""
 
-    def backward_reduce(self, dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+    def move_running(
+        self,
+        message: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        tracked: Tensor | None,
+        momentum: float | None,
+    ) -> None:
+        """Count a batch, and move running averages towards it, in place."""
+
+    def normalize(self, x: Tensor, transform: Transform, residual: Tensor | None = None) -> Tensor:
+        """Return the transform of x, plus residual, through the ReLU; dtype and layout of x."""
+
+    def backward_reduce(self, dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
         """Return ``[sum(dy) (C) | sum(dy * xhat) (C)]``, float64 ``[2C]``."""
 
-    def backward_elemt(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        mean: Tensor,
-        invstd: Tensor,
-        weight: Tensor | None,
-        sums: Tensor,
-        count: Tensor,
-    ) -> Tensor:
+    def backward_elemt(self, dy: Tensor, x: Tensor, transform: Transform, sums: Tensor) -> Tensor:
         """Return dx in x's dtype and layout."""
 
 
 def choose(name: str, x: Tensor) -> Kernel:
-    """Return the kernel module for x.
+    """Return the kernels for x.
 
     Args:
         name: "auto" for the fastest that serves x, or the name of one module. A module asked for by
@@ -54,6 +56,7 @@ def choose(name: str, x: Tensor) -> Kernel:
 
     Raises:
         ValueError: the name is unknown, or the named kernel cannot serve x's device.
+        RuntimeError: the C++ kernels were asked for, and are not there; the message says why.
     """
     match name, x.device.type:
         case "auto", "cuda":
@@ -61,25 +64,26 @@ def choose(name: str, x: Tensor) -> Kernel:
 
             return aten_cuda
         case "auto", "cpu":
-            from syncbn.kernels import aten_cpu, reference
+            from syncbn.kernels import cpu, reference
 
-            return aten_cpu if x.numel() > _SMALL else reference
+            found = cpu.load()
+            # Of subclasses of tensors the formulas are what is sure to work.
+            plain = type(x) in (Tensor, Parameter)
+            return reference if isinstance(found, str) or not plain else found
         case (("auto" | "reference"), _):
             from syncbn.kernels import reference
 
             return reference
-        case "blocked", "cpu":
-            from syncbn.kernels import blocked
+        case "cpu", "cpu":
+            from syncbn.kernels import cpu
 
-            return blocked
-        case "aten_cpu", "cpu":
-            from syncbn.kernels import aten_cpu
-
-            return aten_cpu
+            if isinstance(found := cpu.load(), str):
+                raise RuntimeError(f"kernel 'cpu': {found}; 'auto' takes another one")
+            return found
         case "aten_cuda", "cuda":
             from syncbn.kernels import aten_cuda
 
             return aten_cuda
-        case (("blocked" | "aten_cpu" | "aten_cuda"), device):
+        case (("cpu" | "aten_cuda"), device):
             raise ValueError(f"kernel {name!r} does not serve {device!r} tensors; use 'auto'")
     raise ValueError(f"unknown kernel {name!r}; expected one of {', '.join(NAMES)}")

@@ -1,9 +1,9 @@
 """The kernels on CUDA: ATen's own batch-norm kernels, which exist for CUDA alone.
 
-ATen computes with a float32 mean. Passing it the pivot of :mod:`syncbn.kernels.coefficients` as
-"mean" and correcting the C numbers around it keeps the precision of the split mean. The four
+ATen computes with a float32 mean. Passing it the pivot of :mod:`syncbn.kernels.transform` as
+"mean" and correcting the C numbers around it keeps the precision of the split mean. The
 functions are those of :mod:`syncbn.kernels.reference`; none synchronizes with the host, and all
-accept tensors without elements.
+accept tensors without elements. ATen has no fused ReLU and residual: they are calls of their own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncbn.kernels.coefficients import compute_dtype, normalize_coefficients, split_mean
+from syncbn.kernels.reference import move_running as move_running
+from syncbn.kernels.reference import statistics as statistics
+from syncbn.kernels.transform import (
+    Transform,
+    compute_dtype,
+    normalize_coefficients,
+    split_mean,
+)
 
 
 def moments(x: Tensor) -> Tensor:
@@ -37,51 +44,48 @@ def moments(x: Tensor) -> Tensor:
     return torch.cat([mean * count, (variance + mean.square()) * count, tail])
 
 
-def normalize(
-    x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
+def normalize(x: Tensor, transform: Transform, residual: Tensor | None = None) -> Tensor:
     """See :func:`syncbn.kernels.reference.normalize`."""
     if x.numel() == 0:
         return torch.empty_like(x)
-    pivot, scale, shift = normalize_coefficients(mean, invstd, weight, bias, x.dtype)
+    t = transform
+    pivot, scale, shift = normalize_coefficients(t.mean, t.invstd, t.weight, t.bias, x.dtype)
     # (x - pivot) * 1 * scale + shift; eps is not used by this kernel.
-    return torch.batch_norm_elemt(x, scale, shift, pivot, torch.ones_like(pivot), 0.0)
+    y = torch.batch_norm_elemt(x, scale, shift, pivot, torch.ones_like(pivot), 0.0)
+    if residual is not None:
+        y.add_(residual)
+    return y.relu_() if t.relu else y
 
 
-def backward_reduce(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+def backward_reduce(dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
     """See :func:`syncbn.kernels.reference.backward_reduce`."""
     if x.numel() == 0:
         return torch.zeros(2 * x.shape[1], dtype=torch.float64, device=x.device)
-    pivot, rest = split_mean(mean, x.dtype)
+    pivot, rest = split_mean(transform.mean, x.dtype)
+    invstd = transform.invstd
+    gradient = _through_relu(dy, x, transform)
     sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(
-        _like(dy, x), x, pivot, invstd.to(pivot.dtype), None, True, False, False
+        gradient, x, pivot, invstd.to(pivot.dtype), None, True, False, False
     )
     sum_dy, sum_dy_xmu = sum_dy.double(), sum_dy_xmu.double()
     return torch.cat([sum_dy, (sum_dy_xmu - rest * sum_dy) * invstd])
 
 
-def backward_elemt(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    sums: Tensor,
-    count: Tensor,
-) -> Tensor:
+def backward_elemt(dy: Tensor, x: Tensor, transform: Transform, sums: Tensor) -> Tensor:
     """See :func:`syncbn.kernels.reference.backward_elemt`."""
     if x.numel() == 0:
         return torch.empty_like(x)
     compute = compute_dtype(x.dtype)
-    pivot, rest = split_mean(mean, x.dtype)
-    mean_dy, mean_dy_xhat = (sums / count.clamp(min=1)).view(2, -1)
+    invstd, weight = transform.invstd, transform.weight
+    pivot, rest = split_mean(transform.mean, x.dtype)
+    mean_dy, mean_dy_xhat = (sums / transform.values).view(2, -1)
     mean_dy_xmu = mean_dy_xhat / invstd
     # ATen: (dy - sum_dy/count - (x - mean) * sum_dy_xmu/count * invstd^2) * invstd * weight, with
     # an int32 count of its own: the division is done here, in float64, and it is told "1".
     offset = mean_dy - rest * invstd.square() * mean_dy_xmu
     one = torch.ones(1, dtype=torch.int32, device=x.device)
     return torch.batch_norm_backward_elemt(
-        _like(dy, x),
+        _through_relu(dy, x, transform),
         x,
         pivot,
         invstd.to(compute),
@@ -90,6 +94,14 @@ def backward_elemt(
         mean_dy_xmu.to(compute),
         one,
     )
+
+
+def _through_relu(dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
+    """Return what comes through the ReLU, if there is one, in the layout of x."""
+    if transform.relu:
+        z = normalize(x, transform._replace(relu=False))
+        dy = torch.ops.aten.threshold_backward(dy, z, 0)
+    return _like(dy, x)
 
 
 def _like(dy: Tensor, x: Tensor) -> Tensor:

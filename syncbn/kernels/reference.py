@@ -1,7 +1,7 @@
 """The kernels as plain formulas: short, differentiable, traceable, on any device.
 
-Every other kernel module has these four functions and is tested against them. Half inputs are
-computed in float32, sums are combined in float64.
+Every other kernel module has these functions and is tested against them. Half inputs are computed
+in float32, sums are combined in float64.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncbn.kernels.coefficients import (
+from syncbn.kernels.transform import (
+    Transform,
     backward_coefficients,
     compute_dtype,
     normalize_coefficients,
     split_mean,
 )
+from syncbn.moments import Moments
 
 
 def moments(x: Tensor) -> Tensor:
@@ -40,71 +42,115 @@ def moments(x: Tensor) -> Tensor:
     return torch.cat([total, total_sq, total.new_full((1,), count)])
 
 
-def normalize(
-    x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """Return ``(x - mean) * invstd * weight + bias`` in x's dtype and layout.
+def statistics(message: Tensor, eps: float) -> Tensor:
+    """Return ``[mean (C) | invstd (C) | count (1)]``, float64: :class:`Transform`'s statistics.
+
+    Args:
+        message: :func:`moments` summed over the group.
+        eps: added to the variance.
+    """
+    group = Moments.unpack(message)
+    invstd = (group.variance() + eps).rsqrt()
+    return torch.cat([group.mean(), invstd, group.count.reshape(1)])
+
+
+def move_running(
+    message: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    tracked: Tensor | None,
+    momentum: float | None,
+) -> None:
+    """Count a batch, and move running averages towards it, in place, without a host sync.
+
+    ``running <- (1 - momentum) running + momentum batch``, with the unbiased variance, as torch.
+    Fewer than two values a channel have no variance. Such a batch is not recorded: when every rank
+    is empty, averages and counter stay as they are, and no NaN reaches them.
+
+    Args:
+        message: :func:`moments` summed over the group.
+        mean: running, shape ``[C]``, any floating dtype, or None.
+        var: running, shape ``[C]``, any floating dtype, or None.
+        tracked: batches so far, int64 scalar, or None.
+        momentum: weight of the batch; None for a cumulative average, which needs the counter.
+    """
+    group = Moments.unpack(message)
+    counts = group.count > 1
+    weight: float | Tensor = 0.0 if momentum is None else momentum
+    with torch.no_grad():
+        if tracked is not None:
+            tracked.add_(counts)
+            if momentum is None:
+                # A tensor, not .item(): reading the counter would stall a GPU.
+                weight = tracked.clamp(min=1).double().reciprocal()
+        for running, batch in ((mean, group.mean()), (var, group.variance(unbiased=True))):
+            if running is not None:
+                # In float64, so that a half buffer rounds once.
+                running.copy_(running + torch.where(counts, batch - running, 0.0) * weight)
+
+
+def normalize(x: Tensor, transform: Transform, residual: Tensor | None = None) -> Tensor:
+    """Return y in x's dtype and layout.
+
+    ``y = (x - mean) * invstd * weight + bias``, plus the residual, through the ReLU.
 
     Args:
         x: shape ``[N, C, *]``.
-        mean: float64, shape ``[C]``.
-        invstd: float64, shape ``[C]``.
-        weight: shape ``[C]`` or None.
-        bias: shape ``[C]`` or None.
+        transform: what is done to x.
+        residual: shape and dtype of x, or None.
     """
-    pivot, scale, shift = (
-        _per_channel(v, x) for v in normalize_coefficients(mean, invstd, weight, bias, x.dtype)
-    )
-    return ((x - pivot) * scale + shift).to(x.dtype)
+    y = _affine(x, transform)
+    if residual is not None:
+        y = y + residual
+    return (y.relu() if transform.relu else y).to(x.dtype)
 
 
-def backward_reduce(dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:
+def backward_reduce(dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
     """Return this rank's ``[sum(dy) (C) | sum(dy * xhat) (C)]``, with xhat = (x - mean) * invstd.
 
     Args:
-        dy: gradient of the output, shape and dtype of x.
+        dy: gradient of the output, shape and dtype of x; what comes through the ReLU counts.
         x: shape ``[N, C, *]``.
-        mean: float64, shape ``[C]``.
-        invstd: float64, shape ``[C]``.
+        transform: of the forward pass, without residual.
 
     Returns:
         float64, shape ``[2C]``.
     """
     dims = _reduced_dims(x)
-    pivot, rest = split_mean(mean, x.dtype)
-    gradient = dy.to(pivot.dtype)
+    pivot, rest = split_mean(transform.mean, x.dtype)
+    gradient = _through_relu(dy, x, transform).to(pivot.dtype)
     sum_dy = gradient.sum(dims).double()
     sum_dy_x = (gradient * (x - _per_channel(pivot, x))).sum(dims).double()
-    return torch.cat([sum_dy, (sum_dy_x - rest * sum_dy) * invstd])
+    return torch.cat([sum_dy, (sum_dy_x - rest * sum_dy) * transform.invstd])
 
 
-def backward_elemt(
-    dy: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    sums: Tensor,
-    count: Tensor,
-) -> Tensor:
+def backward_elemt(dy: Tensor, x: Tensor, transform: Transform, sums: Tensor) -> Tensor:
     """Return dx in x's dtype and layout.
 
     ``dx = invstd * weight * (dy - sum(dy)/count - xhat * sum(dy * xhat)/count)``
 
     Args:
-        dy: gradient of the output, shape and dtype of x.
+        dy: gradient of the output, shape and dtype of x; what comes through the ReLU counts.
         x: shape ``[N, C, *]``.
-        mean: float64, shape ``[C]``.
-        invstd: float64, shape ``[C]``.
-        weight: shape ``[C]`` or None.
+        transform: of the forward pass, without residual.
         sums: :func:`backward_reduce` summed over the group, float64, shape ``[2C]``.
-        count: values per channel in the whole group, float64 scalar.
     """
+    dy = _through_relu(dy, x, transform)
     pivot, slope, offset, scale = (
-        _per_channel(v, x)
-        for v in backward_coefficients(mean, invstd, weight, sums, count, x.dtype)
+        _per_channel(v, x) for v in backward_coefficients(transform, sums, x.dtype)
     )
     return ((dy - offset - (x - pivot) * slope) * scale).to(x.dtype)
+
+
+def _affine(x: Tensor, t: Transform) -> Tensor:
+    coefficients = normalize_coefficients(t.mean, t.invstd, t.weight, t.bias, x.dtype)
+    pivot, scale, shift = (_per_channel(v, x) for v in coefficients)
+    return (x - pivot) * scale + shift
+
+
+def _through_relu(dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
+    # Where torch's ReLU lets a gradient pass: not at zero, but at NaN.
+    return dy.masked_fill(_affine(x, transform) <= 0, 0) if transform.relu else dy
 
 
 def _reduced_dims(x: Tensor) -> list[int]:

@@ -1,4 +1,4 @@
-"""The arithmetic on C numbers between the message and the elementwise kernels.
+"""What batch norm does to a value, and the C numbers that elementwise loops need for it.
 
 A mean rounded to float32 is off by up to 6e-8 |mean|: at mean/std = 1e4 that is 6e-4 standard
 deviations, in every output. So the mean is split: ``mean = pivot + rest``, with ``pivot`` the
@@ -13,6 +13,38 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Transform(NamedTuple):
+    """``y = (x - mean) * invstd * weight + bias``, and ``max(y, 0)`` if there is a ReLU.
+
+    Attributes:
+        statistics: ``[mean (C) | invstd (C) | count (1)]`` of the whole group, float64,
+            ``[2C + 1]``; invstd is 1/sqrt(var + eps), count the values per channel.
+        weight: any floating dtype, shape ``[C]``, or None for ones.
+        bias: any floating dtype, shape ``[C]``, or None for zeros.
+        relu: whether a ReLU follows.
+    """
+
+    statistics: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    relu: bool = False
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean, float64, shape ``[C]``."""
+        return self.statistics[: self.statistics.numel() // 2]
+
+    @property
+    def invstd(self) -> Tensor:
+        """1/sqrt(var + eps), float64, shape ``[C]``."""
+        return self.statistics[self.statistics.numel() // 2 : -1]
+
+    @property
+    def values(self) -> Tensor:
+        """Values per channel in the whole group, float64 scalar; at least one."""
+        return self.statistics[-1].clamp(min=1)
 
 
 class Normalize(NamedTuple):
@@ -61,26 +93,17 @@ def normalize_coefficients(
     return Normalize(pivot, scale.to(pivot.dtype), shift.to(pivot.dtype))
 
 
-def backward_coefficients(
-    mean: Tensor,
-    invstd: Tensor,
-    weight: Tensor | None,
-    sums: Tensor,
-    count: Tensor,
-    dtype: torch.dtype,
-) -> Backward:
+def backward_coefficients(transform: Transform, sums: Tensor, dtype: torch.dtype) -> Backward:
     """Return the coefficients of the input gradient.
 
     Args:
-        mean: float64, shape ``[C]``.
-        invstd: 1/sqrt(var + eps), float64, shape ``[C]``.
-        weight: any floating dtype, shape ``[C]``, or None for ones.
+        transform: of the forward pass.
         sums: sum(dy) and sum(dy * xhat) over the whole group, float64, shape ``[2C]``.
-        count: values per channel in the whole group, float64 scalar.
         dtype: the input's dtype.
     """
-    pivot, rest = split_mean(mean, dtype)
-    mean_dy, mean_dy_xhat = (sums / count.clamp(min=1)).view(2, -1)
+    pivot, rest = split_mean(transform.mean, dtype)
+    invstd, weight = transform.invstd, transform.weight
+    mean_dy, mean_dy_xhat = (sums / transform.values).view(2, -1)
     slope = invstd * mean_dy_xhat
     offset = mean_dy - rest * slope
     scale = invstd if weight is None else invstd * weight

@@ -1,0 +1,146 @@
+"""Builds the C++ kernels when syncbn is built: a library with a C interface, without torch.
+
+If there is no compiler, or it fails, syncbn is installed without them and `syncbn-doctor` says why.
+CXX and CXXFLAGS are respected.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+KERNELS = Path(__file__).parent / "syncbn" / "kernels"
+LIBRARY = KERNELS / "libsyncbn_cpu.so"
+# Says, where the library is missing, why.
+REASON = LIBRARY.with_suffix(".txt")
+
+# Nothing that changes results for NaN, infinities or subnormals, and nothing for this machine only.
+FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno"
+WARNINGS = "-Wall -Wextra -Wno-psabi -Wno-unknown-warning-option"
+X86_LEVELS = {
+    "kernels_avx2": "-mavx2 -mfma -mf16c",
+    "kernels_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c",
+}
+
+
+class CustomBuildHook(BuildHookInterface[Any]):
+    """Hatchling's hook."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Build the library, and name the wheel after the platform if it has one."""
+        reason = build_if_changed(LIBRARY)
+        REASON.unlink(missing_ok=True)
+        if reason is None:
+            platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+            build_data["pure_python"] = False
+            build_data["tag"] = f"py3-none-{platform}"
+            self._add(LIBRARY, build_data)
+        else:
+            LIBRARY.unlink(missing_ok=True)
+            REASON.write_text(f"{reason}\n")
+            self.app.display_warning(f"syncbn without C++ kernels: {reason}")
+            self._add(REASON, build_data)
+
+    def _add(self, path: Path, build_data: dict[str, Any]) -> None:
+        build_data["artifacts"].append(f"/{path.relative_to(self.root)}")
+
+
+def build_if_changed(library: Path) -> str | None:
+    """Build the library unless it is there already, from the same sources and in the same way.
+
+    Returns:
+        None, or why there is no library.
+    """
+    compiler = find_compiler()
+    if compiler is None:
+        return "no C++ compiler was found (g++ or clang++, or what CXX names)"
+    mark = fingerprint(compiler)
+    if library.exists() and mark.encode() in library.read_bytes():
+        return None
+    try:
+        build(library, compiler, mark)
+    except subprocess.CalledProcessError as error:
+        return f"{shlex.join(error.cmd)} failed:\n{error.stderr}"
+    return None
+
+
+def find_compiler() -> list[str] | None:
+    """Return the command of a C++ compiler, or None."""
+    if named := shlex.split(os.environ.get("CXX", "")):
+        return named if shutil.which(named[0]) else None
+    return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
+
+
+def fingerprint(compiler: list[str]) -> str:
+    """Return what a build depends on, in short; the library holds it."""
+    flags = [*compiler, os.environ.get("CXXFLAGS", "")]
+    digest = hashlib.sha256(repr(flags).encode())
+    for path in [Path(__file__), *sources()]:
+        digest.update(path.read_bytes())
+    return f"syncbn kernels {digest.hexdigest()}"
+
+
+def sources() -> list[Path]:
+    """Return the C++ files."""
+    return [KERNELS / "cpu.cpp", *sorted((KERNELS / "cpp").iterdir())]
+
+
+def build(library: Path, compiler: list[str], mark: str = "") -> None:
+    """Compile for each instruction set, and link.
+
+    Raises:
+        subprocess.CalledProcessError: the compiler failed.
+    """
+    target = _run([*compiler, "-dumpmachine"])
+    levels = {"kernels_baseline": "", **(X86_LEVELS if target.startswith("x86_64") else {})}
+    openmp = ["-fopenmp"] if _accepts(compiler, "-fopenmp") else []
+    extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+    command = [*compiler, *FLAGS.split(), *WARNINGS.split(), *openmp]
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        units = [(KERNELS / "cpu.cpp", [f'-DSYNCBN_MARK="{mark}"'])]
+        units += [
+            (KERNELS / "cpp" / "instance.cpp", [f"-DSYNCBN_KERNELS={name}", *flags.split()])
+            for name, flags in levels.items()
+        ]
+        objects = [f"{folder}/{i}.o" for i in range(len(units))]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiled = [
+                pool.submit(_run, [*command, *flags, *extra, "-c", str(source), "-o", out])
+                for (source, flags), out in zip(units, objects, strict=True)
+            ]
+            for unit in compiled:
+                unit.result()
+        linked = Path(folder) / library.name
+        _run([*compiler, "-shared", *openmp, *extra, *objects, "-o", str(linked)])
+        # A process that has loaded the old one keeps it.
+        linked.replace(library)
+
+
+def _accepts(compiler: list[str], flag: str) -> bool:
+    program = "int main() { return 0; }"
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run(
+            [*compiler, flag, "-x", "c++", "-", "-o", f"{folder}/out"],
+            input=program, capture_output=True, text=True,
+        )  # fmt: skip
+    return done.returncode == 0
+
+
+def _run(command: list[str]) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+if __name__ == "__main__":
+    # make sanitize
+    if reason := build_if_changed(LIBRARY):
+        raise SystemExit(reason)

@@ -1,0 +1,91 @@
+"""The functions of kernels by themselves: which share of a copy's bandwidth they reach."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from syncbn import kernels
+from syncbn.bench.layer_cases import Case
+from syncbn.bench.timing import Spread, finished, take_turns
+from syncbn.kernels import Kernel, Transform
+
+#: How many times the tensor's bytes each must read or write. A copy: twice.
+TRAFFIC = {"moments": 1, "normalize": 2, "backward_reduce": 2, "backward_elemt": 3}
+_COPY_TRAFFIC = 2
+_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class KernelCost:
+    """What the functions of a kernel cost on one input.
+
+    Attributes:
+        case: the input.
+        kernel: its name.
+        relu: whether a ReLU is part of it.
+        seconds: by function; and of a "copy", to memory that is there already.
+        share: by function, its bandwidth over that of the copy in the same round; all it must read
+            and write counts, once.
+    """
+
+    case: Case
+    kernel: str
+    relu: bool
+    seconds: dict[str, Spread]
+    share: dict[str, Spread]
+
+
+def measure(
+    case: Case, name: str, relu: bool, rounds: int, device: torch.device, meet: Callable[[], None]
+) -> KernelCost:
+    """Time the functions of a kernel on one input; every rank must call this, for itself.
+
+    Args:
+        case: the input.
+        name: of the kernel.
+        relu: whether a ReLU is part of it.
+        rounds: in which each function takes its turn.
+        device: of the tensors.
+        meet: ranks wait for each other here.
+    """
+    x, dy = case.tensor(device), case.tensor(device)
+    kernel = kernels.choose(name, x)
+    target = torch.empty_like(x)
+    calls: dict[str, Callable[[], object]] = {
+        "copy": partial(target.copy_, x),
+        **_functions(kernel, x, dy, relu),
+    }
+    times = take_turns(
+        {name: finished(call, device) for name, call in calls.items()}, rounds, meet=meet
+    )
+    copy = times["copy"].wall
+    return KernelCost(
+        case,
+        name,
+        relu,
+        {name: Spread.of(taken.wall) for name, taken in times.items()},
+        {
+            name: Spread.of(copy / times[name].wall * traffic / _COPY_TRAFFIC)
+            for name, traffic in TRAFFIC.items()
+        },
+    )
+
+
+def _functions(
+    kernel: Kernel, x: Tensor, dy: Tensor, relu: bool
+) -> dict[str, Callable[[], object]]:
+    ones = torch.ones(x.shape[1], device=x.device)
+    statistics = kernel.statistics(kernel.moments(x), _EPS)
+    how = Transform(statistics, ones, ones, relu)
+    sums = kernel.backward_reduce(dy, x, how)
+    return {
+        "moments": partial(kernel.moments, x),
+        "normalize": partial(kernel.normalize, x, how),
+        "backward_reduce": partial(kernel.backward_reduce, dy, x, how),
+        "backward_elemt": partial(kernel.backward_elemt, dy, x, how, sums),
+    }

@@ -1,0 +1,135 @@
+"""What the benchmark of layers found, as tables."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import torch
+
+from syncbn.bench import host_overhead
+from syncbn.bench.host_overhead import Overhead
+from syncbn.bench.kernel_times import TRAFFIC, KernelCost
+from syncbn.bench.layer_times import BASELINE, CaseCosts, LayerCost
+from syncbn.bench.report import Table
+from syncbn.bench.timing import Spread
+
+_MILLISECOND, _MICROSECOND, _MIB = 1e-3, 1e-6, 1 << 20
+_SPREAD = "median (10th..90th percentile)"
+
+
+def ratios(found: list[CaseCosts]) -> list[Table]:
+    """Return, for each layout and dtype, steps beside those of nn.BatchNorm2d."""
+    tables = []
+    for (layout, dtype), group in groupby(found, lambda c: (c.case.layout, c.case.dtype)):
+        cases = list(group)
+        for relu in (False, True):
+            after = " + ReLU" if relu else ""
+            costs = [[layer for layer in case.layers if layer.relu == relu] for case in cases]
+            ours = [layer for layer in costs[0] if layer.name != BASELINE]
+            rows = [
+                [
+                    case.case.shape,
+                    f"{case.copy.median / _MILLISECOND:.2f}",
+                    layers[0].step.text(_MILLISECOND),
+                    *(layer.ratio.text(digits=2) for layer in layers[1:]),
+                ]
+                for case, layers in zip(cases, costs, strict=True)
+            ]
+            means = [geometric_mean([layers[i + 1] for layers in costs]) for i in range(len(ours))]
+            rows.append(["geometric mean", "", "", *(f"{mean:.2f}" for mean in means)])
+            tables.append(
+                Table(
+                    f"Forward and backward{after}, {layout}, {dtype}: {_SPREAD}",
+                    ["", "copy, ms", f"{BASELINE}{after}, ms", *map(title, ours)],
+                    rows,
+                    [f"Ours: time over that of {BASELINE}{after} in the same round."],
+                )
+            )
+    return tables
+
+
+def title(layer: LayerCost) -> str:
+    """Return what a layer is called in tables and pictures."""
+    if layer.name == BASELINE:
+        return BASELINE
+    return layer.name if layer.ranks == 1 else f"{layer.name}, {layer.ranks} ranks"
+
+
+def geometric_mean(layers: list[LayerCost]) -> float:
+    """Return that of the median ratios."""
+    medians = torch.tensor([layer.ratio.median for layer in layers], dtype=torch.float64)
+    return float(medians.log().mean().exp())
+
+
+def bandwidth(found: list[KernelCost], reused: bool) -> list[Table]:
+    """Return, for each kernel, layout and dtype, what its functions reach of a copy's bandwidth."""
+    notes = ["Each number that must be read or written counts once."]
+    if not reused:
+        notes.append("malloc gives memory back here: page faults are in the last columns.")
+    tables = []
+    key = lambda c: (c.kernel, c.case.layout, c.case.dtype, c.relu)  # noqa: E731
+    for (kernel, layout, dtype, relu), group in groupby(found, key):
+        rows = [
+            [
+                cost.case.shape,
+                f"{cost.case.nbytes / _MIB:.1f}",
+                f"{2 * cost.case.nbytes / cost.seconds['copy'].median / 1e9:.1f}",
+                *(percent(cost.share[name]) for name in TRAFFIC),
+            ]
+            for cost in group
+        ]
+        after = " with ReLU" if relu else ""
+        tables.append(
+            Table(
+                f"Kernel {kernel}{after}, {layout}, {dtype}: share of a copy's bandwidth",
+                ["", "MiB", "copy, GB/s", *TRAFFIC],
+                rows,
+                notes,
+            )
+        )
+    return tables
+
+
+def percent(spread: Spread) -> str:
+    """Return a share as text."""
+    return " ".join(
+        f"{part}%" if i == 0 else part for i, part in enumerate(spread.text(0.01, 0).split(" ", 1))
+    )
+
+
+def memory(found: list[CaseCosts]) -> Table:
+    """Return the memory that a step takes."""
+    layers = found[0].layers
+    names = [f"{title(layer)}{' + ReLU' if layer.relu else ''}" for layer in layers]
+    rows = [
+        [
+            f"{case.case.shape} {case.case.layout} {case.case.dtype}",
+            *(f"{layer.peak_bytes / case.case.nbytes:.2f}" for layer in case.layers),
+        ]
+        for case in found
+    ]
+    return Table(
+        "Most memory of a step at once, in sizes of the input, without input and output gradient",
+        ["", *names],
+        rows,
+    )
+
+
+def overhead(found: Overhead, ranks: int) -> Table:
+    """Return what a forward pass of a tiny input costs."""
+    rows = [
+        [BASELINE, found.theirs.text(_MICROSECOND)],
+        ["ours, alone", found.alone.text(_MICROSECOND)],
+    ]
+    if ranks > 1:
+        rows += [
+            [f"ours, {ranks} ranks", found.together.text(_MICROSECOND)],
+            ["all-reduce of its message", found.all_reduce.text(_MICROSECOND)],
+            ["ours beyond the all-reduce", found.beyond.text(_MICROSECOND)],
+        ]
+    size = "x".join(map(str, host_overhead.SHAPE))
+    return Table(
+        f"Host time of a forward pass in training, input {size}, microseconds: {_SPREAD}",
+        ["", "us"],
+        rows,
+    )

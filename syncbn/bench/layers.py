@@ -1,0 +1,97 @@
+"""What a layer costs: forward and backward, beside nn.BatchNorm and a copy of the tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from syncbn import kernels
+from syncbn.bench import host_overhead, kernel_times, layer_tables, layer_times
+from syncbn.bench.layer_cases import DTYPES, LAYOUTS, Case
+from syncbn.bench.memory import keep_freed_memory
+from syncbn.bench.ranks import begin
+from syncbn.bench.report import Benchmark, Report, at_least, in_a_folder, machine_facts, one_of
+
+
+@dataclass
+class Layers(Benchmark):
+    """The benchmark; `configs/bench/layers.yaml` explains the settings.
+
+    Attributes:
+        png: file for the picture; None for none.
+        device: "cpu" or "cuda"; None for what there is.
+        shapes: of inputs, without the batch: "64x56x56".
+        batch: samples a rank.
+        layouts: keys of :data:`LAYOUTS`.
+        dtypes: keys of :data:`DTYPES`.
+        kernels: names that :func:`syncbn.kernels.choose` knows.
+        rounds: in which all layers take their turn.
+    """
+
+    png: str | None
+    device: str | None
+    shapes: list[str]
+    batch: int
+    layouts: list[str]
+    dtypes: list[str]
+    kernels: list[str]
+    rounds: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        in_a_folder("png", self.png)
+        at_least("batch", self.batch, 1)
+        at_least("rounds", self.rounds, 1)
+        one_of("device", [self.device], ["cpu", "cuda", None])
+        one_of("layouts", self.layouts, LAYOUTS)
+        one_of("dtypes", self.dtypes, DTYPES)
+        one_of("kernels", self.kernels, kernels.NAMES)
+        if not self.cases():
+            raise ValueError(
+                "shapes, layouts, dtypes: got none of one; expected one or more of each"
+            )
+
+    def cases(self) -> list[Case]:
+        """Return what is measured: every shape in every layout and dtype."""
+        return [
+            Case(shape, self.batch, layout, dtype)
+            for dtype, layout, shape in product(self.dtypes, self.layouts, self.shapes)
+        ]
+
+    def run(self) -> Report:
+        """Measure; every rank calls this."""
+        world = begin(self.device)
+        torch.set_num_threads(self.threads)
+        cases, device, meet = self.cases(), world.device, world.meet
+        layers = [
+            layer_times.measure(case, self.kernels, self.rounds, device, meet) for case in cases
+        ]
+        overhead = host_overhead.measure(device, meet)
+        # From here on what is freed stays, for what kernels write to be there already.
+        reused = device.type == "cuda" or keep_freed_memory()
+        functions = [
+            kernel_times.measure(case, name, relu, self.rounds, device, meet)
+            for name, relu in product(self.kernels, (False, True))
+            for case in cases
+        ]
+        if world.size > 1:
+            # Gloo may abort a process that leaves while it still works.
+            dist.barrier()
+        if self.png is not None and world.rank == 0:
+            from syncbn.bench.layer_plot import draw
+
+            draw(layers, functions, Path(self.png))
+        return Report(
+            {**machine_facts(), **world.facts},
+            [
+                *layer_tables.ratios(layers),
+                *layer_tables.bandwidth(functions, reused),
+                layer_tables.memory(layers),
+                layer_tables.overhead(overhead, world.size),
+            ],
+            {"layers": layers, "kernels": functions, "overhead": overhead},
+        )

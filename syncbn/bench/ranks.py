@@ -1,0 +1,62 @@
+"""The ranks of a benchmark that any launcher may have started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from syncbn.distributed.environment import init_process_group
+from syncbn.distributed.launcher import launcher
+
+
+@dataclass(frozen=True)
+class World:
+    """All ranks, and this one.
+
+    Attributes:
+        rank: of this process.
+        size: number of ranks.
+        device: of this rank.
+        meet: ranks wait for each other here.
+        facts: about them, by name.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    meet: Callable[[], None]
+    facts: dict[str, str]
+
+
+def begin(device: str | None) -> World:
+    """Initialize torch.distributed for what started this process.
+
+    Args:
+        device: "cpu", "cuda", or None for what there is.
+
+    Raises:
+        ValueError: there is no GPU, and one is asked for.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: got cuda; expected cpu, since torch sees no GPU here")
+    place = init_process_group()
+    backend = dist.get_backend()
+    facts = {"ranks": f"{place.world_size}, {backend}, started by: {launcher(os.environ)}"}
+    on = torch.device("cpu") if device == "cpu" else place.device
+    if on.type == "cuda":
+        facts["GPU"] = torch.cuda.get_device_name(on)
+    return World(place.rank, place.world_size, on, _meeting(place.world_size, backend), facts)
+
+
+def _meeting(size: int, backend: str) -> Callable[[], None]:
+    if size == 1:
+        return lambda: None
+    if backend == "mpi4py":
+        from syncbn.bench.mpirun import meeting
+
+        return meeting()
+    return dist.barrier

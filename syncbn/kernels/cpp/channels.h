@@ -1,0 +1,169 @@
+// The arithmetic on C numbers, in float64: what coefficients.py and statistics.py do for the kernels
+// of torch calls, where the formulas are explained.
+#pragma once
+#include <cmath>
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace {
+
+// Relative rounding of a raw float64 sum of squares (moments.py).
+constexpr double ROUNDING = 1e-15;
+
+inline double at_least_one(double count) { return count > 1 ? count : 1; }
+
+// Call work with a value of the storage type.
+template <class Work>
+void with_type(Dtype dtype, const Work& work) {
+  switch (dtype) {
+    case Dtype::float32: return work(float{});
+    case Dtype::float64: return work(double{});
+    case Dtype::bfloat16: return work(bfloat16{});
+    case Dtype::float16: return work(float16{});
+  }
+}
+
+// Read numbers of a storage type as float64, or take a number for all of them if there are none.
+inline void read_all(Numbers from, double otherwise, int64_t size, double* to) {
+  if (from.data == nullptr) {
+    for (int64_t i = 0; i < size; ++i) to[i] = otherwise;
+    return;
+  }
+  with_type(from.dtype, [&](auto t) {
+    using T = decltype(t);
+    auto data = static_cast<const T*>(from.data);
+    constexpr int L = LANES<compute_t<T>>;
+    for (int64_t i = 0; i < size; i += L) {
+      int k = static_cast<int>(at_most(L, size - i));
+      vector_t<T> v = k == L ? load(data + i) : load(data + i, k);
+      for (int j = 0; j < k; ++j) to[i + j] = v[j];
+    }
+  });
+}
+
+inline void write_all(const double* from, int64_t size, Numbers to) {
+  with_type(to.dtype, [&](auto t) {
+    using T = decltype(t);
+    auto data = static_cast<T*>(to.data);
+    constexpr int L = LANES<compute_t<T>>;
+    for (int64_t i = 0; i < size; i += L) {
+      int k = static_cast<int>(at_most(L, size - i));
+      vector_t<T> v{};
+      for (int j = 0; j < k; ++j) v[j] = static_cast<compute_t<T>>(from[i + j]);
+      k == L ? store(data + i, v) : store(data + i, v, k);
+    }
+  });
+}
+
+// Message [sum (C) | sum of squares (C) | count] from sums around pivots.
+inline void write_message(const Sums* sums, const Shape& shape, double* message) {
+  int64_t channels = shape.channels;
+  for (int64_t c = 0; c < channels; ++c) {
+    const Sums& s = sums[c];
+    double sum = s.first + s.n * s.pivot;
+    message[c] = sum;
+    message[channels + c] = s.second + s.pivot * (s.first + sum);
+  }
+  message[2 * channels] = static_cast<double>(shape.batch * shape.space);
+}
+
+// From a message, the mean, and the sum of squares around it: zero within its rounding.
+inline void centre(const double* message, int64_t channels, double* mean, double* squares) {
+  double count = at_least_one(message[2 * channels]);
+  for (int64_t c = 0; c < channels; ++c) {
+    double sum_sq = message[channels + c];
+    mean[c] = message[c] / count;
+    double around = sum_sq - message[c] * mean[c];
+    // A product, for NaN to stay.
+    squares[c] = around * (around > ROUNDING * sum_sq);
+  }
+}
+
+// Statistics [mean (C) | invstd (C) | count].
+inline void write_statistics(const double* message, int64_t channels, double eps, double* out) {
+  double* invstd = out + channels;
+  centre(message, channels, out, invstd);
+  double count = message[2 * channels];
+  for (int64_t c = 0; c < channels; ++c)
+    invstd[c] = 1 / std::sqrt(invstd[c] / at_least_one(count) + eps);
+  out[2 * channels] = count;
+}
+
+// Count a batch if it has a variance; running <- running + (batch - running) momentum, with the
+// unbiased variance. A momentum of NaN is 1/tracked, after counting.
+inline void move_running(const double* message, int64_t channels, double momentum, Numbers mean,
+                         Numbers var, int64_t* tracked) {
+  if (!(message[2 * channels] > 1)) return;
+  if (tracked != nullptr) ++*tracked;
+  if (std::isnan(momentum))
+    momentum = tracked == nullptr ? 0 : 1 / at_least_one(static_cast<double>(*tracked));
+  Scratch<double> scratch(3 * channels);
+  double *means = scratch.data(), *vars = means + channels, *running = vars + channels;
+  centre(message, channels, means, vars);
+  double degrees = at_least_one(message[2 * channels] - 1);
+  for (int64_t c = 0; c < channels; ++c) vars[c] /= degrees;
+  auto move = [&](const double* batch, Numbers average) {
+    if (average.data == nullptr) return;
+    read_all(average, 0, channels, running);
+    for (int64_t c = 0; c < channels; ++c) running[c] += (batch[c] - running[c]) * momentum;
+    write_all(running, channels, average);
+  };
+  move(means, mean);
+  move(vars, var);
+}
+
+// The numbers that the loops over elements take: [5][C], named in operations.h.
+template <class A>
+class Coefficients {
+ public:
+  Coefficients(const double* statistics, int64_t channels, Numbers weight, Numbers bias)
+      : channels_(channels), numbers_(3 * channels), values_(5 * channels) {
+    double *weights = numbers_.data(), *biases = weights + channels, *rest = biases + channels;
+    read_all(weight, 1, channels, weights);
+    read_all(bias, 0, channels, biases);
+    const double *mean = statistics, *invstd = mean + channels;
+    for (int64_t c = 0; c < channels; ++c) {
+      auto pivot = static_cast<A>(mean[c]);
+      double scale = invstd[c] * weights[c];
+      rest[c] = mean[c] - pivot;
+      row(0)[c] = pivot;
+      row(1)[c] = static_cast<A>(scale);
+      row(2)[c] = static_cast<A>(biases[c] - rest[c] * scale);
+    }
+  }
+
+  // The coefficients of the input gradient; sums are [sum(dy) (C) | sum(dy xhat) (C)] of all ranks.
+  void add_gradient(const double* statistics, const double* sums) {
+    double count = at_least_one(statistics[2 * channels_]);
+    const double *invstd = statistics + channels_, *weights = numbers_.data(), *rest = this->rest();
+    for (int64_t c = 0; c < channels_; ++c) {
+      double scale = invstd[c] * weights[c], mean_dy = sums[c] / count;
+      double slope = invstd[c] * (sums[channels_ + c] / count);
+      row(3)[c] = static_cast<A>(-slope * scale);
+      row(4)[c] = static_cast<A>((rest[c] * slope - mean_dy) * scale);
+    }
+  }
+
+  const A* data() const { return values_.data(); }
+  const double* rest() const { return numbers_.data() + 2 * channels_; }
+
+ private:
+  A* row(int k) const { return values_.data() + k * channels_; }
+
+  int64_t channels_;
+  // Weights, biases, and what rounding has taken from the means.
+  Scratch<double> numbers_;
+  Scratch<A> values_;
+};
+
+// [sum(dy) (C) | sum(dy xhat) (C)] from sum(dy) and sum(dy (x - pivot)).
+inline void write_gradient_sums(const Sums* sums, const double* rest, const double* invstd,
+                                int64_t channels, double* out) {
+  for (int64_t c = 0; c < channels; ++c) {
+    out[c] = sums[c].first;
+    out[channels + c] = (sums[c].second - rest[c] * sums[c].first) * invstd[c];
+  }
+}
+
+}  // namespace

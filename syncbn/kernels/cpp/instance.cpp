@@ -1,0 +1,78 @@
+// The kernels for one instruction set: that of the compiler's flags. SYNCBN_KERNELS is their name.
+#include "channels.h"
+#include "columns.h"
+#include "rows.h"
+
+namespace {
+
+template <class T>
+Strided<T> as(Operand operand) {
+  return {static_cast<T*>(operand.data), operand.stride};
+}
+
+template <class Op, class T>
+void sum(const Input& in, Operand pair, const compute_t<T>* coefficients, Sums* sums) {
+  int threads = useful_threads(in.threads, in.shape.numel());
+  if (in.shape.numel() == 0)
+    for (int64_t c = 0; c < in.shape.channels; ++c) sums[c] = Sums{};
+  else if (in.shape.space >= SHORTEST_ROW)
+    RowSums<Op, T>(in.shape, as<const T>(in.x), as<const T>(pair), coefficients).run(threads, sums);
+  else
+    ColumnSums<Op, T>(in.shape, as<const T>(in.x), as<const T>(pair), coefficients)
+        .run(threads, sums);
+}
+
+template <class Op, class T>
+void map(const Input& in, Operand pair, Operand out, const compute_t<T>* coefficients) {
+  if (in.shape.numel() == 0) return;
+  int threads = useful_threads(in.threads, in.shape.numel());
+  auto map_all = in.shape.space >= SHORTEST_ROW ? map_rows<Op, T> : map_columns<Op, T>;
+  map_all(in.shape, as<const T>(in.x), as<const T>(pair), as<T>(out), coefficients, threads);
+}
+
+void moments(Input in, double* message) {
+  Scratch<Sums> sums(in.shape.channels);
+  with_type(in.dtype, [&](auto t) { sum<Moments, decltype(t)>(in, {}, nullptr, sums.data()); });
+  write_message(sums.data(), in.shape, message);
+}
+
+void normalize(Input in, Transform transform, Operand residual, Operand y) {
+  with_type(in.dtype, [&](auto t) {
+    using T = decltype(t);
+    Coefficients<compute_t<T>> all(transform.statistics, in.shape.channels, transform.weight,
+                                   transform.bias);
+    bool plus = residual.data != nullptr;
+    auto form = plus ? transform.relu ? map<Normalize<true, true>, T> : map<Normalize<true, false>, T>
+                : transform.relu ? map<Normalize<false, true>, T>
+                                 : map<Normalize<false, false>, T>;
+    form(in, residual, y, all.data());
+  });
+}
+
+void backward_reduce(Input in, Transform transform, Operand dy, double* out) {
+  int64_t channels = in.shape.channels;
+  Scratch<Sums> sums(channels);
+  with_type(in.dtype, [&](auto t) {
+    using T = decltype(t);
+    Coefficients<compute_t<T>> all(transform.statistics, channels, transform.weight, transform.bias);
+    auto form = transform.relu ? sum<GradientSums<true>, T> : sum<GradientSums<false>, T>;
+    form(in, dy, all.data(), sums.data());
+    write_gradient_sums(sums.data(), all.rest(), transform.statistics + channels, channels, out);
+  });
+}
+
+void backward_elemt(Input in, Transform transform, const double* sums, Operand dy, Operand dx) {
+  with_type(in.dtype, [&](auto t) {
+    using T = decltype(t);
+    Coefficients<compute_t<T>> all(transform.statistics, in.shape.channels, transform.weight,
+                                   transform.bias);
+    all.add_gradient(transform.statistics, sums);
+    auto form = transform.relu ? map<InputGradient<true>, T> : map<InputGradient<false>, T>;
+    form(in, dy, dx, all.data());
+  });
+}
+
+}  // namespace
+
+extern const Kernels SYNCBN_KERNELS = {moments,   write_statistics, move_running,
+                                       normalize, backward_reduce,  backward_elemt};

@@ -1,0 +1,47 @@
+// What is compiled once for each instruction set (instance.cpp), and chosen from by cpu.cpp.
+#pragma once
+#include "work.h"
+
+enum class Dtype : int { float32, float64, bfloat16, float16 };
+
+// C numbers, or none.
+struct Numbers {
+  void* data;
+  Dtype dtype;
+};
+
+// A tensor of the call's shape and dtype, or none.
+struct Operand {
+  void* data;
+  int64_t stride;
+};
+
+// An input, and how it is to be worked on.
+struct Input {
+  Shape shape;
+  Dtype dtype;
+  int threads;
+  Operand x;
+};
+
+// The transform of an input: statistics [mean (C) | invstd (C) | count], weight, bias, and relu.
+struct Transform {
+  const double* statistics;
+  Numbers weight, bias;
+  bool relu;
+};
+
+// The functions of reference.py. They throw std::bad_alloc.
+struct Kernels {
+  void (*moments)(Input, double* message);
+  void (*statistics)(const double* message, int64_t channels, double eps, double* out);
+  void (*move_running)(const double* message, int64_t channels, double momentum, Numbers mean,
+                       Numbers var, int64_t* tracked);
+  void (*normalize)(Input, Transform, Operand residual, Operand y);
+  void (*backward_reduce)(Input, Transform, Operand dy, double* sums);
+  void (*backward_elemt)(Input, Transform, const double* sums, Operand dy, Operand dx);
+};
+
+extern const Kernels kernels_baseline;
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;

@@ -1,0 +1,214 @@
+// Loops over rows: the values of a channel of a sample, where there are enough of them.
+#pragma once
+#include "operations.h"
+#include "work.h"
+
+namespace {
+
+// Values of a channel that are summed in vectors before float64 takes over: 64 a lane of each of the
+// four accumulators, which is few enough for float32, and they stay in a first-level cache.
+constexpr int64_t SEGMENT = 64 * VECTOR_BYTES;
+// Shorter rows are seen as columns: a vector of AVX-512 would be half empty.
+constexpr int64_t SHORTEST_ROW = 16;
+constexpr int64_t MOST_CHANNELS = SEGMENT / SHORTEST_ROW;
+// Values whose sums are one unit of work.
+constexpr int64_t ROW_UNIT = 1 << 16;
+
+template <class A, int K>
+struct Broadcast {
+  Vector<A> values[K];
+
+  Broadcast(const A* coefficients, int64_t stride) {
+    for (int k = 0; k < K; ++k) values[k] = Vector<A>{} + coefficients[k * stride];
+  }
+};
+
+// Where a piece of a row is: the row of a sample, or a segment of it if rows are long.
+struct Piece {
+  int64_t sample, begin, size;
+
+  Piece(int64_t piece, int64_t segments, int64_t space)
+      : sample(piece / segments),
+        begin(piece % segments * SEGMENT),
+        size(at_most(SEGMENT, space - begin)) {}
+
+  template <class T>
+  T* in(Strided<T> t, int64_t channel, int64_t space) const {
+    return t.data + sample * t.stride + channel * space + begin;
+  }
+};
+
+template <class Op, class T>
+class RowSums {
+  using A = compute_t<T>;
+  using V = Vector<A>;
+  static constexpr int L = LANES<A>, K = Op::COEFFICIENTS;
+
+ public:
+  // coefficients: [K][channels]; none for an operation that chooses its pivot.
+  RowSums(Shape shape, Strided<const T> x, Strided<const T> dy, const A* coefficients)
+      : shape_(shape),
+        x_(x),
+        dy_(dy),
+        coefficients_(coefficients),
+        length_(at_most(shape.space, SEGMENT)),
+        segments_(ceil_div(shape.space, SEGMENT)),
+        pieces_(shape.batch * segments_),
+        tile_(at_most(at_most(SEGMENT / length_, MOST_CHANNELS), shape.channels)),
+        tiles_(ceil_div(shape.channels, tile_)),
+        block_(SEGMENT / length_),
+        pieces_a_unit_(ceil_div(at_least(ROW_UNIT / (tile_ * length_), 1), block_) * block_),
+        parts_(ceil_div(pieces_, pieces_a_unit_)) {}
+
+  // Write the sums of each channel.
+  void run(int threads, Sums* totals) {
+    Scratch<Sums> sums(parts_ * shape_.channels);
+    share(tiles_ * parts_, threads, [&](int, int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit) {
+        int64_t part = unit % parts_, channel = unit / parts_ * tile_;
+        sum_unit(channel, part, sums.data() + part * shape_.channels);
+      }
+    });
+    for (int64_t c = 0; c < shape_.channels; ++c) {
+      totals[c] = Sums{};
+      for (int64_t part = 0; part < parts_; ++part)
+        add(totals[c], sums.data()[part * shape_.channels + c], Op::CHOOSES_PIVOT);
+    }
+  }
+
+ private:
+  // Some pieces of some channels.
+  struct Block {
+    int64_t channel, channels, piece, pieces;
+  };
+  struct Accumulators {
+    V first[MOST_CHANNELS], second[MOST_CHANNELS];
+    A pivot[MOST_CHANNELS];
+  };
+
+  void sum_unit(int64_t channel, int64_t part, Sums* sums) const {
+    int64_t channels = at_most(tile_, shape_.channels - channel);
+    int64_t begin = part * pieces_a_unit_, end = at_most(begin + pieces_a_unit_, pieces_);
+    Accumulators a;
+    for (int64_t c = 0; c < channels; ++c) {
+      a.pivot[c] = Op::CHOOSES_PIVOT ? first_pivot(channel + c, begin) : A{};
+      sums[channel + c] = Sums{};
+    }
+    for (int64_t piece = begin; piece < end; piece += block_) {
+      Block block{channel, channels, piece, at_most(block_, end - piece)};
+      sum_block(block, a.pivot, a.first, a.second);
+      double n = 0;
+      for (int64_t i = 0; i < block.pieces; ++i) n += static_cast<double>(at(piece + i).size);
+      for (int64_t c = 0; c < channels; ++c) settle(block, n, c, a, sums[channel + c]);
+    }
+  }
+
+  // A value alone may be padding, far from all others, and means moved later cost a second look.
+  A first_pivot(int64_t channel, int64_t piece) const {
+    Piece p = at(piece);
+    int k = static_cast<int>(at_most(p.size, L));
+    double mean = total(load(p.in(x_, channel, shape_.space), k)) / k;
+    return coarse(V{} + static_cast<A>(mean))[0];
+  }
+
+  // Add the sums of a block of one channel; look again, from its mean, if the pivot is far from it.
+  void settle(Block block, double n, int64_t c, Accumulators& a, Sums& sums) const {
+    double first = total(a.first[c]), second = total(a.second[c]);
+    if constexpr (Op::CHOOSES_PIVOT) {
+      if (!is_near(n, first, second)) {
+        a.pivot[c] = static_cast<A>(near_pivot(a.pivot[c], n, first, second));
+        V again[2];
+        Block channel{block.channel + c, 1, block.piece, block.pieces};
+        sum_block(channel, a.pivot + c, again, again + 1);
+        first = total(again[0]);
+        second = total(again[1]);
+      }
+    }
+    add(sums, Sums{n, a.pivot[c], first, second}, Op::CHOOSES_PIVOT);
+  }
+
+  void sum_block(Block block, const A* pivots, V* first, V* second) const {
+    for (int64_t c = 0; c < block.channels; ++c) first[c] = second[c] = V{};
+    for (int64_t i = 0; i < block.pieces; ++i) {
+      Piece piece = at(block.piece + i);
+      for (int64_t c = 0; c < block.channels; ++c) {
+        int64_t channel = block.channel + c;
+        const A* coefficients = Op::CHOOSES_PIVOT ? pivots + c : coefficients_ + channel;
+        Broadcast<A, K> broadcast(coefficients, shape_.channels);
+        const T* x = piece.in(x_, channel, shape_.space);
+        const T* dy = Op::HAS_PAIR ? piece.in(dy_, channel, shape_.space) : x;
+        sum_piece(x, dy, piece.size, broadcast.values, first[c], second[c]);
+      }
+    }
+  }
+
+  static void sum_piece(const T* x, const T* dy, int64_t size, const V* c, V& first, V& second) {
+    constexpr int UNROLL = 4;
+    auto add_terms = [&](int64_t at, V& a, V& b) {
+      V p, q;
+      Op::terms(load(x + at), Op::HAS_PAIR ? load(dy + at) : V{}, c, p, q);
+      a += p;
+      b += q;
+    };
+    V a{}, b{};
+    int64_t i = 0;
+    if (size >= UNROLL * L) {
+      V as[UNROLL] = {}, bs[UNROLL] = {};
+      for (; i + UNROLL * L <= size; i += UNROLL * L)
+        for (int u = 0; u < UNROLL; ++u) add_terms(i + u * L, as[u], bs[u]);
+      a = (as[0] + as[1]) + (as[2] + as[3]);
+      b = (bs[0] + bs[1]) + (bs[2] + bs[3]);
+    }
+    for (; i + L <= size; i += L) add_terms(i, a, b);
+    if (int k = static_cast<int>(size - i); k > 0) {
+      V p, q;
+      Op::terms(load(x + i, k), Op::HAS_PAIR ? load(dy + i, k) : V{}, c, p, q);
+      a += ::first<A>(p, k);
+      b += ::first<A>(q, k);
+    }
+    first += a;
+    second += b;
+  }
+
+  Piece at(int64_t piece) const { return Piece(piece, segments_, shape_.space); }
+
+  Shape shape_;
+  Strided<const T> x_, dy_;
+  const A* coefficients_;
+  int64_t length_, segments_, pieces_, tile_, tiles_, block_, pieces_a_unit_, parts_;
+};
+
+// Write Op::value of every element.
+template <class Op, class T>
+void map_rows(Shape shape, Strided<const T> x, Strided<const T> pair, Strided<T> y,
+              const compute_t<T>* coefficients, int threads) {
+  using A = compute_t<T>;
+  using V = Vector<A>;
+  constexpr int L = LANES<A>;
+  auto map_piece = [&](const T* from, const T* with, T* to, int64_t size, const V* c) {
+    int64_t i = 0;
+    for (; i + L <= size; i += L) {
+      V second = Op::HAS_PAIR ? load(with + i) : V{};
+      store(to + i, Op::value(load(from + i), second, c));
+    }
+    if (int k = static_cast<int>(size - i); k > 0) {
+      V second = Op::HAS_PAIR ? load(with + i, k) : V{};
+      store(to + i, Op::value(load(from + i, k), second, c), k);
+    }
+  };
+  int64_t segments = ceil_div(shape.space, SEGMENT), pieces = shape.batch * segments;
+  share(pieces * shape.channels, threads, [&](int, int64_t begin, int64_t end) {
+    int64_t i = begin / shape.channels, c = begin % shape.channels;
+    for (int64_t left = end - begin; left > 0; ++i, c = 0) {
+      Piece piece(i, segments, shape.space);
+      for (; c < shape.channels && left > 0; ++c, --left) {
+        Broadcast<A, Op::COEFFICIENTS> broadcast(coefficients + c, shape.channels);
+        const T* from = piece.in(x, c, shape.space);
+        const T* with = Op::HAS_PAIR ? piece.in(pair, c, shape.space) : from;
+        map_piece(from, with, piece.in(y, c, shape.space), piece.size, broadcast.values);
+      }
+    }
+  });
+}
+
+}  // namespace

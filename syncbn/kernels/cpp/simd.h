@@ -1,0 +1,211 @@
+// Vectors of the compute type A (float or double), loaded from and stored to any storage type.
+//
+// GCC's and Clang's vector extension, so that one source serves every processor; a width for each
+// instruction set, and intrinsics only where the extension has no word for something. Everything is
+// in an unnamed namespace: the file is compiled once for each instruction set, and a linker that
+// merged equal names would give old processors the code of new ones.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int VECTOR_BYTES = 32;
+#else
+constexpr int VECTOR_BYTES = 16;
+#endif
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+template <class A>
+constexpr int LANES = VECTOR_BYTES / sizeof(A);
+
+template <class A>
+using Vector __attribute__((vector_size(VECTOR_BYTES))) = A;
+using Floats = Vector<float>;
+using Doubles = Vector<double>;
+using Words = Vector<uint32_t>;
+using Halves __attribute__((vector_size(VECTOR_BYTES / 2))) = uint16_t;
+
+// The compute type of a storage type.
+template <class T>
+struct Compute {
+  using type = float;
+};
+template <>
+struct Compute<double> {
+  using type = double;
+};
+template <class T>
+using compute_t = typename Compute<T>::type;
+template <class T>
+using vector_t = Vector<compute_t<T>>;
+
+template <class To, class From>
+inline To bits_of(From from) {
+  static_assert(sizeof(To) == sizeof(From), "a bit pattern keeps its size");
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class V>
+inline V read(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// --- bfloat16: the upper half of a float; rounded to nearest, ties to even ---
+
+inline Floats widen(Halves h, bfloat16) {
+  return bits_of<Floats>(__builtin_convertvector(h, Words) << 16);
+}
+
+inline Halves narrow(Floats v, bfloat16) {
+  Words w = bits_of<Words>(v);
+  Words rounded = (w + 0x7fffu + ((w >> 16) & 1u)) >> 16;
+  // Rounding could carry a NaN into infinity.
+  return __builtin_convertvector(v != v ? (w >> 16) | 0x40u : rounded, Halves);
+}
+
+// --- float16 ---
+
+#if defined(__AVX512F__)
+inline Floats widen(Halves h, float16) {
+  return bits_of<Floats>(_mm512_cvtph_ps(bits_of<__m256i>(h)));
+}
+inline Halves narrow(Floats v, float16) {
+  return bits_of<Halves>(_mm512_cvtps_ph(bits_of<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__F16C__)
+inline Floats widen(Halves h, float16) {
+  return bits_of<Floats>(_mm256_cvtph_ps(bits_of<__m128i>(h)));
+}
+inline Halves narrow(Floats v, float16) {
+  return bits_of<Halves>(_mm256_cvtps_ph(bits_of<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+inline Floats widen(Halves h, float16) {
+  Words w = __builtin_convertvector(h, Words);
+  Words sign = (w & 0x8000u) << 16, magnitude = (w & 0x7fffu) << 13;
+  // Exponents are rebiased by an addition; where there is none (subnormal), by a subtraction of
+  // floats that is exact, also with subnormal floats switched off.
+  Words normal = magnitude + ((127u - 15u) << 23);
+  Words infinite = magnitude | (0xffu << 23);
+  Floats subnormal = bits_of<Floats>(magnitude + ((127u - 14u) << 23)) - 0x1p-14f;
+  Words large = magnitude >= (0x1fu << 23) ? infinite : normal;
+  return bits_of<Floats>(sign | (magnitude < (1u << 23) ? bits_of<Words>(subnormal) : large));
+}
+inline Halves narrow(Floats v, float16) {
+  Words w = bits_of<Words>(v), sign = (w >> 16) & 0x8000u, magnitude = w & 0x7fffffffu;
+  Words normal = (magnitude - ((127u - 15u) << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // An addition of floats that leaves the digits of a subnormal half in the lowest bits.
+  Words subnormal = bits_of<Words>(bits_of<Floats>(magnitude) + 0.5f) - (126u << 23);
+  Words half = magnitude < ((127u - 14u) << 23) ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? Words{} + 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? (magnitude >> 13 & 0x3ffu) | 0x7e00u : half;
+  return __builtin_convertvector(half | sign, Halves);
+}
+#endif
+
+// --- whole vectors ---
+
+template <class T>
+inline vector_t<T> load(const T* p) {
+  if constexpr (sizeof(T) == 2)
+    return widen(read<Halves>(p), T{});
+  else
+    return read<vector_t<T>>(p);
+}
+
+template <class T>
+inline void store(T* p, vector_t<T> v) {
+  if constexpr (sizeof(T) == 2) {
+    Halves h = narrow(v, T{});
+    std::memcpy(p, &h, sizeof h);
+  } else {
+    std::memcpy(p, &v, sizeof v);
+  }
+}
+
+// --- the first k of a vector; what is behind them in memory is not touched ---
+
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+inline Floats load(const float* p, int k) {
+  return bits_of<Floats>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << k) - 1), p));
+}
+inline Doubles load(const double* p, int k) {
+  return bits_of<Doubles>(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << k) - 1), p));
+}
+inline void store(float* p, Floats v, int k) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << k) - 1), bits_of<__m512>(v));
+}
+inline void store(double* p, Doubles v, int k) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << k) - 1), bits_of<__m512d>(v));
+}
+template <class T>
+inline Floats load(const T* p, int k) {
+  auto mask = static_cast<__mmask16>((1u << k) - 1);
+  return widen(bits_of<Halves>(_mm256_maskz_loadu_epi16(mask, p)), T{});
+}
+template <class T>
+inline void store(T* p, Floats v, int k) {
+  auto mask = static_cast<__mmask16>((1u << k) - 1);
+  _mm256_mask_storeu_epi16(p, mask, bits_of<__m256i>(narrow(v, T{})));
+}
+#else
+template <class T>
+inline vector_t<T> load(const T* p, int k) {
+  T values[LANES<compute_t<T>>] = {};
+  for (int i = 0; i < k; ++i) values[i] = p[i];
+  return load(values);
+}
+template <class T>
+inline void store(T* p, vector_t<T> v, int k) {
+  T values[LANES<compute_t<T>>];
+  store(values, v);
+  for (int i = 0; i < k; ++i) p[i] = values[i];
+}
+#endif
+
+// The first 8 digits of each, and zero for what is not finite.
+inline Floats coarse(Floats v) {
+  return v - v == 0 ? bits_of<Floats>(bits_of<Words>(v) & 0xffff0000u) : Floats{};
+}
+inline Doubles coarse(Doubles v) {
+  using Longs = Vector<uint64_t>;
+  return v - v == 0 ? bits_of<Doubles>(bits_of<Longs>(v) & ~0ull << 45) : Doubles{};
+}
+
+// Zero but in the first k lanes.
+template <class A>
+inline Vector<A> first(Vector<A> v, int k) {
+  Vector<A> lane;
+  for (int i = 0; i < LANES<A>; ++i) lane[i] = static_cast<A>(i);
+  return lane < static_cast<A>(k) ? v : Vector<A>{};
+}
+
+// By halves: one after the other, each addition would wait for the one before.
+template <class V>
+inline double total(V v) {
+  constexpr int L = sizeof v / sizeof v[0];
+  double sums[L];
+  for (int i = 0; i < L; ++i) sums[i] = v[i];
+  for (int half = L / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  return sums[0];
+}
+
+}  // namespace

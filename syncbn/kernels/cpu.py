@@ -1,0 +1,222 @@
+"""The kernels on CPU, in C++ (`cpu.cpp`): each reads its inputs and writes its output once.
+
+They are called with ctypes. An extension module of torch would have to be built for each version of
+torch, and one of nanobind for each version of Python; a plain C library serves them all and needs
+neither to be built. A call costs 2 us (docs/kernels.md), of which nanobind would save the half.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from syncbn.kernels import reference
+from syncbn.kernels.samples import Samples
+from syncbn.kernels.transform import Transform
+
+# Built by hatch_build.py.
+PATH = Path(__file__).with_name("libsyncbn_cpu.so")
+_REASON = PATH.with_suffix(".txt")
+# The instruction sets of syncbn_level().
+LEVELS = ("baseline", "AVX2", "AVX-512")
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_INT, _LONG, _DOUBLE, _POINTER = (
+    ctypes.c_int,
+    ctypes.c_int64,
+    ctypes.c_double,
+    ctypes.c_void_p,
+)
+_OPERAND = (_POINTER, _LONG)
+_INPUT = (_INT, _INT, _INT, _LONG, _LONG, _LONG, *_OPERAND)
+_TRANSFORM = (_POINTER, _INT, _POINTER, _POINTER, ctypes.c_bool)
+_FUNCTIONS = {
+    "moments": (*_INPUT, _POINTER),
+    "statistics": (_INT, _POINTER, _LONG, _DOUBLE, _POINTER),
+    "move_running": (_INT, _POINTER, _LONG, _DOUBLE, _INT, _POINTER, _POINTER, _POINTER),
+    "normalize": (*_INPUT, *_TRANSFORM, *_OPERAND, *_OPERAND),
+    "backward_reduce": (*_INPUT, *_TRANSFORM, *_OPERAND, _POINTER),
+    "backward_elemt": (*_INPUT, *_TRANSFORM, *_OPERAND, _POINTER, *_OPERAND),
+}
+
+
+@dataclass(frozen=True)
+class CPU:
+    """The functions of :mod:`syncbn.kernels.reference`, for tensors on CPU.
+
+    Attributes:
+        library: `cpu.cpp`, loaded.
+        level: of the instructions to use: a position in :data:`LEVELS`.
+    """
+
+    library: ctypes.CDLL
+    level: int
+
+    def moments(self, x: Tensor) -> Tensor:
+        """See :func:`syncbn.kernels.reference.moments`."""
+        x, samples = _readable(x)
+        message = torch.empty(2 * samples.channels + 1, dtype=torch.float64)
+        _done(self.library.moments(*self._input(x, samples), message.data_ptr()))
+        return message
+
+    def statistics(self, message: Tensor, eps: float) -> Tensor:
+        """See :func:`syncbn.kernels.reference.statistics`."""
+        found = torch.empty_like(message)
+        head = self.level, message.data_ptr(), message.numel() // 2
+        _done(self.library.statistics(*head, eps, found.data_ptr()))
+        return found
+
+    def move_running(
+        self,
+        message: Tensor,
+        mean: Tensor | None,
+        var: Tensor | None,
+        tracked: Tensor | None,
+        momentum: float | None,
+    ) -> None:
+        """See :func:`syncbn.kernels.reference.move_running`."""
+        some = mean if var is None else var
+        if some is None or not (_is_like(mean, some) and _is_like(var, some)):
+            reference.move_running(message, mean, var, tracked, momentum)
+            return
+        # NaN is the cumulative average.
+        weight = math.nan if momentum is None else momentum
+        head = self.level, message.data_ptr(), message.numel() // 2, weight
+        addresses = _address(mean), _address(var), _address(tracked)
+        _done(self.library.move_running(*head, _DTYPES[some.dtype], *addresses))
+        # As a call of torch would: autograd must notice if it still needs what was there.
+        increment_version([t for t in (mean, var, tracked) if t is not None])
+
+    def normalize(self, x: Tensor, transform: Transform, residual: Tensor | None = None) -> Tensor:
+        """See :func:`syncbn.kernels.reference.normalize`."""
+        x, samples = _readable(x)
+        transform = _of_one_dtype(transform)
+        y = _empty_like(x, samples)
+        added, stride = (None, 0) if residual is None else _alike(residual, x, samples)
+        operands = _address(added), stride, y.data_ptr(), samples.dense_stride
+        _done(self.library.normalize(*self._input(x, samples), *_numbers(transform), *operands))
+        return y
+
+    def backward_reduce(self, dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
+        """See :func:`syncbn.kernels.reference.backward_reduce`."""
+        x, samples = _readable(x)
+        transform = _of_one_dtype(transform)
+        dy, stride = _alike(dy, x, samples)
+        sums = torch.empty(2 * samples.channels, dtype=torch.float64)
+        operands = _address(dy), stride, sums.data_ptr()
+        _done(
+            self.library.backward_reduce(*self._input(x, samples), *_numbers(transform), *operands)
+        )
+        return sums
+
+    def backward_elemt(self, dy: Tensor, x: Tensor, transform: Transform, sums: Tensor) -> Tensor:
+        """See :func:`syncbn.kernels.reference.backward_elemt`."""
+        x, samples = _readable(x)
+        transform = _of_one_dtype(transform)
+        dy, stride = _alike(dy, x, samples)
+        dx = _empty_like(x, samples)
+        operands = _address(dy), stride, sums.data_ptr(), dx.data_ptr(), samples.dense_stride
+        _done(
+            self.library.backward_elemt(*self._input(x, samples), *_numbers(transform), *operands)
+        )
+        return dx
+
+    def _input(self, x: Tensor, samples: Samples) -> tuple[int, ...]:
+        batch, channels, space, stride = samples
+        head = self.level, torch.get_num_threads(), _DTYPES[x.dtype]
+        return *head, batch, channels, space, _address(x), stride
+
+
+@cache
+def load() -> CPU | str:
+    """Return the kernels for the best instructions of this processor, or why there are none."""
+    if not PATH.exists():
+        reason = _REASON.read_text().strip() if _REASON.exists() else "it has not been built"
+        return f"there is no {PATH}: {reason}; see to it, and install syncbn again"
+    try:
+        library = ctypes.CDLL(str(PATH))
+        for name, arguments in _FUNCTIONS.items():
+            function = getattr(library, f"syncbn_{name}")
+            function.argtypes = arguments
+            setattr(library, name, function)
+        return CPU(library, library.syncbn_level())
+    except (OSError, AttributeError) as error:
+        return f"{PATH} cannot be used: {error}; install syncbn again"
+
+
+def describe() -> str:
+    """Return the instructions that the kernels use here, or why there are none."""
+    found = load()
+    return found if isinstance(found, str) else LEVELS[found.level]
+
+
+def _done(failed: int) -> None:
+    if failed:
+        raise MemoryError("no memory for the sums of the C++ kernels")
+
+
+def _address(t: Tensor | None) -> int:
+    if t is None:
+        return 0
+    address = t.data_ptr()
+    if address == 0 and t.numel() > 0:
+        raise RuntimeError(
+            f"got a {type(t).__name__} without memory of its own; the kernel 'cpu' takes plain "
+            "tensors (kernel='reference' takes any)"
+        )
+    return address
+
+
+def _readable(x: Tensor) -> tuple[Tensor, Samples]:
+    """Return x, or a copy if it has to be, and what the kernels see in it."""
+    x = x.resolve_neg() if x.is_neg() else x
+    samples = Samples.of(x)
+    if samples is None:
+        x = x.contiguous()
+        samples = Samples.dense(x.shape)
+    return x, samples
+
+
+def _alike(t: Tensor, x: Tensor, samples: Samples) -> tuple[Tensor, int]:
+    """Return t, or a copy if it has to be, seen as x is, and its stride."""
+    t = t.resolve_neg() if t.is_neg() else t
+    found = Samples.of(t)
+    if found == samples:
+        return t, samples.stride
+    if found is None or found[:3] != samples[:3]:
+        return _empty_like(x, samples).copy_(t), samples.dense_stride
+    return t, found.stride
+
+
+def _empty_like(x: Tensor, samples: Samples) -> Tensor:
+    """Return an uninitialized tensor of x's layout, without gaps."""
+    if samples.stride == samples.dense_stride:
+        return torch.empty_like(x)
+    return samples.empty(x.shape, x.dtype)
+
+
+def _is_like(t: Tensor | None, some: Tensor) -> bool:
+    """Return whether t, if there is one, can be read with some other in one call."""
+    return t is None or (t.dtype == some.dtype and t.is_contiguous())
+
+
+def _of_one_dtype(t: Transform) -> Transform:
+    """Return t with a weight and a bias that can be read in one call."""
+    some = t.bias if t.weight is None else t.weight
+    if some is None or (_is_like(t.weight, some) and _is_like(t.bias, some)):
+        return t
+    weight, bias = (None if v is None else v.double().contiguous() for v in (t.weight, t.bias))
+    return Transform(t.statistics, weight, bias, t.relu)
+
+
+def _numbers(t: Transform) -> tuple[int, ...]:
+    some = t.bias if t.weight is None else t.weight
+    dtype = _DTYPES[torch.float32 if some is None else some.dtype]
+    return t.statistics.data_ptr(), dtype, _address(t.weight), _address(t.bias), t.relu

@@ -1,0 +1,80 @@
+"""How the C++ kernels see a tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Samples(NamedTuple):
+    """Samples ``[channels, space]`` that are dense, a stride apart.
+
+    A contiguous ``[N, C, *]`` is N of them; a channels_last one is N times ``*`` of space 1. There
+    may be gaps between them, as slices of channels and batches have.
+
+    Attributes:
+        batch: how many.
+        channels: C.
+        space: values of a channel of a sample.
+        stride: elements from a sample to the next.
+    """
+
+    batch: int
+    channels: int
+    space: int
+    stride: int
+
+    @property
+    def dense_stride(self) -> int:
+        """The stride if there are no gaps."""
+        return self.channels * self.space
+
+    @staticmethod
+    def dense(shape: Sequence[int]) -> Samples:
+        """Return what a contiguous tensor is, shape ``[N, C, *]``."""
+        batch, channels, *rest = shape
+        space = math.prod(rest)
+        return Samples(batch, channels, space, channels * space)
+
+    @staticmethod
+    def of(x: Tensor) -> Samples | None:
+        """Return what x is, shape ``[N, C, *]``; None if it cannot be seen so."""
+        return _samples(x.shape, x.stride())
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Return an uninitialized tensor that is seen as such samples, without gaps."""
+        if self.batch == shape[0]:
+            return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape[0], *shape[2:], shape[1], dtype=dtype).movedim(-1, 1)
+
+
+# Layers see the same few shapes again and again.
+@lru_cache(maxsize=1024)
+def _samples(shape: torch.Size, strides: tuple[int, ...]) -> Samples | None:
+    dense = Samples.dense(shape)
+    spatial = range(len(shape) - 1, 1, -1)
+    if _follow((*spatial, 1, 0), shape, strides, 1):
+        return dense
+    if _follow((*spatial, 1), shape, strides, 1):
+        return dense._replace(stride=strides[0])
+    if _follow((1,), shape, strides, 1):
+        positions = (*spatial, 0)
+        stride = next(strides[d] for d in positions if shape[d] > 1)
+        if _follow(positions, shape, strides, stride):
+            return Samples(dense.batch * dense.space, dense.channels, 1, stride)
+    return None
+
+
+def _follow(dims: Iterable[int], shape: Sequence[int], strides: Sequence[int], step: int) -> bool:
+    """Return whether dimensions, from the innermost, lie as one whose stride is ``step``."""
+    for dim in dims:
+        if shape[dim] > 1:
+            if strides[dim] != step:
+                return False
+            step *= shape[dim]
+    return True

@@ -1,0 +1,329 @@
+"""The C++ kernels, for each instruction set of this processor: every size, every bit of a half."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import Case
+from torch import Tensor
+
+from syncbn.kernels import Kernel, Transform, cpu, reference
+from syncbn.kernels.samples import Samples
+from syncbn.moments import Moments
+from tests.kernels import cpp, levels, needs_cpp, tolerance
+from tests.test_kernels import DTYPES, EPS, LAYOUTS, SHAPES, check_module
+
+pytestmark = needs_cpp
+
+CPU = torch.device("cpu")
+LONGEST = 70
+LEVELS = [pytest.param(i, id=name) for i, name in enumerate(cpu.LEVELS)]
+
+
+@pytest.fixture(params=LEVELS)
+def kernel(request: pytest.FixtureRequest) -> cpu.CPU:
+    """Return the kernels for one instruction set."""
+    level: int = request.param
+    if level > cpp().level:
+        pytest.skip(f"this processor has no {cpu.LEVELS[level]}")
+    return levels()[level]
+
+
+def transform(x: Tensor, relu: bool = False) -> Transform:
+    """Return the transform of a batch, with a weight and a bias."""
+    numbers = torch.linspace(0.5, 1.5, x.shape[1], dtype=torch.float64)
+    weight, bias = numbers.to(x.dtype), (numbers - 1).to(x.dtype)
+    return Transform(reference.statistics(reference.moments(x.double()), EPS), weight, bias, relu)
+
+
+def everything(kernel: Kernel, x: Tensor, dy: Tensor, how: Transform) -> list[Tensor]:
+    """Return what the functions find, where rounding cannot move a value through a ReLU."""
+    message = kernel.moments(x)
+    sums = kernel.backward_reduce(dy, x, how)
+    given = torch.ones_like(sums)
+    found = [message, sums, kernel.normalize(x, how), kernel.backward_elemt(dy, x, how, given)]
+    return [t.double().flatten() for t in found]
+
+
+@pytest.mark.parametrize("channels", range(1, LONGEST + 1))
+def test_every_small_size(channels: int) -> None:
+    """Vectors that are full, begun, or less than one; rows, lines of several samples, rests."""
+    generator = torch.Generator().manual_seed(channels)
+    memory = torch.randn(2, 3 * channels * LONGEST + 16, generator=generator)
+    for samples, space in itertools.product(range(4), range(1, LONGEST + 1)):
+        numel = samples * channels * space
+        # Not aligned to anything but its own size.
+        x, dy = memory[:, space % 16 :][:, :numel].view(2, samples, channels, space)
+        how = transform(x)
+        wanted = everything(reference, x.double(), dy.double(), how)
+        bound = [1e-5 * t.abs().max().clamp(min=1) if t.numel() else 0 for t in wanted]
+        last = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        for kernel, values in itertools.product(levels(), (x, last)):
+            for a, b, most in zip(everything(kernel, values, dy, how), wanted, bound, strict=True):
+                assert a.numel() == 0 or (a - b).abs().max() <= most, (samples, space, kernel)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_agrees_with_float64(kernel: cpu.CPU, dtype: torch.dtype, layout: str) -> None:
+    for shape, affine in itertools.product(SHAPES, (True, False)):
+        check_module(kernel, Case((shape,), dtype, layout, affine=affine), tolerance(dtype), CPU)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("offset", [30.0, 1e4])
+def test_keeps_precision_far_from_zero(kernel: cpu.CPU, layout: str, offset: float) -> None:
+    for shape in (*SHAPES[-2:], (2, 3, 301, 401), (700, 3), (5, 70, 3)):
+        check_module(kernel, Case((shape,), layout=layout, offset=offset), 1e-6, CPU)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_keeps_precision_where_the_mean_moves(kernel: cpu.CPU, layout: str) -> None:
+    """A pivot from the first values is then far from those that follow, again and again."""
+    drift = torch.linspace(0, 1e4, 40 * 90 * 90, dtype=torch.float64)
+    noise = torch.randn(40, 3, 90, 90, dtype=torch.float64)
+    x = (noise + drift.view(40, 1, 90, 90)).float()
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    found = Moments.unpack(kernel.moments(x))
+    values = x.double().movedim(1, 0).flatten(1)
+    torch.testing.assert_close(found.variance(), values.var(1, correction=0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.mean(), values.mean(1), rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("value", [0.1, -7.3, 1e3 + 0.1, 1e6 + 0.3, 1e-30])
+def test_a_constant_channel_is_constant(kernel: cpu.CPU, value: float) -> None:
+    """Also where a first pivot of few digits, or the rounding of a sum, is beside it."""
+    for samples, channels, space in itertools.product(
+        (1, 2, 5), (1, 3, 40), (1, 2, 9, 16, 75, 9000)
+    ):
+        message = kernel.moments(torch.full((samples, channels, space), value))
+        assert not Moments.unpack(message).variance().any(), (samples, channels, space)
+
+
+def every_half(dtype: torch.dtype) -> Tensor:
+    """Return all numbers of a half type, NaN and infinities included, ``[1, 4096, 4, 4]``."""
+    bits = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)
+    return bits.view(dtype).view(1, 4096, 4, 4)
+
+
+def scaling(scale: float) -> Transform:
+    """Return the transform that multiplies 4096 channels."""
+    numbers = torch.zeros(2 * 4096 + 1, dtype=torch.float64)
+    numbers[4096:] = scale
+    return Transform(numbers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1 / 3, 0.5**7, 1.00390625, 3e4])
+@pytest.mark.parametrize("layout", ["rows", "columns", "short rows"])
+def test_every_half_is_read_and_rounded_as_by_torch(
+    kernel: cpu.CPU, dtype: torch.dtype, scale: float, layout: str
+) -> None:
+    """Subnormal, tied, overflowing: multiplied in float32 and rounded to nearest, ties to even."""
+    x = every_half(dtype)
+    match layout:
+        case "rows":
+            x = x.flatten(2)
+        case "columns":
+            x = x.contiguous(memory_format=torch.channels_last)
+        case _:
+            x = x.view(4, 4096, 4)
+    # Rows of 16 numbers are vectors; one number less, and there is a rest.
+    for values in (x, x[..., 1:].contiguous() if layout != "columns" else x[:, :, 1:]):
+        found = kernel.normalize(values, scaling(scale))
+        wanted = (values.float() * torch.tensor(scale, dtype=torch.float32)).to(dtype)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_goes_where_torch_lets_it(
+    kernel: cpu.CPU, layout: str, bad: float
+) -> None:
+    memory_format = getattr(torch, layout.replace("contiguous", "contiguous_format"))
+    x = torch.randn(3, 40, 5, 6).contiguous(memory_format=memory_format)
+    x[1, 20, 3, 4] = bad
+    message = kernel.moments(x)
+    mean, var, their_mean, their_var = torch.ones(4, 40)
+    kernel.move_running(message, mean, var, None, 0.1)
+    y = kernel.normalize(x, Transform(kernel.statistics(message, EPS)))
+    wanted = F.batch_norm(x, their_mean, their_var, training=True)
+    assert torch.equal(y.isfinite(), wanted.isfinite())
+    assert torch.equal(y.isnan(), wanted.isnan())
+    assert torch.equal(mean.isfinite(), their_mean.isfinite())
+    assert torch.equal(var.isfinite(), their_var.isfinite())
+
+
+def test_subnormal_inputs(kernel: cpu.CPU) -> None:
+    x = torch.randn(4, 5, 6, 7, dtype=torch.float64) * 1e-41
+    values = x.float().double().movedim(1, 0).flatten(1)
+    found = Moments.unpack(kernel.moments(x.float()))
+    torch.testing.assert_close(found.sum, values.sum(1), rtol=0, atol=1e-44 * 168)
+    assert torch.equal(kernel.normalize(x.float(), scaling_of(5, 2.0**20)), x.float() * 2.0**20)
+
+
+def scaling_of(channels: int, scale: float) -> Transform:
+    """Return the transform that multiplies some channels."""
+    numbers = torch.zeros(2 * channels + 1, dtype=torch.float64)
+    numbers[channels:] = scale
+    return Transform(numbers)
+
+
+VIEWS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "channels of rows": (lambda t: t[:, 3:20], True),
+    "channels of columns": (
+        lambda t: t.contiguous(memory_format=torch.channels_last)[:, 3:20],
+        True,
+    ),
+    "every second sample": (lambda t: t[::2], True),
+    "the same sample": (lambda t: t[:1].expand(4, -1, -1, -1), True),
+    "one channel": (lambda t: t[:, 4:5], True),
+    "a row of each": (lambda t: t[:, :, 2], False),
+    "a column of each": (lambda t: t[..., 2], False),
+    "a window": (lambda t: t[..., 1:4, 2:5], False),
+    "transposed": (lambda t: t.transpose(2, 3), False),
+    "every second channel": (lambda t: t[:, ::2], False),
+    "one number": (lambda t: t[:1, :1, :1, :1].expand_as(t), False),
+    "negated, not yet": (lambda t: torch._neg_view(t), True),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_any_strides(kernel: cpu.CPU, view: str) -> None:
+    make, readable = VIEWS[view]
+    x, dy, residual = (make(torch.randn(4, 24, 6, 9)) for _ in range(3))
+    assert (Samples.of(x) is not None) == readable
+    how = transform(x.contiguous())
+    for a, b in zip(everything(kernel, x, dy, how), everything(reference, x, dy, how), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    # Gradients and residuals need not lie as the input does.
+    other = dy.contiguous(memory_format=torch.channels_last) if dy.dim() == 4 else dy.contiguous()
+    for a, b in zip(
+        everything(kernel, x, other, how), everything(reference, x, dy, how), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    found = kernel.normalize(x, how, residual)
+    torch.testing.assert_close(found, reference.normalize(x, how, residual), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 20, 7, 7), (3, 20, 2, 2), (2, 3, 70, 70)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_relu_and_residual(
+    kernel: cpu.CPU, dtype: torch.dtype, shape: tuple[int, ...], layout: str
+) -> None:
+    memory_format = getattr(torch, layout.replace("contiguous", "contiguous_format"))
+    x, dy, residual = (
+        torch.randn(shape).to(dtype).contiguous(memory_format=memory_format) for _ in range(3)
+    )
+    how, exact = transform(x, relu=True), transform(x.double(), relu=True)
+    # Where rounding decides what passes, either is right.
+    edge = reference.normalize(x.double(), exact._replace(relu=False)).abs() < 1e-3
+    dy.masked_fill_(edge, 0)
+    for a, b in zip(
+        everything(kernel, x, dy, how),
+        everything(reference, x.double(), dy.double(), exact),
+        strict=True,
+    ):
+        assert (a - b).abs().max() <= 2 * tolerance(dtype) * b.abs().max()
+    wanted = reference.normalize(x.double(), exact, residual.double())
+    found = kernel.normalize(x, how, residual)
+    assert (found - wanted).abs().max() <= 2 * tolerance(dtype) * wanted.abs().max()
+    assert (found == 0).any()
+    assert (found >= 0).all()
+
+
+def test_relu_keeps_nan_and_lets_its_gradient_pass(kernel: cpu.CPU) -> None:
+    """As torch.relu, and its gradient, do."""
+    x = torch.randn(2, 3, 17)
+    x[0, 1, 5] = float("nan")
+    how = transform(torch.randn(2, 3, 17), relu=True)
+    assert torch.equal(kernel.normalize(x, how).isnan(), x.isnan())
+    dx = kernel.backward_elemt(torch.ones_like(x), x, how, torch.zeros(6, dtype=torch.float64))
+    assert torch.equal(dx.isnan(), x.isnan())
+    sums = kernel.backward_reduce(torch.ones_like(x), x, how).view(2, -1)
+    assert sums[0].isfinite().all()
+    assert torch.equal(sums[1].isnan(), torch.tensor([False, True, False]))
+
+
+@pytest.mark.parametrize("shape", [(16, 3, 100, 100), (1, 1, 500_001), (64, 300, 4, 4)])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_threads_change_nothing(shape: tuple[int, ...], layout: str) -> None:
+    """Not a bit: what is summed by itself depends on the sizes alone."""
+    x, dy = torch.randn(2, *shape)
+    if layout == "channels_last":
+        x, dy = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, dy))
+    how = transform(x)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(everything(cpp(), x, dy, how))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES)), ids=str)
+def test_weight_and_bias_of_any_dtype(
+    kernel: cpu.CPU, dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    x = torch.randn(4, 21, 5)
+    how = transform(x)
+    assert how.weight is not None
+    assert how.bias is not None
+    weight, bias = how.weight.to(dtypes[0]), how.bias.to(dtypes[1])
+    for w, b in itertools.product((weight, weight.repeat(2, 1).t()[:, 0], None), (bias, None)):
+        mixed = how._replace(weight=w, bias=b)
+        found, wanted = (k.normalize(x, mixed) for k in (kernel, reference))
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+AVERAGES = [(a, b) for a in (*DTYPES, None) for b in (*DTYPES, None)]
+
+
+@pytest.mark.parametrize("dtypes", AVERAGES, ids=str)
+@pytest.mark.parametrize("momentum", [0.3, None])
+@pytest.mark.parametrize("count", [0, 1, 7])
+def test_running_averages(
+    kernel: cpu.CPU,
+    dtypes: tuple[torch.dtype | None, torch.dtype | None],
+    momentum: float | None,
+    count: int,
+) -> None:
+    message = reference.moments(torch.randn(count, 37, dtype=torch.float64))
+    found: list[list[Tensor | None]] = []
+    for k in (kernel, reference):
+        generator = torch.Generator().manual_seed(0)
+        averages: list[Tensor | None] = [
+            None if dtype is None else torch.rand(37, generator=generator).to(dtype)
+            for dtype in dtypes
+        ]
+        averages.append(torch.tensor(4))
+        for tracked in (averages[2], None):
+            k.move_running(message, averages[0], averages[1], tracked, momentum)
+        found.append(averages)
+    for mine, other in zip(*found, strict=True):
+        if mine is not None:
+            # A rounding of float64 may decide a tie.
+            torch.testing.assert_close(mine, other)
+            assert (mine._version > 0) or mine.numel() == 1 or count < 0
+
+
+def test_a_layer_that_evaluated_and_then_trained_tells_autograd() -> None:
+    """The running variance, which the gradient still needs, is not the one it was."""
+    import syncbn
+
+    layer = syncbn.SyncBatchNorm2d(3)
+    x = torch.randn(4, 3, 5, 5, requires_grad=True)
+    y = layer.eval()(x)
+    layer.train()(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
