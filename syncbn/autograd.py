@@ -103,9 +103,15 @@ class SyncBatchNormFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         """Return y, and the group's packed :class:`~syncbn.moments.Moments` (no gradient)."""
         kernel = call.kernel
-        message = collectives.all_reduce(kernel.moments(x), call.group, call.about("forward", x))
-        statistics = kernel.statistics(message, call.eps)
-        y = kernel.normalize(x, Transform(statistics, weight, bias, call.relu), residual)
+        if call.group is None:
+            y, message, statistics = kernel.forward_alone(
+                x, call.eps, weight, bias, residual, call.relu
+            )
+        else:
+            message = kernel.moments(x)
+            collectives.all_reduce(message, call.group, call.about("forward", x))
+            statistics = kernel.statistics(message, call.eps)
+            y = kernel.normalize(x, Transform(statistics, weight, bias, call.relu), residual)
 
         masks = call.relu and residual is not None
         ctx.save_for_backward(x, weight, bias, statistics, y if masks else None)
@@ -127,13 +133,18 @@ class SyncBatchNormFunction(torch.autograd.Function):
         if y is not None:
             dy = torch.ops.aten.threshold_backward(dy, y, 0)
         transform = Transform(statistics, weight, bias, call.relu and y is None)
-        sums = kernel.backward_reduce(dy, x, transform)
+        dx = None
+        if call.group is None and needs_x:
+            sums, dx = kernel.backward_alone(dy, x, transform)
+        else:
+            sums = kernel.backward_reduce(dy, x, transform)
         channels = x.shape[1]
         # Copies, because the all-reduce works in place.
         dbias = sums[:channels].to(bias.dtype, copy=True) if needs_bias else None
         dweight = sums[channels:].to(weight.dtype, copy=True) if needs_weight else None
-        # Also when this rank needs no dx: the others wait for its share.
-        sums = collectives.all_reduce(sums, call.group, call.about("backward", x))
-        dx = kernel.backward_elemt(dy, x, transform, sums) if needs_x else None
+        if call.group is not None:
+            # Also when this rank needs no dx: the others wait for its share.
+            collectives.all_reduce(sums, call.group, call.about("backward", x))
+            dx = kernel.backward_elemt(dy, x, transform, sums) if needs_x else None
         dresidual = dy if needs_residual else None
         return dx, dweight, dbias, dresidual, None

@@ -98,4 +98,29 @@ PUBLIC int syncbn_backward_elemt(int level, int threads, Dtype dtype, int64_t ba
     LEVELS[level]->backward_elemt(in, transform, sums, {dy, dy_stride}, {dx, dx_stride});
   });
 }
+
+PUBLIC int syncbn_forward_alone(int level, int threads, Dtype dtype, int64_t batch, int64_t channels,
+                                int64_t space, void* x, int64_t x_stride, double* statistics,
+                                Dtype parameters, void* weight, void* bias, bool relu, double eps,
+                                void* residual, int64_t residual_stride, void* y, int64_t y_stride,
+                                double* message) {
+  return without_exceptions([&] {
+    Input in{{batch, channels, space}, dtype, threads, {x, x_stride}};
+    Transform transform{nullptr, {weight, parameters}, {bias, parameters}, relu};
+    LEVELS[level]->forward_alone(in, eps, transform, {residual, residual_stride}, {y, y_stride},
+                                 message, statistics);
+  });
+}
+
+PUBLIC int syncbn_backward_alone(int level, int threads, Dtype dtype, int64_t batch,
+                                 int64_t channels, int64_t space, void* x, int64_t x_stride,
+                                 const double* statistics, Dtype parameters, void* weight,
+                                 void* bias, bool relu, void* dy, int64_t dy_stride, double* sums,
+                                 void* dx, int64_t dx_stride) {
+  return without_exceptions([&] {
+    Input in{{batch, channels, space}, dtype, threads, {x, x_stride}};
+    Transform transform{statistics, {weight, parameters}, {bias, parameters}, relu};
+    LEVELS[level]->backward_alone(in, transform, {dy, dy_stride}, sums, {dx, dx_stride});
+  });
+}
 }

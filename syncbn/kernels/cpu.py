@@ -44,6 +44,8 @@ _FUNCTIONS = {
     "normalize": (*_INPUT, *_TRANSFORM, *_OPERAND, *_OPERAND),
     "backward_reduce": (*_INPUT, *_TRANSFORM, *_OPERAND, _POINTER),
     "backward_elemt": (*_INPUT, *_TRANSFORM, *_OPERAND, _POINTER, *_OPERAND),
+    "forward_alone": (*_INPUT, *_TRANSFORM, _DOUBLE, *_OPERAND, *_OPERAND, _POINTER),
+    "backward_alone": (*_INPUT, *_TRANSFORM, *_OPERAND, _POINTER, *_OPERAND),
 }
 
 
@@ -127,6 +129,40 @@ class CPU:
             self.library.backward_elemt(*self._input(x, samples), *_numbers(transform), *operands)
         )
         return dx
+
+    def forward_alone(
+        self,
+        x: Tensor,
+        eps: float,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        relu: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See :func:`syncbn.kernels.reference.forward_alone`."""
+        x, samples = _readable(x)
+        message = torch.empty(2 * samples.channels + 1, dtype=torch.float64)
+        statistics = torch.empty_like(message)
+        transform = _of_one_dtype(Transform(statistics, weight, bias, relu))
+        y = _empty_like(x, samples)
+        added, stride = (None, 0) if residual is None else _alike(residual, x, samples)
+        operands = _address(added), stride, y.data_ptr(), samples.dense_stride
+        head = *self._input(x, samples), *_numbers(transform)
+        _done(self.library.forward_alone(*head, eps, *operands, message.data_ptr()))
+        return y, message, statistics
+
+    def backward_alone(self, dy: Tensor, x: Tensor, transform: Transform) -> tuple[Tensor, Tensor]:
+        """See :func:`syncbn.kernels.reference.backward_alone`."""
+        x, samples = _readable(x)
+        transform = _of_one_dtype(transform)
+        dy, stride = _alike(dy, x, samples)
+        sums = torch.empty(2 * samples.channels, dtype=torch.float64)
+        dx = _empty_like(x, samples)
+        operands = _address(dy), stride, sums.data_ptr(), dx.data_ptr(), samples.dense_stride
+        _done(
+            self.library.backward_alone(*self._input(x, samples), *_numbers(transform), *operands)
+        )
+        return sums, dx
 
     def _input(self, x: Tensor, samples: Samples) -> tuple[int, ...]:
         batch, channels, space, stride = samples

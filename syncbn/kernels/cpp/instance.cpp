@@ -1,4 +1,5 @@
 // The kernels for one instruction set: that of the compiler's flags. SYNCBN_KERNELS is their name.
+#include "alone.h"
 #include "channels.h"
 #include "columns.h"
 #include "rows.h"
@@ -72,7 +73,39 @@ void backward_elemt(Input in, Transform transform, const double* sums, Operand d
   });
 }
 
+void forward_alone(Input in, double eps, Transform transform, Operand residual, Operand y,
+                   double* message, double* statistics) {
+  Numbers weight = transform.weight, bias = transform.bias;
+  each_tile(in, [&](const Tile& tile) {
+    Scratch<double> own(2 * tile.numbers());
+    double *own_message = own.data(), *own_statistics = own_message + tile.numbers();
+    moments(tile.of(in), own_message);
+    write_statistics(own_message, tile.channels, eps, own_statistics);
+    Transform part{own_statistics, tile.of(weight), tile.of(bias), transform.relu};
+    normalize(tile.of(in), part, tile.of(residual), tile.of(y));
+    tile.scatter(own_message, message);
+    tile.scatter(own_statistics, statistics);
+  });
+  message[2 * in.shape.channels] = statistics[2 * in.shape.channels] =
+      static_cast<double>(in.shape.batch * in.shape.space);
+}
+
+void backward_alone(Input in, Transform transform, Operand dy, double* sums, Operand dx) {
+  Numbers weight = transform.weight, bias = transform.bias;
+  each_tile(in, [&](const Tile& tile) {
+    Scratch<double> own(2 * tile.numbers());
+    double *own_statistics = own.data(), *own_sums = own_statistics + tile.numbers();
+    tile.gather(transform.statistics, own_statistics);
+    own_statistics[2 * tile.channels] = transform.statistics[2 * in.shape.channels];
+    Transform part{own_statistics, tile.of(weight), tile.of(bias), transform.relu};
+    backward_reduce(tile.of(in), part, tile.of(dy), own_sums);
+    backward_elemt(tile.of(in), part, own_sums, tile.of(dy), tile.of(dx));
+    tile.scatter(own_sums, sums);
+  });
+}
+
 }  // namespace
 
-extern const Kernels SYNCBN_KERNELS = {moments,   write_statistics, move_running,
-                                       normalize, backward_reduce,  backward_elemt};
+extern const Kernels SYNCBN_KERNELS = {moments,         write_statistics, move_running,
+                                       normalize,       backward_reduce,  backward_elemt,
+                                       forward_alone, backward_alone};

@@ -40,6 +40,10 @@ struct Kernels {
   void (*normalize)(Input, Transform, Operand residual, Operand y);
   void (*backward_reduce)(Input, Transform, Operand dy, double* sums);
   void (*backward_elemt)(Input, Transform, const double* sums, Operand dy, Operand dx);
+  // The functions above in one, for who has no other rank to wait for.
+  void (*forward_alone)(Input, double eps, Transform, Operand residual, Operand y, double* message,
+                        double* statistics);
+  void (*backward_alone)(Input, Transform, Operand dy, double* sums, Operand dx);
 };
 
 extern const Kernels kernels_baseline;
