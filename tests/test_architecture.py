@@ -18,7 +18,7 @@ PACKAGE = ROOT / "syncbn"
 
 # From the ground up: a room imports from the ones before it, and within itself.
 ROOMS = [
-    ("files", "moments", "distributed"),
+    ("files", "moments", "ownership", "distributed"),
     ("kernels",),
     ("autograd",),
     ("functional",),

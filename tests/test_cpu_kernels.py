@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -273,6 +274,23 @@ def test_threads_change_nothing(shape: tuple[int, ...], layout: str) -> None:
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 33, 511, 509), (1, 1, 17_000_001), (560_000, 33), (230_000, 80)]
+)
+def test_what_is_written_past_the_caches(
+    kernel: cpu.CPU, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    """Tensors of more than 32 MiB, whose rows and lines begin anywhere in a cache line."""
+    memory = torch.randn(math.prod(shape) + 1, dtype=dtype)
+    assert memory.nbytes > 1 << 25
+    # Wherever there is no more memory to write to, nothing may be written.
+    x = memory[1:].view(shape)
+    how = transform(x[:1].float())
+    small = [kernel.normalize(part, how) for part in x.split(1 if x.dim() > 2 else 10_000)]
+    assert torch.equal(kernel.normalize(x, how), torch.cat(small))
 
 
 @pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES)), ids=str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -59,6 +60,36 @@ class CaseCosts:
     layers: list[LayerCost]
 
 
+class _Gradients:
+    """Gives a new tensor for each backward pass, as the layer that follows would.
+
+    Attributes:
+        dy: its values.
+        fresh: made before the clock starts.
+    """
+
+    def __init__(self, dy: Tensor) -> None:
+        self.dy = dy
+        self.refill()
+
+    def refill(self) -> None:
+        self.fresh: Tensor | None = self.dy.clone()
+
+
+class _Given(torch.autograd.Function):
+    """Something that has the gradients that it is given."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, gradients: _Gradients) -> Tensor:
+        ctx.gradients = gradients
+        return y.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, None]:
+        dy, ctx.gradients.fresh = ctx.gradients.fresh, None
+        return dy, None
+
+
 @dataclass(frozen=True)
 class _Layer:
     name: str
@@ -90,13 +121,18 @@ def measure(
     """
     x, dy = case.tensor(device).requires_grad_(), case.tensor(device)
     layers = _layers(case, kernels, device)
-    target = torch.empty_like(dy)
+    target, gradients = torch.empty_like(dy), _Gradients(dy)
     calls: dict[str, Callable[[], object]] = {COPY: partial(target.copy_, dy)}
     for layer in layers:
         calls[f"{layer.key} forward"] = partial(layer.call, x)
-        calls[layer.key] = partial(_step, layer, x, dy)
+        calls[layer.key] = partial(_step, layer, x, gradients)
+
+    def before() -> None:
+        gradients.refill()
+        meet()
+
     timed = {name: finished(call, device) for name, call in calls.items()}
-    times = take_turns(timed, rounds, meet=meet)
+    times = take_turns(timed, rounds, meet=before)
     walls = {name: slowest(taken.wall) for name, taken in times.items()}
     costs = [
         LayerCost(
@@ -106,7 +142,7 @@ def measure(
             forward=Spread.of(walls[f"{layer.key} forward"]),
             step=Spread.of(walls[layer.key]),
             ratio=Spread.of(walls[layer.key] / walls[layer.baseline]),
-            peak_bytes=peak_bytes(calls[layer.key], device),
+            peak_bytes=_peak_bytes(calls[layer.key], gradients, device),
         )
         for layer in layers
     ]
@@ -153,5 +189,11 @@ def _fused(
     )
 
 
-def _step(layer: _Layer, x: Tensor, dy: Tensor) -> None:
-    torch.autograd.grad(layer.call(x), [x, *layer.parameters], dy)
+def _step(layer: _Layer, x: Tensor, gradients: _Gradients) -> None:
+    loss = _Given.apply(layer.call(x), gradients)
+    torch.autograd.grad(loss, [x, *layer.parameters])
+
+
+def _peak_bytes(step: Callable[[], object], gradients: _Gradients, device: torch.device) -> int:
+    gradients.refill()
+    return peak_bytes(step, device)

@@ -72,7 +72,8 @@ def take_turns(
         calls: what to measure, by name.
         rounds: how often each gets its turn; their order changes from turn to turn.
         burst: calls a turn, in a row.
-        meet: called before each turn; ranks that measure together wait for each other here.
+        meet: called before each turn, and not measured; ranks that measure together wait for each
+            other here.
 
     Returns:
         The times of each call. The i-th time of one belongs to the i-th of another.

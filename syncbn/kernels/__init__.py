@@ -42,8 +42,15 @@ class Kernel(Protocol):
     def backward_reduce(self, dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
         """Return ``[sum(dy) (C) | sum(dy * xhat) (C)]``, float64 ``[2C]``."""
 
-    def backward_elemt(self, dy: Tensor, x: Tensor, transform: Transform, sums: Tensor) -> Tensor:
-        """Return dx in x's dtype and layout."""
+    def backward_elemt(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        transform: Transform,
+        sums: Tensor,
+        may_overwrite: bool = False,
+    ) -> Tensor:
+        """Return dx in x's dtype and layout; in dy's memory, if it may be overwritten."""
 
     def forward_alone(
         self,
@@ -56,7 +63,9 @@ class Kernel(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return y, the message and the statistics, for a group of one."""
 
-    def backward_alone(self, dy: Tensor, x: Tensor, transform: Transform) -> tuple[Tensor, Tensor]:
+    def backward_alone(
+        self, dy: Tensor, x: Tensor, transform: Transform, may_overwrite: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Return ``backward_reduce`` and dx, for a group of one."""
 
 

@@ -71,7 +71,9 @@ def backward_reduce(dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
     return torch.cat([sum_dy, (sum_dy_xmu - rest * sum_dy) * invstd])
 
 
-def backward_elemt(dy: Tensor, x: Tensor, transform: Transform, sums: Tensor) -> Tensor:
+def backward_elemt(
+    dy: Tensor, x: Tensor, transform: Transform, sums: Tensor, may_overwrite: bool = False
+) -> Tensor:
     """See :func:`syncbn.kernels.reference.backward_elemt`."""
     if x.numel() == 0:
         return torch.empty_like(x)
@@ -110,7 +112,9 @@ def forward_alone(
     return normalize(x, Transform(found, weight, bias, relu), residual), message, found
 
 
-def backward_alone(dy: Tensor, x: Tensor, transform: Transform) -> tuple[Tensor, Tensor]:
+def backward_alone(
+    dy: Tensor, x: Tensor, transform: Transform, may_overwrite: bool = False
+) -> tuple[Tensor, Tensor]:
     """See :func:`syncbn.kernels.reference.backward_alone`."""
     sums = backward_reduce(dy, x, transform)
     return sums, backward_elemt(dy, x, transform, sums)

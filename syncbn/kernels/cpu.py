@@ -118,12 +118,19 @@ class CPU:
         )
         return sums
 
-    def backward_elemt(self, dy: Tensor, x: Tensor, transform: Transform, sums: Tensor) -> Tensor:
+    def backward_elemt(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        transform: Transform,
+        sums: Tensor,
+        may_overwrite: bool = False,
+    ) -> Tensor:
         """See :func:`syncbn.kernels.reference.backward_elemt`."""
         x, samples = _readable(x)
         transform = _of_one_dtype(transform)
         dy, stride = _alike(dy, x, samples)
-        dx = _empty_like(x, samples)
+        dx = dy if may_overwrite and stride == samples.dense_stride else _empty_like(x, samples)
         operands = _address(dy), stride, sums.data_ptr(), dx.data_ptr(), samples.dense_stride
         _done(
             self.library.backward_elemt(*self._input(x, samples), *_numbers(transform), *operands)
@@ -151,13 +158,15 @@ class CPU:
         _done(self.library.forward_alone(*head, eps, *operands, message.data_ptr()))
         return y, message, statistics
 
-    def backward_alone(self, dy: Tensor, x: Tensor, transform: Transform) -> tuple[Tensor, Tensor]:
+    def backward_alone(
+        self, dy: Tensor, x: Tensor, transform: Transform, may_overwrite: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """See :func:`syncbn.kernels.reference.backward_alone`."""
         x, samples = _readable(x)
         transform = _of_one_dtype(transform)
         dy, stride = _alike(dy, x, samples)
         sums = torch.empty(2 * samples.channels, dtype=torch.float64)
-        dx = _empty_like(x, samples)
+        dx = dy if may_overwrite and stride == samples.dense_stride else _empty_like(x, samples)
         operands = _address(dy), stride, sums.data_ptr(), dx.data_ptr(), samples.dense_stride
         _done(
             self.library.backward_alone(*self._input(x, samples), *_numbers(transform), *operands)

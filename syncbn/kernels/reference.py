@@ -124,7 +124,9 @@ def backward_reduce(dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
     return torch.cat([sum_dy, (sum_dy_x - rest * sum_dy) * transform.invstd])
 
 
-def backward_elemt(dy: Tensor, x: Tensor, transform: Transform, sums: Tensor) -> Tensor:
+def backward_elemt(
+    dy: Tensor, x: Tensor, transform: Transform, sums: Tensor, may_overwrite: bool = False
+) -> Tensor:
     """Return dx in x's dtype and layout.
 
     ``dx = invstd * weight * (dy - sum(dy)/count - xhat * sum(dy * xhat)/count)``
@@ -134,6 +136,7 @@ def backward_elemt(dy: Tensor, x: Tensor, transform: Transform, sums: Tensor) ->
         x: shape ``[N, C, *]``.
         transform: of the forward pass, without residual.
         sums: :func:`backward_reduce` summed over the group, float64, shape ``[2C]``.
+        may_overwrite: nobody needs dy any more; a kernel may write dx there.
     """
     dy = _through_relu(dy, x, transform)
     pivot, slope, offset, scale = (
@@ -159,7 +162,9 @@ def forward_alone(
     return normalize(x, Transform(found, weight, bias, relu), residual), message, found
 
 
-def backward_alone(dy: Tensor, x: Tensor, transform: Transform) -> tuple[Tensor, Tensor]:
+def backward_alone(
+    dy: Tensor, x: Tensor, transform: Transform, may_overwrite: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return :func:`backward_reduce` and dx: the backward pass of who is alone in the group."""
     sums = backward_reduce(dy, x, transform)
     return sums, backward_elemt(dy, x, transform, sums)

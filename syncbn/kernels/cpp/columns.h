@@ -5,8 +5,10 @@
 
 namespace {
 
-// Columns that make a loop over them worth it; narrower samples are taken several at a time.
+// Columns that make a loop over them worth it; narrower samples are taken several at a time, as many
+// as fill vectors of this many lanes.
 constexpr int64_t NARROWEST_LINE = 64;
+constexpr int64_t MOST_LANES = 16;
 // Lines that are summed before they are added to the lines before them, which saves traffic with the
 // accumulators, and keeps the errors of float32 small.
 constexpr int64_t GROUP = 8;
@@ -24,7 +26,11 @@ struct Lines {
   // several: whether samples follow each other without a gap.
   Lines(Shape s, bool several) : shape(s) {
     int64_t narrow = s.channels * s.space;
-    together = several ? ceil_div(NARROWEST_LINE, narrow) : 1;
+    together = 1;
+    if (several && narrow < NARROWEST_LINE) {
+      together = ceil_div(NARROWEST_LINE, narrow);
+      while (narrow * together % MOST_LANES != 0) ++together;
+    }
     full = s.batch / together;
     width = narrow * together;
     rest = s.batch % together * narrow;
@@ -220,35 +226,38 @@ class ColumnSums {
   Scratch<A> coefficients_;
 };
 
+// The coefficients of a vector of columns.
+template <class A, int K>
+struct Columns {
+  Vector<A> values[K];
+
+  Columns(const A* coefficients, int64_t stride) {
+    for (int k = 0; k < K; ++k) values[k] = load(coefficients + k * stride);
+  }
+};
+
 // Write Op::value of every element.
 template <class Op, class T>
 void map_columns(Shape shape, Strided<const T> x, Strided<const T> pair, Strided<T> y,
                  const compute_t<T>* coefficients, int threads) {
   using A = compute_t<T>;
-  using V = Vector<A>;
   constexpr int L = LANES<A>, K = Op::COEFFICIENTS;
   Lines lines(shape, dense(shape, x) && dense(shape, y) && (!Op::HAS_PAIR || dense(shape, pair)));
-  int64_t padded = ceil_div(lines.width, L) * L;
+  // A vector may begin at the last column.
+  int64_t padded = lines.width + L;
   Scratch<A> columns(K * padded);
   for (int k = 0; k < K; ++k)
     lines.spread(coefficients + k * shape.channels, columns.data() + k * padded);
-  auto map_line = [&](const T* from, const T* with, T* to, int64_t width) {
-    auto map_vector = [&](int64_t j, auto... part) {
-      V c[K];
-      for (int k = 0; k < K; ++k) c[k] = load(columns.data() + k * padded + j);
-      V second = Op::HAS_PAIR ? load(with + j, part...) : V{};
-      store(to + j, Op::value(load(from + j, part...), second, c), part...);
-    };
-    int64_t j = 0;
-    for (; j + L <= width; j += L) map_vector(j);
-    if (j < width) map_vector(j, static_cast<int>(width - j));
-  };
+  bool streamed = streams(shape, y, pair, lines.width);
   share(lines.count(), threads, [&](int, int64_t begin, int64_t end) {
     for (int64_t line = begin; line < end; ++line) {
       const T* from = lines.in(x, line);
       const T* with = Op::HAS_PAIR ? lines.in(pair, line) : from;
-      map_line(from, with, lines.in(y, line), line < lines.full ? lines.width : lines.rest);
+      int64_t width = line < lines.full ? lines.width : lines.rest;
+      map_run<Op>(from, with, lines.in(y, line), width, streamed,
+                  [&](int64_t j) { return Columns<A, K>(columns.data() + j, padded); });
     }
+    if (streamed) end_of_stream();
   });
 }
 

@@ -6,6 +6,7 @@
 // (coefficients.py): x - pivot is exact where x is near the mean, x * scale + shift is not.
 #pragma once
 #include "simd.h"
+#include "work.h"
 
 namespace {
 
@@ -79,5 +80,42 @@ struct InputGradient {
     return dy * c[1] + ((x - c[0]) * c[3] + c[4]);
   }
 };
+
+// What is as large as this is written past the caches: it would not stay in them, and memory is not
+// read only to be overwritten. Smaller tensors are read from the cache by who comes next.
+constexpr int64_t STREAMED_BYTES = 1 << 25;
+// Runs that begin and end within a cache line are not, if they are shorter.
+constexpr int64_t STREAMED_RUN = 1 << 12;
+
+// Whether to stream y, which is not what is read, in runs of some elements.
+template <class T>
+bool streams(const Shape& shape, Strided<T> y, Strided<const T> pair, int64_t run) {
+  constexpr int64_t L = LANES<compute_t<T>>, BYTES = sizeof(T);
+  bool aligned = unaligned(y.data) == 0 && y.stride % L == 0 && run % L == 0;
+  return shape.numel() * BYTES >= STREAMED_BYTES && y.data != pair.data &&
+         (aligned || run * BYTES >= STREAMED_RUN);
+}
+
+// Write Op::value of `size` elements; coefficients(i) are those of the vector from i on.
+template <class Op, class T, class Coefficients>
+inline void map_run(const T* x, const T* pair, T* y, int64_t size, bool streamed,
+                    const Coefficients& coefficients) {
+  using A = compute_t<T>;
+  constexpr int L = LANES<A>;
+  auto value = [&](int64_t i, auto... part) {
+    Vector<A> second{};
+    if constexpr (Op::HAS_PAIR) second = load(pair + i, part...);
+    const auto& c = coefficients(i);
+    return Op::value(load(x + i, part...), second, c.values);
+  };
+  int64_t i = 0;
+  if (streamed) {
+    i = at_most(unaligned(y), size);
+    if (int k = static_cast<int>(i); k > 0) store(y, value(0, k), k);
+    for (; i + L <= size; i += L) stream(y + i, value(i));
+  }
+  for (; i + L <= size; i += L) store(y + i, value(i));
+  if (int k = static_cast<int>(size - i); k > 0) store(y + i, value(i, k), k);
+}
 
 }  // namespace

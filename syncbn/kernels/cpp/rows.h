@@ -182,32 +182,21 @@ class RowSums {
 template <class Op, class T>
 void map_rows(Shape shape, Strided<const T> x, Strided<const T> pair, Strided<T> y,
               const compute_t<T>* coefficients, int threads) {
-  using A = compute_t<T>;
-  using V = Vector<A>;
-  constexpr int L = LANES<A>;
-  auto map_piece = [&](const T* from, const T* with, T* to, int64_t size, const V* c) {
-    int64_t i = 0;
-    for (; i + L <= size; i += L) {
-      V second = Op::HAS_PAIR ? load(with + i) : V{};
-      store(to + i, Op::value(load(from + i), second, c));
-    }
-    if (int k = static_cast<int>(size - i); k > 0) {
-      V second = Op::HAS_PAIR ? load(with + i, k) : V{};
-      store(to + i, Op::value(load(from + i, k), second, c), k);
-    }
-  };
   int64_t segments = ceil_div(shape.space, SEGMENT), pieces = shape.batch * segments;
+  bool streamed = streams(shape, y, pair, shape.space);
   share(pieces * shape.channels, threads, [&](int, int64_t begin, int64_t end) {
     int64_t i = begin / shape.channels, c = begin % shape.channels;
     for (int64_t left = end - begin; left > 0; ++i, c = 0) {
       Piece piece(i, segments, shape.space);
       for (; c < shape.channels && left > 0; ++c, --left) {
-        Broadcast<A, Op::COEFFICIENTS> broadcast(coefficients + c, shape.channels);
+        Broadcast<compute_t<T>, Op::COEFFICIENTS> same(coefficients + c, shape.channels);
         const T* from = piece.in(x, c, shape.space);
         const T* with = Op::HAS_PAIR ? piece.in(pair, c, shape.space) : from;
-        map_piece(from, with, piece.in(y, c, shape.space), piece.size, broadcast.values);
+        map_run<Op>(from, with, piece.in(y, c, shape.space), piece.size, streamed,
+                    [&](int64_t) -> const auto& { return same; });
       }
     }
+    if (streamed) end_of_stream();
   });
 }
 

@@ -140,6 +140,37 @@ inline void store(T* p, vector_t<T> v) {
   }
 }
 
+// Past the caches, to where a whole vector is aligned.
+template <class T>
+inline void stream(T* p, vector_t<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 2)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits_of<__m256i>(narrow(v, T{})));
+  else
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits_of<__m512i>(v));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(T) == 2)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits_of<__m128i>(narrow(v, T{})));
+  else
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits_of<__m256i>(v));
+#else
+  store(p, v);
+#endif
+}
+
+inline void end_of_stream() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// How many elements from p on are before the first that a whole vector can be streamed to.
+template <class T>
+inline int64_t unaligned(const T* p) {
+  constexpr auto BYTES = LANES<compute_t<T>> * sizeof(T);
+  return static_cast<int64_t>((BYTES - reinterpret_cast<uintptr_t>(p) % BYTES) % BYTES / sizeof(T));
+}
+
 // --- the first k of a vector; what is behind them in memory is not touched ---
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__)

@@ -1,0 +1,87 @@
+"""Whether a gradient is nobody else's, so that the one computed from it may take its memory."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Not in every version of torch.
+_COUNT = "_use_count"
+
+
+class Owners(NamedTuple):
+    """How often a gradient is referred to.
+
+    Attributes:
+        object: by Python: a hook may have kept it, or the user may have passed it.
+        tensor: by C++: the engine may have handed it to two functions.
+        storage: its memory, by tensors.
+        storage_object: its memory, by Python.
+    """
+
+    object: int
+    tensor: int
+    storage: int
+    storage_object: int
+
+    @staticmethod
+    def of(gradient: Tensor, references: int) -> Owners:
+        """Count.
+
+        Args:
+            gradient: an argument of a backward function.
+            references: `sys.getrefcount` of it, called by that function.
+        """
+        storage = gradient.untyped_storage()
+        uses = torch._C._storage_Use_Count(storage._cdata)
+        tensors: int = getattr(gradient, _COUNT)()
+        return Owners(references, tensors, uses, sys.getrefcount(storage))
+
+
+def is_unshared(gradient: Tensor, references: int) -> bool:
+    """Return whether nobody but a running backward function will look at a gradient again.
+
+    The engine itself asks this before it adds gradients in place. What is counted for a gradient
+    that is nobody else's depends on the interpreter and on torch, and is found out with one.
+
+    Args:
+        gradient: the argument ``dy`` of a ``backward(ctx, dy, _)``, ``once_differentiable``.
+        references: `sys.getrefcount` of it, called there.
+    """
+    if not hasattr(gradient, _COUNT) or gradient.requires_grad:
+        return False
+    counts = zip(Owners.of(gradient, references), _of_nobody_else(), strict=True)
+    return all(count <= alone for count, alone in counts)
+
+
+@cache
+def _of_nobody_else() -> Owners:
+    found: list[Owners] = []
+    x = torch.zeros(2, requires_grad=True)
+    with torch.enable_grad():
+        y, _ = _Probe.apply(x, found)
+        torch.autograd.grad(y * 2, x, torch.ones(2))
+    return found[0]
+
+
+class _Probe(torch.autograd.Function):
+    """Gets a gradient that nobody else has, as the backward function that asks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, found: list[Owners]) -> tuple[Tensor, Tensor]:
+        ctx.found = found
+        return x * 1, x * 1
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None]:
+        # By itself: among the arguments of another call, dy would be referred to once more.
+        references = sys.getrefcount(dy)
+        assert dy is not None
+        ctx.found.append(Owners.of(dy, references))
+        return dy, None
