@@ -7,6 +7,7 @@
 #   HOSTS            nodes, separated by commas (this one)
 #   OMP_NUM_THREADS  threads a rank: this node's cores divided by NPROC
 #   PYTHON           interpreter with syncbn installed (python3)
+#   MALLOC_MMAP_MAX_, MALLOC_TRIM_THRESHOLD_   of glibc: here, keep what is freed (docs/kernels.md)
 #   MPIRUN           of the MPI that mpi4py loads (the one beside PYTHON, else on PATH)
 set -euo pipefail
 
@@ -26,5 +27,7 @@ export PRTE_MCA_rmaps_default_mapping_policy=slot:oversubscribe OMPI_MCA_rmaps_b
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 # Its ranks see a terminal even where this is a file, and on other nodes only what env hands them.
 [[ -t 1 ]] || export TERM=dumb
-settings=(OMP_NUM_THREADS="$threads" TORCH_DISTRIBUTED_DEBUG="${TORCH_DISTRIBUTED_DEBUG:-OFF}")
+settings=(OMP_NUM_THREADS="$threads" TORCH_DISTRIBUTED_DEBUG="${TORCH_DISTRIBUTED_DEBUG:-OFF}"
+  MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_-0}"
+  MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_-100000000000}")
 exec "$MPIRUN" "${where[@]}" env "${settings[@]}" "$python" "$@"

@@ -9,6 +9,7 @@
 #   MASTER_PORT      free port on node 0, for several nodes (29500); one node picks its own
 #   OMP_NUM_THREADS  threads a rank: this node's cores divided by NPROC
 #   PYTHON           interpreter with syncbn installed (python3)
+#   MALLOC_MMAP_MAX_, MALLOC_TRIM_THRESHOLD_   of glibc: here, keep what is freed (docs/kernels.md)
 set -euo pipefail
 
 PYTHON=${PYTHON:-python3}
@@ -19,6 +20,7 @@ cores() { env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN;
 NPROC=${NPROC:-$(gpus)}
 ((NPROC > 0)) || NPROC=2
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((NPROC < $(cores) ? $(cores) / NPROC : 1))}
+export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-100000000000}
 
 rendezvous=(--standalone)
 if ((${NNODES:-1} > 1)); then

@@ -24,6 +24,7 @@ from torch import nn
 
 from syncbn.bench.mpirun import become_mpirun
 from syncbn.bench.resnet20 import resnet20
+from syncbn.bench.resnet50 import resnet50
 from syncbn.bench.timing import Spread, take_turns
 from syncbn.cli.bench import main, settle, write
 from tests.disk import almost_full
@@ -160,6 +161,110 @@ def test_calibration(tmp_path: Path) -> None:
     assert plain < sequential_bytes
 
 
+def run(folder: Path, *command: str) -> tuple[str, dict[str, Any]]:
+    """Run a benchmark; return what it prints, and its results."""
+    with started([sys.executable, "-m", *command], folder) as job:
+        output, errors = job.communicate(timeout=50)
+    assert job.returncode == 0, errors
+    assert max(map(len, output.splitlines())) <= 100
+    results: dict[str, Any] = json.loads((folder / "report.json").read_text())["results"]
+    for spread in spreads(results):
+        assert all(map(math.isfinite, spread.values()))
+        assert spread["low"] <= spread["median"] <= spread["high"]
+    return output, results
+
+
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+
+
+@pytest.mark.parametrize("launcher", ["alone", "mpirun", "torchrun"])
+def test_layers(launcher: str, tmp_path: Path) -> None:
+    ranks = 1 if launcher == "alone" else 2
+    settings = ["shapes=[3x9x9,40x2x2]", "batch=3", "rounds=2", "kernels=[reference]"]
+    output, results = run(
+        tmp_path,
+        *(TORCHRUN if launcher == "torchrun" else []),
+        "syncbn.cli.bench",
+        "layers",
+        *(["ranks=2"] if launcher == "mpirun" else []),
+        *settings,
+        "dtypes=[float32,bfloat16]",
+        f"png={tmp_path / 'report.png'}",
+    )
+    inputs = [(case["case"]["shape"], case["case"]["layout"]) for case in results["layers"]]
+    both = [("3x9x9", "contiguous"), ("40x2x2", "contiguous")]
+    assert inputs[:4] == [*both, *((shape, "channels_last") for shape, _ in both)]
+    assert [case["case"]["dtype"] for case in results["layers"]] == 4 * ["float32"] + 4 * [
+        "bfloat16"
+    ]
+    for case in results["layers"]:
+        sizes = {layer["ranks"] for layer in case["layers"]}
+        assert sizes == {1, ranks}
+        assert [layer["name"] for layer in case["layers"]][:2] == 2 * ["nn.BatchNorm2d"]
+        for layer in case["layers"]:
+            assert layer["step"]["median"] > 0
+            # At least the output and the gradient.
+            assert layer["peak_bytes"] >= 3 * 3 * 9 * 9 * 2
+    ratios = [layer["ratio"]["median"] for layer in results["layers"][0]["layers"]]
+    assert ratios[:2] == [1, 1]
+    assert len(results["kernels"]) == 2 * len(inputs)
+    for kernel in results["kernels"]:
+        assert set(kernel["share"]) == {"moments", "normalize", "backward_reduce", "backward_elemt"}
+    assert results["overhead"]["alone"]["median"] > 0
+    assert (results["overhead"]["all_reduce"]["median"] > 0) == (ranks > 1)
+    assert f"reference, {ranks} ranks" in output or ranks == 1
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_model(ranks: int, tmp_path: Path) -> None:
+    output, results = run(
+        tmp_path,
+        "syncbn.cli.bench",
+        "model",
+        f"ranks={ranks}",
+        "network=resnet20",
+        "batch=2",
+        "size=32",
+        "steps=2",
+        "dtype=bfloat16",
+        "layout=channels_last",
+    )
+    names = ["no batch norm", "nn.BatchNorm2d", "ours"]
+    wanted = names if ranks == 1 else [*names, "ours, 2 ranks"]
+    assert [step["norm"] for step in results["steps"]] == wanted
+    assert "Training step of resnet20, 2 images of 32x32" in output
+    without, theirs = results["steps"][:2]
+    assert theirs["ratio"]["median"] == 1
+    assert 0 < without["peak_bytes"] < theirs["peak_bytes"]
+
+
+def test_networks_have_the_parameters_that_the_paper_gives() -> None:
+    parameters = [parameter.numel() for parameter in resnet50().parameters()]
+    assert sum(parameters) == 25_557_032
+    assert sum(isinstance(layer, nn.BatchNorm2d) for layer in resnet50().modules()) == 53
+    assert resnet50()(torch.randn(2, 3, 64, 64)).shape == (2, 1000)
+
+
+def test_malloc_keeps_what_is_freed() -> None:
+    """In a process of its own: there is no way back."""
+    program = """
+import resource, torch
+from syncbn.bench.memory import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.empty(16 << 20).zero_()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(), keep_freed_memory(), faults(), faults())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, can, _, after = done.stdout.split()
+    if sys.platform == "linux" and can == "True":
+        assert int(after) < int(before) / 10
+
+
 @pytest.mark.parametrize("ending", ["Ctrl-C", "a rank is killed"])
 def test_no_process_outlives_the_command(ending: str, tmp_path: Path) -> None:
     with started([*COMMAND, *ENDLESS], tmp_path) as job:
@@ -203,6 +308,14 @@ def test_alone_it_lists_the_benchmarks(
         ),
         (["calibration", "batches=[0]"], "batches: got 0; expected at least 1"),
         (["collectives", "json=/no/such/folder.json"], "expected a file in a folder that exists"),
+        (["layers", "png=/no/such/folder.png"], "png: .* expected a file in a folder that exists"),
+        (["layers", "shapes=[64x56]"], "shapes: got 64x56; expected CxHxW, such as 64x56x56"),
+        (["layers", "dtypes=[int8]"], "dtypes: got int8; expected one of float32, float64"),
+        (["layers", "layouts=[NHWC]"], "layouts: got NHWC; expected one of contiguous, channels_"),
+        (["layers", "kernels=[fast]"], "kernels: got fast; expected one of auto, reference"),
+        (["layers", "shapes=[]"], "got none of one; expected one or more of each"),
+        (["model", "network=vgg"], "network: got vgg; expected one of resnet20, resnet50"),
+        (["model", "batch=1"], "batch: got 1; expected at least 2"),
     ],
 )
 def test_wrong_use_ends_with_a_message(
@@ -220,7 +333,9 @@ def test_wrong_use_ends_with_a_message(
     assert re.search(message, printed)
 
 
-@pytest.mark.parametrize(("benchmark", "ranks"), [("collectives", 2), ("calibration", 1)])
+@pytest.mark.parametrize(
+    ("benchmark", "ranks"), [("collectives", 2), ("calibration", 1), ("layers", 1), ("model", 1)]
+)
 def test_every_setting_is_explained_where_help_shows_it(
     benchmark: str, ranks: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -16,7 +19,6 @@ from syncbn.module import SyncBatchNorm2d
 
 # Tiny: to compute it takes about a microsecond.
 SHAPE = (2, 16, 4, 4)
-_MESSAGE = 2 * SHAPE[1] + 1
 _BURST, _ROUNDS = 50, 20
 
 
@@ -28,8 +30,8 @@ class Overhead:
         theirs: nn.BatchNorm2d.
         alone: ours, in a group of one.
         together: ours, with all ranks.
-        all_reduce: of the layer's message, by itself.
-        beyond: together - all_reduce, call by call.
+        all_reduce: of that, the time in torch's all_reduce, with waiting for the other ranks.
+        beyond: together - all_reduce, pass by pass.
     """
 
     theirs: Spread
@@ -45,17 +47,31 @@ def measure(device: torch.device, meet: Callable[[], None]) -> Overhead:
     theirs = nn.BatchNorm2d(SHAPE[1], device=device)
     alone = SyncBatchNorm2d(SHAPE[1], process_group=resolve_group(1), device=device)
     together = SyncBatchNorm2d(SHAPE[1], device=device)
-    message = torch.zeros(_MESSAGE, dtype=torch.float64, device=device)
+    waits = [0.0]
+    all_reduce = dist.all_reduce
+
+    def timed(*args: Any, **kwargs: Any) -> None:
+        start = time.perf_counter()
+        all_reduce(*args, **kwargs)
+        waits[-1] += time.perf_counter() - start
+
+    def call_together() -> None:
+        waits.append(0.0)
+        together(x)
+
     calls: dict[str, Callable[[], object]] = {
         "theirs": lambda: theirs(x),
         "alone": lambda: alone(x),
-        "together": lambda: together(x),
-        "all_reduce": lambda: dist.all_reduce(message) if dist.get_world_size() > 1 else None,
+        "together": call_together,
     }
-    timed = {name: finished(call, device) for name, call in calls.items()}
-    times = take_turns(timed, _ROUNDS, _BURST, meet)
-    walls = {name: slowest(taken.wall) for name, taken in times.items()}
+    timed_calls = {name: finished(call, device) for name, call in calls.items()}
+    with patch.object(dist, "all_reduce", timed):
+        times = take_turns(timed_calls, _ROUNDS, _BURST, meet)
+    walls = {name: taken.wall for name, taken in times.items()}
+    # Of those that count.
+    waited = torch.tensor(waits[-len(walls["together"]) :], dtype=torch.float64)
     return Overhead(
-        **{name: Spread.of(wall) for name, wall in walls.items()},
-        beyond=Spread.of(walls["together"] - walls["all_reduce"]),
+        **{name: Spread.of(slowest(wall)) for name, wall in walls.items()},
+        all_reduce=Spread.of(slowest(waited)),
+        beyond=Spread.of(slowest(walls["together"] - waited)),
     )

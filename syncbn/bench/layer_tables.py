@@ -124,8 +124,8 @@ def overhead(found: Overhead, ranks: int) -> Table:
     if ranks > 1:
         rows += [
             [f"ours, {ranks} ranks", found.together.text(_MICROSECOND)],
-            ["all-reduce of its message", found.all_reduce.text(_MICROSECOND)],
-            ["ours beyond the all-reduce", found.beyond.text(_MICROSECOND)],
+            ["of that in the all-reduce", found.all_reduce.text(_MICROSECOND)],
+            ["beyond the all-reduce", found.beyond.text(_MICROSECOND)],
         ]
     size = "x".join(map(str, host_overhead.SHAPE))
     return Table(

@@ -58,6 +58,10 @@ def benchmark_class(name: str) -> type[Benchmark]:
             from syncbn.bench.layers import Layers
 
             return Layers
+        case "model":
+            from syncbn.bench.model import Model
+
+            return Model
     raise ValueError(f"got benchmark {name!r}; expected one of\n{_list()}")
 
 

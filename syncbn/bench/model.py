@@ -1,0 +1,185 @@
+"""What batch norm makes of whole training steps of a ResNet: torch's, ours, ours synchronized."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from syncbn import kernels
+from syncbn.bench import resnet20, resnet50
+from syncbn.bench.layer_cases import DTYPES, LAYOUTS
+from syncbn.bench.memory import peak_bytes
+from syncbn.bench.mpirun import slowest
+from syncbn.bench.ranks import begin
+from syncbn.bench.report import Benchmark, Report, Table, at_least, machine_facts, one_of
+from syncbn.bench.timing import Spread, finished, take_turns
+from syncbn.convert import convert_sync_batchnorm
+from syncbn.distributed.groups import GroupLike
+from syncbn.module import SyncBatchNorm
+
+_NETWORKS = {
+    "resnet20": (resnet20.resnet20, resnet20.CLASSES),
+    "resnet50": (resnet50.resnet50, resnet50.CLASSES),
+}
+_BASELINE, _NONE = "nn.BatchNorm2d", "no batch norm"
+_LEARNING_RATE = 1e-3
+_MILLISECOND, _MIB = 1e-3, 1 << 20
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What a training step costs; seconds on the slowest rank.
+
+    Attributes:
+        norm: what is in the network.
+        step: seconds.
+        ratio: to the step with nn.BatchNorm2d of the same round.
+        norms: seconds that are due to batch norm: step - step without any, of the same round.
+        peak_bytes: of tensors at once, without weights and gradients.
+    """
+
+    norm: str
+    step: Spread
+    ratio: Spread
+    norms: Spread
+    peak_bytes: int
+
+
+@dataclass
+class Model(Benchmark):
+    """The benchmark; `configs/bench/model.yaml` explains the settings.
+
+    Attributes:
+        device: "cpu" or "cuda"; None for what there is.
+        network: "resnet20" or "resnet50".
+        batch: images a rank.
+        size: height and width of the images.
+        layout: "contiguous" or "channels_last".
+        dtype: of the computation: "float32", or a half type for autocast.
+        kernel: of ours.
+        steps: training steps with each norm.
+    """
+
+    device: str | None
+    network: str
+    batch: int
+    size: int
+    layout: str
+    dtype: str
+    kernel: str
+    steps: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("device", [self.device], ["cpu", "cuda", None])
+        one_of("network", [self.network], _NETWORKS)
+        at_least("batch", self.batch, 2)
+        at_least("size", self.size, 32)
+        one_of("layout", [self.layout], LAYOUTS)
+        one_of("dtype", [self.dtype], ["float32", "bfloat16", "float16"])
+        one_of("kernel", [self.kernel], kernels.NAMES)
+        at_least("steps", self.steps, 1)
+
+    def run(self) -> Report:
+        """Measure; every rank calls this."""
+        world = begin(self.device)
+        torch.set_num_threads(self.threads)
+        torch.manual_seed(0)
+        make, classes = _NETWORKS[self.network]
+        network = make()
+        images = torch.randn(self.batch, 3, self.size, self.size, device=world.device)
+        images = images.contiguous(memory_format=LAYOUTS[self.layout])
+        labels = torch.randint(classes, (self.batch,), device=world.device)
+        steps = {
+            name: partial(_step(self._parallel(net, world.device), self.dtype), images, labels)
+            for name, net in self._networks(network, world.size).items()
+        }
+        timed = {name: finished(step, world.device) for name, step in steps.items()}
+        times = take_turns(timed, self.steps, meet=world.meet)
+        walls = {name: slowest(taken.wall) for name, taken in times.items()}
+        found = [
+            StepCost(
+                name,
+                step=Spread.of(wall),
+                ratio=Spread.of(wall / walls[_BASELINE]),
+                norms=Spread.of(wall - walls[_NONE]),
+                peak_bytes=peak_bytes(steps[name], world.device),
+            )
+            for name, wall in walls.items()
+        ]
+        if world.size > 1:
+            # Gloo may abort a process that leaves while it still works.
+            dist.barrier()
+        return Report({**machine_facts(), **world.facts}, [self._table(found)], {"steps": found})
+
+    def _networks(self, network: nn.Module, ranks: int) -> dict[str, nn.Module]:
+        found = {_NONE: _without(copy.deepcopy(network)), _BASELINE: network}
+        groups: dict[str, GroupLike] = {"ours": 1}
+        if ranks > 1:
+            groups[f"ours, {ranks} ranks"] = None
+        for name, group in groups.items():
+            net = convert_sync_batchnorm(copy.deepcopy(network), group)
+            for layer in net.modules():
+                if isinstance(layer, SyncBatchNorm):
+                    layer.sync_kernel = self.kernel
+            found[name] = net
+        return found
+
+    def _parallel(self, network: nn.Module, device: torch.device) -> nn.Module:
+        layout: Any = {"memory_format": LAYOUTS[self.layout]}
+        network = network.to(device, **layout)
+        return DistributedDataParallel(network) if dist.get_world_size() > 1 else network
+
+    def _table(self, found: list[StepCost]) -> Table:
+        rows = [
+            [
+                cost.norm,
+                cost.step.text(_MILLISECOND),
+                cost.ratio.text(digits=2),
+                cost.norms.text(_MILLISECOND) if cost.norm != _NONE else "",
+                f"{cost.peak_bytes / _MIB:.0f}",
+            ]
+            for cost in found
+        ]
+        return Table(
+            f"Training step of {self.network}, {self.batch} images of {self.size}x{self.size} a "
+            f"rank, {self.layout}, {self.dtype}",
+            ["", "step, ms", f"/ {_BASELINE}", "batch norm, ms", "MiB"],
+            rows,
+            [
+                "Median (10th..90th percentile). Batch norm: step - step of the network without "
+                "any. MiB: of tensors at once, without weights and gradients.",
+            ],
+        )
+
+
+def _without(network: nn.Module) -> nn.Module:
+    """Replace every batch norm by nothing."""
+    for module in network.modules():
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, nn.Identity())
+    return network
+
+
+def _step(model: nn.Module, dtype: str) -> Callable[[Tensor, Tensor], None]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=_LEARNING_RATE, momentum=0.9)
+    half = dtype != "float32"
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        optimizer.zero_grad()
+        with torch.autocast(images.device.type, DTYPES[dtype] if half else None, enabled=half):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+
+    return step

@@ -1,0 +1,132 @@
+"""Installing with a compiler, without one, and with one that fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import hatch_build
+from syncbn import kernels
+from syncbn.kernels import cpu
+
+ROOT = Path(__file__).resolve().parent.parent
+# What is found of a syncbn without C++ kernels, and what becomes of layers in it.
+PROGRAM = """
+import json, torch, syncbn
+from syncbn.cli import doctor
+from syncbn.kernels import choose, cpu, reference
+x = torch.randn(4, 3, 5, 5)
+layer = syncbn.SyncBatchNorm2d(3)
+layer(x).sum().backward()
+layer.sync_kernel = "cpu"
+try:
+    layer(x)
+except RuntimeError as error:
+    message = str(error)
+found = {
+    "path": syncbn.__file__,
+    "reference": choose("auto", x) is reference,
+    "reason": cpu.describe(),
+    "doctor": doctor.installation()["C++ kernels"],
+    "message": message,
+}
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """Return a copy of the sources, for builds to leave this one alone."""
+    copy = tmp_path / "checkout"
+    ignored = shutil.ignore_patterns("*.so", "libsyncbn_cpu.txt", "__pycache__")
+    for folder in ("syncbn", "configs"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=ignored)
+    for name in ("hatch_build.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    return copy
+
+
+def wheel(checkout: Path, compiler: str) -> Path:
+    """Build a wheel with a compiler."""
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation"]
+    environment = {**os.environ, "CXX": compiler}
+    done = subprocess.run(
+        command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=55
+    )
+    assert done.returncode == 0, done.stderr
+    (path,) = (checkout / "dist").iterdir()
+    return path
+
+
+def test_the_library_is_of_these_sources() -> None:
+    """Else every other test is of an old one: `pip install -e .` again."""
+    if (compiler := hatch_build.find_compiler()) is None:
+        assert "no C++ compiler" in cpu.describe()
+        return
+    assert hatch_build.fingerprint(compiler).encode() in cpu.PATH.read_bytes()
+    assert cpu.describe() in cpu.LEVELS
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("/no/such/compiler", "no C++ compiler was found"), ("false", "false -dumpmachine failed")],
+)
+def test_without_a_compiler_there_is_the_reference(
+    compiler: str, reason: str, checkout: Path
+) -> None:
+    path = wheel(checkout, compiler)
+    assert path.name.endswith("-py3-none-any.whl")
+    names = zipfile.ZipFile(path).namelist()
+    assert "syncbn/kernels/libsyncbn_cpu.txt" in names
+    assert not any(name.endswith((".so", ".cpp", ".h")) for name in names)
+    installed = checkout / "site"
+    zipfile.ZipFile(path).extractall(installed)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        cwd=installed,
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["path"].startswith(str(installed))
+    assert found["reference"]
+    assert reason in found["reason"]
+    assert reason in found["doctor"]
+    assert found["message"].startswith("kernel 'cpu': there is no ")
+    assert reason in found["message"]
+
+
+@pytest.mark.skipif(hatch_build.find_compiler() is None, reason="there is no C++ compiler")
+def test_with_a_compiler_a_wheel_carries_the_library(checkout: Path) -> None:
+    shutil.copy(cpu.PATH, checkout / cpu.PATH.relative_to(ROOT))
+    path = wheel(checkout, os.environ.get("CXX", ""))
+    assert "-py3-none-" in path.name
+    assert not path.name.endswith("-any.whl")
+    names = zipfile.ZipFile(path).namelist()
+    assert "syncbn/kernels/libsyncbn_cpu.so" in names
+    assert not any(name.endswith((".txt", ".cpp", ".h")) for name in names if "kernels" in name)
+
+
+def test_a_library_of_something_else_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "libsyncbn_cpu.so"
+    path.write_bytes(b"not a library")
+    monkeypatch.setattr(cpu, "PATH", path)
+    cpu.load.cache_clear()
+    try:
+        assert "cannot be used" in cpu.describe()
+        with pytest.raises(RuntimeError, match=r"kernel 'cpu': .* cannot be used"):
+            kernels.choose("cpu", torch.empty(1, 1))
+    finally:
+        cpu.load.cache_clear()
