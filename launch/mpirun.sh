@@ -2,12 +2,10 @@
 # Start a program on all ranks of one node or of many, with the mpirun of Open MPI or of MPICH.
 #   launch/mpirun.sh examples/resnet/train.py norm=sync
 #   HOSTS=host0,host1 launch/mpirun.sh PROGRAM [ARGUMENT...]   (on host0; ssh to host1, same paths)
-#
 #   NPROC            ranks on each node: the GPUs of this one, or 2 without any
 #   HOSTS            nodes, separated by commas (this one)
 #   OMP_NUM_THREADS  threads a rank: this node's cores divided by NPROC
 #   PYTHON           interpreter with syncbn installed (python3)
-#   MALLOC_MMAP_MAX_, MALLOC_TRIM_THRESHOLD_   of glibc: here, keep what is freed (docs/kernels.md)
 #   MPIRUN           of the MPI that mpi4py loads (the one beside PYTHON, else on PATH)
 set -euo pipefail
 
@@ -25,9 +23,8 @@ where=(-n "$((NPROC * (${#commas} + 1)))" ${HOSTS:+-host "${HOSTS//,/:$NPROC,}:$
 export PRTE_MCA_hwloc_default_binding_policy=none OMPI_MCA_hwloc_base_binding_policy=none
 export PRTE_MCA_rmaps_default_mapping_policy=slot:oversubscribe OMPI_MCA_rmaps_base_oversubscribe=1
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-# Its ranks see a terminal even where this is a file, and on other nodes only what env hands them.
+# Ranks see a terminal always; on other nodes only what env hands them (MALLOC_*: docs/kernels.md).
 [[ -t 1 ]] || export TERM=dumb
 settings=(OMP_NUM_THREADS="$threads" TORCH_DISTRIBUTED_DEBUG="${TORCH_DISTRIBUTED_DEBUG:-OFF}"
-  MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_-0}"
-  MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_-100000000000}")
+  MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_-0}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_-100000000000}")
 exec "$MPIRUN" "${where[@]}" env "${settings[@]}" "$python" "$@"

@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
 # Start a program on all ranks of one node or of many, with torchrun.
-#
 #   launch/torchrun.sh examples/resnet/train.py norm=sync
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 launch/torchrun.sh PROGRAM [ARGUMENT...]   (on each node)
 #
@@ -9,7 +8,6 @@
 #   MASTER_PORT      free port on node 0, for several nodes (29500); one node picks its own
 #   OMP_NUM_THREADS  threads a rank: this node's cores divided by NPROC
 #   PYTHON           interpreter with syncbn installed (python3)
-#   MALLOC_MMAP_MAX_, MALLOC_TRIM_THRESHOLD_   of glibc: here, keep what is freed (docs/kernels.md)
 set -euo pipefail
 
 PYTHON=${PYTHON:-python3}
@@ -20,8 +18,8 @@ cores() { env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN;
 NPROC=${NPROC:-$(gpus)}
 ((NPROC > 0)) || NPROC=2
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((NPROC < $(cores) ? $(cores) / NPROC : 1))}
+# glibc keeps what is freed (docs/kernels.md).
 export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-100000000000}
-
 rendezvous=(--standalone)
 if ((${NNODES:-1} > 1)); then
   : "${NODE_RANK:?NNODES=$NNODES needs the number of this node, from 0}"

@@ -149,25 +149,31 @@ def check_parameters(input: Tensor, **per_channel: Tensor | None) -> None:
         ValueError: a length that is not C, another device than the input's, or another dtype
             (float32 goes with half inputs, too).
     """
-    shape, dtype, device = input.shape[1:2], input.dtype, input.device
+    shape, dtype, device = (input.shape[1],), input.dtype, input.device
     for name, tensor in per_channel.items():
         if tensor is None:
             continue
-        if tensor.shape != shape:
-            raise ValueError(
-                f"got an input of shape {tuple(input.shape)}, that is {shape[0]} channels, and a "
-                f"{name} of shape {tuple(tensor.shape)}; expected {tuple(shape)}"
-            )
-        if tensor.dtype != dtype and not (dtype in _HALVES and tensor.dtype == torch.float32):
-            allowed = f"{dtype} or torch.float32" if dtype in _HALVES else f"{dtype}"
-            raise ValueError(
-                f"got an input of dtype {dtype} and a {name} of dtype {tensor.dtype}; "
-                f"expected {allowed}: convert the input or the layer"
-            )
-        if tensor.device != device:
-            raise ValueError(
-                f"got an input on {device} and a {name} on {tensor.device}; move one of them"
-            )
+        fits = tensor.dtype == dtype or (dtype in _HALVES and tensor.dtype == torch.float32)
+        if not fits or tensor.shape != shape or tensor.device != device:
+            raise ValueError(_misfit(input, name, tensor))
+
+
+def _misfit(input: Tensor, name: str, tensor: Tensor) -> str:
+    """Return what is wrong with a tensor that is per channel, and what to do."""
+    channels = input.shape[1]
+    if tensor.shape != (channels,):
+        return (
+            f"got an input of shape {tuple(input.shape)}, that is {channels} channels, and a "
+            f"{name} of shape {tuple(tensor.shape)}; expected ({channels},)"
+        )
+    if tensor.device != input.device:
+        return f"got an input on {input.device} and a {name} on {tensor.device}; move one of them"
+    half = input.dtype in _HALVES
+    allowed = f"{input.dtype} or torch.float32" if half else f"{input.dtype}"
+    return (
+        f"got an input of dtype {input.dtype} and a {name} of dtype {tensor.dtype}; "
+        f"expected {allowed}: convert the input or the layer"
+    )
 
 
 def check_residual(input: Tensor, residual: Tensor | None, activation: Activation | None) -> None:

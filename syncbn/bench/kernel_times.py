@@ -18,6 +18,7 @@ from syncbn.kernels import Kernel, Transform
 TRAFFIC = {"moments": 1, "normalize": 2, "backward_reduce": 2, "backward_elemt": 3}
 _COPY_TRAFFIC = 2
 _EPS = 1e-5
+_ONE = "one thread: "
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class KernelCost:
         seconds: by function; and of a "copy", to memory that is there already.
         share: by function, its bandwidth over that of the copy in the same round; all it must read
             and write counts, once.
+        speedup: by function, its time with one thread over that with all; none if there is one.
     """
 
     case: Case
@@ -38,6 +40,7 @@ class KernelCost:
     relu: bool
     seconds: dict[str, Spread]
     share: dict[str, Spread]
+    speedup: dict[str, Spread]
 
 
 def measure(
@@ -56,24 +59,36 @@ def measure(
     x, dy = case.tensor(device), case.tensor(device)
     kernel = kernels.choose(name, x)
     target = torch.empty_like(x)
+    functions = _functions(kernel, x, dy, relu)
     calls: dict[str, Callable[[], object]] = {
         "copy": partial(target.copy_, x),
-        **_functions(kernel, x, dy, relu),
+        **functions,
     }
+    if device.type == "cpu" and torch.get_num_threads() > 1:
+        calls |= {_ONE + f: partial(_with_one_thread, call) for f, call in functions.items()}
     times = take_turns(
         {name: finished(call, device) for name, call in calls.items()}, rounds, meet=meet
     )
     copy = times["copy"].wall
+    single = {name: times[_ONE + name].wall for name in TRAFFIC if _ONE + name in times}
     return KernelCost(
         case,
         name,
         relu,
-        {name: Spread.of(taken.wall) for name, taken in times.items()},
-        {
+        seconds={name: Spread.of(times[name].wall) for name in ("copy", *TRAFFIC)},
+        share={
             name: Spread.of(copy / times[name].wall * traffic / _COPY_TRAFFIC)
             for name, traffic in TRAFFIC.items()
         },
+        speedup={name: Spread.of(wall / times[name].wall) for name, wall in single.items()},
     )
+
+
+def _with_one_thread(call: Callable[[], object]) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    call()
+    torch.set_num_threads(threads)
 
 
 def _functions(

@@ -90,6 +90,21 @@ def bandwidth(found: list[KernelCost], reused: bool) -> list[Table]:
     return tables
 
 
+def speedup(found: list[KernelCost], threads: int) -> list[Table]:
+    """Return what threads are worth; no table, if there is one only."""
+    rows = [
+        [
+            f"{cost.case.shape} {cost.case.layout} {cost.case.dtype}",
+            f"{cost.case.nbytes / _MIB:.1f}",
+            *(cost.speedup[name].text(digits=2) for name in TRAFFIC),
+        ]
+        for cost in found
+        if cost.speedup and not cost.relu
+    ]
+    title = f"Time with one thread over that with {threads}: {_SPREAD}"
+    return [Table(title, ["", "MiB", *TRAFFIC], rows)] if rows else []
+
+
 def percent(spread: Spread) -> str:
     """Return a share as text."""
     return " ".join(

@@ -90,6 +90,7 @@ class Layers(Benchmark):
             [
                 *layer_tables.ratios(layers),
                 *layer_tables.bandwidth(functions, reused),
+                *layer_tables.speedup(functions, self.threads),
                 layer_tables.memory(layers),
                 layer_tables.overhead(overhead, world.size),
             ],

@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor
 from torch.nn import Parameter
 
+from syncbn.kernels import aten_cuda, cpu, reference
 from syncbn.kernels.transform import Transform as Transform
 
 NAMES = ("auto", "reference", "cpu", "aten_cuda")
@@ -82,31 +83,19 @@ def choose(name: str, x: Tensor) -> Kernel:
         RuntimeError: the C++ kernels were asked for, and are not there; the message says why.
     """
     match name, x.device.type:
-        case "auto", "cuda":
-            from syncbn.kernels import aten_cuda
-
-            return aten_cuda
         case "auto", "cpu":
-            from syncbn.kernels import cpu, reference
-
             found = cpu.load()
             # Of subclasses of tensors the formulas are what is sure to work.
             plain = type(x) in (Tensor, Parameter)
             return reference if isinstance(found, str) or not plain else found
+        case (("auto" | "aten_cuda"), "cuda"):
+            return aten_cuda
         case (("auto" | "reference"), _):
-            from syncbn.kernels import reference
-
             return reference
         case "cpu", "cpu":
-            from syncbn.kernels import cpu
-
             if isinstance(found := cpu.load(), str):
                 raise RuntimeError(f"kernel 'cpu': {found}; 'auto' takes another one")
             return found
-        case "aten_cuda", "cuda":
-            from syncbn.kernels import aten_cuda
-
-            return aten_cuda
         case (("cpu" | "aten_cuda"), device):
             raise ValueError(f"kernel {name!r} does not serve {device!r} tensors; use 'auto'")
     raise ValueError(f"unknown kernel {name!r}; expected one of {', '.join(NAMES)}")

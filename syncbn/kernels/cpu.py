@@ -84,17 +84,17 @@ class CPU:
         momentum: float | None,
     ) -> None:
         """See :func:`syncbn.kernels.reference.move_running`."""
-        some = mean if var is None else var
-        if some is None or not (_is_like(mean, some) and _is_like(var, some)):
+        averages = [t for t in (mean, var) if t is not None]
+        if not averages or not all(_is_like(t, averages[0]) for t in averages):
             reference.move_running(message, mean, var, tracked, momentum)
             return
         # NaN is the cumulative average.
         weight = math.nan if momentum is None else momentum
         head = self.level, message.data_ptr(), message.numel() // 2, weight
         addresses = _address(mean), _address(var), _address(tracked)
-        _done(self.library.move_running(*head, _DTYPES[some.dtype], *addresses))
+        _done(self.library.move_running(*head, _DTYPES[averages[0].dtype], *addresses))
         # As a call of torch would: autograd must notice if it still needs what was there.
-        increment_version([t for t in (mean, var, tracked) if t is not None])
+        increment_version(averages if tracked is None else [*averages, tracked])
 
     def normalize(self, x: Tensor, transform: Transform, residual: Tensor | None = None) -> Tensor:
         """See :func:`syncbn.kernels.reference.normalize`."""

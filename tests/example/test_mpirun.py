@@ -145,7 +145,8 @@ def printed(folder: Path, **variables: object) -> str:
 
 def test_several_nodes_and_the_threads_of_each(tmp_path: Path) -> None:
     write_programs(tmp_path, PRINTERS)
-    program = "TORCH_DISTRIBUTED_DEBUG=OFF python3 p.py a"
+    malloc = "MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000"
+    program = f"TORCH_DISTRIBUTED_DEBUG=OFF {malloc} python3 p.py a"
     assert printed(tmp_path, NPROC=4) == f"mpirun -n 4 env OMP_NUM_THREADS=3 {program}"
     assert printed(tmp_path, NPROC=24) == f"mpirun -n 24 env OMP_NUM_THREADS=1 {program}"
     kept = printed(tmp_path, NPROC=4, OMP_NUM_THREADS=5)

@@ -254,7 +254,7 @@ void map_columns(Shape shape, Strided<const T> x, Strided<const T> pair, Strided
       const T* from = lines.in(x, line);
       const T* with = Op::HAS_PAIR ? lines.in(pair, line) : from;
       int64_t width = line < lines.full ? lines.width : lines.rest;
-      map_run<Op>(from, with, lines.in(y, line), width, streamed,
+      map_run<Op, false>(from, with, lines.in(y, line), width, streamed,
                   [&](int64_t j) { return Columns<A, K>(columns.data() + j, padded); });
     }
     if (streamed) end_of_stream();

@@ -143,29 +143,31 @@ class RowSums {
   }
 
   static void sum_piece(const T* x, const T* dy, int64_t size, const V* c, V& first, V& second) {
-    constexpr int UNROLL = 4;
-    auto add_terms = [&](int64_t at, V& a, V& b) {
+    constexpr int PAIRS = 2, STEP = 2 * PAIRS * L;
+    V a{}, b{};
+    auto add_terms = [&](V x, V dy, V& a, V& b) {
       V p, q;
-      Op::terms(load(x + at), Op::HAS_PAIR ? load(dy + at) : V{}, c, p, q);
+      Op::terms(x, dy, c, p, q);
       a += p;
       b += q;
     };
-    V a{}, b{};
     int64_t i = 0;
-    if (size >= UNROLL * L) {
-      V as[UNROLL] = {}, bs[UNROLL] = {};
-      for (; i + UNROLL * L <= size; i += UNROLL * L)
-        for (int u = 0; u < UNROLL; ++u) add_terms(i + u * L, as[u], bs[u]);
+    if (size >= STEP) {
+      V as[2 * PAIRS] = {}, bs[2 * PAIRS] = {};
+      for (; i + STEP <= size; i += STEP)
+        for (int u = 0; u < PAIRS; ++u) {
+          Two<T> values = load_two(x + i + 2 * u * L), gradients{};
+          if constexpr (Op::HAS_PAIR) gradients = load_two(dy + i + 2 * u * L);
+          add_terms(values.a, gradients.a, as[2 * u], bs[2 * u]);
+          add_terms(values.b, gradients.b, as[2 * u + 1], bs[2 * u + 1]);
+        }
       a = (as[0] + as[1]) + (as[2] + as[3]);
       b = (bs[0] + bs[1]) + (bs[2] + bs[3]);
     }
-    for (; i + L <= size; i += L) add_terms(i, a, b);
-    if (int k = static_cast<int>(size - i); k > 0) {
-      V p, q;
-      Op::terms(load(x + i, k), Op::HAS_PAIR ? load(dy + i, k) : V{}, c, p, q);
-      a += ::first<A>(p, k);
-      b += ::first<A>(q, k);
-    }
+    for (; i + L <= size; i += L) add_terms(load(x + i), Op::HAS_PAIR ? load(dy + i) : V{}, a, b);
+    // Behind the last value there are pivots, and gradients that are zero: they add nothing.
+    if (int k = static_cast<int>(size - i); k > 0)
+      add_terms(::first(k, load(x + i, k), c[0]), Op::HAS_PAIR ? load(dy + i, k) : V{}, a, b);
     first += a;
     second += b;
   }
@@ -192,7 +194,7 @@ void map_rows(Shape shape, Strided<const T> x, Strided<const T> pair, Strided<T>
         Broadcast<compute_t<T>, Op::COEFFICIENTS> same(coefficients + c, shape.channels);
         const T* from = piece.in(x, c, shape.space);
         const T* with = Op::HAS_PAIR ? piece.in(pair, c, shape.space) : from;
-        map_run<Op>(from, with, piece.in(y, c, shape.space), piece.size, streamed,
+        map_run<Op, true>(from, with, piece.in(y, c, shape.space), piece.size, streamed,
                     [&](int64_t) -> const auto& { return same; });
       }
     }

@@ -73,11 +73,15 @@ inline Floats widen(Halves h, bfloat16) {
   return bits_of<Floats>(__builtin_convertvector(h, Words) << 16);
 }
 
-inline Halves narrow(Floats v, bfloat16) {
+// In the upper halves; what is in the lower ones is to be dropped.
+inline Words rounded(Floats v) {
   Words w = bits_of<Words>(v);
-  Words rounded = (w + 0x7fffu + ((w >> 16) & 1u)) >> 16;
   // Rounding could carry a NaN into infinity.
-  return __builtin_convertvector(v != v ? (w >> 16) | 0x40u : rounded, Halves);
+  return v != v ? w | 0x400000u : w + 0x7fffu + ((w >> 16) & 1u);
+}
+
+inline Halves narrow(Floats v, bfloat16) {
+  return __builtin_convertvector(rounded(v) >> 16, Halves);
 }
 
 // --- float16 ---
@@ -138,6 +142,32 @@ inline void store(T* p, vector_t<T> v) {
   } else {
     std::memcpy(p, &v, sizeof v);
   }
+}
+
+// --- two vectors, of values that lie together; in which of the two a value is does not matter ---
+
+template <class T>
+struct Two {
+  vector_t<T> a, b;
+};
+
+template <class T>
+inline Two<T> load_two(const T* p) {
+  return {load(p), load(p + LANES<compute_t<T>>)};
+}
+template <class T>
+inline void store_two(T* p, Two<T> v) {
+  store(p, v.a);
+  store(p + LANES<compute_t<T>>, v.b);
+}
+// A float is the upper half of a word, or the lower one shifted: nothing has to change its lane.
+inline Two<bfloat16> load_two(const bfloat16* p) {
+  Words w = read<Words>(p);
+  return {bits_of<Floats>(w << 16), bits_of<Floats>(w & 0xffff0000u)};
+}
+inline void store_two(bfloat16* p, Two<bfloat16> v) {
+  Words w = (rounded(v.a) >> 16) | (rounded(v.b) & 0xffff0000u);
+  std::memcpy(p, &w, sizeof w);
 }
 
 // Past the caches, to where a whole vector is aligned.
@@ -220,12 +250,21 @@ inline Doubles coarse(Doubles v) {
   return v - v == 0 ? bits_of<Doubles>(bits_of<Longs>(v) & ~0ull << 45) : Doubles{};
 }
 
-// Zero but in the first k lanes.
-template <class A>
-inline Vector<A> first(Vector<A> v, int k) {
-  Vector<A> lane;
-  for (int i = 0; i < LANES<A>; ++i) lane[i] = static_cast<A>(i);
-  return lane < static_cast<A>(k) ? v : Vector<A>{};
+// The first k of a vector, and another one's lanes behind them.
+inline Floats first(int k, Floats v, Floats behind) {
+#if defined(__AVX512F__)
+  auto mask = static_cast<__mmask16>((1u << k) - 1);
+  return bits_of<Floats>(_mm512_mask_mov_ps(bits_of<__m512>(behind), mask, bits_of<__m512>(v)));
+#else
+  Vector<int32_t> lane;
+  for (int i = 0; i < LANES<float>; ++i) lane[i] = i;
+  return lane < k ? v : behind;
+#endif
+}
+inline Doubles first(int k, Doubles v, Doubles behind) {
+  Vector<int64_t> lane;
+  for (int i = 0; i < LANES<double>; ++i) lane[i] = i;
+  return lane < static_cast<int64_t>(k) ? v : behind;
 }
 
 // By halves: one after the other, each addition would wait for the one before.
