@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from syncbn.distributed import collectives
-from syncbn.kernels import Kernel, Transform
+from syncbn.kernels import Kernel, Transform, alone
 from syncbn.ownership import is_unshared
 
 
@@ -108,8 +108,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
         """Return y, and the group's packed :class:`~syncbn.moments.Moments` (no gradient)."""
         kernel = call.kernel
         if call.group is None:
-            y, message, statistics = kernel.forward_alone(
-                x, call.eps, weight, bias, residual, call.relu
+            y, message, statistics = alone.forward(
+                kernel, x, call.eps, weight, bias, residual, call.relu
             )
         else:
             message = kernel.moments(x)
@@ -143,7 +143,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         transform = Transform(statistics, weight, bias, call.relu and y is None)
         dx = None
         if call.group is None and needs_x:
-            sums, dx = kernel.backward_alone(dy, x, transform, may_overwrite)
+            sums, dx = alone.backward(kernel, dy, x, transform, may_overwrite)
         else:
             sums = kernel.backward_reduce(dy, x, transform)
         channels = x.shape[1]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from oracle import Case
 from torch import Tensor
 
-from syncbn.kernels import Kernel, Transform, cpu, reference
+from syncbn.kernels import Kernel, Transform, alone, cpu, reference
 from syncbn.kernels.samples import Samples
 from syncbn.moments import Moments
 from tests.kernels import cpp, levels, needs_cpp, tolerance
@@ -47,8 +47,8 @@ def everything(kernel: Kernel, x: Tensor, dy: Tensor, how: Transform) -> list[Te
     sums = kernel.backward_reduce(dy, x, how)
     given = torch.ones_like(sums)
     found = [message, sums, kernel.normalize(x, how), kernel.backward_elemt(dy, x, how, given)]
-    alone = kernel.forward_alone(x, EPS, how.weight, how.bias, None, how.relu)
-    found += [*alone, *kernel.backward_alone(dy, x, how)]
+    found += alone.forward(kernel, x, EPS, how.weight, how.bias, None, how.relu)
+    found += alone.backward(kernel, dy, x, how, may_overwrite=False)
     return [t.double().flatten() for t in found]
 
 

@@ -24,8 +24,7 @@ def draw(layers: list[CaseCosts], functions: list[KernelCost], target: Path) -> 
         functions: what functions cost.
         target: the PNG to write.
     """
-    key = lambda cost: (cost.case.layout, cost.case.dtype)  # noqa: E731
-    rows = [(name, list(group)) for name, group in groupby(layers, key)]
+    rows = [(name, list(group)) for name, group in groupby(layers, _layout)]
     # A Figure without pyplot has no global state and needs no display.
     figure = Figure(figsize=(15, 4 * len(rows)), dpi=130, layout="constrained")
     for axes, ((layout, dtype), cases) in zip(
@@ -34,10 +33,14 @@ def draw(layers: list[CaseCosts], functions: list[KernelCost], target: Path) -> 
         _draw_layers(axes[0], cases)
         axes[0].set_title(f"forward + backward, {layout}, {dtype}", loc="left")
         kernel = functions[0].kernel
-        costs = [c for c in functions if key(c) == (layout, dtype) and c.kernel == kernel]
+        costs = [c for c in functions if _layout(c) == (layout, dtype) and c.kernel == kernel]
         _draw_functions(axes[1], [c for c in costs if not c.relu])
         axes[1].set_title(f"functions of kernel {kernel}, {layout}, {dtype}", loc="left")
     figure.savefig(target)
+
+
+def _layout(cost: CaseCosts | KernelCost) -> tuple[str, str]:
+    return cost.case.layout, cost.case.dtype
 
 
 def _draw_layers(axes: Axes, cases: list[CaseCosts]) -> None:

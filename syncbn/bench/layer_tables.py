@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from itertools import groupby
 
 import torch
@@ -67,8 +68,8 @@ def bandwidth(found: list[KernelCost], reused: bool) -> list[Table]:
     if not reused:
         notes.append("malloc gives memory back here: page faults are in the last columns.")
     tables = []
-    key = lambda c: (c.kernel, c.case.layout, c.case.dtype, c.relu)  # noqa: E731
-    for (kernel, layout, dtype, relu), group in groupby(found, key):
+    by_kernel = groupby(found, lambda c: (c.kernel, c.case.layout, c.case.dtype, c.relu))
+    for (kernel, layout, dtype, relu), group in by_kernel:
         rows = [
             [
                 cost.case.shape,
@@ -107,9 +108,8 @@ def speedup(found: list[KernelCost], threads: int) -> list[Table]:
 
 def percent(spread: Spread) -> str:
     """Return a share as text."""
-    return " ".join(
-        f"{part}%" if i == 0 else part for i, part in enumerate(spread.text(0.01, 0).split(" ", 1))
-    )
+    median, low, high = (round(100 * share) for share in astuple(spread))
+    return f"{median}% ({low}..{high})"
 
 
 def memory(found: list[CaseCosts]) -> Table:

@@ -53,22 +53,6 @@ class Kernel(Protocol):
     ) -> Tensor:
         """Return dx in x's dtype and layout; in dy's memory, if it may be overwritten."""
 
-    def forward_alone(
-        self,
-        x: Tensor,
-        eps: float,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        relu: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return y, the message and the statistics, for a group of one."""
-
-    def backward_alone(
-        self, dy: Tensor, x: Tensor, transform: Transform, may_overwrite: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Return ``backward_reduce`` and dx, for a group of one."""
-
 
 def choose(name: str, x: Tensor) -> Kernel:
     """Return the kernels for x.

@@ -98,28 +98,6 @@ def backward_elemt(
     )
 
 
-def forward_alone(
-    x: Tensor,
-    eps: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`syncbn.kernels.reference.forward_alone`."""
-    message = moments(x)
-    found = statistics(message, eps)
-    return normalize(x, Transform(found, weight, bias, relu), residual), message, found
-
-
-def backward_alone(
-    dy: Tensor, x: Tensor, transform: Transform, may_overwrite: bool = False
-) -> tuple[Tensor, Tensor]:
-    """See :func:`syncbn.kernels.reference.backward_alone`."""
-    sums = backward_reduce(dy, x, transform)
-    return sums, backward_elemt(dy, x, transform, sums)
-
-
 def _through_relu(dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
     """Return what comes through the ReLU, if there is one, in the layout of x."""
     if transform.relu:

@@ -2,13 +2,14 @@
 
 They are called with ctypes. An extension module of torch would have to be built for each version of
 torch, and one of nanobind for each version of Python; a plain C library serves them all and needs
-neither to be built. A call costs 2 us (docs/kernels.md), of which nanobind would save the half.
+neither to be built. A call costs about 2 us.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -127,15 +128,7 @@ class CPU:
         may_overwrite: bool = False,
     ) -> Tensor:
         """See :func:`syncbn.kernels.reference.backward_elemt`."""
-        x, samples = _readable(x)
-        transform = _of_one_dtype(transform)
-        dy, stride = _alike(dy, x, samples)
-        dx = dy if may_overwrite and stride == samples.dense_stride else _empty_like(x, samples)
-        operands = _address(dy), stride, sums.data_ptr(), dx.data_ptr(), samples.dense_stride
-        _done(
-            self.library.backward_elemt(*self._input(x, samples), *_numbers(transform), *operands)
-        )
-        return dx
+        return self._gradient(self.library.backward_elemt, dy, x, transform, sums, may_overwrite)
 
     def forward_alone(
         self,
@@ -146,7 +139,7 @@ class CPU:
         residual: Tensor | None,
         relu: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See :func:`syncbn.kernels.reference.forward_alone`."""
+        """See :func:`syncbn.kernels.alone.forward`: what is read twice stays in the cache."""
         x, samples = _readable(x)
         message = torch.empty(2 * samples.channels + 1, dtype=torch.float64)
         statistics = torch.empty_like(message)
@@ -161,17 +154,28 @@ class CPU:
     def backward_alone(
         self, dy: Tensor, x: Tensor, transform: Transform, may_overwrite: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """See :func:`syncbn.kernels.reference.backward_alone`."""
+        """See :func:`syncbn.kernels.alone.backward`."""
+        sums = torch.empty(2 * x.shape[1], dtype=torch.float64)
+        function = self.library.backward_alone
+        return sums, self._gradient(function, dy, x, transform, sums, may_overwrite)
+
+    def _gradient(
+        self,
+        function: Callable[..., int],
+        dy: Tensor,
+        x: Tensor,
+        transform: Transform,
+        sums: Tensor,
+        may_overwrite: bool,
+    ) -> Tensor:
+        """Return dx from a function that reads the sums, or writes them first."""
         x, samples = _readable(x)
         transform = _of_one_dtype(transform)
         dy, stride = _alike(dy, x, samples)
-        sums = torch.empty(2 * samples.channels, dtype=torch.float64)
         dx = dy if may_overwrite and stride == samples.dense_stride else _empty_like(x, samples)
         operands = _address(dy), stride, sums.data_ptr(), dx.data_ptr(), samples.dense_stride
-        _done(
-            self.library.backward_alone(*self._input(x, samples), *_numbers(transform), *operands)
-        )
-        return sums, dx
+        _done(function(*self._input(x, samples), *_numbers(transform), *operands))
+        return dx
 
     def _input(self, x: Tensor, samples: Samples) -> tuple[int, ...]:
         batch, channels, space, stride = samples

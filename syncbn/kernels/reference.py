@@ -145,31 +145,6 @@ def backward_elemt(
     return ((dy - offset - (x - pivot) * slope) * scale).to(x.dtype)
 
 
-def forward_alone(
-    x: Tensor,
-    eps: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, the message and the statistics: the forward pass of who is alone in the group.
-
-    A kernel may be faster here than one after the other, since it need not wait for other ranks.
-    """
-    message = moments(x)
-    found = statistics(message, eps)
-    return normalize(x, Transform(found, weight, bias, relu), residual), message, found
-
-
-def backward_alone(
-    dy: Tensor, x: Tensor, transform: Transform, may_overwrite: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Return :func:`backward_reduce` and dx: the backward pass of who is alone in the group."""
-    sums = backward_reduce(dy, x, transform)
-    return sums, backward_elemt(dy, x, transform, sums)
-
-
 def _affine(x: Tensor, t: Transform) -> Tensor:
     coefficients = normalize_coefficients(t.mean, t.invstd, t.weight, t.bias, x.dtype)
     pivot, scale, shift = (_per_channel(v, x) for v in coefficients)

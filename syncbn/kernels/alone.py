@@ -1,0 +1,54 @@
+"""Forward and backward of a group of one, which waits for nobody in between."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from syncbn.kernels import Kernel, Transform
+from syncbn.kernels.cpu import CPU
+
+
+def forward(
+    kernel: Kernel,
+    x: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, :meth:`Kernel.moments` and :meth:`Kernel.statistics`.
+
+    Args:
+        kernel: whose functions these are, one after the other; or in one, if it can.
+        x: shape ``[N, C, *]``.
+        eps: added to the variance.
+        weight: any floating dtype, shape ``[C]``, or None for ones.
+        bias: any floating dtype, shape ``[C]``, or None for zeros.
+        residual: shape and dtype of x, or None.
+        relu: whether a ReLU comes last.
+    """
+    if isinstance(kernel, CPU):
+        return kernel.forward_alone(x, eps, weight, bias, residual, relu)
+    message = kernel.moments(x)
+    statistics = kernel.statistics(message, eps)
+    y = kernel.normalize(x, Transform(statistics, weight, bias, relu), residual)
+    return y, message, statistics
+
+
+def backward(
+    kernel: Kernel, dy: Tensor, x: Tensor, transform: Transform, may_overwrite: bool
+) -> tuple[Tensor, Tensor]:
+    """Return :meth:`Kernel.backward_reduce` and :meth:`Kernel.backward_elemt`, which take the same.
+
+    Args:
+        kernel: whose functions these are, one after the other; or in one, if it can.
+        dy: gradient of the output, shape and dtype of x.
+        x: shape ``[N, C, *]``.
+        transform: of the forward pass, without residual.
+        may_overwrite: nobody needs dy any more; a kernel may write dx there.
+    """
+    if isinstance(kernel, CPU):
+        return kernel.backward_alone(dy, x, transform, may_overwrite)
+    sums = kernel.backward_reduce(dy, x, transform)
+    return sums, kernel.backward_elemt(dy, x, transform, sums, may_overwrite)
