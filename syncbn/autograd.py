@@ -108,14 +108,15 @@ class SyncBatchNormFunction(torch.autograd.Function):
         """Return y, and the group's packed :class:`~syncbn.moments.Moments` (no gradient)."""
         kernel = call.kernel
         if call.group is None:
-            y, message, statistics = alone.forward(
+            message, y, statistics = alone.forward(
                 kernel, x, call.eps, weight, bias, residual, call.relu
             )
         else:
             message = kernel.moments(x)
             collectives.all_reduce(message, call.group, call.about("forward", x))
-            statistics = kernel.statistics(message, call.eps)
-            y = kernel.normalize(x, Transform(statistics, weight, bias, call.relu), residual)
+            y, statistics = kernel.normalize(
+                x, message, call.eps, weight, bias, residual, call.relu
+            )
 
         masks = call.relu and residual is not None
         ctx.save_for_backward(x, weight, bias, statistics, y if masks else None)

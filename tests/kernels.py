@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from syncbn import kernels
-from syncbn.kernels import Kernel, cpu
+from syncbn.kernels import Kernel, Transform, cpu
 
 needs_cpp = pytest.mark.skipif(isinstance(cpu.load(), str), reason=f"{cpu.load()}")
 KERNELS = [
@@ -39,6 +40,13 @@ def levels() -> list[cpu.CPU]:
 def on_its_device(kernel: str) -> Kernel:
     """Return a kernel by its name."""
     return kernels.choose(kernel, torch.empty(0, device=device_of(kernel)))
+
+
+def normalize(kernel: Kernel, x: Tensor, how: Transform, residual: Tensor | None = None) -> Tensor:
+    """Return x normalized with given statistics, by way of a message that has them, and eps = 0."""
+    count, mean = how.values, how.mean
+    message = torch.cat([mean, how.invstd**-2 + mean**2, count.new_ones(1)]) * count
+    return kernel.normalize(x, message, 0.0, how.weight, how.bias, residual, how.relu)[0]
 
 
 def device_of(kernel: str) -> torch.device:

@@ -15,7 +15,7 @@ from torch import Tensor
 from syncbn.kernels import Kernel, Transform, alone, cpu, reference
 from syncbn.kernels.samples import Samples
 from syncbn.moments import Moments
-from tests.kernels import cpp, levels, needs_cpp, tolerance
+from tests.kernels import cpp, levels, needs_cpp, normalize, tolerance
 from tests.test_kernels import DTYPES, EPS, LAYOUTS, SHAPES, check_module
 
 pytestmark = needs_cpp
@@ -46,7 +46,7 @@ def everything(kernel: Kernel, x: Tensor, dy: Tensor, how: Transform) -> list[Te
     message = kernel.moments(x)
     sums = kernel.backward_reduce(dy, x, how)
     given = torch.ones_like(sums)
-    found = [message, sums, kernel.normalize(x, how), kernel.backward_elemt(dy, x, how, given)]
+    found = [message, sums, normalize(kernel, x, how), kernel.backward_elemt(dy, x, how, given)]
     found += alone.forward(kernel, x, EPS, how.weight, how.bias, None, how.relu)
     found += alone.backward(kernel, dy, x, how, may_overwrite=False)
     return [t.double().flatten() for t in found]
@@ -116,11 +116,11 @@ def every_half(dtype: torch.dtype) -> Tensor:
     return bits.view(dtype).view(1, 4096, 4, 4)
 
 
-def scaling(scale: float) -> Transform:
-    """Return the transform that multiplies 4096 channels."""
-    numbers = torch.zeros(2 * 4096 + 1, dtype=torch.float64)
-    numbers[4096:] = scale
-    return Transform(numbers)
+def scaling(channels: int, scale: float) -> Transform:
+    """Return the transform that multiplies."""
+    numbers = torch.zeros(2 * channels + 1, dtype=torch.float64)
+    numbers[channels:] = 1
+    return Transform(numbers, torch.full((channels,), scale, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -140,7 +140,7 @@ def test_every_half_is_read_and_rounded_as_by_torch(
             x = x.view(4, 4096, 4)
     # Rows of 16 numbers are vectors; one number less, and there is a rest.
     for values in (x, x[..., 1:].contiguous() if layout != "columns" else x[:, :, 1:]):
-        found = kernel.normalize(values, scaling(scale))
+        found = normalize(kernel, values, scaling(4096, scale))
         wanted = (values.float() * torch.tensor(scale, dtype=torch.float32)).to(dtype)
         torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
@@ -156,7 +156,7 @@ def test_what_is_not_finite_goes_where_torch_lets_it(
     message = kernel.moments(x)
     mean, var, their_mean, their_var = torch.ones(4, 40)
     kernel.move_running(message, mean, var, None, 0.1)
-    y = kernel.normalize(x, Transform(kernel.statistics(message, EPS)))
+    y, _ = kernel.normalize(x, message, EPS, None, None, None, False)
     wanted = F.batch_norm(x, their_mean, their_var, training=True)
     assert torch.equal(y.isfinite(), wanted.isfinite())
     assert torch.equal(y.isnan(), wanted.isnan())
@@ -169,14 +169,7 @@ def test_subnormal_inputs(kernel: cpu.CPU) -> None:
     values = x.float().double().movedim(1, 0).flatten(1)
     found = Moments.unpack(kernel.moments(x.float()))
     torch.testing.assert_close(found.sum, values.sum(1), rtol=0, atol=1e-44 * 168)
-    assert torch.equal(kernel.normalize(x.float(), scaling_of(5, 2.0**20)), x.float() * 2.0**20)
-
-
-def scaling_of(channels: int, scale: float) -> Transform:
-    """Return the transform that multiplies some channels."""
-    numbers = torch.zeros(2 * channels + 1, dtype=torch.float64)
-    numbers[channels:] = scale
-    return Transform(numbers)
+    assert torch.equal(normalize(kernel, x.float(), scaling(5, 2.0**20)), x.float() * 2.0**20)
 
 
 VIEWS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
@@ -212,7 +205,7 @@ def test_any_strides(kernel: cpu.CPU, view: str) -> None:
         found, wanted = (everything(k, x, gradient, how) for k in (kernel, reference))
         for a, b in zip(found, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=bound)
-    mine, theirs = (k.normalize(x, how, residual) for k in (kernel, reference))
+    mine, theirs = (normalize(k, x, how, residual) for k in (kernel, reference))
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=bound)
 
 
@@ -228,7 +221,7 @@ def test_relu_and_residual(
     )
     how, exact = transform(x, relu=True), transform(x.double(), relu=True)
     # Where rounding decides what passes, either is right.
-    edge = reference.normalize(x.double(), exact._replace(relu=False)).abs() < 1e-3
+    edge = normalize(reference, x.double(), exact._replace(relu=False)).abs() < 1e-3
     dy.masked_fill_(edge, 0)
     for a, b in zip(
         everything(kernel, x, dy, how),
@@ -236,8 +229,8 @@ def test_relu_and_residual(
         strict=True,
     ):
         assert (a - b).abs().max() <= 2 * tolerance(dtype) * b.abs().max()
-    wanted = reference.normalize(x.double(), exact, residual.double())
-    found = kernel.normalize(x, how, residual)
+    wanted = normalize(reference, x.double(), exact, residual.double())
+    found = normalize(kernel, x, how, residual)
     assert (found - wanted).abs().max() <= 2 * tolerance(dtype) * wanted.abs().max()
     assert (found == 0).any()
     assert (found >= 0).all()
@@ -248,7 +241,7 @@ def test_relu_keeps_nan_and_lets_its_gradient_pass(kernel: cpu.CPU) -> None:
     x = torch.randn(2, 3, 17)
     x[0, 1, 5] = float("nan")
     how = transform(torch.randn(2, 3, 17), relu=True)
-    assert torch.equal(kernel.normalize(x, how).isnan(), x.isnan())
+    assert torch.equal(normalize(kernel, x, how).isnan(), x.isnan())
     dx = kernel.backward_elemt(torch.ones_like(x), x, how, torch.zeros(6, dtype=torch.float64))
     assert torch.equal(dx.isnan(), x.isnan())
     sums = kernel.backward_reduce(torch.ones_like(x), x, how).view(2, -1)
@@ -289,8 +282,8 @@ def test_what_is_written_past_the_caches(
     # Wherever there is no more memory to write to, nothing may be written.
     x = memory[1:].view(shape)
     how = transform(x[:1].float())
-    small = [kernel.normalize(part, how) for part in x.split(1 if x.dim() > 2 else 10_000)]
-    assert torch.equal(kernel.normalize(x, how), torch.cat(small))
+    small = [normalize(kernel, part, how) for part in x.split(1 if x.dim() > 2 else 10_000)]
+    assert torch.equal(normalize(kernel, x, how), torch.cat(small))
 
 
 @pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES)), ids=str)
@@ -304,7 +297,7 @@ def test_weight_and_bias_of_any_dtype(
     weight, bias = how.weight.to(dtypes[0]), how.bias.to(dtypes[1])
     for w, b in itertools.product((weight, weight.repeat(2, 1).t()[:, 0], None), (bias, None)):
         mixed = how._replace(weight=w, bias=b)
-        found, wanted = (k.normalize(x, mixed) for k in (kernel, reference))
+        found, wanted = (normalize(k, x, mixed) for k in (kernel, reference))
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from syncbn import kernels
 from syncbn.kernels import Kernel, Transform, cpu, reference
 from syncbn.moments import Moments
-from tests.kernels import KERNELS, device_of, tolerance
+from tests.kernels import KERNELS, device_of, normalize, tolerance
 
 EPS = 1e-5
 LAYOUTS = ["contiguous", "channels_last", "strided"]
@@ -63,7 +63,7 @@ def check_module(chosen: Kernel, case: Case, bound: float, device: torch.device)
     weight, bias = (None if t is None else t.to(device) for t in (weight, bias))
     count = torch.tensor([float(values.shape[1])], dtype=torch.float64)
     transform = Transform(torch.cat([mean, invstd, count]).to(device), weight, bias)
-    result = chosen.normalize(x, transform)
+    result = normalize(chosen, x, transform)
     assert result.dtype == x.dtype
     if case.layout != "strided":
         assert result.stride() == x.stride()
@@ -152,7 +152,8 @@ def test_kernel_takes_no_values(kernel: str, shape: tuple[int, ...]) -> None:
     zeros = torch.zeros(7, dtype=torch.float64, device=x.device)
     transform, sums = Transform(zeros), zeros[:6]
     assert torch.equal(chosen.moments(x), zeros)
-    assert chosen.normalize(x, transform).shape == shape
+    y, _ = chosen.normalize(x, zeros, EPS, None, None, None, False)
+    assert y.shape == shape
     assert torch.equal(chosen.backward_reduce(x, x, transform), sums)
     assert chosen.backward_elemt(x, x, transform, sums).shape == shape
 
@@ -164,7 +165,7 @@ def test_kernel_propagates_nan_in_its_channel_only(kernel: str, bad: float) -> N
     x[1, 2, 3, 4] = bad
     chosen = kernels.choose(kernel, x)
     found = Moments.unpack(chosen.moments(x))
-    y = chosen.normalize(x, Transform(chosen.statistics(found.pack(), EPS)))
+    y, _ = chosen.normalize(x, found.pack(), EPS, None, None, None, False)
     clean = y.movedim(1, 0).isfinite().flatten(1)
     assert not clean[2].any() or bad == float("inf")
     assert clean[[0, 1, 3]].all()

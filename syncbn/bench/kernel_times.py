@@ -95,12 +95,13 @@ def _functions(
     kernel: Kernel, x: Tensor, dy: Tensor, relu: bool
 ) -> dict[str, Callable[[], object]]:
     ones = torch.ones(x.shape[1], device=x.device)
-    statistics = kernel.statistics(kernel.moments(x), _EPS)
+    message = kernel.moments(x)
+    _, statistics = kernel.normalize(x, message, _EPS, ones, ones, None, relu)
     how = Transform(statistics, ones, ones, relu)
     sums = kernel.backward_reduce(dy, x, how)
     return {
         "moments": partial(kernel.moments, x),
-        "normalize": partial(kernel.normalize, x, how),
+        "normalize": partial(kernel.normalize, x, message, _EPS, ones, ones, None, relu),
         "backward_reduce": partial(kernel.backward_reduce, dy, x, how),
         "backward_elemt": partial(kernel.backward_elemt, dy, x, how, sums),
     }

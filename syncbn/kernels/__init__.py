@@ -24,9 +24,6 @@ class Kernel(Protocol):
     def moments(self, x: Tensor) -> Tensor:
         """Return ``[sum (C) | sum_sq (C) | count (1)]``, float64 ``[2C + 1]``."""
 
-    def statistics(self, message: Tensor, eps: float) -> Tensor:
-        """Return ``[mean (C) | invstd (C) | count (1)]``, float64 ``[2C + 1]``."""
-
     def move_running(
         self,
         message: Tensor,
@@ -37,8 +34,17 @@ class Kernel(Protocol):
     ) -> None:
         """Count a batch, and move running averages towards it, in place."""
 
-    def normalize(self, x: Tensor, transform: Transform, residual: Tensor | None = None) -> Tensor:
-        """Return the transform of x, plus residual, through the ReLU; dtype and layout of x."""
+    def normalize(
+        self,
+        x: Tensor,
+        message: Tensor,
+        eps: float,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        relu: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Return y in x's dtype and layout, and what a :class:`Transform` has of the message."""
 
     def backward_reduce(self, dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
         """Return ``[sum(dy) (C) | sum(dy * xhat) (C)]``, float64 ``[2C]``."""

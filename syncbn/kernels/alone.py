@@ -17,23 +17,21 @@ def forward(
     residual: Tensor | None,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, :meth:`Kernel.moments` and :meth:`Kernel.statistics`.
+    """Return :meth:`Kernel.moments`, and what :meth:`Kernel.normalize` returns and takes.
 
     Args:
         kernel: whose functions these are, one after the other; or in one, if it can.
         x: shape ``[N, C, *]``.
-        eps: added to the variance.
-        weight: any floating dtype, shape ``[C]``, or None for ones.
-        bias: any floating dtype, shape ``[C]``, or None for zeros.
+        eps: see :func:`syncbn.kernels.reference.normalize`, also for what follows.
+        weight: shape ``[C]``, or None.
+        bias: shape ``[C]``, or None.
         residual: shape and dtype of x, or None.
         relu: whether a ReLU comes last.
     """
     if isinstance(kernel, CPU):
         return kernel.forward_alone(x, eps, weight, bias, residual, relu)
     message = kernel.moments(x)
-    statistics = kernel.statistics(message, eps)
-    y = kernel.normalize(x, Transform(statistics, weight, bias, relu), residual)
-    return y, message, statistics
+    return message, *kernel.normalize(x, message, eps, weight, bias, residual, relu)
 
 
 def backward(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from syncbn.kernels.reference import move_running as move_running
-from syncbn.kernels.reference import statistics as statistics
+from syncbn.kernels.reference import statistics
 from syncbn.kernels.transform import (
     Transform,
     compute_dtype,
@@ -44,17 +44,21 @@ def moments(x: Tensor) -> Tensor:
     return torch.cat([mean * count, (variance + mean.square()) * count, tail])
 
 
-def normalize(x: Tensor, transform: Transform, residual: Tensor | None = None) -> Tensor:
+def normalize(
+    x: Tensor,
+    message: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
     """See :func:`syncbn.kernels.reference.normalize`."""
-    if x.numel() == 0:
-        return torch.empty_like(x)
-    t = transform
-    pivot, scale, shift = normalize_coefficients(t.mean, t.invstd, t.weight, t.bias, x.dtype)
-    # (x - pivot) * 1 * scale + shift; eps is not used by this kernel.
-    y = torch.batch_norm_elemt(x, scale, shift, pivot, torch.ones_like(pivot), 0.0)
+    found = statistics(message, eps)
+    y = _affine(x, Transform(found, weight, bias))
     if residual is not None:
         y.add_(residual)
-    return y.relu_() if t.relu else y
+    return y.relu_() if relu else y, found
 
 
 def backward_reduce(dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
@@ -98,11 +102,18 @@ def backward_elemt(
     )
 
 
+def _affine(x: Tensor, t: Transform) -> Tensor:
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    pivot, scale, shift = normalize_coefficients(t.mean, t.invstd, t.weight, t.bias, x.dtype)
+    # (x - pivot) * 1 * scale + shift; eps is not used by this kernel.
+    return torch.batch_norm_elemt(x, scale, shift, pivot, torch.ones_like(pivot), 0.0)
+
+
 def _through_relu(dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
     """Return what comes through the ReLU, if there is one, in the layout of x."""
     if transform.relu:
-        z = normalize(x, transform._replace(relu=False))
-        dy = torch.ops.aten.threshold_backward(dy, z, 0)
+        dy = torch.ops.aten.threshold_backward(dy, _affine(x, transform), 0)
     return _like(dy, x)
 
 

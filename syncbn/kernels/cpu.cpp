@@ -1,8 +1,8 @@
 // The C interface of the CPU kernels, for cpu.py: plain pointers and numbers, so that one build
 // serves every version of torch and of Python. Shapes and strides are explained in cpp/work.h.
 //
-// Each function returns 0, or 1 if there was no memory. `level` is that of syncbn_level(), or a lower
-// one; data_ptr() of tensors that are not there is null.
+// Each function returns 0, or 1 if there was no memory. `level` is that of syncbn_level(), or a
+// lower one; data_ptr() of tensors that are not there is null.
 #include <cstdint>
 #include <new>
 
@@ -48,39 +48,37 @@ PUBLIC int syncbn_level() {
 }
 
 PUBLIC int syncbn_moments(int level, int threads, Dtype dtype, int64_t batch, int64_t channels,
-                   int64_t space, void* x, int64_t x_stride, double* message) {
+                          int64_t space, void* x, int64_t x_stride, double* message) {
   return without_exceptions([&] {
     Input in{{batch, channels, space}, dtype, threads, {x, x_stride}};
     LEVELS[level]->moments(in, message);
   });
 }
 
-PUBLIC int syncbn_statistics(int level, const double* message, int64_t channels, double eps, double* out) {
-  return without_exceptions([&] { LEVELS[level]->statistics(message, channels, eps, out); });
-}
-
 PUBLIC int syncbn_move_running(int level, const double* message, int64_t channels, double momentum,
-                        Dtype dtype, void* mean, void* var, int64_t* tracked) {
+                               Dtype dtype, void* mean, void* var, int64_t* tracked) {
   return without_exceptions([&] {
     LEVELS[level]->move_running(message, channels, momentum, {mean, dtype}, {var, dtype}, tracked);
   });
 }
 
 PUBLIC int syncbn_normalize(int level, int threads, Dtype dtype, int64_t batch, int64_t channels,
-                     int64_t space, void* x, int64_t x_stride, const double* statistics,
-                     Dtype parameters, void* weight, void* bias, bool relu, void* residual,
-                     int64_t residual_stride, void* y, int64_t y_stride) {
+                            int64_t space, void* x, int64_t x_stride, double* statistics,
+                            Dtype parameters, void* weight, void* bias, bool relu,
+                            const double* message, double eps, void* residual,
+                            int64_t residual_stride, void* y, int64_t y_stride) {
   return without_exceptions([&] {
     Input in{{batch, channels, space}, dtype, threads, {x, x_stride}};
     Transform transform{statistics, {weight, parameters}, {bias, parameters}, relu};
-    LEVELS[level]->normalize(in, transform, {residual, residual_stride}, {y, y_stride});
+    LEVELS[level]->normalize(in, message, eps, transform, {residual, residual_stride},
+                             {y, y_stride});
   });
 }
 
-PUBLIC int syncbn_backward_reduce(int level, int threads, Dtype dtype, int64_t batch, int64_t channels,
-                           int64_t space, void* x, int64_t x_stride, const double* statistics,
-                           Dtype parameters, void* weight, void* bias, bool relu, void* dy,
-                           int64_t dy_stride, double* sums) {
+PUBLIC int syncbn_backward_reduce(int level, int threads, Dtype dtype, int64_t batch,
+                                  int64_t channels, int64_t space, void* x, int64_t x_stride,
+                                  double* statistics, Dtype parameters, void* weight, void* bias,
+                                  bool relu, void* dy, int64_t dy_stride, double* sums) {
   return without_exceptions([&] {
     Input in{{batch, channels, space}, dtype, threads, {x, x_stride}};
     Transform transform{statistics, {weight, parameters}, {bias, parameters}, relu};
@@ -88,10 +86,11 @@ PUBLIC int syncbn_backward_reduce(int level, int threads, Dtype dtype, int64_t b
   });
 }
 
-PUBLIC int syncbn_backward_elemt(int level, int threads, Dtype dtype, int64_t batch, int64_t channels,
-                          int64_t space, void* x, int64_t x_stride, const double* statistics,
-                          Dtype parameters, void* weight, void* bias, bool relu, void* dy,
-                          int64_t dy_stride, const double* sums, void* dx, int64_t dx_stride) {
+PUBLIC int syncbn_backward_elemt(int level, int threads, Dtype dtype, int64_t batch,
+                                 int64_t channels, int64_t space, void* x, int64_t x_stride,
+                                 double* statistics, Dtype parameters, void* weight, void* bias,
+                                 bool relu, void* dy, int64_t dy_stride, const double* sums,
+                                 void* dx, int64_t dx_stride) {
   return without_exceptions([&] {
     Input in{{batch, channels, space}, dtype, threads, {x, x_stride}};
     Transform transform{statistics, {weight, parameters}, {bias, parameters}, relu};
@@ -99,24 +98,24 @@ PUBLIC int syncbn_backward_elemt(int level, int threads, Dtype dtype, int64_t ba
   });
 }
 
-PUBLIC int syncbn_forward_alone(int level, int threads, Dtype dtype, int64_t batch, int64_t channels,
-                                int64_t space, void* x, int64_t x_stride, double* statistics,
-                                Dtype parameters, void* weight, void* bias, bool relu, double eps,
-                                void* residual, int64_t residual_stride, void* y, int64_t y_stride,
-                                double* message) {
+PUBLIC int syncbn_forward_alone(int level, int threads, Dtype dtype, int64_t batch,
+                                int64_t channels, int64_t space, void* x, int64_t x_stride,
+                                double* statistics, Dtype parameters, void* weight, void* bias,
+                                bool relu, double* message, double eps, void* residual,
+                                int64_t residual_stride, void* y, int64_t y_stride) {
   return without_exceptions([&] {
     Input in{{batch, channels, space}, dtype, threads, {x, x_stride}};
-    Transform transform{nullptr, {weight, parameters}, {bias, parameters}, relu};
-    LEVELS[level]->forward_alone(in, eps, transform, {residual, residual_stride}, {y, y_stride},
-                                 message, statistics);
+    Transform transform{statistics, {weight, parameters}, {bias, parameters}, relu};
+    LEVELS[level]->forward_alone(in, message, eps, transform, {residual, residual_stride},
+                                 {y, y_stride});
   });
 }
 
 PUBLIC int syncbn_backward_alone(int level, int threads, Dtype dtype, int64_t batch,
                                  int64_t channels, int64_t space, void* x, int64_t x_stride,
-                                 const double* statistics, Dtype parameters, void* weight,
-                                 void* bias, bool relu, void* dy, int64_t dy_stride, double* sums,
-                                 void* dx, int64_t dx_stride) {
+                                 double* statistics, Dtype parameters, void* weight, void* bias,
+                                 bool relu, void* dy, int64_t dy_stride, double* sums, void* dx,
+                                 int64_t dx_stride) {
   return without_exceptions([&] {
     Input in{{batch, channels, space}, dtype, threads, {x, x_stride}};
     Transform transform{statistics, {weight, parameters}, {bias, parameters}, relu};

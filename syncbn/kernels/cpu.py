@@ -40,12 +40,11 @@ _INPUT = (_INT, _INT, _INT, _LONG, _LONG, _LONG, *_OPERAND)
 _TRANSFORM = (_POINTER, _INT, _POINTER, _POINTER, ctypes.c_bool)
 _FUNCTIONS = {
     "moments": (*_INPUT, _POINTER),
-    "statistics": (_INT, _POINTER, _LONG, _DOUBLE, _POINTER),
     "move_running": (_INT, _POINTER, _LONG, _DOUBLE, _INT, _POINTER, _POINTER, _POINTER),
-    "normalize": (*_INPUT, *_TRANSFORM, *_OPERAND, *_OPERAND),
+    "normalize": (*_INPUT, *_TRANSFORM, _POINTER, _DOUBLE, *_OPERAND, *_OPERAND),
     "backward_reduce": (*_INPUT, *_TRANSFORM, *_OPERAND, _POINTER),
     "backward_elemt": (*_INPUT, *_TRANSFORM, *_OPERAND, _POINTER, *_OPERAND),
-    "forward_alone": (*_INPUT, *_TRANSFORM, _DOUBLE, *_OPERAND, *_OPERAND, _POINTER),
+    "forward_alone": (*_INPUT, *_TRANSFORM, _POINTER, _DOUBLE, *_OPERAND, *_OPERAND),
     "backward_alone": (*_INPUT, *_TRANSFORM, *_OPERAND, _POINTER, *_OPERAND),
 }
 
@@ -69,13 +68,6 @@ class CPU:
         _done(self.library.moments(*self._input(x, samples), message.data_ptr()))
         return message
 
-    def statistics(self, message: Tensor, eps: float) -> Tensor:
-        """See :func:`syncbn.kernels.reference.statistics`."""
-        found = torch.empty_like(message)
-        head = self.level, message.data_ptr(), message.numel() // 2
-        _done(self.library.statistics(*head, eps, found.data_ptr()))
-        return found
-
     def move_running(
         self,
         message: Tensor,
@@ -97,15 +89,20 @@ class CPU:
         # As a call of torch would: autograd must notice if it still needs what was there.
         increment_version(averages if tracked is None else [*averages, tracked])
 
-    def normalize(self, x: Tensor, transform: Transform, residual: Tensor | None = None) -> Tensor:
+    def normalize(
+        self,
+        x: Tensor,
+        message: Tensor,
+        eps: float,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        relu: bool,
+    ) -> tuple[Tensor, Tensor]:
         """See :func:`syncbn.kernels.reference.normalize`."""
-        x, samples = _readable(x)
-        transform = _of_one_dtype(transform)
-        y = _empty_like(x, samples)
-        added, stride = (None, 0) if residual is None else _alike(residual, x, samples)
-        operands = _address(added), stride, y.data_ptr(), samples.dense_stride
-        _done(self.library.normalize(*self._input(x, samples), *_numbers(transform), *operands))
-        return y
+        how = Transform(torch.empty_like(message), weight, bias, relu)
+        y = self._output(self.library.normalize, x, message, eps, how, residual)
+        return y, how.statistics
 
     def backward_reduce(self, dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
         """See :func:`syncbn.kernels.reference.backward_reduce`."""
@@ -113,10 +110,8 @@ class CPU:
         transform = _of_one_dtype(transform)
         dy, stride = _alike(dy, x, samples)
         sums = torch.empty(2 * samples.channels, dtype=torch.float64)
-        operands = _address(dy), stride, sums.data_ptr()
-        _done(
-            self.library.backward_reduce(*self._input(x, samples), *_numbers(transform), *operands)
-        )
+        head = *self._input(x, samples), *_numbers(transform)
+        _done(self.library.backward_reduce(*head, _address(dy), stride, sums.data_ptr()))
         return sums
 
     def backward_elemt(
@@ -140,16 +135,10 @@ class CPU:
         relu: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :func:`syncbn.kernels.alone.forward`: what is read twice stays in the cache."""
-        x, samples = _readable(x)
-        message = torch.empty(2 * samples.channels + 1, dtype=torch.float64)
-        statistics = torch.empty_like(message)
-        transform = _of_one_dtype(Transform(statistics, weight, bias, relu))
-        y = _empty_like(x, samples)
-        added, stride = (None, 0) if residual is None else _alike(residual, x, samples)
-        operands = _address(added), stride, y.data_ptr(), samples.dense_stride
-        head = *self._input(x, samples), *_numbers(transform)
-        _done(self.library.forward_alone(*head, eps, *operands, message.data_ptr()))
-        return y, message, statistics
+        message = torch.empty(2 * x.shape[1] + 1, dtype=torch.float64)
+        how = Transform(torch.empty_like(message), weight, bias, relu)
+        y = self._output(self.library.forward_alone, x, message, eps, how, residual)
+        return message, y, how.statistics
 
     def backward_alone(
         self, dy: Tensor, x: Tensor, transform: Transform, may_overwrite: bool = False
@@ -158,6 +147,25 @@ class CPU:
         sums = torch.empty(2 * x.shape[1], dtype=torch.float64)
         function = self.library.backward_alone
         return sums, self._gradient(function, dy, x, transform, sums, may_overwrite)
+
+    def _output(
+        self,
+        function: Callable[..., int],
+        x: Tensor,
+        message: Tensor,
+        eps: float,
+        how: Transform,
+        residual: Tensor | None,
+    ) -> Tensor:
+        """Return y from a function that reads the message, or writes it first."""
+        x, samples = _readable(x)
+        how = _of_one_dtype(how)
+        y = _empty_like(x, samples)
+        added, stride = (None, 0) if residual is None else _alike(residual, x, samples)
+        head = *self._input(x, samples), *_numbers(how)
+        operands = _address(added), stride, y.data_ptr(), samples.dense_stride
+        _done(function(*head, message.data_ptr(), eps, *operands))
+        return y
 
     def _gradient(
         self,
@@ -174,7 +182,8 @@ class CPU:
         dy, stride = _alike(dy, x, samples)
         dx = dy if may_overwrite and stride == samples.dense_stride else _empty_like(x, samples)
         operands = _address(dy), stride, sums.data_ptr(), dx.data_ptr(), samples.dense_stride
-        _done(function(*self._input(x, samples), *_numbers(transform), *operands))
+        head = *self._input(x, samples), *_numbers(transform)
+        _done(function(*head, *operands))
         return dx
 
     def _input(self, x: Tensor, samples: Samples) -> tuple[int, ...]:

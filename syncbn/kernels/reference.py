@@ -89,20 +89,33 @@ def move_running(
                 running.copy_(running + torch.where(counts, batch - running, 0.0) * weight)
 
 
-def normalize(x: Tensor, transform: Transform, residual: Tensor | None = None) -> Tensor:
-    """Return y in x's dtype and layout.
+def normalize(
+    x: Tensor,
+    message: Tensor,
+    eps: float,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return y in x's dtype and layout, and :func:`statistics`.
 
     ``y = (x - mean) * invstd * weight + bias``, plus the residual, through the ReLU.
 
     Args:
         x: shape ``[N, C, *]``.
-        transform: what is done to x.
+        message: :func:`moments` summed over the group.
+        eps: added to the variance.
+        weight: any floating dtype, shape ``[C]``, or None for ones.
+        bias: any floating dtype, shape ``[C]``, or None for zeros.
         residual: shape and dtype of x, or None.
+        relu: whether a ReLU comes last.
     """
-    y = _affine(x, transform)
+    found = statistics(message, eps)
+    y = _affine(x, Transform(found, weight, bias))
     if residual is not None:
         y = y + residual
-    return (y.relu() if transform.relu else y).to(x.dtype)
+    return (y.relu() if relu else y).to(x.dtype), found
 
 
 def backward_reduce(dy: Tensor, x: Tensor, transform: Transform) -> Tensor:

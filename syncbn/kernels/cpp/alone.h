@@ -1,5 +1,5 @@
-// Some channels after the other, when nothing has to be known of other ranks in between: their values
-// stay in the second-level cache from the first look to the second, so memory is read once.
+// Some channels after the other, when nothing has to be known of other ranks in between: their
+// values stay in the second-level cache from the first look to the second, so memory is read once.
 #pragma once
 #include <atomic>
 

@@ -1,4 +1,4 @@
-// The arithmetic on C numbers, in float64: what coefficients.py and statistics.py do for the kernels
+// The arithmetic on C numbers, in float64: what transform.py and moments.py do for the kernels
 // of torch calls, where the formulas are explained.
 #pragma once
 #include <cmath>

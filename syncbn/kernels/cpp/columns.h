@@ -5,12 +5,12 @@
 
 namespace {
 
-// Columns that make a loop over them worth it; narrower samples are taken several at a time, as many
-// as fill vectors of this many lanes.
+// Columns that make a loop over them worth it; narrower samples are taken several at a time, as
+// many as fill vectors of this many lanes.
 constexpr int64_t NARROWEST_LINE = 64;
 constexpr int64_t MOST_LANES = 16;
-// Lines that are summed before they are added to the lines before them, which saves traffic with the
-// accumulators, and keeps the errors of float32 small.
+// Lines that are summed before they are added to the lines before them, which saves traffic with
+// the accumulators, and keeps the errors of float32 small.
 constexpr int64_t GROUP = 8;
 // Values of a block, after which float64 takes over, and limits for its lines.
 constexpr int64_t BLOCK = 1 << 15;
@@ -18,7 +18,8 @@ constexpr int64_t FEWEST_LINES = 128, MOST_LINES = 512;
 // Values whose sums are one unit of work.
 constexpr int64_t COLUMN_UNIT = 1 << 16;
 
-// A tensor as a matrix: a line is a sample, or several; column j is of channel j / space % channels.
+// A tensor as a matrix: a line is a sample, or several; column j is of channel j / space %
+// channels.
 struct Lines {
   Shape shape;
   int64_t together, full, width, rest;
@@ -250,13 +251,13 @@ void map_columns(Shape shape, Strided<const T> x, Strided<const T> pair, Strided
     lines.spread(coefficients + k * shape.channels, columns.data() + k * padded);
   bool streamed = streams(shape, y, pair, lines.width);
   share(lines.count(), threads, [&](int, int64_t begin, int64_t end) {
-    for (int64_t line = begin; line < end; ++line) {
+    from_the_end(begin, end, FORWARDS / lines.width, [&](int64_t line) {
       const T* from = lines.in(x, line);
       const T* with = Op::HAS_PAIR ? lines.in(pair, line) : from;
       int64_t width = line < lines.full ? lines.width : lines.rest;
       map_run<Op, false>(from, with, lines.in(y, line), width, streamed,
-                  [&](int64_t j) { return Columns<A, K>(columns.data() + j, padded); });
-    }
+                         [&](int64_t j) { return Columns<A, K>(columns.data() + j, padded); });
+    });
     if (streamed) end_of_stream();
   });
 }

@@ -37,15 +37,18 @@ void moments(Input in, double* message) {
   write_message(sums.data(), in.shape, message);
 }
 
-void normalize(Input in, Transform transform, Operand residual, Operand y) {
+void normalize(Input in, const double* message, double eps, Transform transform, Operand residual,
+               Operand y) {
+  write_statistics(message, in.shape.channels, eps, transform.statistics);
   with_type(in.dtype, [&](auto t) {
     using T = decltype(t);
     Coefficients<compute_t<T>> all(transform.statistics, in.shape.channels, transform.weight,
                                    transform.bias);
     bool plus = residual.data != nullptr;
-    auto form = plus ? transform.relu ? map<Normalize<true, true>, T> : map<Normalize<true, false>, T>
-                : transform.relu ? map<Normalize<false, true>, T>
-                                 : map<Normalize<false, false>, T>;
+    auto form =
+        plus ? transform.relu ? map<Normalize<true, true>, T> : map<Normalize<true, false>, T>
+        : transform.relu ? map<Normalize<false, true>, T>
+                         : map<Normalize<false, false>, T>;
     form(in, residual, y, all.data());
   });
 }
@@ -55,7 +58,8 @@ void backward_reduce(Input in, Transform transform, Operand dy, double* out) {
   Scratch<Sums> sums(channels);
   with_type(in.dtype, [&](auto t) {
     using T = decltype(t);
-    Coefficients<compute_t<T>> all(transform.statistics, channels, transform.weight, transform.bias);
+    Coefficients<compute_t<T>> all(transform.statistics, channels, transform.weight,
+                                   transform.bias);
     auto form = transform.relu ? sum<GradientSums<true>, T> : sum<GradientSums<false>, T>;
     form(in, dy, all.data(), sums.data());
     write_gradient_sums(sums.data(), all.rest(), transform.statistics + channels, channels, out);
@@ -73,20 +77,19 @@ void backward_elemt(Input in, Transform transform, const double* sums, Operand d
   });
 }
 
-void forward_alone(Input in, double eps, Transform transform, Operand residual, Operand y,
-                   double* message, double* statistics) {
+void forward_alone(Input in, double* message, double eps, Transform transform, Operand residual,
+                   Operand y) {
   Numbers weight = transform.weight, bias = transform.bias;
   each_tile(in, [&](const Tile& tile) {
     Scratch<double> own(2 * tile.numbers());
     double *own_message = own.data(), *own_statistics = own_message + tile.numbers();
     moments(tile.of(in), own_message);
-    write_statistics(own_message, tile.channels, eps, own_statistics);
     Transform part{own_statistics, tile.of(weight), tile.of(bias), transform.relu};
-    normalize(tile.of(in), part, tile.of(residual), tile.of(y));
+    normalize(tile.of(in), own_message, eps, part, tile.of(residual), tile.of(y));
     tile.scatter(own_message, message);
-    tile.scatter(own_statistics, statistics);
+    tile.scatter(own_statistics, transform.statistics);
   });
-  message[2 * in.shape.channels] = statistics[2 * in.shape.channels] =
+  message[2 * in.shape.channels] = transform.statistics[2 * in.shape.channels] =
       static_cast<double>(in.shape.batch * in.shape.space);
 }
 
@@ -106,6 +109,6 @@ void backward_alone(Input in, Transform transform, Operand dy, double* sums, Ope
 
 }  // namespace
 
-extern const Kernels SYNCBN_KERNELS = {moments,         write_statistics, move_running,
-                                       normalize,       backward_reduce,  backward_elemt,
-                                       forward_alone, backward_alone};
+extern const Kernels SYNCBN_KERNELS = {moments,         move_running,   normalize,
+                                       backward_reduce, backward_elemt, forward_alone,
+                                       backward_alone};

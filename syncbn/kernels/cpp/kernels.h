@@ -26,7 +26,7 @@ struct Input {
 
 // The transform of an input: statistics [mean (C) | invstd (C) | count], weight, bias, and relu.
 struct Transform {
-  const double* statistics;
+  double* statistics;
   Numbers weight, bias;
   bool relu;
 };
@@ -34,15 +34,15 @@ struct Transform {
 // The functions of reference.py. They throw std::bad_alloc.
 struct Kernels {
   void (*moments)(Input, double* message);
-  void (*statistics)(const double* message, int64_t channels, double eps, double* out);
   void (*move_running)(const double* message, int64_t channels, double momentum, Numbers mean,
                        Numbers var, int64_t* tracked);
-  void (*normalize)(Input, Transform, Operand residual, Operand y);
+  // Writes the statistics of the transform, too.
+  void (*normalize)(Input, const double* message, double eps, Transform, Operand residual,
+                    Operand y);
   void (*backward_reduce)(Input, Transform, Operand dy, double* sums);
   void (*backward_elemt)(Input, Transform, const double* sums, Operand dy, Operand dx);
   // The functions above in one, for who has no other rank to wait for.
-  void (*forward_alone)(Input, double eps, Transform, Operand residual, Operand y, double* message,
-                        double* statistics);
+  void (*forward_alone)(Input, double* message, double eps, Transform, Operand residual, Operand y);
   void (*backward_alone)(Input, Transform, Operand dy, double* sums, Operand dx);
 };
 

@@ -3,7 +3,7 @@
 //
 // Coefficients are per channel, and of the compute type: pivot, the mean rounded to it; scale =
 // invstd * weight; what else there is, the structs say. The mean's rest is in the others
-// (coefficients.py): x - pivot is exact where x is near the mean, x * scale + shift is not.
+// (transform.py): x - pivot is exact where x is near the mean, x * scale + shift is not.
 #pragma once
 #include "simd.h"
 #include "work.h"

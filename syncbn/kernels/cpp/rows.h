@@ -5,8 +5,8 @@
 
 namespace {
 
-// Values of a channel that are summed in vectors before float64 takes over: 64 a lane of each of the
-// four accumulators, which is few enough for float32, and they stay in a first-level cache.
+// Values of a channel that are summed in vectors before float64 takes over: 64 a lane of each of
+// the four accumulators, which is few enough for float32, and they stay in a first-level cache.
 constexpr int64_t SEGMENT = 64 * VECTOR_BYTES;
 // Shorter rows are seen as columns: a vector of AVX-512 would be half empty.
 constexpr int64_t SHORTEST_ROW = 16;
@@ -38,6 +38,19 @@ struct Piece {
   }
 };
 
+// Channels whose rows are worked on together, since they lie together: as many as fill a segment.
+// Pieces of the first tile come first, of all samples, and then those of the next.
+struct Tiles {
+  int64_t length, segments, pieces, size, count;
+
+  explicit Tiles(const Shape& shape)
+      : length(at_most(shape.space, SEGMENT)),
+        segments(ceil_div(shape.space, SEGMENT)),
+        pieces(shape.batch * segments),
+        size(at_most(at_most(SEGMENT / length, MOST_CHANNELS), shape.channels)),
+        count(ceil_div(shape.channels, size)) {}
+};
+
 template <class Op, class T>
 class RowSums {
   using A = compute_t<T>;
@@ -51,21 +64,18 @@ class RowSums {
         x_(x),
         dy_(dy),
         coefficients_(coefficients),
-        length_(at_most(shape.space, SEGMENT)),
-        segments_(ceil_div(shape.space, SEGMENT)),
-        pieces_(shape.batch * segments_),
-        tile_(at_most(at_most(SEGMENT / length_, MOST_CHANNELS), shape.channels)),
-        tiles_(ceil_div(shape.channels, tile_)),
-        block_(SEGMENT / length_),
-        pieces_a_unit_(ceil_div(at_least(ROW_UNIT / (tile_ * length_), 1), block_) * block_),
-        parts_(ceil_div(pieces_, pieces_a_unit_)) {}
+        tiles_(shape),
+        block_(SEGMENT / tiles_.length),
+        pieces_a_unit_(ceil_div(at_least(ROW_UNIT / (tiles_.size * tiles_.length), 1), block_) *
+                       block_),
+        parts_(ceil_div(tiles_.pieces, pieces_a_unit_)) {}
 
   // Write the sums of each channel.
   void run(int threads, Sums* totals) {
     Scratch<Sums> sums(parts_ * shape_.channels);
-    share(tiles_ * parts_, threads, [&](int, int64_t begin, int64_t end) {
+    share(tiles_.count * parts_, threads, [&](int, int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) {
-        int64_t part = unit % parts_, channel = unit / parts_ * tile_;
+        int64_t part = unit % parts_, channel = unit / parts_ * tiles_.size;
         sum_unit(channel, part, sums.data() + part * shape_.channels);
       }
     });
@@ -87,8 +97,8 @@ class RowSums {
   };
 
   void sum_unit(int64_t channel, int64_t part, Sums* sums) const {
-    int64_t channels = at_most(tile_, shape_.channels - channel);
-    int64_t begin = part * pieces_a_unit_, end = at_most(begin + pieces_a_unit_, pieces_);
+    int64_t channels = at_most(tiles_.size, shape_.channels - channel);
+    int64_t begin = part * pieces_a_unit_, end = at_most(begin + pieces_a_unit_, tiles_.pieces);
     Accumulators a;
     for (int64_t c = 0; c < channels; ++c) {
       a.pivot[c] = Op::CHOOSES_PIVOT ? first_pivot(channel + c, begin) : A{};
@@ -172,32 +182,33 @@ class RowSums {
     second += b;
   }
 
-  Piece at(int64_t piece) const { return Piece(piece, segments_, shape_.space); }
+  Piece at(int64_t piece) const { return Piece(piece, tiles_.segments, shape_.space); }
 
   Shape shape_;
   Strided<const T> x_, dy_;
   const A* coefficients_;
-  int64_t length_, segments_, pieces_, tile_, tiles_, block_, pieces_a_unit_, parts_;
+  Tiles tiles_;
+  int64_t block_, pieces_a_unit_, parts_;
 };
 
 // Write Op::value of every element.
 template <class Op, class T>
 void map_rows(Shape shape, Strided<const T> x, Strided<const T> pair, Strided<T> y,
               const compute_t<T>* coefficients, int threads) {
-  int64_t segments = ceil_div(shape.space, SEGMENT), pieces = shape.batch * segments;
+  Tiles tiles(shape);
   bool streamed = streams(shape, y, pair, shape.space);
-  share(pieces * shape.channels, threads, [&](int, int64_t begin, int64_t end) {
-    int64_t i = begin / shape.channels, c = begin % shape.channels;
-    for (int64_t left = end - begin; left > 0; ++i, c = 0) {
-      Piece piece(i, segments, shape.space);
-      for (; c < shape.channels && left > 0; ++c, --left) {
+  share(tiles.count * tiles.pieces, threads, [&](int, int64_t begin, int64_t end) {
+    from_the_end(begin, end, FORWARDS / (tiles.size * tiles.length), [&](int64_t unit) {
+      Piece piece(unit % tiles.pieces, tiles.segments, shape.space);
+      int64_t c = unit / tiles.pieces * tiles.size, last = at_most(c + tiles.size, shape.channels);
+      for (; c < last; ++c) {
         Broadcast<compute_t<T>, Op::COEFFICIENTS> same(coefficients + c, shape.channels);
         const T* from = piece.in(x, c, shape.space);
         const T* with = Op::HAS_PAIR ? piece.in(pair, c, shape.space) : from;
         map_run<Op, true>(from, with, piece.in(y, c, shape.space), piece.size, streamed,
-                    [&](int64_t) -> const auto& { return same; });
+                          [&](int64_t) -> const auto& { return same; });
       }
-    }
+    });
     if (streamed) end_of_stream();
   });
 }

@@ -38,6 +38,9 @@ inline int useful_threads(int threads, int64_t numel) {
   return static_cast<int>(at_least(at_most(threads, numel / GRAIN), 1));
 }
 
+// Values that are written forwards, before those in front of them (from_the_end).
+constexpr int64_t FORWARDS = 1 << 15;
+
 // Uninitialized memory of its own, aligned for vectors.
 template <class T>
 class Scratch {
@@ -69,6 +72,15 @@ inline void share(int64_t units, int threads, const Work& work) {
   for (int i = 0; i < parts; ++i) work(i, units * i / parts, units * (i + 1) / parts);
 }
 
+// Call work(i) for begin...end, for the last of them first: what a sum has read last is in the
+// cache still. But for some at a time forwards, as processors read ahead.
+template <class Work>
+inline void from_the_end(int64_t begin, int64_t end, int64_t together, const Work& work) {
+  int64_t step = at_least(together, 1);
+  for (int64_t last = end; last > begin; last -= step)
+    for (int64_t i = at_least(last - step, begin); i < last; ++i) work(i);
+}
+
 // Add sums of other values; the total keeps its pivot, so that sums of squares stay small.
 inline void add(Sums& total, const Sums& more, bool around_pivot) {
   if (total.n == 0) {
@@ -81,17 +93,17 @@ inline void add(Sums& total, const Sums& more, bool around_pivot) {
   total.first += more.first + more.n * moved;
 }
 
-// Whether (mean - pivot)^2 is at most 4 variances, so that the sum of squares around the pivot is at
-// most 5 times that around the mean, and no more than a digit is lost. Not, if there is a NaN.
+// Whether (mean - pivot)^2 is at most 4 variances, so that the sum of squares around the pivot is
+// at most 5 times that around the mean, and no more than a digit is lost. Not, if there is a NaN.
 inline bool is_near(double n, double first, double second) {
   double shift = first * first / n;
   return shift <= 4 * (second - shift);
 }
 
-// A pivot that is near the mean of values with these sums around the last one, or zero if that is not
-// finite: the mean in units of about half a standard deviation. More digits would do harm. Values
-// often are of few digits, and then all differences to such a pivot end in the same ones, all
-// roundings of their sums go the same way, and a sum of 100 is off by 2e-6 instead of 2e-7.
+// A pivot that is near the mean of values with these sums around the last one, or zero if that is
+// not finite: the mean in units of about half a standard deviation. More digits would do harm.
+// Values often are of few digits, and then all differences to such a pivot end in the same ones,
+// all roundings of their sums go the same way, and a sum of 100 is off by 2e-6 instead of 2e-7.
 inline double near_pivot(double pivot, double n, double first, double second) {
   double mean = pivot + first / n, variance = (second - first * first / n) / n;
   if (mean - mean != 0) return 0;
