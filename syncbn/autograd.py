@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from syncbn.distributed import collectives
-from syncbn.kernels import Kernel, Transform, alone
+from syncbn.kernels import Kernel, Running, Transform, alone
 from syncbn.ownership import is_unshared
 
 
@@ -21,6 +21,7 @@ class Call(NamedTuple):
     Attributes:
         eps: added to the variance.
         relu: whether a ReLU comes last.
+        running: averages to move, or None.
         group: from :func:`~syncbn.distributed.collectives.communicating_group`; None if alone.
         kernel: from :func:`syncbn.kernels.choose`.
         label: names the layer in error messages.
@@ -28,6 +29,7 @@ class Call(NamedTuple):
 
     eps: float
     relu: bool
+    running: Running | None
     group: dist.ProcessGroup | None
     kernel: Kernel
     label: str
@@ -104,42 +106,40 @@ class SyncBatchNormFunction(torch.autograd.Function):
         bias: Tensor | None,
         residual: Tensor | None,
         call: Call,
-    ) -> tuple[Tensor, Tensor]:
-        """Return y, and the group's packed :class:`~syncbn.moments.Moments` (no gradient)."""
+    ) -> Tensor:
+        """Return y; move the running averages.
+
+        Raises:
+            ValueError: on CPU, a single value per channel in the whole group.
+        """
         kernel = call.kernel
+        how = call.eps, weight, bias, residual, call.relu, call.running
         if call.group is None:
-            message, y, statistics = alone.forward(
-                kernel, x, call.eps, weight, bias, residual, call.relu
-            )
+            message, y, statistics = alone.forward(kernel, x, *how)
         else:
             message = kernel.moments(x)
             collectives.all_reduce(message, call.group, call.about("forward", x))
-            y, statistics = kernel.normalize(
-                x, message, call.eps, weight, bias, residual, call.relu
-            )
+            y, statistics = kernel.normalize(x, message, *how)
+        _refuse_one_value(x, message, call.label)
 
         masks = call.relu and residual is not None
         ctx.save_for_backward(x, weight, bias, statistics, y if masks else None)
         ctx.call = call
-        ctx.mark_non_differentiable(message)
-        ctx.set_materialize_grads(False)
-        return y, message
+        return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return dx, this rank's dweight and dbias, and dresidual."""
         references = sys.getrefcount(dy)
         x, weight, bias, statistics, y = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
         call: Call = ctx.call
         kernel = call.kernel
-        if dy is None:
-            dy, mine = torch.zeros_like(x), True
-        elif y is not None:
-            dy, mine = torch.ops.aten.threshold_backward(dy, y, 0), True
-        else:
+        if y is None:
             mine = is_unshared(dy, references)
+        else:
+            dy, mine = torch.ops.aten.threshold_backward(dy, y, 0), True
         may_overwrite = mine and not needs_residual
         transform = Transform(statistics, weight, bias, call.relu and y is None)
         dx = None
@@ -158,3 +158,14 @@ class SyncBatchNormFunction(torch.autograd.Function):
                 dx = kernel.backward_elemt(dy, x, transform, sums, may_overwrite)
         dresidual = dy if needs_residual else None
         return dx, dweight, dbias, dresidual, None
+
+
+def _refuse_one_value(x: Tensor, message: Tensor, label: str) -> None:
+    # With more values here there are more in the group. On other devices reading the count would
+    # stall them; everywhere kernels keep such a batch out of the averages.
+    if x.numel() <= x.shape[1] and x.device.type == "cpu" and message[-1].item() == 1:
+        raise ValueError(
+            f"{label}: got a single value per channel in the whole group (input of shape "
+            f"{tuple(x.shape)} on this rank); expected at least two in training, since the "
+            "variance of one value is zero"
+        )

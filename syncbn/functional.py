@@ -12,6 +12,7 @@ from torch import Tensor
 from syncbn import kernels
 from syncbn.autograd import Call, SyncBatchNormFunction
 from syncbn.distributed.collectives import communicating_group
+from syncbn.kernels import Running
 
 Activation = Literal["relu"]
 
@@ -84,39 +85,10 @@ def sync_batch_norm(
         y = y if residual is None else y + residual
         return y if activation is None else y.relu()
     group, chosen = communicating_group(process_group), kernels.choose(kernel, input)
-    call = Call(eps, activation == "relu", group, chosen, "sync_batch_norm")
-    output, message = batch_norm_with_message(input, weight, bias, residual, call)
-    chosen.move_running(message, running_mean, running_var, None, momentum)
+    running = Running(running_mean, running_var, None, momentum)
+    call = Call(eps, activation == "relu", running, group, chosen, "sync_batch_norm")
+    output: Tensor = SyncBatchNormFunction.apply(input, weight, bias, residual, call)
     return output
-
-
-def batch_norm_with_message(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call
-) -> tuple[Tensor, Tensor]:
-    """Normalize with the group's batch, and return its message for whoever keeps averages.
-
-    Args:
-        input: checked by :func:`check_input`.
-        weight: shape ``[C]`` or None.
-        bias: shape ``[C]`` or None.
-        residual: checked by :func:`check_residual`, or None.
-        call: how.
-
-    Returns:
-        The output, and :meth:`syncbn.kernels.Kernel.moments` summed over the group.
-
-    Raises:
-        ValueError: on CPU, a single value per channel in the whole group.
-    """
-    output, message = SyncBatchNormFunction.apply(input, weight, bias, residual, call)
-    # Elsewhere reading the count would stall the device; there kernels keep NaN out of averages.
-    if input.device.type == "cpu" and message[-1].item() == 1:
-        raise ValueError(
-            f"{call.label}: got a single value per channel in the whole group (input of shape "
-            f"{tuple(input.shape)} on this rank); expected at least two in training, since the "
-            "variance of one value is zero"
-        )
-    return output, message
 
 
 def check_input(input: Tensor) -> None:

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.autograd import Call
+from syncbn.autograd import Call, SyncBatchNormFunction
 from syncbn.distributed.collectives import communicating_group
 from syncbn.distributed.groups import GroupLike, resolve_group
-from syncbn.functional import batch_norm_with_message, check_input, check_parameters
-from syncbn.kernels import choose
+from syncbn.functional import check_input, check_parameters
+from syncbn.kernels import Running, choose
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -129,10 +129,11 @@ class SyncBatchNorm(_BatchNorm):
         # In evaluation without running averages the batch is that of this rank, as in torch.
         group = self.communicating_group() if self.training else None
         kernel = choose(self.sync_kernel, input)
-        call = Call(self.eps, False, group, kernel, self._label())
-        output, message = batch_norm_with_message(input, weight, bias, None, call)
+        running = None
         if self.training and self.track_running_stats:
-            kernel.move_running(message, mean, var, self.num_batches_tracked, self.momentum)
+            running = Running(mean, var, self.num_batches_tracked, self.momentum)
+        call = Call(self.eps, False, running, group, kernel, self._label())
+        output: Tensor = SyncBatchNormFunction.apply(input, weight, bias, None, call)
         return output
 
     def communicating_group(self) -> dist.ProcessGroup | None:

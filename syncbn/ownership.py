@@ -50,7 +50,7 @@ def is_unshared(gradient: Tensor, references: int) -> bool:
     that is nobody else's depends on the interpreter and on torch, and is found out with one.
 
     Args:
-        gradient: the argument ``dy`` of a ``backward(ctx, dy, _)``, ``once_differentiable``.
+        gradient: the argument ``dy`` of a ``backward(ctx, dy)``, ``once_differentiable``.
         references: `sys.getrefcount` of it, called there.
     """
     if not hasattr(gradient, _COUNT) or gradient.requires_grad:
@@ -62,10 +62,10 @@ def is_unshared(gradient: Tensor, references: int) -> bool:
 @cache
 def _of_nobody_else() -> Owners:
     found: list[Owners] = []
-    x = torch.zeros(2, requires_grad=True)
+    x = torch.zeros(2, device="cpu", requires_grad=True)
     with torch.enable_grad():
-        y, _ = _Probe.apply(x, found)
-        torch.autograd.grad(y * 2, x, torch.ones(2))
+        y = _Probe.apply(x, found)
+        torch.autograd.grad(y * 2, x, torch.ones_like(x))
     return found[0]
 
 
@@ -73,15 +73,14 @@ class _Probe(torch.autograd.Function):
     """Gets a gradient that nobody else has, as the backward function that asks."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, found: list[Owners]) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, found: list[Owners]) -> Tensor:
         ctx.found = found
-        return x * 1, x * 1
+        return x * 1
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         # By itself: among the arguments of another call, dy would be referred to once more.
         references = sys.getrefcount(dy)
-        assert dy is not None
         ctx.found.append(Owners.of(dy, references))
         return dy, None

@@ -46,7 +46,7 @@ def normalize(kernel: Kernel, x: Tensor, how: Transform, residual: Tensor | None
     """Return x normalized with given statistics, by way of a message that has them, and eps = 0."""
     count, mean = how.values, how.mean
     message = torch.cat([mean, how.invstd**-2 + mean**2, count.new_ones(1)]) * count
-    return kernel.normalize(x, message, 0.0, how.weight, how.bias, residual, how.relu)[0]
+    return kernel.normalize(x, message, 0.0, how.weight, how.bias, residual, how.relu, None)[0]
 
 
 def device_of(kernel: str) -> torch.device:

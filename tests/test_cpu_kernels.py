@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from oracle import Case
 from torch import Tensor
 
-from syncbn.kernels import Kernel, Transform, alone, cpu, reference
+from syncbn.kernels import Kernel, Running, Transform, alone, cpu, reference
 from syncbn.kernels.samples import Samples
 from syncbn.moments import Moments
 from tests.kernels import cpp, levels, needs_cpp, normalize, tolerance
@@ -47,7 +47,7 @@ def everything(kernel: Kernel, x: Tensor, dy: Tensor, how: Transform) -> list[Te
     sums = kernel.backward_reduce(dy, x, how)
     given = torch.ones_like(sums)
     found = [message, sums, normalize(kernel, x, how), kernel.backward_elemt(dy, x, how, given)]
-    found += alone.forward(kernel, x, EPS, how.weight, how.bias, None, how.relu)
+    found += alone.forward(kernel, x, EPS, how.weight, how.bias, None, how.relu, None)
     found += alone.backward(kernel, dy, x, how, may_overwrite=False)
     return [t.double().flatten() for t in found]
 
@@ -155,8 +155,8 @@ def test_what_is_not_finite_goes_where_torch_lets_it(
     x[1, 20, 3, 4] = bad
     message = kernel.moments(x)
     mean, var, their_mean, their_var = torch.ones(4, 40)
-    kernel.move_running(message, mean, var, None, 0.1)
-    y, _ = kernel.normalize(x, message, EPS, None, None, None, False)
+    running = Running(mean, var, None, 0.1)
+    y, _ = kernel.normalize(x, message, EPS, None, None, None, False, running)
     wanted = F.batch_norm(x, their_mean, their_var, training=True)
     assert torch.equal(y.isfinite(), wanted.isfinite())
     assert torch.equal(y.isnan(), wanted.isnan())
@@ -313,7 +313,8 @@ def test_running_averages(
     momentum: float | None,
     count: int,
 ) -> None:
-    message = reference.moments(torch.randn(count, 37, dtype=torch.float64))
+    x = torch.randn(count, 37, dtype=torch.float64)
+    message = reference.moments(x)
     found: list[list[Tensor | None]] = []
     for k in (kernel, reference):
         generator = torch.Generator().manual_seed(0)
@@ -323,7 +324,9 @@ def test_running_averages(
         ]
         averages.append(torch.tensor(4))
         for tracked in (averages[2], None):
-            k.move_running(message, averages[0], averages[1], tracked, momentum)
+            running = Running(averages[0], averages[1], tracked, momentum)
+            k.normalize(x, message, EPS, None, None, None, False, running)
+            alone.forward(k, x, EPS, None, None, None, False, running)
         found.append(averages)
     for mine, other in zip(*found, strict=True):
         if mine is not None:

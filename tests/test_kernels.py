@@ -67,7 +67,9 @@ def check_module(chosen: Kernel, case: Case, bound: float, device: torch.device)
     assert result.dtype == x.dtype
     if case.layout != "strided":
         assert result.stride() == x.stride()
-    close(result, restore(y), bound, y.abs().max().clamp(min=1e-9))
+    # So does the message here, where there may be two values a channel and hardly a variance.
+    passed = bound + 1e-15 * (mean * invstd).square().max().item()
+    close(result, restore(y), passed, y.abs().max().clamp(min=1e-9))
 
     sums = torch.cat([gradients.sum(1), (gradients * xhat).sum(1)])
     found_sums = chosen.backward_reduce(dy, x, transform)
@@ -152,7 +154,7 @@ def test_kernel_takes_no_values(kernel: str, shape: tuple[int, ...]) -> None:
     zeros = torch.zeros(7, dtype=torch.float64, device=x.device)
     transform, sums = Transform(zeros), zeros[:6]
     assert torch.equal(chosen.moments(x), zeros)
-    y, _ = chosen.normalize(x, zeros, EPS, None, None, None, False)
+    y, _ = chosen.normalize(x, zeros, EPS, None, None, None, False, None)
     assert y.shape == shape
     assert torch.equal(chosen.backward_reduce(x, x, transform), sums)
     assert chosen.backward_elemt(x, x, transform, sums).shape == shape
@@ -165,7 +167,7 @@ def test_kernel_propagates_nan_in_its_channel_only(kernel: str, bad: float) -> N
     x[1, 2, 3, 4] = bad
     chosen = kernels.choose(kernel, x)
     found = Moments.unpack(chosen.moments(x))
-    y, _ = chosen.normalize(x, found.pack(), EPS, None, None, None, False)
+    y, _ = chosen.normalize(x, found.pack(), EPS, None, None, None, False, None)
     clean = y.movedim(1, 0).isfinite().flatten(1)
     assert not clean[2].any() or bad == float("inf")
     assert clean[[0, 1, 3]].all()

@@ -12,10 +12,11 @@ import pytest
 import torch
 from oracle import Case, batch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import syncbn
-from syncbn.kernels import reference
+from syncbn.kernels import Running, reference
 from syncbn.moments import Moments
 from tests.kernels import KERNELS, device_of
 
@@ -138,13 +139,26 @@ def test_no_number_is_read_back_to_the_host(options: dict[str, Any]) -> None:
     assert x.grad is not None
 
 
+def test_where_new_tensors_go_by_default_does_not_matter() -> None:
+    """Kernels once took memory there: of a device without memory, that was a crash."""
+    x = torch.randn(4, 6, 5, 5)
+    for values in (x, x[:, ::2], x[..., ::2], x.to(memory_format=torch.channels_last)[:, 1:4]):
+        values.requires_grad_()
+        layer = syncbn.SyncBatchNorm2d(values.shape[1])
+        with torch.device("meta"):
+            y = layer(values)
+            (dx,) = torch.autograd.grad(y.square().sum(), values)
+        torch.testing.assert_close(y, F.batch_norm(values, None, None, training=True))
+        assert dx.device.type == "cpu"
+
+
 @pytest.mark.parametrize("value", [3.0, float("inf"), float("nan")])
 def test_a_single_value_reaches_no_buffer(value: float) -> None:
     """CPU refuses such a batch; on CUDA, where reading the count would stall, this keeps it out."""
     mean, var = torch.zeros(2), torch.ones(2)
     one, sums = torch.tensor(1.0).double(), torch.full((2,), value).double()
     message = Moments(one, sums, sums.square()).pack()
-    reference.move_running(message, mean, var, None, 0.1)
+    reference.move_running(message, Running(mean, var, None, 0.1))
     assert torch.equal(mean, torch.zeros(2))
     assert torch.equal(var, torch.ones(2))
 

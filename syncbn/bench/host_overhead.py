@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from syncbn.bench.mpirun import slowest
 from syncbn.bench.timing import Spread, finished, take_turns
@@ -47,29 +47,26 @@ def measure(device: torch.device, meet: Callable[[], None]) -> Overhead:
     theirs = nn.BatchNorm2d(SHAPE[1], device=device)
     alone = SyncBatchNorm2d(SHAPE[1], process_group=resolve_group(1), device=device)
     together = SyncBatchNorm2d(SHAPE[1], device=device)
-    waits = [0.0]
-    all_reduce = dist.all_reduce
+    waits: list[float] = []
+    all_reduce, clock = dist.all_reduce, time.perf_counter
 
-    def timed(*args: Any, **kwargs: Any) -> None:
-        start = time.perf_counter()
-        all_reduce(*args, **kwargs)
-        waits[-1] += time.perf_counter() - start
+    def timed(vector: Tensor, group: dist.ProcessGroup) -> None:
+        start = clock()
+        all_reduce(vector, group=group)
+        waits.append(clock() - start)
 
-    def call_together() -> None:
-        waits.append(0.0)
-        together(x)
-
-    calls: dict[str, Callable[[], object]] = {
-        "theirs": lambda: theirs(x),
-        "alone": lambda: alone(x),
-        "together": call_together,
+    calls = {
+        "theirs": partial(theirs, x),
+        "alone": partial(alone, x),
+        "together": partial(together, x),
     }
     timed_calls = {name: finished(call, device) for name, call in calls.items()}
     with patch.object(dist, "all_reduce", timed):
         times = take_turns(timed_calls, _ROUNDS, _BURST, meet)
     walls = {name: taken.wall for name, taken in times.items()}
-    # Of those that count.
-    waited = torch.tensor(waits[-len(walls["together"]) :], dtype=torch.float64)
+    passes = len(walls["together"])
+    # Of those that count; none if there is one rank.
+    waited = torch.tensor(waits[-passes:] or passes * [0.0], dtype=torch.float64)
     return Overhead(
         **{name: Spread.of(slowest(wall)) for name, wall in walls.items()},
         all_reduce=Spread.of(slowest(waited)),

@@ -96,12 +96,12 @@ def _functions(
 ) -> dict[str, Callable[[], object]]:
     ones = torch.ones(x.shape[1], device=x.device)
     message = kernel.moments(x)
-    _, statistics = kernel.normalize(x, message, _EPS, ones, ones, None, relu)
+    _, statistics = kernel.normalize(x, message, _EPS, ones, ones, None, relu, None)
     how = Transform(statistics, ones, ones, relu)
     sums = kernel.backward_reduce(dy, x, how)
     return {
         "moments": partial(kernel.moments, x),
-        "normalize": partial(kernel.normalize, x, message, _EPS, ones, ones, None, relu),
+        "normalize": partial(kernel.normalize, x, message, _EPS, ones, ones, None, relu, None),
         "backward_reduce": partial(kernel.backward_reduce, dy, x, how),
         "backward_elemt": partial(kernel.backward_elemt, dy, x, how, sums),
     }

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from syncbn.kernels import aten_cuda, cpu, reference
+from syncbn.kernels.transform import Running as Running
 from syncbn.kernels.transform import Transform as Transform
 
 NAMES = ("auto", "reference", "cpu", "aten_cuda")
@@ -24,16 +25,6 @@ class Kernel(Protocol):
     def moments(self, x: Tensor) -> Tensor:
         """Return ``[sum (C) | sum_sq (C) | count (1)]``, float64 ``[2C + 1]``."""
 
-    def move_running(
-        self,
-        message: Tensor,
-        mean: Tensor | None,
-        var: Tensor | None,
-        tracked: Tensor | None,
-        momentum: float | None,
-    ) -> None:
-        """Count a batch, and move running averages towards it, in place."""
-
     def normalize(
         self,
         x: Tensor,
@@ -43,8 +34,12 @@ class Kernel(Protocol):
         bias: Tensor | None,
         residual: Tensor | None,
         relu: bool,
+        running: Running | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return y in x's dtype and layout, and what a :class:`Transform` has of the message."""
+        """Return y in x's dtype and layout, and what a :class:`Transform` has of the message.
+
+        Running averages are moved, too, in place.
+        """
 
     def backward_reduce(self, dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
         """Return ``[sum(dy) (C) | sum(dy * xhat) (C)]``, float64 ``[2C]``."""

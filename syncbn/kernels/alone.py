@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from syncbn.kernels import Kernel, Transform
+from syncbn.kernels import Kernel, Running, Transform
 from syncbn.kernels.cpu import CPU
 
 
@@ -16,6 +16,7 @@ def forward(
     bias: Tensor | None,
     residual: Tensor | None,
     relu: bool,
+    running: Running | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return :meth:`Kernel.moments`, and what :meth:`Kernel.normalize` returns and takes.
 
@@ -27,11 +28,12 @@ def forward(
         bias: shape ``[C]``, or None.
         residual: shape and dtype of x, or None.
         relu: whether a ReLU comes last.
+        running: averages to move, or None.
     """
     if isinstance(kernel, CPU):
-        return kernel.forward_alone(x, eps, weight, bias, residual, relu)
+        return kernel.forward_alone(x, eps, weight, bias, residual, relu, running)
     message = kernel.moments(x)
-    return message, *kernel.normalize(x, message, eps, weight, bias, residual, relu)
+    return message, *kernel.normalize(x, message, eps, weight, bias, residual, relu, running)
 
 
 def backward(

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncbn.kernels.reference import move_running as move_running
-from syncbn.kernels.reference import statistics
+from syncbn.kernels.reference import move_running, statistics
 from syncbn.kernels.transform import (
+    Running,
     Transform,
     compute_dtype,
     normalize_coefficients,
@@ -52,8 +52,11 @@ def normalize(
     bias: Tensor | None,
     residual: Tensor | None,
     relu: bool,
+    running: Running | None,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`syncbn.kernels.reference.normalize`."""
+    if running is not None:
+        move_running(message, running)
     found = statistics(message, eps)
     y = _affine(x, Transform(found, weight, bias))
     if residual is not None:

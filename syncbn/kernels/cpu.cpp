@@ -55,23 +55,18 @@ PUBLIC int syncbn_moments(int level, int threads, Dtype dtype, int64_t batch, in
   });
 }
 
-PUBLIC int syncbn_move_running(int level, const double* message, int64_t channels, double momentum,
-                               Dtype dtype, void* mean, void* var, int64_t* tracked) {
-  return without_exceptions([&] {
-    LEVELS[level]->move_running(message, channels, momentum, {mean, dtype}, {var, dtype}, tracked);
-  });
-}
-
 PUBLIC int syncbn_normalize(int level, int threads, Dtype dtype, int64_t batch, int64_t channels,
                             int64_t space, void* x, int64_t x_stride, double* statistics,
                             Dtype parameters, void* weight, void* bias, bool relu,
                             const double* message, double eps, void* residual,
-                            int64_t residual_stride, void* y, int64_t y_stride) {
+                            int64_t residual_stride, void* y, int64_t y_stride, double momentum,
+                            Dtype averages, void* mean, void* var, int64_t* tracked) {
   return without_exceptions([&] {
     Input in{{batch, channels, space}, dtype, threads, {x, x_stride}};
     Transform transform{statistics, {weight, parameters}, {bias, parameters}, relu};
+    Running running{{mean, averages}, {var, averages}, tracked, momentum};
     LEVELS[level]->normalize(in, message, eps, transform, {residual, residual_stride},
-                             {y, y_stride});
+                             {y, y_stride}, running);
   });
 }
 
@@ -102,12 +97,14 @@ PUBLIC int syncbn_forward_alone(int level, int threads, Dtype dtype, int64_t bat
                                 int64_t channels, int64_t space, void* x, int64_t x_stride,
                                 double* statistics, Dtype parameters, void* weight, void* bias,
                                 bool relu, double* message, double eps, void* residual,
-                                int64_t residual_stride, void* y, int64_t y_stride) {
+                                int64_t residual_stride, void* y, int64_t y_stride, double momentum,
+                                Dtype averages, void* mean, void* var, int64_t* tracked) {
   return without_exceptions([&] {
     Input in{{batch, channels, space}, dtype, threads, {x, x_stride}};
     Transform transform{statistics, {weight, parameters}, {bias, parameters}, relu};
+    Running running{{mean, averages}, {var, averages}, tracked, momentum};
     LEVELS[level]->forward_alone(in, message, eps, transform, {residual, residual_stride},
-                                 {y, y_stride});
+                                 {y, y_stride}, running);
   });
 }
 

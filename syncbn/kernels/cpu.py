@@ -20,7 +20,7 @@ from torch.autograd.graph import increment_version
 
 from syncbn.kernels import reference
 from syncbn.kernels.samples import Samples
-from syncbn.kernels.transform import Transform
+from syncbn.kernels.transform import Running, Transform
 
 # Built by hatch_build.py.
 PATH = Path(__file__).with_name("libsyncbn_cpu.so")
@@ -38,13 +38,15 @@ _INT, _LONG, _DOUBLE, _POINTER = (
 _OPERAND = (_POINTER, _LONG)
 _INPUT = (_INT, _INT, _INT, _LONG, _LONG, _LONG, *_OPERAND)
 _TRANSFORM = (_POINTER, _INT, _POINTER, _POINTER, ctypes.c_bool)
+_RUNNING = (_DOUBLE, _INT, _POINTER, _POINTER, _POINTER)
+_OUTPUT = (*_INPUT, *_TRANSFORM, _POINTER, _DOUBLE, *_OPERAND, *_OPERAND, *_RUNNING)
+_NO_AVERAGES = (0.0, 0, 0, 0, 0)
 _FUNCTIONS = {
     "moments": (*_INPUT, _POINTER),
-    "move_running": (_INT, _POINTER, _LONG, _DOUBLE, _INT, _POINTER, _POINTER, _POINTER),
-    "normalize": (*_INPUT, *_TRANSFORM, _POINTER, _DOUBLE, *_OPERAND, *_OPERAND),
+    "normalize": _OUTPUT,
     "backward_reduce": (*_INPUT, *_TRANSFORM, *_OPERAND, _POINTER),
     "backward_elemt": (*_INPUT, *_TRANSFORM, *_OPERAND, _POINTER, *_OPERAND),
-    "forward_alone": (*_INPUT, *_TRANSFORM, _POINTER, _DOUBLE, *_OPERAND, *_OPERAND),
+    "forward_alone": _OUTPUT,
     "backward_alone": (*_INPUT, *_TRANSFORM, *_OPERAND, _POINTER, *_OPERAND),
 }
 
@@ -64,30 +66,9 @@ class CPU:
     def moments(self, x: Tensor) -> Tensor:
         """See :func:`syncbn.kernels.reference.moments`."""
         x, samples = _readable(x)
-        message = torch.empty(2 * samples.channels + 1, dtype=torch.float64)
+        message = x.new_empty(2 * samples.channels + 1, dtype=torch.float64)
         _done(self.library.moments(*self._input(x, samples), message.data_ptr()))
         return message
-
-    def move_running(
-        self,
-        message: Tensor,
-        mean: Tensor | None,
-        var: Tensor | None,
-        tracked: Tensor | None,
-        momentum: float | None,
-    ) -> None:
-        """See :func:`syncbn.kernels.reference.move_running`."""
-        averages = [t for t in (mean, var) if t is not None]
-        if not averages or not all(_is_like(t, averages[0]) for t in averages):
-            reference.move_running(message, mean, var, tracked, momentum)
-            return
-        # NaN is the cumulative average.
-        weight = math.nan if momentum is None else momentum
-        head = self.level, message.data_ptr(), message.numel() // 2, weight
-        addresses = _address(mean), _address(var), _address(tracked)
-        _done(self.library.move_running(*head, _DTYPES[averages[0].dtype], *addresses))
-        # As a call of torch would: autograd must notice if it still needs what was there.
-        increment_version(averages if tracked is None else [*averages, tracked])
 
     def normalize(
         self,
@@ -98,19 +79,20 @@ class CPU:
         bias: Tensor | None,
         residual: Tensor | None,
         relu: bool,
+        running: Running | None,
     ) -> tuple[Tensor, Tensor]:
         """See :func:`syncbn.kernels.reference.normalize`."""
         how = Transform(torch.empty_like(message), weight, bias, relu)
-        y = self._output(self.library.normalize, x, message, eps, how, residual)
+        y = self._output(self.library.normalize, x, message, eps, how, residual, running)
         return y, how.statistics
 
     def backward_reduce(self, dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
         """See :func:`syncbn.kernels.reference.backward_reduce`."""
         x, samples = _readable(x)
-        transform = _of_one_dtype(transform)
+        transform, numbers = _numbers(transform)
         dy, stride = _alike(dy, x, samples)
-        sums = torch.empty(2 * samples.channels, dtype=torch.float64)
-        head = *self._input(x, samples), *_numbers(transform)
+        sums = x.new_empty(2 * samples.channels, dtype=torch.float64)
+        head = *self._input(x, samples), *numbers
         _done(self.library.backward_reduce(*head, _address(dy), stride, sums.data_ptr()))
         return sums
 
@@ -133,18 +115,19 @@ class CPU:
         bias: Tensor | None,
         residual: Tensor | None,
         relu: bool,
+        running: Running | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :func:`syncbn.kernels.alone.forward`: what is read twice stays in the cache."""
-        message = torch.empty(2 * x.shape[1] + 1, dtype=torch.float64)
+        message = x.new_empty(2 * x.shape[1] + 1, dtype=torch.float64)
         how = Transform(torch.empty_like(message), weight, bias, relu)
-        y = self._output(self.library.forward_alone, x, message, eps, how, residual)
+        y = self._output(self.library.forward_alone, x, message, eps, how, residual, running)
         return message, y, how.statistics
 
     def backward_alone(
         self, dy: Tensor, x: Tensor, transform: Transform, may_overwrite: bool = False
     ) -> tuple[Tensor, Tensor]:
         """See :func:`syncbn.kernels.alone.backward`."""
-        sums = torch.empty(2 * x.shape[1], dtype=torch.float64)
+        sums = x.new_empty(2 * x.shape[1], dtype=torch.float64)
         function = self.library.backward_alone
         return sums, self._gradient(function, dy, x, transform, sums, may_overwrite)
 
@@ -156,15 +139,22 @@ class CPU:
         eps: float,
         how: Transform,
         residual: Tensor | None,
+        running: Running | None,
     ) -> Tensor:
         """Return y from a function that reads the message, or writes it first."""
         x, samples = _readable(x)
-        how = _of_one_dtype(how)
+        how, numbers = _numbers(how)
         y = _empty_like(x, samples)
         added, stride = (None, 0) if residual is None else _alike(residual, x, samples)
-        head = *self._input(x, samples), *_numbers(how)
         operands = _address(added), stride, y.data_ptr(), samples.dense_stride
-        _done(function(*head, message.data_ptr(), eps, *operands))
+        head = *self._input(x, samples), *numbers, message.data_ptr(), eps
+        averages = None if running is None else _averages(running)
+        _done(function(*head, *operands, *(averages or _NO_AVERAGES)))
+        if running is not None and averages is None:
+            reference.move_running(message, running)
+        elif running is not None:
+            # As a call of torch would: autograd must notice if it still needs what was there.
+            increment_version([t for t in running[:3] if t is not None])
         return y
 
     def _gradient(
@@ -178,18 +168,17 @@ class CPU:
     ) -> Tensor:
         """Return dx from a function that reads the sums, or writes them first."""
         x, samples = _readable(x)
-        transform = _of_one_dtype(transform)
+        transform, numbers = _numbers(transform)
         dy, stride = _alike(dy, x, samples)
         dx = dy if may_overwrite and stride == samples.dense_stride else _empty_like(x, samples)
         operands = _address(dy), stride, sums.data_ptr(), dx.data_ptr(), samples.dense_stride
-        head = *self._input(x, samples), *_numbers(transform)
+        head = *self._input(x, samples), *numbers
         _done(function(*head, *operands))
         return dx
 
     def _input(self, x: Tensor, samples: Samples) -> tuple[int, ...]:
-        batch, channels, space, stride = samples
-        head = self.level, torch.get_num_threads(), _DTYPES[x.dtype]
-        return *head, batch, channels, space, _address(x), stride
+        head = self.level, torch.get_num_threads(), _DTYPES[x.dtype], *samples[:3]
+        return *head, _address(x), samples.stride
 
 
 @cache
@@ -257,24 +246,35 @@ def _empty_like(x: Tensor, samples: Samples) -> Tensor:
     """Return an uninitialized tensor of x's layout, without gaps."""
     if samples.stride == samples.dense_stride:
         return torch.empty_like(x)
-    return samples.empty(x.shape, x.dtype)
+    return samples.empty_like(x)
 
 
-def _is_like(t: Tensor | None, some: Tensor) -> bool:
-    """Return whether t, if there is one, can be read with some other in one call."""
-    return t is None or (t.dtype == some.dtype and t.is_contiguous())
+def _common_dtype(a: Tensor | None, b: Tensor | None) -> torch.dtype | None:
+    """Return the dtype of C numbers that can be read in one call; None if they cannot."""
+    if a is not None and b is not None:
+        return a.dtype if a.dtype == b.dtype and a.is_contiguous() and b.is_contiguous() else None
+    some = b if a is None else a
+    if some is None:
+        return torch.float32
+    return some.dtype if some.is_contiguous() else None
 
 
-def _of_one_dtype(t: Transform) -> Transform:
-    """Return t with a weight and a bias that can be read in one call."""
-    some = t.bias if t.weight is None else t.weight
-    if some is None or (_is_like(t.weight, some) and _is_like(t.bias, some)):
-        return t
-    weight, bias = (None if v is None else v.double().contiguous() for v in (t.weight, t.bias))
-    return Transform(t.statistics, weight, bias, t.relu)
+def _numbers(t: Transform) -> tuple[Transform, tuple[int, ...]]:
+    """Return t with a weight and a bias that can be read in one call, and what the call takes."""
+    dtype = _common_dtype(t.weight, t.bias)
+    if dtype is None:
+        weight, bias = (None if v is None else v.double().contiguous() for v in (t.weight, t.bias))
+        t, dtype = Transform(t.statistics, weight, bias, t.relu), torch.float64
+    addresses = _address(t.weight), _address(t.bias)
+    return t, (t.statistics.data_ptr(), _DTYPES[dtype], *addresses, t.relu)
 
 
-def _numbers(t: Transform) -> tuple[int, ...]:
-    some = t.bias if t.weight is None else t.weight
-    dtype = _DTYPES[torch.float32 if some is None else some.dtype]
-    return t.statistics.data_ptr(), dtype, _address(t.weight), _address(t.bias), t.relu
+def _averages(running: Running) -> tuple[float, int, int, int, int] | None:
+    """Return what a call takes; None if it cannot take these averages."""
+    mean, var, tracked, momentum = running
+    dtype = _common_dtype(mean, var)
+    if dtype is None:
+        return None
+    addresses = _address(mean), _address(var), _address(tracked)
+    # NaN is the cumulative average.
+    return math.nan if momentum is None else momentum, _DTYPES[dtype], *addresses

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from syncbn.kernels.transform import (
+    Running,
     Transform,
     backward_coefficients,
     compute_dtype,
@@ -54,13 +55,7 @@ def statistics(message: Tensor, eps: float) -> Tensor:
     return torch.cat([group.mean(), invstd, group.count.reshape(1)])
 
 
-def move_running(
-    message: Tensor,
-    mean: Tensor | None,
-    var: Tensor | None,
-    tracked: Tensor | None,
-    momentum: float | None,
-) -> None:
+def move_running(message: Tensor, running: Running) -> None:
     """Count a batch, and move running averages towards it, in place, without a host sync.
 
     ``running <- (1 - momentum) running + momentum batch``, with the unbiased variance, as torch.
@@ -69,12 +64,10 @@ def move_running(
 
     Args:
         message: :func:`moments` summed over the group.
-        mean: running, shape ``[C]``, any floating dtype, or None.
-        var: running, shape ``[C]``, any floating dtype, or None.
-        tracked: batches so far, int64 scalar, or None.
-        momentum: weight of the batch; None for a cumulative average, which needs the counter.
+        running: the averages.
     """
     group = Moments.unpack(message)
+    mean, var, tracked, momentum = running
     counts = group.count > 1
     weight: float | Tensor = 0.0 if momentum is None else momentum
     with torch.no_grad():
@@ -83,10 +76,10 @@ def move_running(
             if momentum is None:
                 # A tensor, not .item(): reading the counter would stall a GPU.
                 weight = tracked.clamp(min=1).double().reciprocal()
-        for running, batch in ((mean, group.mean()), (var, group.variance(unbiased=True))):
-            if running is not None:
+        for average, batch in ((mean, group.mean()), (var, group.variance(unbiased=True))):
+            if average is not None:
                 # In float64, so that a half buffer rounds once.
-                running.copy_(running + torch.where(counts, batch - running, 0.0) * weight)
+                average.copy_(average + torch.where(counts, batch - average, 0.0) * weight)
 
 
 def normalize(
@@ -97,8 +90,9 @@ def normalize(
     bias: Tensor | None,
     residual: Tensor | None,
     relu: bool,
+    running: Running | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return y in x's dtype and layout, and :func:`statistics`.
+    """Return y in x's dtype and layout, and :func:`statistics`; and :func:`move_running`.
 
     ``y = (x - mean) * invstd * weight + bias``, plus the residual, through the ReLU.
 
@@ -110,7 +104,10 @@ def normalize(
         bias: any floating dtype, shape ``[C]``, or None for zeros.
         residual: shape and dtype of x, or None.
         relu: whether a ReLU comes last.
+        running: averages to move, or None.
     """
+    if running is not None:
+        move_running(message, running)
     found = statistics(message, eps)
     y = _affine(x, Transform(found, weight, bias))
     if residual is not None:

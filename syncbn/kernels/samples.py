@@ -22,35 +22,33 @@ class Samples(NamedTuple):
         channels: C.
         space: values of a channel of a sample.
         stride: elements from a sample to the next.
+        dense_stride: the stride if there are no gaps.
     """
 
     batch: int
     channels: int
     space: int
     stride: int
-
-    @property
-    def dense_stride(self) -> int:
-        """The stride if there are no gaps."""
-        return self.channels * self.space
+    dense_stride: int
 
     @staticmethod
     def dense(shape: Sequence[int]) -> Samples:
         """Return what a contiguous tensor is, shape ``[N, C, *]``."""
         batch, channels, *rest = shape
         space = math.prod(rest)
-        return Samples(batch, channels, space, channels * space)
+        return Samples(batch, channels, space, channels * space, channels * space)
 
     @staticmethod
     def of(x: Tensor) -> Samples | None:
         """Return what x is, shape ``[N, C, *]``; None if it cannot be seen so."""
         return _samples(x.shape, x.stride())
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return an uninitialized tensor that is seen as such samples, without gaps."""
+    def empty_like(self, x: Tensor) -> Tensor:
+        """Return an uninitialized tensor that is seen as x is, but without gaps."""
+        shape = x.shape
         if self.batch == shape[0]:
-            return torch.empty(shape, dtype=dtype)
-        return torch.empty(shape[0], *shape[2:], shape[1], dtype=dtype).movedim(-1, 1)
+            return x.new_empty(shape)
+        return x.new_empty(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
 # Layers see the same few shapes again and again.
@@ -66,7 +64,8 @@ def _samples(shape: torch.Size, strides: tuple[int, ...]) -> Samples | None:
         positions = (*spatial, 0)
         stride = next(strides[d] for d in positions if shape[d] > 1)
         if _follow(positions, shape, strides, stride):
-            return Samples(dense.batch * dense.space, dense.channels, 1, stride)
+            channels = dense.channels
+            return Samples(dense.batch * dense.space, channels, 1, stride, channels)
     return None
 
 

@@ -47,6 +47,22 @@ class Transform(NamedTuple):
         return self.statistics[-1].clamp(min=1)
 
 
+class Running(NamedTuple):
+    """Running averages, which a batch moves in place.
+
+    Attributes:
+        mean: any floating dtype, shape ``[C]``, or None.
+        var: any floating dtype, shape ``[C]``, or None; of unbiased variances.
+        tracked: batches so far, int64 scalar, or None.
+        momentum: weight of a batch; None for a cumulative average, which needs the counter.
+    """
+
+    mean: Tensor | None
+    var: Tensor | None
+    tracked: Tensor | None
+    momentum: float | None
+
+
 class Normalize(NamedTuple):
     """``y = (x - pivot) * scale + shift``; each of shape ``[C]`` and the compute dtype."""
 

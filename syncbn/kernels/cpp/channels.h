@@ -92,25 +92,27 @@ inline void write_statistics(const double* message, int64_t channels, double eps
 
 // Count a batch if it has a variance; running <- running + (batch - running) momentum, with the
 // unbiased variance. A momentum of NaN is 1/tracked, after counting.
-inline void move_running(const double* message, int64_t channels, double momentum, Numbers mean,
-                         Numbers var, int64_t* tracked) {
+inline void move_running(const double* message, int64_t channels, const Running& running) {
+  int64_t* tracked = running.tracked;
   if (!(message[2 * channels] > 1)) return;
   if (tracked != nullptr) ++*tracked;
+  if (running.mean.data == nullptr && running.var.data == nullptr) return;
+  double momentum = running.momentum;
   if (std::isnan(momentum))
     momentum = tracked == nullptr ? 0 : 1 / at_least_one(static_cast<double>(*tracked));
   Scratch<double> scratch(3 * channels);
-  double *means = scratch.data(), *vars = means + channels, *running = vars + channels;
+  double *means = scratch.data(), *vars = means + channels, *moved = vars + channels;
   centre(message, channels, means, vars);
   double degrees = at_least_one(message[2 * channels] - 1);
   for (int64_t c = 0; c < channels; ++c) vars[c] /= degrees;
   auto move = [&](const double* batch, Numbers average) {
     if (average.data == nullptr) return;
-    read_all(average, 0, channels, running);
-    for (int64_t c = 0; c < channels; ++c) running[c] += (batch[c] - running[c]) * momentum;
-    write_all(running, channels, average);
+    read_all(average, 0, channels, moved);
+    for (int64_t c = 0; c < channels; ++c) moved[c] += (batch[c] - moved[c]) * momentum;
+    write_all(moved, channels, average);
   };
-  move(means, mean);
-  move(vars, var);
+  move(means, running.mean);
+  move(vars, running.var);
 }
 
 // The numbers that the loops over elements take: [5][C], named in operations.h.

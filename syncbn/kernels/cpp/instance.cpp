@@ -38,7 +38,8 @@ void moments(Input in, double* message) {
 }
 
 void normalize(Input in, const double* message, double eps, Transform transform, Operand residual,
-               Operand y) {
+               Operand y, Running running) {
+  move_running(message, in.shape.channels, running);
   write_statistics(message, in.shape.channels, eps, transform.statistics);
   with_type(in.dtype, [&](auto t) {
     using T = decltype(t);
@@ -78,19 +79,20 @@ void backward_elemt(Input in, Transform transform, const double* sums, Operand d
 }
 
 void forward_alone(Input in, double* message, double eps, Transform transform, Operand residual,
-                   Operand y) {
+                   Operand y, Running running) {
   Numbers weight = transform.weight, bias = transform.bias;
   each_tile(in, [&](const Tile& tile) {
     Scratch<double> own(2 * tile.numbers());
     double *own_message = own.data(), *own_statistics = own_message + tile.numbers();
     moments(tile.of(in), own_message);
     Transform part{own_statistics, tile.of(weight), tile.of(bias), transform.relu};
-    normalize(tile.of(in), own_message, eps, part, tile.of(residual), tile.of(y));
+    normalize(tile.of(in), own_message, eps, part, tile.of(residual), tile.of(y), {});
     tile.scatter(own_message, message);
     tile.scatter(own_statistics, transform.statistics);
   });
   message[2 * in.shape.channels] = transform.statistics[2 * in.shape.channels] =
       static_cast<double>(in.shape.batch * in.shape.space);
+  move_running(message, in.shape.channels, running);
 }
 
 void backward_alone(Input in, Transform transform, Operand dy, double* sums, Operand dx) {
@@ -109,6 +111,5 @@ void backward_alone(Input in, Transform transform, Operand dy, double* sums, Ope
 
 }  // namespace
 
-extern const Kernels SYNCBN_KERNELS = {moments,         move_running,   normalize,
-                                       backward_reduce, backward_elemt, forward_alone,
-                                       backward_alone};
+extern const Kernels SYNCBN_KERNELS = {moments,        normalize,     backward_reduce,
+                                       backward_elemt, forward_alone, backward_alone};

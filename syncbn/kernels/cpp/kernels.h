@@ -31,18 +31,24 @@ struct Transform {
   bool relu;
 };
 
+// Averages to move, or none. A momentum of NaN is 1/tracked.
+struct Running {
+  Numbers mean, var;
+  int64_t* tracked;
+  double momentum;
+};
+
 // The functions of reference.py. They throw std::bad_alloc.
 struct Kernels {
   void (*moments)(Input, double* message);
-  void (*move_running)(const double* message, int64_t channels, double momentum, Numbers mean,
-                       Numbers var, int64_t* tracked);
   // Writes the statistics of the transform, too.
   void (*normalize)(Input, const double* message, double eps, Transform, Operand residual,
-                    Operand y);
+                    Operand y, Running);
   void (*backward_reduce)(Input, Transform, Operand dy, double* sums);
   void (*backward_elemt)(Input, Transform, const double* sums, Operand dy, Operand dx);
   // The functions above in one, for who has no other rank to wait for.
-  void (*forward_alone)(Input, double* message, double eps, Transform, Operand residual, Operand y);
+  void (*forward_alone)(Input, double* message, double eps, Transform, Operand residual, Operand y,
+                        Running);
   void (*backward_alone)(Input, Transform, Operand dy, double* sums, Operand dx);
 };
 
