@@ -52,6 +52,10 @@ def everything(kernel: Kernel, x: Tensor, dy: Tensor, how: Transform) -> list[Te
     return [t.double().flatten() for t in found]
 
 
+# Which of everything are float64.
+C_NUMBERS = (0, 1, 4, 6, 7)
+
+
 @pytest.mark.parametrize("channels", range(1, LONGEST + 1))
 def test_every_small_size(channels: int) -> None:
     """Vectors that are full, begun, or less than one; rows, lines of several samples, rests."""
@@ -70,6 +74,24 @@ def test_every_small_size(channels: int) -> None:
         for kernel, values in itertools.product(levels(), (x, last)):
             for a, b, most in zip(everything(kernel, values, dy, how), wanted, bound, strict=True):
                 assert a.numel() == 0 or (a - b).abs().max() <= most, (samples, space, kernel)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("space", [1, 2, 67])
+def test_every_width_of_halves(dtype: torch.dtype, space: int) -> None:
+    """Two vectors at once, whose values are in an order of their own, and what is left."""
+    for channels, samples in itertools.product(range(1, 2 * LONGEST), (1, 9)):
+        x, dy = torch.randn(2, samples, channels, space).to(dtype)
+        how = transform(x.float())
+        wanted = everything(reference, x.double(), dy.double(), how)
+        # Of few values a channel, dx is a difference of these that all but vanishes.
+        terms = how.invstd.max() * 1.5 * dy.abs().max()
+        sizes = [*(t.abs().max().clamp(min=1) for t in wanted[:-1]), terms]
+        bounds = [1e-5 if i in C_NUMBERS else tolerance(dtype) for i in range(len(wanted))]
+        for kernel in levels():
+            found = everything(kernel, x, dy, how)
+            for a, b, size, bound in zip(found, wanted, sizes, bounds, strict=True):
+                assert (a - b).abs().max() <= bound * size, (channels, samples, kernel)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

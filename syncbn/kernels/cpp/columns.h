@@ -1,14 +1,10 @@
 // Loops over columns: where space is 1, as in channels_last and [N, C], or too short for a row.
 #pragma once
+#include "lines.h"
 #include "operations.h"
-#include "work.h"
 
 namespace {
 
-// Columns that make a loop over them worth it; narrower samples are taken several at a time, as
-// many as fill vectors of this many lanes.
-constexpr int64_t NARROWEST_LINE = 64;
-constexpr int64_t MOST_LANES = 16;
 // Lines that are summed before they are added to the lines before them, which saves traffic with
 // the accumulators, and keeps the errors of float32 small.
 constexpr int64_t GROUP = 8;
@@ -17,50 +13,6 @@ constexpr int64_t BLOCK = 1 << 15;
 constexpr int64_t FEWEST_LINES = 128, MOST_LINES = 512;
 // Values whose sums are one unit of work.
 constexpr int64_t COLUMN_UNIT = 1 << 16;
-
-// A tensor as a matrix: a line is a sample, or several; column j is of channel j / space %
-// channels.
-struct Lines {
-  Shape shape;
-  int64_t together, full, width, rest;
-
-  // several: whether samples follow each other without a gap.
-  Lines(Shape s, bool several) : shape(s) {
-    int64_t narrow = s.channels * s.space;
-    together = 1;
-    if (several && narrow < NARROWEST_LINE) {
-      together = ceil_div(NARROWEST_LINE, narrow);
-      while (narrow * together % MOST_LANES != 0) ++together;
-    }
-    full = s.batch / together;
-    width = narrow * together;
-    rest = s.batch % together * narrow;
-  }
-
-  int64_t count() const { return full + (rest > 0); }
-
-  template <class T>
-  int64_t step(Strided<T> t) const {
-    return together * t.stride;
-  }
-  template <class T>
-  T* in(Strided<T> t, int64_t line) const {
-    return t.data + line * step(t);
-  }
-
-  // Repeat numbers of channels, so that there is one for each column.
-  template <class A>
-  void spread(const A* values, A* columns) const {
-    for (int64_t j = 0; j < width; j += shape.channels * shape.space)
-      for (int64_t c = 0; c < shape.channels; ++c)
-        for (int64_t i = 0; i < shape.space; ++i) columns[j + c * shape.space + i] = values[c];
-  }
-};
-
-template <class T>
-bool dense(Shape shape, Strided<T> t) {
-  return t.stride == shape.channels * shape.space;
-}
 
 template <class Op, class T>
 class ColumnSums {
@@ -81,7 +33,8 @@ class ColumnSums {
         coefficients_(Op::CHOOSES_PIVOT ? 0 : K * padded_) {
     if constexpr (!Op::CHOOSES_PIVOT)
       for (int k = 0; k < K; ++k)
-        lines_.spread(coefficients + k * shape.channels, coefficients_.data() + k * padded_);
+        lines_.template spread<T>(coefficients + k * shape.channels,
+                                  coefficients_.data() + k * padded_, paired(lines_.width));
   }
 
   // Write the sums of each channel.
@@ -145,10 +98,24 @@ class ColumnSums {
   // A value alone may be padding, far from all others, and means moved later cost a second look.
   void first_pivots(Unit unit, A* pivot) const {
     int64_t lines = at_most(GROUP, unit.lines);
-    for (int64_t j = 0; j < unit.width; j += L) {
+    auto choose = [&](int64_t j, V sum) { store(pivot + j, coarse(sum / static_cast<A>(lines))); };
+    auto x = [&](int64_t i, int64_t j) { return lines_.in(x_, unit.line + i) + j; };
+    int64_t j = 0;
+    for (; j < paired(unit.width); j += 2 * L) {
+      V a{}, b{};
+      for (int64_t i = 0; i < lines; ++i) {
+        Two<T> values = load_two(x(i, j));
+        a += values.a;
+        b += values.b;
+      }
+      choose(j, a);
+      choose(j + L, b);
+    }
+    for (; j < unit.width; j += L) {
+      int k = static_cast<int>(at_most(L, unit.width - j));
       V sum{};
-      for (int64_t i = 0; i < lines; ++i) sum += load_at(x_, unit.line + i, j, unit.width);
-      store(pivot + j, coarse(sum / static_cast<A>(lines)));
+      for (int64_t i = 0; i < lines; ++i) sum += load(x(i, j), k);
+      choose(j, sum);
     }
   }
 
@@ -177,27 +144,44 @@ class ColumnSums {
     const T *x = lines_.in(x_, line), *dy = Op::HAS_PAIR ? lines_.in(dy_, line) : x;
     int64_t x_step = lines_.step(x_), dy_step = Op::HAS_PAIR ? lines_.step(dy_) : 0;
     const A* coefficients = Op::CHOOSES_PIVOT ? pivot : coefficients_.data();
-    auto sum_columns = [&](int64_t j, auto... part) {
-      V c[K], f{}, s{};
-      for (int k = 0; k < K; ++k) c[k] = load(coefficients + k * padded_ + j);
+    auto add_to = [](A* sums, V more) { store(sums, load(sums) + more); };
+    int64_t j = 0;
+    for (; j < paired(block.width); j += 2 * L) {
+      Columns<A, K> ca(coefficients + j, padded_), cb(coefficients + j + L, padded_);
+      V fa{}, sa{}, fb{}, sb{};
+      for (int64_t i = 0; i < lines; ++i) {
+        Two<T> values = load_two(x + i * x_step + j), pair{};
+        if constexpr (Op::HAS_PAIR) pair = load_two(dy + i * dy_step + j);
+        V a, b;
+        Op::terms(values.a, pair.a, ca.values, a, b);
+        fa += a;
+        sa += b;
+        Op::terms(values.b, pair.b, cb.values, a, b);
+        fb += a;
+        sb += b;
+      }
+      add_to(first + j, fa);
+      add_to(second + j, sa);
+      add_to(first + j + L, fb);
+      add_to(second + j + L, sb);
+    }
+    auto sum_columns = [&](auto... part) {
+      Columns<A, K> c(coefficients + j, padded_);
+      V f{}, s{};
       for (int64_t i = 0; i < lines; ++i) {
         V a, b, pair = Op::HAS_PAIR ? load(dy + i * dy_step + j, part...) : V{};
-        Op::terms(load(x + i * x_step + j, part...), pair, c, a, b);
+        Op::terms(load(x + i * x_step + j, part...), pair, c.values, a, b);
         f += a;
         s += b;
       }
-      store(first + j, load(first + j) + f);
-      store(second + j, load(second + j) + s);
+      add_to(first + j, f);
+      add_to(second + j, s);
     };
-    int64_t j = 0;
-    for (; j + L <= block.width; j += L) sum_columns(j);
-    if (j < block.width) sum_columns(j, static_cast<int>(block.width - j));
+    for (; j + L <= block.width; j += L) sum_columns();
+    if (j < block.width) sum_columns(static_cast<int>(block.width - j));
   }
 
-  V load_at(Strided<const T> t, int64_t line, int64_t j, int64_t width) const {
-    const T* p = lines_.in(t, line) + j;
-    return j + L <= width ? load(p) : load(p, static_cast<int>(width - j));
-  }
+  int64_t paired(int64_t columns) const { return lines_.template paired<T>(columns); }
 
   static void add_unit(UnitSums total, UnitSums more, Unit unit) {
     auto n = static_cast<double>(unit.lines);
@@ -215,8 +199,9 @@ class ColumnSums {
     int64_t width = lines_.full > 0 ? lines_.width : lines_.rest;
     for (int64_t j = 0, narrow = shape.channels * shape.space; j < width; ++j) {
       auto n = static_cast<double>(lines_.full + (j < lines_.rest));
-      Sums column{n, sums.pivot[j], sums.first[j], sums.second[j]};
-      add(totals[j % narrow / shape.space], column, Op::CHOOSES_PIVOT);
+      int64_t at = column<T>(j, paired(width));
+      Sums more{n, sums.pivot[at], sums.first[at], sums.second[at]};
+      add(totals[j % narrow / shape.space], more, Op::CHOOSES_PIVOT);
     }
   }
 
@@ -227,16 +212,6 @@ class ColumnSums {
   Scratch<A> coefficients_;
 };
 
-// The coefficients of a vector of columns.
-template <class A, int K>
-struct Columns {
-  Vector<A> values[K];
-
-  Columns(const A* coefficients, int64_t stride) {
-    for (int k = 0; k < K; ++k) values[k] = load(coefficients + k * stride);
-  }
-};
-
 // Write Op::value of every element.
 template <class Op, class T>
 void map_columns(Shape shape, Strided<const T> x, Strided<const T> pair, Strided<T> y,
@@ -244,19 +219,20 @@ void map_columns(Shape shape, Strided<const T> x, Strided<const T> pair, Strided
   using A = compute_t<T>;
   constexpr int L = LANES<A>, K = Op::COEFFICIENTS;
   Lines lines(shape, dense(shape, x) && dense(shape, y) && (!Op::HAS_PAIR || dense(shape, pair)));
+  bool streamed = streams(shape, y, pair, lines.width);
+  int64_t paired = streamed ? 0 : lines.paired<T>(lines.width);
   // A vector may begin at the last column.
   int64_t padded = lines.width + L;
   Scratch<A> columns(K * padded);
   for (int k = 0; k < K; ++k)
-    lines.spread(coefficients + k * shape.channels, columns.data() + k * padded);
-  bool streamed = streams(shape, y, pair, lines.width);
+    lines.spread<T>(coefficients + k * shape.channels, columns.data() + k * padded, paired);
   share(lines.count(), threads, [&](int, int64_t begin, int64_t end) {
     from_the_end(begin, end, FORWARDS / lines.width, [&](int64_t line) {
       const T* from = lines.in(x, line);
       const T* with = Op::HAS_PAIR ? lines.in(pair, line) : from;
       int64_t width = line < lines.full ? lines.width : lines.rest;
-      map_run<Op, false>(from, with, lines.in(y, line), width, streamed,
-                         [&](int64_t j) { return Columns<A, K>(columns.data() + j, padded); });
+      map_run<Op>(from, with, lines.in(y, line), width, at_most(paired, width), streamed,
+                  [&](int64_t j) { return Columns<A, K>(columns.data() + j, padded); });
     });
     if (streamed) end_of_stream();
   });

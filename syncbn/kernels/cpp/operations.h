@@ -96,10 +96,10 @@ bool streams(const Shape& shape, Strided<T> y, Strided<const T> pair, int64_t ru
          (aligned || run * BYTES >= STREAMED_RUN);
 }
 
-// Write Op::value of `size` elements; coefficients(i) are those of the vector from i on, which are
-// UNIFORM if each lane has the same, always.
-template <class Op, bool UNIFORM, class T, class Coefficients>
-inline void map_run(const T* x, const T* pair, T* y, int64_t size, bool streamed,
+// Write Op::value of `size` elements; coefficients(i) are those of the vector from i on. The first
+// `paired` of them are in the order of two vectors, if they are not streamed.
+template <class Op, class T, class Coefficients>
+inline void map_run(const T* x, const T* pair, T* y, int64_t size, int64_t paired, bool streamed,
                     const Coefficients& coefficients) {
   constexpr int L = LANES<compute_t<T>>;
   auto value = [&](int64_t i, auto... part) {
@@ -114,14 +114,13 @@ inline void map_run(const T* x, const T* pair, T* y, int64_t size, bool streamed
     if (int k = static_cast<int>(i); k > 0) store(y, value(0, k), k);
     for (; i + L <= size; i += L) stream(y + i, value(i));
   }
-  if constexpr (UNIFORM)
-    for (; i + 2 * L <= size; i += 2 * L) {
-      Two<T> values = load_two(x + i), second{};
-      if constexpr (Op::HAS_PAIR) second = load_two(pair + i);
-      const auto& c = coefficients(i);
-      store_two(y + i, Two<T>{Op::value(values.a, second.a, c.values),
-                              Op::value(values.b, second.b, c.values)});
-    }
+  for (; i + 2 * L <= paired; i += 2 * L) {
+    Two<T> values = load_two(x + i), second{};
+    if constexpr (Op::HAS_PAIR) second = load_two(pair + i);
+    const auto &c = coefficients(i), &d = coefficients(i + L);
+    store_two(y + i, Two<T>{Op::value(values.a, second.a, c.values),
+                            Op::value(values.b, second.b, d.values)});
+  }
   for (; i + L <= size; i += L) store(y + i, value(i));
   if (int k = static_cast<int>(size - i); k > 0) store(y + i, value(i, k), k);
 }

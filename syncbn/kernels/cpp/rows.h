@@ -205,8 +205,8 @@ void map_rows(Shape shape, Strided<const T> x, Strided<const T> pair, Strided<T>
         Broadcast<compute_t<T>, Op::COEFFICIENTS> same(coefficients + c, shape.channels);
         const T* from = piece.in(x, c, shape.space);
         const T* with = Op::HAS_PAIR ? piece.in(pair, c, shape.space) : from;
-        map_run<Op, true>(from, with, piece.in(y, c, shape.space), piece.size, streamed,
-                          [&](int64_t) -> const auto& { return same; });
+        map_run<Op>(from, with, piece.in(y, c, shape.space), piece.size, piece.size, streamed,
+                    [&](int64_t) -> const auto& { return same; });
       }
     });
     if (streamed) end_of_stream();

@@ -144,12 +144,18 @@ inline void store(T* p, vector_t<T> v) {
   }
 }
 
-// --- two vectors, of values that lie together; in which of the two a value is does not matter ---
+// --- two vectors, of values that lie together, in an order of their own: place() ---
 
 template <class T>
 struct Two {
   vector_t<T> a, b;
 };
+
+// Where the i-th of such values is: in a, or behind it in b.
+template <class T>
+constexpr int place(int i) {
+  return i;
+}
 
 template <class T>
 inline Two<T> load_two(const T* p) {
@@ -161,6 +167,10 @@ inline void store_two(T* p, Two<T> v) {
   store(p + LANES<compute_t<T>>, v.b);
 }
 // A float is the upper half of a word, or the lower one shifted: nothing has to change its lane.
+template <>
+constexpr int place<bfloat16>(int i) {
+  return i / 2 + i % 2 * LANES<float>;
+}
 inline Two<bfloat16> load_two(const bfloat16* p) {
   Words w = read<Words>(p);
   return {bits_of<Floats>(w << 16), bits_of<Floats>(w & 0xffff0000u)};
