@@ -8,6 +8,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+CPP := syncbn/kernels/cpu.cpp $(wildcard syncbn/kernels/cpp/*)
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo calibration test sanitize check format clean
@@ -30,23 +31,24 @@ sanitize: $(INSTALLED)
 	cd $(SANITIZED) && CXX=g++ CXXFLAGS="$(SANITIZERS)" $(CURDIR)/$(PYTHON) hatch_build.py
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
-		$(CURDIR)/$(PYTHON) -m pytest --capture=sys --durations=3 -k "not reference" \
+		$(CURDIR)/$(PYTHON) -m pytest -n 2 --dist worksteal --capture=sys --durations=3 -k "not reference" \
 		tests/test_cpu_kernels.py tests/test_kernels.py
 
 check: $(INSTALLED)
 	$(PYTHON) -m ruff format --check
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m mypy
 
 format: $(INSTALLED)
 	$(PYTHON) -m ruff format
 	$(PYTHON) -m ruff check --fix
+	$(VENV)/bin/clang-format -i $(CPP)
 
 clean:
 	rm -rf $(VENV) build dist runs .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-SOURCES := hatch_build.py syncbn/kernels/cpu.cpp $(wildcard syncbn/kernels/cpp/*)
-$(INSTALLED): pyproject.toml constraints.txt $(SOURCES)
+$(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(CPP)
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
