@@ -6,7 +6,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from syncbn.kernels import cpu
 from tests.conformance import MPIS, SUITE
+from tests.kernels import cpp, levels
 from tests.ranks import Pool, Ranks
 from tests.transports import TRANSPORTS
 
@@ -59,6 +61,15 @@ def three(request: pytest.FixtureRequest, pool: Pool) -> Ranks:
 @pytest.fixture(params=MPIS)
 def three_of_mpi(request: pytest.FixtureRequest, pool: Pool) -> Ranks:
     return pool(3, request.param)
+
+
+@pytest.fixture(params=[pytest.param(i, id=name) for i, name in enumerate(cpu.LEVELS)])
+def kernel(request: pytest.FixtureRequest) -> cpu.CPU:
+    """Return the C++ kernels for one instruction set."""
+    level: int = request.param
+    if level > cpp().level:
+        pytest.skip(f"this processor has no {cpu.LEVELS[level]}")
+    return levels()[level]
 
 
 @pytest.fixture(autouse=True)

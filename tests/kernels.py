@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from syncbn import kernels
-from syncbn.kernels import Kernel, Transform, cpu
+from syncbn.kernels import Kernel, Transform, alone, cpu, reference
 
+EPS = 1e-5
 needs_cpp = pytest.mark.skipif(isinstance(cpu.load(), str), reason=f"{cpu.load()}")
 KERNELS = [
     pytest.param("reference", id="reference"),
@@ -47,6 +48,24 @@ def normalize(kernel: Kernel, x: Tensor, how: Transform, residual: Tensor | None
     count, mean = how.values, how.mean
     message = torch.cat([mean, how.invstd**-2 + mean**2, count.new_ones(1)]) * count
     return kernel.normalize(x, message, 0.0, how.weight, how.bias, residual, how.relu, None)[0]
+
+
+def transform(x: Tensor, relu: bool = False) -> Transform:
+    """Return the transform of a batch, with a weight and a bias."""
+    numbers = torch.linspace(0.5, 1.5, x.shape[1], dtype=torch.float64)
+    weight, bias = numbers.to(x.dtype), (numbers - 1).to(x.dtype)
+    return Transform(reference.statistics(reference.moments(x.double()), EPS), weight, bias, relu)
+
+
+def everything(kernel: Kernel, x: Tensor, dy: Tensor, how: Transform) -> list[Tensor]:
+    """Return what the functions find, where rounding cannot move a value through a ReLU."""
+    message = kernel.moments(x)
+    sums = kernel.backward_reduce(dy, x, how)
+    given = torch.ones_like(sums)
+    found = [message, sums, normalize(kernel, x, how), kernel.backward_elemt(dy, x, how, given)]
+    found += alone.forward(kernel, x, EPS, how.weight, how.bias, None, how.relu, None)
+    found += alone.backward(kernel, dy, x, how, may_overwrite=False)
+    return [t.double().flatten() for t in found]
 
 
 def device_of(kernel: str) -> torch.device:

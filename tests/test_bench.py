@@ -7,82 +7,24 @@ import math
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from config import Arch, ModelConfig
-from resnet import build_resnet
-from torch import nn
 
 from syncbn.bench.mpirun import become_mpirun
-from syncbn.bench.resnet20 import resnet20
-from syncbn.bench.resnet50 import resnet50
 from syncbn.bench.timing import Spread, take_turns
 from syncbn.cli.bench import main, settle, write
+from tests.commands import spreads, started, wait_for
 from tests.disk import almost_full
-from tests.transports import ROOT, mpirun
+from tests.transports import mpirun
 
 COMMAND = [sys.executable, "-m", "syncbn.cli.bench", "collectives"]
 TINY = ["sizes=[1,129]", "repeats=3", "steps=2", "batch=2"]
 ENDLESS = ["repeats=1000000000", "sizes=[1]"]
-
-
-@contextmanager
-def started(command: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """Start a command with its report in a folder, in a process group of its own."""
-    # What lets Open MPI run as root is the command's own business.
-    allowed = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
-    with subprocess.Popen(
-        [*command, f"json={folder / 'report.json'}"],
-        env={name: value for name, value in os.environ.items() if name not in allowed},
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as job:
-        try:
-            yield job
-        finally:
-            for process in processes_of(folder):
-                os.kill(process, signal.SIGKILL)
-
-
-def processes_of(folder: Path) -> list[int]:
-    """Return the processes that have a folder in their command line: mpirun, then the ranks."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if os.fsencode(folder) in path.read_bytes():
-                found.append(int(path.parent.name))
-        except OSError:
-            pass  # it has ended
-    return sorted(found)
-
-
-def wait_for(count: int, folder: Path) -> list[int]:
-    deadline = time.monotonic() + 30
-    while len(found := processes_of(folder)) != count:
-        assert time.monotonic() < deadline, found
-        time.sleep(0.05)
-    return found
-
-
-def spreads(found: Any) -> list[dict[str, float]]:
-    """Return every median with its percentiles, wherever it is in a report."""
-    if isinstance(found, list):
-        return [spread for item in found for spread in spreads(item)]
-    if not isinstance(found, dict):
-        return []
-    return [found] if "median" in found else spreads(list(found.values()))
 
 
 # Three ranks are more than the two cores of a small machine.
@@ -159,110 +101,6 @@ def test_calibration(tmp_path: Path) -> None:
     lockstep_bytes, sequential_bytes = (results["costs"][i]["bytes"] for i in (0, 4))
     assert plain < lockstep_bytes
     assert plain < sequential_bytes
-
-
-def run(folder: Path, *command: str) -> tuple[str, dict[str, Any]]:
-    """Run a benchmark; return what it prints, and its results."""
-    with started([sys.executable, "-m", *command], folder) as job:
-        output, errors = job.communicate(timeout=50)
-    assert job.returncode == 0, errors
-    assert max(map(len, output.splitlines())) <= 100
-    results: dict[str, Any] = json.loads((folder / "report.json").read_text())["results"]
-    for spread in spreads(results):
-        assert all(map(math.isfinite, spread.values()))
-        assert spread["low"] <= spread["median"] <= spread["high"]
-    return output, results
-
-
-TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-
-
-@pytest.mark.parametrize("launcher", ["alone", "mpirun", "torchrun"])
-def test_layers(launcher: str, tmp_path: Path) -> None:
-    ranks = 1 if launcher == "alone" else 2
-    settings = ["shapes=[3x9x9,40x2x2]", "batch=3", "rounds=2", "kernels=[reference]"]
-    output, results = run(
-        tmp_path,
-        *(TORCHRUN if launcher == "torchrun" else []),
-        "syncbn.cli.bench",
-        "layers",
-        *(["ranks=2"] if launcher == "mpirun" else []),
-        *settings,
-        "dtypes=[float32,bfloat16]",
-        f"png={tmp_path / 'report.png'}",
-    )
-    inputs = [(case["case"]["shape"], case["case"]["layout"]) for case in results["layers"]]
-    both = [("3x9x9", "contiguous"), ("40x2x2", "contiguous")]
-    assert inputs[:4] == [*both, *((shape, "channels_last") for shape, _ in both)]
-    assert [case["case"]["dtype"] for case in results["layers"]] == 4 * ["float32"] + 4 * [
-        "bfloat16"
-    ]
-    for case in results["layers"]:
-        sizes = {layer["ranks"] for layer in case["layers"]}
-        assert sizes == {1, ranks}
-        assert [layer["name"] for layer in case["layers"]][:2] == 2 * ["nn.BatchNorm2d"]
-        for layer in case["layers"]:
-            assert layer["step"]["median"] > 0
-            # At least the output and the gradient.
-            assert layer["peak_bytes"] >= 3 * 3 * 9 * 9 * 2
-    ratios = [layer["ratio"]["median"] for layer in results["layers"][0]["layers"]]
-    assert ratios[:2] == [1, 1]
-    assert len(results["kernels"]) == 2 * len(inputs)
-    for kernel in results["kernels"]:
-        assert set(kernel["share"]) == {"moments", "normalize", "backward_reduce", "backward_elemt"}
-    assert results["overhead"]["alone"]["median"] > 0
-    assert (results["overhead"]["all_reduce"]["median"] > 0) == (ranks > 1)
-    assert f"reference, {ranks} ranks" in output or ranks == 1
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_model(ranks: int, tmp_path: Path) -> None:
-    output, results = run(
-        tmp_path,
-        "syncbn.cli.bench",
-        "model",
-        f"ranks={ranks}",
-        "network=resnet20",
-        "batch=2",
-        "size=32",
-        "steps=2",
-        "dtype=bfloat16",
-        "layout=channels_last",
-    )
-    names = ["no batch norm", "nn.BatchNorm2d", "ours"]
-    wanted = names if ranks == 1 else [*names, "ours, 2 ranks"]
-    assert [step["norm"] for step in results["steps"]] == wanted
-    assert "Training step of resnet20, 2 images of 32x32" in output
-    without, theirs = results["steps"][:2]
-    assert theirs["ratio"]["median"] == 1
-    assert 0 < without["peak_bytes"] < theirs["peak_bytes"]
-
-
-def test_networks_have_the_parameters_that_the_paper_gives() -> None:
-    parameters = [parameter.numel() for parameter in resnet50().parameters()]
-    assert sum(parameters) == 25_557_032
-    assert sum(isinstance(layer, nn.BatchNorm2d) for layer in resnet50().modules()) == 53
-    assert resnet50()(torch.randn(2, 3, 64, 64)).shape == (2, 1000)
-
-
-def test_malloc_keeps_what_is_freed() -> None:
-    """In a process of its own: there is no way back."""
-    program = """
-import resource, torch
-from syncbn.bench.memory import keep_freed_memory
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(20):
-        torch.empty(16 << 20).zero_()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults(), keep_freed_memory(), faults(), faults())
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    before, can, _, after = done.stdout.split()
-    if sys.platform == "linux" and can == "True":
-        assert int(after) < int(before) / 10
 
 
 @pytest.mark.parametrize("ending", ["Ctrl-C", "a rank is killed"])
@@ -397,15 +235,3 @@ def test_calls_take_turns_in_changing_order() -> None:
 def test_times_with_and_without_a_cpu() -> None:
     times = take_turns({"sleep": partial(time.sleep, 0.02)}, rounds=2)["sleep"]
     assert times.wall.min() >= 0.02 > times.cpu.max()
-
-
-def test_the_network_is_that_of_the_example() -> None:
-    ours = resnet20()
-    model = ModelConfig(Arch.resnet20, width=16, zero_init_residual=False, weights=None)
-    theirs = build_resnet(model, channels=3, num_classes=10, seed=0)
-    for mine, other in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
-        mine.copy_(other)
-    images = torch.randn(4, 3, 32, 32)
-    torch.testing.assert_close(ours(images), theirs(images))
-    assert sum(isinstance(layer, nn.BatchNorm2d) for layer in ours.modules()) == 19
-    assert sum(parameter.numel() for parameter in ours.parameters()) == 269_722

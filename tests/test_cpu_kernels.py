@@ -1,10 +1,8 @@
-"""The C++ kernels, for each instruction set of this processor: every size, every bit of a half."""
+"""The numbers of the C++ kernels, for each instruction set of this processor."""
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,102 +10,14 @@ import torch.nn.functional as F
 from oracle import Case
 from torch import Tensor
 
-from syncbn.kernels import Kernel, Running, Transform, alone, cpu, reference
-from syncbn.kernels.samples import Samples
+from syncbn.kernels import Running, Transform, alone, cpu, reference
 from syncbn.moments import Moments
-from tests.kernels import cpp, levels, needs_cpp, normalize, tolerance
-from tests.test_kernels import DTYPES, EPS, LAYOUTS, SHAPES, check_module
+from tests.kernels import EPS, everything, needs_cpp, normalize, tolerance, transform
+from tests.test_kernels import DTYPES, LAYOUTS, SHAPES, check_module
 
 pytestmark = needs_cpp
 
 CPU = torch.device("cpu")
-LONGEST = 70
-LEVELS = [pytest.param(i, id=name) for i, name in enumerate(cpu.LEVELS)]
-
-
-@pytest.fixture(params=LEVELS)
-def kernel(request: pytest.FixtureRequest) -> cpu.CPU:
-    """Return the kernels for one instruction set."""
-    level: int = request.param
-    if level > cpp().level:
-        pytest.skip(f"this processor has no {cpu.LEVELS[level]}")
-    return levels()[level]
-
-
-def transform(x: Tensor, relu: bool = False) -> Transform:
-    """Return the transform of a batch, with a weight and a bias."""
-    numbers = torch.linspace(0.5, 1.5, x.shape[1], dtype=torch.float64)
-    weight, bias = numbers.to(x.dtype), (numbers - 1).to(x.dtype)
-    return Transform(reference.statistics(reference.moments(x.double()), EPS), weight, bias, relu)
-
-
-def everything(kernel: Kernel, x: Tensor, dy: Tensor, how: Transform) -> list[Tensor]:
-    """Return what the functions find, where rounding cannot move a value through a ReLU."""
-    message = kernel.moments(x)
-    sums = kernel.backward_reduce(dy, x, how)
-    given = torch.ones_like(sums)
-    found = [message, sums, normalize(kernel, x, how), kernel.backward_elemt(dy, x, how, given)]
-    found += alone.forward(kernel, x, EPS, how.weight, how.bias, None, how.relu, None)
-    found += alone.backward(kernel, dy, x, how, may_overwrite=False)
-    return [t.double().flatten() for t in found]
-
-
-def largest(t: Tensor) -> Tensor:
-    """Return the largest magnitude, zero if there is none."""
-    return t.abs().max() if t.numel() else t.new_zeros(())
-
-
-class Near:
-    """Whether everything is as near to what is wanted as bounds say."""
-
-    def __init__(self, wanted: list[Tensor], bounds: list[Tensor]) -> None:
-        pairs = zip(wanted, bounds, strict=True)
-        self.limits = torch.cat([bound.expand_as(t) for t, bound in pairs])
-        self.wanted = torch.cat(wanted)
-
-    def __call__(self, found: list[Tensor]) -> bool:
-        return bool(((torch.cat(found) - self.wanted).abs() <= self.limits).all())
-
-
-# Which of everything are float64.
-C_NUMBERS = (0, 1, 4, 6, 7)
-
-
-@pytest.mark.parametrize("channels", range(1, LONGEST + 1))
-def test_every_small_size(channels: int) -> None:
-    """Vectors that are full, begun, or less than one; rows, lines of several samples, rests."""
-    generator = torch.Generator().manual_seed(channels)
-    memory = torch.randn(2, 3 * channels * LONGEST + 16, generator=generator)
-    for samples, space in itertools.product(range(4), range(1, LONGEST + 1)):
-        numel = samples * channels * space
-        # Not aligned to anything but its own size.
-        x, dy = memory[:, space % 16 :][:, :numel].view(2, samples, channels, space)
-        how = transform(x)
-        wanted = everything(reference, x.double(), dy.double(), how)
-        bounds = [1e-5 * largest(t).clamp(min=1) for t in wanted]
-        # Of few values a channel, dx is a difference of these that all but vanishes.
-        bounds[-1] = 1e-6 * how.invstd.max() * 1.5 * largest(dy)
-        near = Near(wanted, bounds)
-        last = x.movedim(1, -1).contiguous().movedim(-1, 1)
-        for kernel, values in itertools.product(levels(), (x, last)):
-            assert near(everything(kernel, values, dy, how)), (samples, space, kernel)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("space", [1, 2, 67])
-def test_every_width_of_halves(dtype: torch.dtype, space: int) -> None:
-    """Two vectors at once, whose values are in an order of their own, and what is left."""
-    for channels, samples in itertools.product(range(1, 2 * LONGEST), (1, 9)):
-        x, dy = torch.randn(2, samples, channels, space).to(dtype)
-        how = transform(x.float())
-        wanted = everything(reference, x.double(), dy.double(), how)
-        # Of few values a channel, dx is a difference of these that all but vanishes.
-        terms = how.invstd.max() * 1.5 * largest(dy).double()
-        sizes = [*(largest(t).clamp(min=1) for t in wanted[:-1]), terms]
-        precision = [1e-5 if i in C_NUMBERS else tolerance(dtype) for i in range(len(sizes))]
-        near = Near(wanted, [size * most for size, most in zip(sizes, precision, strict=True)])
-        for kernel in levels():
-            assert near(everything(kernel, x, dy, how)), (channels, samples, kernel)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -210,43 +120,6 @@ def test_subnormal_inputs(kernel: cpu.CPU) -> None:
     assert torch.equal(normalize(kernel, x.float(), scaling(5, 2.0**20)), x.float() * 2.0**20)
 
 
-VIEWS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
-    "channels of rows": (lambda t: t[:, 3:20], True),
-    "channels of columns": (
-        lambda t: t.contiguous(memory_format=torch.channels_last)[:, 3:20],
-        True,
-    ),
-    "every second sample": (lambda t: t[::2], True),
-    "the same sample": (lambda t: t[:1].expand(4, -1, -1, -1), True),
-    "one channel": (lambda t: t[:, 4:5], True),
-    "a row of each": (lambda t: t[:, :, 2], False),
-    "a column of each": (lambda t: t[..., 2], False),
-    "a window": (lambda t: t[..., 1:4, 2:5], False),
-    "transposed": (lambda t: t.transpose(2, 3), False),
-    "every second channel": (lambda t: t[:, ::2], False),
-    "one number": (lambda t: t[:1, :1, :1, :1].expand_as(t), False),
-    "negated, not yet": (lambda t: torch._neg_view(t), True),
-}
-
-
-@pytest.mark.parametrize("view", VIEWS)
-def test_any_strides(kernel: cpu.CPU, view: str) -> None:
-    make, readable = VIEWS[view]
-    x, dy, residual = (make(torch.randn(4, 24, 6, 9)) for _ in range(3))
-    assert (Samples.of(x) is not None) == readable
-    how = transform(x.contiguous())
-    # Of equal values dx is a difference that vanishes, times 1/sqrt(eps).
-    bound = 1e-6 * max(10.0, float(how.invstd.max()))
-    # Gradients and residuals need not lie as the input does.
-    other = dy.contiguous(memory_format=torch.channels_last) if dy.dim() == 4 else dy.contiguous()
-    for gradient in (dy, other):
-        found, wanted = (everything(k, x, gradient, how) for k in (kernel, reference))
-        for a, b in zip(found, wanted, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=bound)
-    mine, theirs = (normalize(k, x, how, residual) for k in (kernel, reference))
-    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=bound)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(3, 20, 7, 7), (3, 20, 2, 2), (2, 3, 70, 70)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -285,43 +158,6 @@ def test_relu_keeps_nan_and_lets_its_gradient_pass(kernel: cpu.CPU) -> None:
     sums = kernel.backward_reduce(torch.ones_like(x), x, how).view(2, -1)
     assert sums[0].isfinite().all()
     assert torch.equal(sums[1].isnan(), torch.tensor([False, True, False]))
-
-
-@pytest.mark.parametrize("shape", [(16, 3, 100, 100), (1, 1, 500_001), (64, 300, 4, 4)])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_threads_change_nothing(shape: tuple[int, ...], layout: str) -> None:
-    """Not a bit: what is summed by itself depends on the sizes alone."""
-    x, dy = torch.randn(2, *shape)
-    if layout == "channels_last":
-        x, dy = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, dy))
-    how = transform(x)
-    before = torch.get_num_threads()
-    found = []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            found.append(everything(cpp(), x, dy, how))
-    finally:
-        torch.set_num_threads(before)
-    for other in found[1:]:
-        assert all(map(torch.equal, found[0], other))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "shape", [(2, 33, 511, 509), (1, 1, 17_000_001), (560_000, 33), (230_000, 80)]
-)
-def test_what_is_written_past_the_caches(
-    kernel: cpu.CPU, dtype: torch.dtype, shape: tuple[int, ...]
-) -> None:
-    """Tensors of more than 32 MiB, whose rows and lines begin anywhere in a cache line."""
-    memory = torch.randn(math.prod(shape) + 1, dtype=dtype)
-    assert memory.nbytes > 1 << 25
-    # Wherever there is no more memory to write to, nothing may be written.
-    x = memory[1:].view(shape)
-    how = transform(x[:1].float())
-    small = [normalize(kernel, part, how) for part in x.split(1 if x.dim() > 2 else 10_000)]
-    assert torch.equal(normalize(kernel, x, how), torch.cat(small))
 
 
 @pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES)), ids=str)

@@ -14,9 +14,8 @@ from torch import Tensor
 from syncbn import kernels
 from syncbn.kernels import Kernel, Transform, cpu, reference
 from syncbn.moments import Moments
-from tests.kernels import KERNELS, device_of, normalize, tolerance
+from tests.kernels import EPS, KERNELS, device_of, normalize, tolerance
 
-EPS = 1e-5
 LAYOUTS = ["contiguous", "channels_last", "strided"]
 SHAPES = [(4, 3), (1, 5, 7), (3, 1, 6, 5), (2, 17, 1, 1), (2, 7, 3, 4, 5), (3, 64, 28, 28)]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
