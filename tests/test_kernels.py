@@ -228,5 +228,6 @@ def test_named_kernel_never_falls_back() -> None:
 
 def test_auto_takes_the_fastest_kernel_of_the_device() -> None:
     found = cpu.load()
-    assert kernels.choose("auto", torch.empty(1, 1)) is found
+    fastest = reference if isinstance(found, str) else found
+    assert kernels.choose("auto", torch.empty(1, 1)) is fastest
     assert kernels.choose("auto", torch.empty(1, 1, device="meta")) is reference
