@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from syncbn.kernels import cpu, reference
+from syncbn.kernels import alone, cpu, reference
 from syncbn.kernels.samples import Samples
-from tests.kernels import cpp, everything, levels, needs_cpp, normalize, tolerance, transform
+from tests.kernels import EPS, cpp, everything, levels, needs_cpp, normalize, tolerance, transform
 
 pytestmark = needs_cpp
 
@@ -134,18 +134,38 @@ def test_threads_change_nothing(shape: tuple[int, ...], layout: str) -> None:
         assert all(map(torch.equal, found[0], other))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "shape", [(2, 33, 511, 509), (1, 1, 17_000_001), (560_000, 33), (230_000, 80)]
-)
+# Of more than 4 MiB, also as halves: rows and lines that are whole cache lines, or begin and end in
+# one; rows and lines that are longer than what is collected at once; lines of several samples.
+STREAMED = [
+    (3, 33, 181, 179),
+    (2, 40, 192, 160),
+    (1, 1, 2_500_001),
+    (75_001, 33),
+    (30_001, 80),
+    (25_000, 96),
+    (401, 6007),
+    (800_001, 3),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", STREAMED, ids=str)
+@pytest.mark.parametrize("offset", [0, 1])
 def test_what_is_written_past_the_caches(
-    kernel: cpu.CPU, dtype: torch.dtype, shape: tuple[int, ...]
+    kernel: cpu.CPU, dtype: torch.dtype, shape: tuple[int, ...], offset: int
 ) -> None:
-    """Tensors of more than 32 MiB, whose rows and lines begin anywhere in a cache line."""
     memory = torch.randn(math.prod(shape) + 1, dtype=dtype)
-    assert memory.nbytes > 1 << 25
-    # Wherever there is no more memory to write to, nothing may be written.
-    x = memory[1:].view(shape)
-    how = transform(x[:1].float())
-    small = [normalize(kernel, part, how) for part in x.split(1 if x.dim() > 2 else 10_000)]
-    assert torch.equal(normalize(kernel, x, how), torch.cat(small))
+    assert memory.nbytes > 1 << 22
+    x = memory[offset:][: math.prod(shape)].view(shape)
+    dim = 2 if len(shape) > 2 else 0
+    # Parts of it are written by way of the caches.
+    parts = x.split(shape[dim] // 10, dim)
+    dy, how = x.flip(0), transform(parts[0].double())
+    gradients, sums = dy.split(shape[dim] // 10, dim), torch.ones(2 * shape[1]).double()
+    y = [normalize(kernel, part, how) for part in parts]
+    assert torch.equal(normalize(kernel, x, how), torch.cat(y, dim))
+    dx = [kernel.backward_elemt(g, x, how, sums) for g, x in zip(gradients, parts, strict=True)]
+    assert torch.equal(kernel.backward_elemt(dy, x, how, sums), torch.cat(dx, dim))
+    message, alone_y, _ = alone.forward(kernel, x, EPS, None, None, None, False, None)
+    apart, _ = kernel.normalize(x, message, EPS, None, None, None, False, None)
+    assert torch.equal(alone_y, apart)

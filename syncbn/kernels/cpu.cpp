@@ -50,7 +50,7 @@ PUBLIC int syncbn_level() {
 PUBLIC int syncbn_moments(int level, int threads, Dtype dtype, int64_t batch, int64_t channels,
                           int64_t space, void* x, int64_t x_stride, double* message) {
   return without_exceptions([&] {
-    Input in{{batch, channels, space}, dtype, threads, {x, x_stride}};
+    Input in{{batch, channels, space}, dtype, threads, {x, x_stride}, batch * channels * space};
     LEVELS[level]->moments(in, message);
   });
 }
@@ -62,7 +62,7 @@ PUBLIC int syncbn_normalize(int level, int threads, Dtype dtype, int64_t batch, 
                             int64_t residual_stride, void* y, int64_t y_stride, double momentum,
                             Dtype averages, void* mean, void* var, int64_t* tracked) {
   return without_exceptions([&] {
-    Input in{{batch, channels, space}, dtype, threads, {x, x_stride}};
+    Input in{{batch, channels, space}, dtype, threads, {x, x_stride}, batch * channels * space};
     Transform transform{statistics, {weight, parameters}, {bias, parameters}, relu};
     Running running{{mean, averages}, {var, averages}, tracked, momentum};
     LEVELS[level]->normalize(in, message, eps, transform, {residual, residual_stride},
@@ -75,7 +75,7 @@ PUBLIC int syncbn_backward_reduce(int level, int threads, Dtype dtype, int64_t b
                                   double* statistics, Dtype parameters, void* weight, void* bias,
                                   bool relu, void* dy, int64_t dy_stride, double* sums) {
   return without_exceptions([&] {
-    Input in{{batch, channels, space}, dtype, threads, {x, x_stride}};
+    Input in{{batch, channels, space}, dtype, threads, {x, x_stride}, batch * channels * space};
     Transform transform{statistics, {weight, parameters}, {bias, parameters}, relu};
     LEVELS[level]->backward_reduce(in, transform, {dy, dy_stride}, sums);
   });
@@ -87,7 +87,7 @@ PUBLIC int syncbn_backward_elemt(int level, int threads, Dtype dtype, int64_t ba
                                  bool relu, void* dy, int64_t dy_stride, const double* sums,
                                  void* dx, int64_t dx_stride) {
   return without_exceptions([&] {
-    Input in{{batch, channels, space}, dtype, threads, {x, x_stride}};
+    Input in{{batch, channels, space}, dtype, threads, {x, x_stride}, batch * channels * space};
     Transform transform{statistics, {weight, parameters}, {bias, parameters}, relu};
     LEVELS[level]->backward_elemt(in, transform, sums, {dy, dy_stride}, {dx, dx_stride});
   });
@@ -100,7 +100,7 @@ PUBLIC int syncbn_forward_alone(int level, int threads, Dtype dtype, int64_t bat
                                 int64_t residual_stride, void* y, int64_t y_stride, double momentum,
                                 Dtype averages, void* mean, void* var, int64_t* tracked) {
   return without_exceptions([&] {
-    Input in{{batch, channels, space}, dtype, threads, {x, x_stride}};
+    Input in{{batch, channels, space}, dtype, threads, {x, x_stride}, batch * channels * space};
     Transform transform{statistics, {weight, parameters}, {bias, parameters}, relu};
     Running running{{mean, averages}, {var, averages}, tracked, momentum};
     LEVELS[level]->forward_alone(in, message, eps, transform, {residual, residual_stride},
@@ -114,7 +114,7 @@ PUBLIC int syncbn_backward_alone(int level, int threads, Dtype dtype, int64_t ba
                                  bool relu, void* dy, int64_t dy_stride, double* sums, void* dx,
                                  int64_t dx_stride) {
   return without_exceptions([&] {
-    Input in{{batch, channels, space}, dtype, threads, {x, x_stride}};
+    Input in{{batch, channels, space}, dtype, threads, {x, x_stride}, batch * channels * space};
     Transform transform{statistics, {weight, parameters}, {bias, parameters}, relu};
     LEVELS[level]->backward_alone(in, transform, {dy, dy_stride}, sums, {dx, dx_stride});
   });

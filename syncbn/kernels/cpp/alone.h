@@ -32,7 +32,7 @@ struct Tile {
   int64_t numbers() const { return 2 * channels + 1; }
 
   Input of(const Input& in) const {
-    return {{all.batch, channels, all.space}, in.dtype, threads, of(in.x)};
+    return {{all.batch, channels, all.space}, in.dtype, threads, of(in.x), in.whole};
   }
   Operand of(Operand t) const {
     if (t.data == nullptr) return t;

@@ -2,6 +2,7 @@
 #pragma once
 #include "lines.h"
 #include "operations.h"
+#include "output.h"
 
 namespace {
 
@@ -212,29 +213,38 @@ class ColumnSums {
   Scratch<A> coefficients_;
 };
 
-// Write Op::value of every element.
+// Write Op::value of every element. y has no gaps.
 template <class Op, class T>
 void map_columns(Shape shape, Strided<const T> x, Strided<const T> pair, Strided<T> y,
-                 const compute_t<T>* coefficients, int threads) {
+                 const compute_t<T>* coefficients, int threads, bool streamed) {
   using A = compute_t<T>;
   constexpr int L = LANES<A>, K = Op::COEFFICIENTS;
-  Lines lines(shape, dense(shape, x) && dense(shape, y) && (!Op::HAS_PAIR || dense(shape, pair)));
-  bool streamed = streams(shape, y, pair, lines.width);
-  int64_t paired = streamed ? 0 : lines.paired<T>(lines.width);
+  Lines lines(shape, dense(shape, x) && (!Op::HAS_PAIR || dense(shape, pair)));
+  int64_t paired = lines.paired<T>(lines.width);
   // A vector may begin at the last column.
   int64_t padded = lines.width + L;
   Scratch<A> columns(K * padded);
   for (int k = 0; k < K; ++k)
     lines.spread<T>(coefficients + k * shape.channels, columns.data() + k * padded, paired);
-  share(lines.count(), threads, [&](int, int64_t begin, int64_t end) {
-    from_the_end(begin, end, FORWARDS / lines.width, [&](int64_t line) {
-      const T* from = lines.in(x, line);
-      const T* with = Op::HAS_PAIR ? lines.in(pair, line) : from;
-      int64_t width = line < lines.full ? lines.width : lines.rest;
-      map_run<Op>(from, with, lines.in(y, line), width, at_most(paired, width), streamed,
-                  [&](int64_t j) { return Columns<A, K>(columns.data() + j, padded); });
+  // A unit is some lines, or a part of one if it is long.
+  int64_t part = at_most(lines.width, SEGMENT), parts = ceil_div(lines.width, part);
+  int64_t together = SEGMENT / part;
+  int64_t units = ceil_div(lines.count(), together) * parts;
+  share(units, threads, [&](int, int64_t begin, int64_t end) {
+    Output<T> output(y.data, lines.width, paired, streamed);
+    from_the_end(begin, end, FORWARDS / (part * together), [&](int64_t unit) {
+      int64_t first = unit / parts * together, j = unit % parts * part, done = 0;
+      T *place = lines.in(y, first) + j, *to = output.begin(place);
+      for (int64_t i = first; i < at_most(first + together, lines.count()); ++i) {
+        int64_t width = at_most(part, (i < lines.full ? lines.width : lines.rest) - j);
+        const T* from = lines.in(x, i) + j;
+        const T* with = Op::HAS_PAIR ? lines.in(pair, i) + j : from;
+        map_run<Op>(from, with, to + done, width, at_most(paired - j, width), output.streamed(),
+                    [&](int64_t k) { return Columns<A, K>(columns.data() + j + k, padded); });
+        done += width;
+      }
+      output.end(place, done);
     });
-    if (streamed) end_of_stream();
   });
 }
 

@@ -27,8 +27,10 @@ template <class Op, class T>
 void map(const Input& in, Operand pair, Operand out, const compute_t<T>* coefficients) {
   if (in.shape.numel() == 0) return;
   int threads = useful_threads(in.threads, in.shape.numel());
+  bool streamed = in.whole * int64_t{sizeof(T)} >= STREAMED_BYTES && out.data != pair.data;
   auto map_all = in.shape.space >= SHORTEST_ROW ? map_rows<Op, T> : map_columns<Op, T>;
-  map_all(in.shape, as<const T>(in.x), as<const T>(pair), as<T>(out), coefficients, threads);
+  map_all(in.shape, as<const T>(in.x), as<const T>(pair), as<T>(out), coefficients, threads,
+          streamed);
 }
 
 void moments(Input in, double* message) {

@@ -22,6 +22,8 @@ struct Input {
   Dtype dtype;
   int threads;
   Operand x;
+  // Elements of the tensor that it is a part of.
+  int64_t whole;
 };
 
 // The transform of an input: statistics [mean (C) | invstd (C) | count], weight, bias, and relu.

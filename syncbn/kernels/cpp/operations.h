@@ -81,27 +81,18 @@ struct InputGradient {
   }
 };
 
-// What is as large as this is written past the caches: it would not stay in them, and memory is not
-// read only to be overwritten. Smaller tensors are read from the cache by who comes next.
-constexpr int64_t STREAMED_BYTES = 1 << 25;
-// Runs that begin and end within a cache line are not, if they are shorter.
-constexpr int64_t STREAMED_RUN = 1 << 12;
-
-// Whether to stream y, which is not what is read, in runs of some elements.
-template <class T>
-bool streams(const Shape& shape, Strided<T> y, Strided<const T> pair, int64_t run) {
-  constexpr int64_t L = LANES<compute_t<T>>, BYTES = sizeof(T);
-  bool aligned = unaligned(y.data) == 0 && y.stride % L == 0 && run % L == 0;
-  return shape.numel() * BYTES >= STREAMED_BYTES && y.data != pair.data &&
-         (aligned || run * BYTES >= STREAMED_RUN);
-}
-
 // Write Op::value of `size` elements; coefficients(i) are those of the vector from i on. The first
-// `paired` of them are in the order of two vectors, if they are not streamed.
+// `paired` of them are in the order of two vectors. What is streamed is whole cache lines.
 template <class Op, class T, class Coefficients>
 inline void map_run(const T* x, const T* pair, T* y, int64_t size, int64_t paired, bool streamed,
                     const Coefficients& coefficients) {
   constexpr int L = LANES<compute_t<T>>;
+  auto values = [&](int64_t i) {
+    Two<T> first = load_two(x + i), second{};
+    if constexpr (Op::HAS_PAIR) second = load_two(pair + i);
+    const auto &c = coefficients(i), &d = coefficients(i + L);
+    return Two<T>{Op::value(first.a, second.a, c.values), Op::value(first.b, second.b, d.values)};
+  };
   auto value = [&](int64_t i, auto... part) {
     vector_t<T> second{};
     if constexpr (Op::HAS_PAIR) second = load(pair + i, part...);
@@ -110,17 +101,11 @@ inline void map_run(const T* x, const T* pair, T* y, int64_t size, int64_t paire
   };
   int64_t i = 0;
   if (streamed) {
-    i = at_most(unaligned(y), size);
-    if (int k = static_cast<int>(i); k > 0) store(y, value(0, k), k);
-    for (; i + L <= size; i += L) stream(y + i, value(i));
+    for (; i + 2 * L <= paired; i += 2 * L) stream_two(y + i, values(i));
+    if constexpr (sizeof(T) > 2)
+      for (; i + L <= size; i += L) stream(y + i, bits_of<Words>(value(i)));
   }
-  for (; i + 2 * L <= paired; i += 2 * L) {
-    Two<T> values = load_two(x + i), second{};
-    if constexpr (Op::HAS_PAIR) second = load_two(pair + i);
-    const auto &c = coefficients(i), &d = coefficients(i + L);
-    store_two(y + i, Two<T>{Op::value(values.a, second.a, c.values),
-                            Op::value(values.b, second.b, d.values)});
-  }
+  for (; i + 2 * L <= paired; i += 2 * L) store_two(y + i, values(i));
   for (; i + L <= size; i += L) store(y + i, value(i));
   if (int k = static_cast<int>(size - i); k > 0) store(y + i, value(i, k), k);
 }

@@ -1,13 +1,11 @@
 // Loops over rows: the values of a channel of a sample, where there are enough of them.
 #pragma once
 #include "operations.h"
+#include "output.h"
 #include "work.h"
 
 namespace {
 
-// Values of a channel that are summed in vectors before float64 takes over: 64 a lane of each of
-// the four accumulators, which is few enough for float32, and they stay in a first-level cache.
-constexpr int64_t SEGMENT = 64 * VECTOR_BYTES;
 // Shorter rows are seen as columns: a vector of AVX-512 would be half empty.
 constexpr int64_t SHORTEST_ROW = 16;
 constexpr int64_t MOST_CHANNELS = SEGMENT / SHORTEST_ROW;
@@ -194,22 +192,25 @@ class RowSums {
 // Write Op::value of every element.
 template <class Op, class T>
 void map_rows(Shape shape, Strided<const T> x, Strided<const T> pair, Strided<T> y,
-              const compute_t<T>* coefficients, int threads) {
+              const compute_t<T>* coefficients, int threads, bool streamed) {
   Tiles tiles(shape);
-  bool streamed = streams(shape, y, pair, shape.space);
   share(tiles.count * tiles.pieces, threads, [&](int, int64_t begin, int64_t end) {
+    Output<T> output(y.data, shape.space, shape.space, streamed);
     from_the_end(begin, end, FORWARDS / (tiles.size * tiles.length), [&](int64_t unit) {
       Piece piece(unit % tiles.pieces, tiles.segments, shape.space);
-      int64_t c = unit / tiles.pieces * tiles.size, last = at_most(c + tiles.size, shape.channels);
-      for (; c < last; ++c) {
+      int64_t first = unit / tiles.pieces * tiles.size;
+      int64_t channels = at_most(tiles.size, shape.channels - first);
+      T *place = piece.in(y, first, shape.space), *to = output.begin(place);
+      for (int64_t i = 0; i < channels; ++i) {
+        int64_t c = first + i;
         Broadcast<compute_t<T>, Op::COEFFICIENTS> same(coefficients + c, shape.channels);
         const T* from = piece.in(x, c, shape.space);
         const T* with = Op::HAS_PAIR ? piece.in(pair, c, shape.space) : from;
-        map_run<Op>(from, with, piece.in(y, c, shape.space), piece.size, piece.size, streamed,
+        map_run<Op>(from, with, to + i * piece.size, piece.size, piece.size, output.streamed(),
                     [&](int64_t) -> const auto& { return same; });
       }
+      output.end(place, channels * piece.size);
     });
-    if (streamed) end_of_stream();
   });
 }
 

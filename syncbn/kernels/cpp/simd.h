@@ -175,40 +175,44 @@ inline Two<bfloat16> load_two(const bfloat16* p) {
   Words w = read<Words>(p);
   return {bits_of<Floats>(w << 16), bits_of<Floats>(w & 0xffff0000u)};
 }
+inline Words words_of(Two<bfloat16> v) {
+  return (rounded(v.a) >> 16) | (rounded(v.b) & 0xffff0000u);
+}
 inline void store_two(bfloat16* p, Two<bfloat16> v) {
-  Words w = (rounded(v.a) >> 16) | (rounded(v.b) & 0xffff0000u);
+  Words w = words_of(v);
   std::memcpy(p, &w, sizeof w);
 }
 
 // Past the caches, to where a whole vector is aligned.
-template <class T>
-inline void stream(T* p, vector_t<T> v) {
+inline void stream(void* p, Words w) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 2)
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits_of<__m256i>(narrow(v, T{})));
-  else
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits_of<__m512i>(v));
+  _mm512_stream_si512(static_cast<__m512i*>(p), bits_of<__m512i>(w));
 #elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 2)
-    _mm_stream_si128(reinterpret_cast<__m128i*>(p), bits_of<__m128i>(narrow(v, T{})));
-  else
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits_of<__m256i>(v));
+  _mm256_stream_si256(static_cast<__m256i*>(p), bits_of<__m256i>(w));
+#elif defined(__SSE2__)
+  _mm_stream_si128(static_cast<__m128i*>(p), bits_of<__m128i>(w));
 #else
-  store(p, v);
+  std::memcpy(p, &w, sizeof w);
 #endif
 }
+
+template <class T>
+inline void stream_two(T* p, Two<T> v) {
+  if constexpr (sizeof(T) == 2) {
+    T values[2 * LANES<float>];
+    store_two(values, v);
+    stream(p, read<Words>(values));
+  } else {
+    stream(p, bits_of<Words>(v.a));
+    stream(p + LANES<T>, bits_of<Words>(v.b));
+  }
+}
+inline void stream_two(bfloat16* p, Two<bfloat16> v) { stream(p, words_of(v)); }
 
 inline void end_of_stream() {
-#if defined(__AVX2__)
+#if defined(__SSE2__)
   _mm_sfence();
 #endif
-}
-
-// How many elements from p on are before the first that a whole vector can be streamed to.
-template <class T>
-inline int64_t unaligned(const T* p) {
-  constexpr auto BYTES = LANES<compute_t<T>> * sizeof(T);
-  return static_cast<int64_t>((BYTES - reinterpret_cast<uintptr_t>(p) % BYTES) % BYTES / sizeof(T));
 }
 
 // --- the first k of a vector; what is behind them in memory is not touched ---
