@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -61,7 +62,10 @@ def build_if_changed(library: Path) -> str | None:
     Returns:
         None, or why there is no library.
     """
-    compiler = find_compiler()
+    try:
+        compiler = find_compiler()
+    except ValueError as error:
+        return f"CXX or CXXFLAGS cannot be read: {error}"
     if compiler is None:
         return "no C++ compiler was found (g++ or clang++, or what CXX names)"
     mark = fingerprint(compiler)
@@ -75,7 +79,12 @@ def build_if_changed(library: Path) -> str | None:
 
 
 def find_compiler() -> list[str] | None:
-    """Return the command of a C++ compiler, or None."""
+    """Return the command of a C++ compiler, or None.
+
+    Raises:
+        ValueError: a quotation in CXX or CXXFLAGS does not end.
+    """
+    shlex.split(os.environ.get("CXXFLAGS", ""))
     if named := shlex.split(os.environ.get("CXX", "")):
         return named if shutil.which(named[0]) else None
     return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
@@ -83,16 +92,10 @@ def find_compiler() -> list[str] | None:
 
 def fingerprint(compiler: list[str]) -> str:
     """Return what a build depends on, in short; the library holds it."""
-    flags = [*compiler, os.environ.get("CXXFLAGS", "")]
-    digest = hashlib.sha256(repr(flags).encode())
-    for path in [Path(__file__), *sources()]:
-        digest.update(path.read_bytes())
-    return f"syncbn kernels {digest.hexdigest()}"
-
-
-def sources() -> list[Path]:
-    """Return the C++ files."""
-    return [KERNELS / "cpu.cpp", *sorted((KERNELS / "cpp").iterdir())]
+    how = [*compiler, os.environ.get("CXXFLAGS", ""), Path(__file__).read_text()]
+    # Not imported: the package needs torch, which may not be there when it is built.
+    of_sources = runpy.run_path(str(KERNELS / "digest.py"))["digest"](KERNELS)
+    return f"{of_sources}, built as {hashlib.sha256(repr(how).encode()).hexdigest()}"
 
 
 def build(library: Path, compiler: list[str], mark: str = "") -> None:

@@ -53,10 +53,24 @@ def is_unshared(gradient: Tensor, references: int) -> bool:
         gradient: the argument ``dy`` of a ``backward(ctx, dy)``, ``once_differentiable``.
         references: `sys.getrefcount` of it, called there.
     """
-    if not hasattr(gradient, _COUNT) or gradient.requires_grad:
+    if not hasattr(gradient, _COUNT) or gradient.requires_grad or _is_watched():
+        return False
+    if not _is_of_torch(gradient):
         return False
     counts = zip(Owners.of(gradient, references), _of_nobody_else(), strict=True)
     return all(count <= alone for count, alone in counts)
+
+
+def _is_of_torch(gradient: Tensor) -> bool:
+    # Memory of NumPy and of other processes cannot be resized, or is shared.
+    storage = gradient.untyped_storage()
+    return storage.resizable() and not storage.is_shared()
+
+
+def _is_watched() -> bool:
+    # Modes, debuggers and profilers have references of their own, and may keep them.
+    watched = torch._C._len_torch_dispatch_stack() > 0
+    return watched or sys.gettrace() is not None or sys.getprofile() is not None
 
 
 @cache

@@ -65,6 +65,11 @@ def everything(kernel: Kernel, x: Tensor, dy: Tensor, how: Transform) -> list[Te
     found = [message, sums, normalize(kernel, x, how), kernel.backward_elemt(dy, x, how, given)]
     found += alone.forward(kernel, x, EPS, how.weight, how.bias, None, how.relu, None)
     found += alone.backward(kernel, dy, x, how, may_overwrite=False)
+    if isinstance(kernel, cpu.CPU):
+        over_dy = kernel.backward_elemt(dy.clone(), x, how, given, may_overwrite=True)
+        assert torch.equal(over_dy, found[3])
+        _, over_dy = alone.backward(kernel, dy.clone(), x, how, may_overwrite=True)
+        assert torch.equal(over_dy, found[-1])
     return [t.double().flatten() for t in found]
 
 

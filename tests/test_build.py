@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ import torch
 import hatch_build
 from syncbn import kernels
 from syncbn.kernels import cpu
+from tests.kernels import needs_cpp
 
+BUILT = cpu.PATH
 ROOT = Path(__file__).resolve().parent.parent
 # What is found of a syncbn without C++ kernels, and what becomes of layers in it.
 PROGRAM = """
@@ -77,7 +80,11 @@ def test_the_library_is_of_these_sources() -> None:
 
 @pytest.mark.parametrize(
     ("compiler", "reason"),
-    [("/no/such/compiler", "no C++ compiler was found"), ("false", "false -dumpmachine failed")],
+    [
+        ("/no/such/compiler", "no C++ compiler was found"),
+        ("false", "false -dumpmachine failed"),
+        ("'g++", "CXX or CXXFLAGS cannot be read: No closing quotation"),
+    ],
 )
 def test_without_a_compiler_there_is_the_reference(
     compiler: str, reason: str, checkout: Path
@@ -117,16 +124,48 @@ def test_with_a_compiler_a_wheel_carries_the_library(checkout: Path) -> None:
     assert not any(name.endswith((".txt", ".cpp", ".h")) for name in names if "kernels" in name)
 
 
-def test_a_library_of_something_else_is_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Return where the library is looked for."""
     path = tmp_path / "libsyncbn_cpu.so"
-    path.write_bytes(b"not a library")
     monkeypatch.setattr(cpu, "PATH", path)
     cpu.load.cache_clear()
-    try:
-        assert "cannot be used" in cpu.describe()
-        with pytest.raises(RuntimeError, match=r"kernel 'cpu': .* cannot be used"):
-            kernels.choose("cpu", torch.empty(1, 1))
-    finally:
-        cpu.load.cache_clear()
+    yield path
+    cpu.load.cache_clear()
+
+
+def test_a_library_of_something_else_is_not_used(library: Path) -> None:
+    library.write_bytes(b"not a library")
+    assert "cannot be used" in cpu.describe()
+    with pytest.raises(RuntimeError, match=r"kernel 'cpu': .* cannot be used"):
+        kernels.choose("cpu", torch.empty(1, 1))
+
+
+@needs_cpp
+@pytest.mark.parametrize("sources", ["none", "its own", "others"])
+def test_a_library_of_other_sources_is_not_used(library: Path, sources: str) -> None:
+    """After a pull, with functions of other arguments, it was a crash."""
+    shutil.copy(BUILT, library)
+    if sources != "none":
+        shutil.copy(BUILT.parent / "cpu.cpp", library.parent)
+        shutil.copytree(BUILT.parent / "cpp", library.parent / "cpp")
+    if sources == "others":
+        (library.parent / "cpp" / "more.h").write_text("// more")
+    assert ("is of other sources" in cpu.describe()) == (sources == "others")
+
+
+@needs_cpp
+def test_the_linker_can_mix_up_no_instruction_sets(tmp_path: Path) -> None:
+    """A weak symbol is taken from any of the objects; not inlined, AVX-512 would run everywhere."""
+    compiler = hatch_build.find_compiler()
+    assert compiler is not None
+    out = tmp_path / "instance.o"
+    source = BUILT.parent / "cpp" / "instance.cpp"
+    flags = [*hatch_build.FLAGS.replace("-O3", "-O0").split(), "-DSYNCBN_KERNELS=kernels_baseline"]
+    subprocess.run([*compiler, *flags, "-c", str(source), "-o", str(out)], check=True, timeout=50)
+    found = subprocess.run(["nm", "-C", str(out)], capture_output=True, text=True, check=True)
+    assert "kernels_baseline" in found.stdout
+    weak = [line for line in found.stdout.splitlines() if line[17:18] in "VWu"]
+    # Of exceptions, which have no vectors.
+    known = ("std::exception", "std::bad_alloc", "DW.ref.__gxx_personality")
+    assert [line for line in weak if not any(name in line for name in known)] == []

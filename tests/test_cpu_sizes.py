@@ -19,6 +19,11 @@ pytestmark = needs_cpp
 LONGEST = 70
 
 
+def last_channels(x: Tensor) -> Tensor:
+    """Return x in channels_last, of any number of dimensions."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 def largest(t: Tensor) -> Tensor:
     """Return the largest magnitude, zero if there is none."""
     return t.abs().max() if t.numel() else t.new_zeros(())
@@ -55,9 +60,31 @@ def test_every_small_size(channels: int) -> None:
         # Of few values a channel, dx is a difference of these that all but vanishes.
         bounds[-1] = 1e-6 * how.invstd.max() * 1.5 * largest(dy)
         near = Near(wanted, bounds)
-        last = x.movedim(1, -1).contiguous().movedim(-1, 1)
-        for kernel, values in itertools.product(levels(), (x, last)):
+        for kernel, values in itertools.product(levels(), (x, last_channels(x))):
             assert near(everything(kernel, values, dy, how)), (samples, space, kernel)
+
+
+# More columns than a unit of work has values, and every order of magnitude.
+LARGE = [
+    (3, 70_000),
+    (2, 8192, 9),
+    (2, 66_000, 1),
+    (1, 100_000, 2),
+    (3, 1, 100_000),
+    (40_000, 3, 5),
+]
+
+
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_large_sizes(shape: tuple[int, ...]) -> None:
+    """More than 65,536 columns were a division by zero."""
+    x, dy = torch.randn(2, *shape)
+    how = transform(x)
+    wanted = everything(reference, x.double(), dy.double(), how)
+    bounds = [1e-5 * largest(t).clamp(min=1) for t in wanted]
+    bounds[-1] = 1e-6 * how.invstd.max() * 1.5 * largest(dy)
+    for kernel, values in itertools.product(levels(), (x, last_channels(x))):
+        assert Near(wanted, bounds)(everything(kernel, values, dy, how)), kernel
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -120,7 +147,7 @@ def test_threads_change_nothing(shape: tuple[int, ...], layout: str) -> None:
     """Not a bit: what is summed by itself depends on the sizes alone."""
     x, dy = torch.randn(2, *shape)
     if layout == "channels_last":
-        x, dy = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, dy))
+        x, dy = last_channels(x), last_channels(dy)
     how = transform(x)
     before = torch.get_num_threads()
     found = []

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import Case, batch, parameters
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import syncbn
 from syncbn import kernels
 from syncbn.kernels import Kernel, Transform, cpu, reference
 from syncbn.moments import Moments
@@ -97,10 +103,7 @@ def test_kernel_agrees_with_float64(kernel: str, dtype: torch.dtype, layout: str
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("offset", [1.0, 2.0, 4.0, 7.0, 9.0, 100.0, 1e4])
 def test_kernel_keeps_precision_far_from_zero(kernel: str, layout: str, offset: float) -> None:
-    """A float32 mean is off by 6e-4 standard deviations at mean/std = 1e4.
-
-    The smaller offsets are where the CPU kernel changes from one way to another.
-    """
+    """A float32 mean is off by 6e-4 standard deviations at mean/std = 1e4."""
     for shape in (*SHAPES[-2:], (37, 5, 5, 5), (3, 4, 25, 25)):
         check(kernel, Case((shape,), layout=layout, offset=offset), 1e-6)
 
@@ -224,6 +227,28 @@ def test_unknown_kernel_is_an_error() -> None:
 def test_named_kernel_never_falls_back() -> None:
     with pytest.raises(ValueError, match="'aten_cuda' does not serve 'cpu' tensors"):
         kernels.choose("aten_cuda", torch.empty(1, 1))
+
+
+class Recorder(TorchDispatchMode):
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+def test_who_watches_the_calls_of_torch_sees_formulas() -> None:
+    """A tracer saw new memory, and nothing that writes to it; fake tensors were a crash."""
+    x = torch.randn(4, 3, 5)
+    with Recorder():
+        assert kernels.choose("auto", x) is reference
+        if not isinstance(cpu.load(), str):
+            with pytest.raises(RuntimeError, match="under a TorchDispatchMode"):
+                kernels.choose("cpu", x)
+    traced = make_fx(lambda x: syncbn.sync_batch_norm(x, None, None, training=True))(x)
+    values = torch.randn(4, 3, 5)
+    torch.testing.assert_close(traced(values), F.batch_norm(values, None, None, training=True))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert syncbn.sync_batch_norm(x, None, None, training=True).shape == x.shape
 
 
 def test_auto_takes_the_fastest_kernel_of_the_device() -> None:

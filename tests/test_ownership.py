@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -69,6 +72,57 @@ def test_what_a_hook_keeps_stays(kept: str) -> None:
     y.register_hook(hook)
     (y * y).sum().backward()
     assert torch.equal(read(seen[0]), read(copies[0]))
+
+
+def test_memory_of_numpy_stays() -> None:
+    """A tensor that wraps an array is counted as if nobody else had it."""
+    array = np.ones((4, 3, 5, 5), dtype=np.float32)
+    y = layer()(images())
+    y.register_hook(lambda _: torch.from_numpy(array))
+    (y * y).sum().backward()
+    assert (array == 1).all()
+
+
+WATCHED = """
+import sys, torch, syncbn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+class Recorder(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        kept.append((args, result))
+        return result
+
+def trace(frame, event, argument):
+    kept.append(dict(frame.f_locals))
+    return trace
+
+def step(keep):
+    x = torch.randn(4, 3, 5, 5, requires_grad=True)
+    y = syncbn.SyncBatchNorm2d(3)(x)
+    y.register_hook(keep)
+    (y * y).sum().backward()
+
+kept, seen = [], []
+if sys.argv[1] == "recorder":
+    with Recorder():
+        step(lambda g: None)
+else:
+    sys.settrace(trace)
+    step(lambda g: None)
+    sys.settrace(None)
+assert kept
+kept.clear()
+step(lambda g: seen.extend([g, g.clone()]))
+assert torch.equal(*seen)
+"""
+
+
+@pytest.mark.parametrize("by", ["recorder", "tracer"])
+def test_who_watches_the_first_gradient_does_not_count_later(by: str) -> None:
+    """What is normal is found out once; with references of a recorder, later ones were missed."""
+    done = subprocess.run([sys.executable, "-c", WATCHED, by], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_the_user_passes_stays() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -55,6 +56,11 @@ class Kernel(Protocol):
         """Return dx in x's dtype and layout; in dy's memory, if it may be overwritten."""
 
 
+def is_watched() -> bool:
+    """Return whether there is a `TorchDispatchMode`: it sees calls of torch, and only these."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
 def choose(name: str, x: Tensor) -> Kernel:
     """Return the kernels for x.
 
@@ -65,14 +71,16 @@ def choose(name: str, x: Tensor) -> Kernel:
 
     Raises:
         ValueError: the name is unknown, or the named kernel cannot serve x's device.
-        RuntimeError: the C++ kernels were asked for, and are not there; the message says why.
+        RuntimeError: the C++ kernels were asked for, and are not there or cannot be used; the
+            message says why.
     """
     match name, x.device.type:
         case "auto", "cpu":
             found = cpu.load()
-            # Of subclasses of tensors the formulas are what is sure to work.
-            plain = type(x) in (Tensor, Parameter)
-            return reference if isinstance(found, str) or not plain else found
+            # Of subclasses of tensors, and where calls of torch are recorded or replaced, the
+            # formulas are what is sure to work.
+            plain = type(x) in (Tensor, Parameter) and not is_watched()
+            return found if plain and not isinstance(found, str) else reference
         case (("auto" | "aten_cuda"), "cuda"):
             return aten_cuda
         case (("auto" | "reference"), _):
@@ -80,6 +88,11 @@ def choose(name: str, x: Tensor) -> Kernel:
         case "cpu", "cpu":
             if isinstance(found := cpu.load(), str):
                 raise RuntimeError(f"kernel 'cpu': {found}; 'auto' takes another one")
+            if is_watched():
+                raise RuntimeError(
+                    "kernel 'cpu': got a call under a TorchDispatchMode (tracing, fake tensors, a "
+                    "recorder), which cannot see what C++ does; 'auto' takes another one"
+                )
             return found
         case (("cpu" | "aten_cuda"), device):
             raise ValueError(f"kernel {name!r} does not serve {device!r} tensors; use 'auto'")

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from syncbn.kernels import reference
+from syncbn.kernels.digest import digest, sources
 from syncbn.kernels.samples import Samples
 from syncbn.kernels.transform import Running, Transform
 
@@ -193,9 +194,16 @@ def load() -> CPU | str:
             function = getattr(library, f"syncbn_{name}")
             function.argtypes = arguments
             setattr(library, name, function)
+        if sources(PATH.parent) and _mark(library) != digest(PATH.parent):
+            return f"{PATH} is of other sources than those beside it; install syncbn again"
         return CPU(library, library.syncbn_level())
-    except (OSError, AttributeError) as error:
+    except (OSError, AttributeError, ValueError) as error:
         return f"{PATH} cannot be used: {error}; install syncbn again"
+
+
+def _mark(library: ctypes.CDLL) -> str:
+    mark = (ctypes.c_char * 256).in_dll(library, "syncbn_mark").value.decode()
+    return mark.partition(",")[0]
 
 
 def describe() -> str:
@@ -234,6 +242,8 @@ def _readable(x: Tensor) -> tuple[Tensor, Samples]:
 def _alike(t: Tensor, x: Tensor, samples: Samples) -> tuple[Tensor, int]:
     """Return t, or a copy if it has to be, seen as x is, and its stride."""
     t = t.resolve_neg() if t.is_neg() else t
+    if t._is_zerotensor():
+        t = torch.zeros_like(x)
     found = Samples.of(t)
     if found == samples:
         return t, samples.stride
@@ -251,19 +261,22 @@ def _empty_like(x: Tensor, samples: Samples) -> Tensor:
 
 def _common_dtype(a: Tensor | None, b: Tensor | None) -> torch.dtype | None:
     """Return the dtype of C numbers that can be read in one call; None if they cannot."""
-    if a is not None and b is not None:
-        return a.dtype if a.dtype == b.dtype and a.is_contiguous() and b.is_contiguous() else None
     some = b if a is None else a
     if some is None:
         return torch.float32
-    return some.dtype if some.is_contiguous() else None
+    for t in (a, b):
+        if t is not None and not (t.dtype == some.dtype and t.is_contiguous() and not t.is_neg()):
+            return None
+    return some.dtype
 
 
 def _numbers(t: Transform) -> tuple[Transform, tuple[int, ...]]:
     """Return t with a weight and a bias that can be read in one call, and what the call takes."""
     dtype = _common_dtype(t.weight, t.bias)
     if dtype is None:
-        weight, bias = (None if v is None else v.double().contiguous() for v in (t.weight, t.bias))
+        weight, bias = (
+            None if v is None else v.resolve_neg().double().contiguous() for v in (t.weight, t.bias)
+        )
         t, dtype = Transform(t.statistics, weight, bias, t.relu), torch.float64
     addresses = _address(t.weight), _address(t.bias)
     return t, (t.statistics.data_ptr(), _DTYPES[dtype], *addresses, t.relu)
@@ -273,7 +286,8 @@ def _averages(running: Running) -> tuple[float, int, int, int, int] | None:
     """Return what a call takes; None if it cannot take these averages."""
     mean, var, tracked, momentum = running
     dtype = _common_dtype(mean, var)
-    if dtype is None:
+    counter = tracked is None or (tracked.dtype is torch.int64 and tracked.device.type == "cpu")
+    if dtype is None or not counter or momentum != momentum:
         return None
     addresses = _address(mean), _address(var), _address(tracked)
     # NaN is the cumulative average.

@@ -1,8 +1,6 @@
 // Some channels after the other, when nothing has to be known of other ranks in between: their
 // values stay in the second-level cache from the first look to the second, so memory is read once.
 #pragma once
-#include <atomic>
-
 #include "kernels.h"
 #include "rows.h"
 
@@ -65,9 +63,9 @@ void each_tile(const Input& in, const Work& work) {
   int64_t fit = all.space < SHORTEST_ROW ? all.channels : TILE_BYTES / channel;
   int64_t size = at_least(at_most(fit, all.channels), 1);
   int64_t tiles = ceil_div(all.channels, size);
-  int threads = useful_threads(in.threads, all.numel());
+  int threads = useful_threads(in.threads, numel(all));
   bool apart = tiles >= threads;
-  std::atomic<bool> no_memory{false};
+  bool no_memory = false;
   // No exception may leave a thread.
   share(tiles, apart ? threads : 1, [&](int, int64_t begin, int64_t end) {
     try {
@@ -76,7 +74,7 @@ void each_tile(const Input& in, const Work& work) {
         work(Tile{first, count, all, bytes, apart ? 1 : threads});
       }
     } catch (const std::bad_alloc&) {
-      no_memory = true;
+      __atomic_store_n(&no_memory, true, __ATOMIC_RELAXED);
     }
   });
   if (no_memory) throw std::bad_alloc();

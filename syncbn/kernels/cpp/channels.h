@@ -98,7 +98,7 @@ inline void move_running(const double* message, int64_t channels, const Running&
   if (tracked != nullptr) ++*tracked;
   if (running.mean.data == nullptr && running.var.data == nullptr) return;
   double momentum = running.momentum;
-  if (std::isnan(momentum))
+  if (momentum != momentum)
     momentum = tracked == nullptr ? 0 : 1 / at_least_one(static_cast<double>(*tracked));
   Scratch<double> scratch(3 * channels);
   double *means = scratch.data(), *vars = means + channels, *moved = vars + channels;

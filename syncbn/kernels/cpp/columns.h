@@ -29,7 +29,7 @@ class ColumnSums {
         lines_(shape, dense(shape, x) && (!Op::HAS_PAIR || dense(shape, dy))),
         padded_(ceil_div(lines_.width, L) * L),
         block_(at_least(at_most(BLOCK / lines_.width, MOST_LINES), FEWEST_LINES)),
-        unit_(ceil_div(COLUMN_UNIT / lines_.width, block_) * block_),
+        unit_(at_least(ceil_div(COLUMN_UNIT / lines_.width, block_), 1) * block_),
         units_(ceil_div(lines_.full, unit_) + (lines_.rest > 0)),
         coefficients_(Op::CHOOSES_PIVOT ? 0 : K * padded_) {
     if constexpr (!Op::CHOOSES_PIVOT)

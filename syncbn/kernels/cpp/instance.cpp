@@ -13,8 +13,8 @@ Strided<T> as(Operand operand) {
 
 template <class Op, class T>
 void sum(const Input& in, Operand pair, const compute_t<T>* coefficients, Sums* sums) {
-  int threads = useful_threads(in.threads, in.shape.numel());
-  if (in.shape.numel() == 0)
+  int threads = useful_threads(in.threads, numel(in.shape));
+  if (numel(in.shape) == 0)
     for (int64_t c = 0; c < in.shape.channels; ++c) sums[c] = Sums{};
   else if (in.shape.space >= SHORTEST_ROW)
     RowSums<Op, T>(in.shape, as<const T>(in.x), as<const T>(pair), coefficients).run(threads, sums);
@@ -25,8 +25,8 @@ void sum(const Input& in, Operand pair, const compute_t<T>* coefficients, Sums* 
 
 template <class Op, class T>
 void map(const Input& in, Operand pair, Operand out, const compute_t<T>* coefficients) {
-  if (in.shape.numel() == 0) return;
-  int threads = useful_threads(in.threads, in.shape.numel());
+  if (numel(in.shape) == 0) return;
+  int threads = useful_threads(in.threads, numel(in.shape));
   bool streamed = in.whole * int64_t{sizeof(T)} >= STREAMED_BYTES && out.data != pair.data;
   auto map_all = in.shape.space >= SHORTEST_ROW ? map_rows<Op, T> : map_columns<Op, T>;
   map_all(in.shape, as<const T>(in.x), as<const T>(pair), as<T>(out), coefficients, threads,

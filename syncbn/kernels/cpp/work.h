@@ -10,9 +10,12 @@
 // as space. One that is channels_last has N times the product of * as batch, and 1 as space.
 struct Shape {
   int64_t batch, channels, space;
-
-  int64_t numel() const { return batch * channels * space; }
 };
+
+// All that is compiled for each instruction set has no name for the linker (simd.h).
+namespace {
+
+inline int64_t numel(const Shape& shape) { return shape.batch * shape.channels * shape.space; }
 
 template <class T>
 struct Strided {
@@ -24,8 +27,6 @@ struct Strided {
 struct Sums {
   double n = 0, pivot = 0, first = 0, second = 0;
 };
-
-namespace {
 
 // Elements that are worth a thread of their own.
 constexpr int64_t GRAIN = 1 << 15;
