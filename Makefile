@@ -24,15 +24,17 @@ test: $(INSTALLED)
 
 # On a copy of the tree, for the library in this one to stay. -O1: at -O3 the compiler takes minutes.
 SANITIZED := build/sanitized
-SANITIZERS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+SANITIZERS := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 sanitize: $(INSTALLED)
+	rm -rf $(SANITIZED)
 	mkdir -p $(SANITIZED)
 	cp -r syncbn tests examples configs hatch_build.py pyproject.toml $(SANITIZED)
 	cd $(SANITIZED) && CXX=g++ CXXFLAGS="$(SANITIZERS)" $(CURDIR)/$(PYTHON) hatch_build.py
+	grep -q __asan_init $(SANITIZED)/syncbn/kernels/libsyncbn_cpu.so
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
-		$(CURDIR)/$(PYTHON) -m pytest -n 2 --dist worksteal --capture=sys --durations=3 -k "not reference" \
-		tests/test_cpu_sizes.py tests/test_cpu_kernels.py tests/test_kernels.py
+		$(CURDIR)/$(PYTHON) -m pytest -n 2 --dist worksteal --capture=sys --durations=3 \
+		-k "not reference" tests/test_cpu_sizes.py tests/test_cpu_kernels.py tests/test_kernels.py
 
 check: $(INSTALLED)
 	$(PYTHON) -m ruff format --check

@@ -59,6 +59,18 @@ def test_layers(launcher: str, tmp_path: Path) -> None:
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_threads_and_the_chosen_kernel(dtype: str, tmp_path: Path) -> None:
+    output, results = run(
+        tmp_path,
+        *("syncbn.cli.bench", "layers", "shapes=[3x9x9]", "batch=3", "rounds=2", "kernels=[auto]"),
+        *("threads=2", f"dtypes=[{dtype}]"),
+    )
+    for kernel in results["kernels"]:
+        assert set(kernel["speedup"]) == set(kernel["share"])
+    assert "Time with one thread over that with 2" in output
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_model(ranks: int, tmp_path: Path) -> None:
     output, results = run(

@@ -12,7 +12,17 @@ from torch import Tensor
 
 from syncbn.kernels import alone, cpu, reference
 from syncbn.kernels.samples import Samples
-from tests.kernels import EPS, cpp, everything, levels, needs_cpp, normalize, tolerance, transform
+from tests.kernels import (
+    EPS,
+    cpp,
+    everything,
+    is_same_over_dy,
+    levels,
+    needs_cpp,
+    normalize,
+    tolerance,
+    transform,
+)
 
 pytestmark = needs_cpp
 
@@ -62,6 +72,9 @@ def test_every_small_size(channels: int) -> None:
         near = Near(wanted, bounds)
         for kernel, values in itertools.product(levels(), (x, last_channels(x))):
             assert near(everything(kernel, values, dy, how)), (samples, space, kernel)
+        if numel:
+            some = levels()[space % len(levels())]
+            assert is_same_over_dy(some, values, dy.reshape(values.shape), how), (samples, space)
 
 
 # More columns than a unit of work has values, and every order of magnitude.
@@ -102,6 +115,7 @@ def test_every_width_of_halves(dtype: torch.dtype, space: int) -> None:
         near = Near(wanted, [size * most for size, most in zip(sizes, precision, strict=True)])
         for kernel in levels():
             assert near(everything(kernel, x, dy, how)), (channels, samples, kernel)
+        assert is_same_over_dy(cpp(), last_channels(x), last_channels(dy), how)
 
 
 VIEWS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
@@ -137,6 +151,7 @@ def test_any_strides(kernel: cpu.CPU, view: str) -> None:
         found, wanted = (everything(k, x, gradient, how) for k in (kernel, reference))
         for a, b in zip(found, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=bound)
+        assert is_same_over_dy(kernel, x, gradient, how)
     mine, theirs = (normalize(k, x, how, residual) for k in (kernel, reference))
     torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=bound)
 
@@ -193,6 +208,7 @@ def test_what_is_written_past_the_caches(
     assert torch.equal(normalize(kernel, x, how), torch.cat(y, dim))
     dx = [kernel.backward_elemt(g, x, how, sums) for g, x in zip(gradients, parts, strict=True)]
     assert torch.equal(kernel.backward_elemt(dy, x, how, sums), torch.cat(dx, dim))
+    assert is_same_over_dy(kernel, x, dy, how)
     message, alone_y, _ = alone.forward(kernel, x, EPS, None, None, None, False, None)
     apart, _ = kernel.normalize(x, message, EPS, None, None, None, False, None)
     assert torch.equal(alone_y, apart)

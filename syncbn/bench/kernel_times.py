@@ -59,7 +59,7 @@ def measure(
     x, dy = case.tensor(device), case.tensor(device)
     kernel = kernels.choose(name, x)
     target = torch.empty_like(x)
-    functions = _functions(kernel, x, dy, relu)
+    functions = _functions(kernel, x, dy, relu, case.parameters)
     calls: dict[str, Callable[[], object]] = {
         "copy": partial(target.copy_, x),
         **functions,
@@ -92,9 +92,9 @@ def _with_one_thread(call: Callable[[], object]) -> None:
 
 
 def _functions(
-    kernel: Kernel, x: Tensor, dy: Tensor, relu: bool
+    kernel: Kernel, x: Tensor, dy: Tensor, relu: bool, parameters: torch.dtype
 ) -> dict[str, Callable[[], object]]:
-    ones = torch.ones(x.shape[1], device=x.device)
+    ones = torch.ones(x.shape[1], dtype=parameters, device=x.device)
     message = kernel.moments(x)
     _, statistics = kernel.normalize(x, message, _EPS, ones, ones, None, relu, None)
     how = Transform(statistics, ones, ones, relu)

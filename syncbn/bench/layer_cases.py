@@ -49,6 +49,11 @@ class Case:
         numel = self.batch * self.channels * height * width
         return numel * DTYPES[self.dtype].itemsize
 
+    @property
+    def parameters(self) -> torch.dtype:
+        """The dtype of weights and running averages: as precise as the arithmetic."""
+        return torch.float64 if self.dtype == "float64" else torch.float32
+
     def tensor(self, device: torch.device) -> Tensor:
         """Return random values."""
         size = self.batch, *map(int, self.shape.split("x"))

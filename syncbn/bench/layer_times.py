@@ -151,7 +151,8 @@ def measure(
 
 def _layers(case: Case, kernels: list[str], device: torch.device) -> list[_Layer]:
     channels, ranks = case.channels, dist.get_world_size()
-    theirs = nn.BatchNorm2d(channels, device=device)
+    how: dict[str, Any] = {"device": device, "dtype": case.parameters}
+    theirs = nn.BatchNorm2d(channels, **how)
     weights = list(theirs.parameters())
     layers = [
         _Layer(BASELINE, 1, False, theirs, weights),
@@ -159,12 +160,12 @@ def _layers(case: Case, kernels: list[str], device: torch.device) -> list[_Layer
     ]
     if device.type == "cuda":
         # On CPU it refuses to run.
-        torchs = nn.SyncBatchNorm(channels, device=device)
+        torchs = nn.SyncBatchNorm(channels, **how)
         layers.append(_Layer("nn.SyncBatchNorm", ranks, False, torchs, list(torchs.parameters())))
     groups = {1: resolve_group(1), ranks: dist.group.WORLD}
     for kernel in kernels:
         for size, group in groups.items():
-            ours = SyncBatchNorm2d(channels, process_group=group, device=device)
+            ours = SyncBatchNorm2d(channels, process_group=group, **how)
             ours.sync_kernel = kernel
             fused = partial(_fused, ours, group, kernel)
             weights = list(ours.parameters())
