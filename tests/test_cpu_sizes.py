@@ -72,9 +72,19 @@ def test_every_small_size(channels: int) -> None:
         near = Near(wanted, bounds)
         for kernel, values in itertools.product(levels(), (x, last_channels(x))):
             assert near(everything(kernel, values, dy, how)), (samples, space, kernel)
-        if numel:
-            some = levels()[space % len(levels())]
-            assert is_same_over_dy(some, values, dy.reshape(values.shape), how), (samples, space)
+
+
+# Around the sizes of vectors.
+EDGES = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 70)
+
+
+@pytest.mark.parametrize("channels", EDGES)
+def test_dx_over_dy(channels: int) -> None:
+    for samples, space in itertools.product(range(1, 4), EDGES):
+        x, dy = torch.randn(2, samples, channels, space)
+        how = transform(x, relu=space % 2 == 0)
+        for kernel, change in itertools.product(levels(), (torch.clone, last_channels)):
+            assert is_same_over_dy(kernel, change(x), change(dy), how), (samples, space, kernel)
 
 
 # More columns than a unit of work has values, and every order of magnitude.
