@@ -128,7 +128,7 @@ class SyncBatchNorm(_BatchNorm):
             return F.batch_norm(input, mean, var, weight, bias, False, 0.0, self.eps)
         # In evaluation without running averages the batch is that of this rank, as in torch.
         group = self.communicating_group() if self.training else None
-        kernel = choose(self.sync_kernel, input)
+        kernel = choose(self.sync_kernel, input, weight, bias, mean, var)
         running = None
         if self.training and self.track_running_stats:
             running = Running(mean, var, self.num_batches_tracked, self.momentum)

@@ -14,6 +14,7 @@ from oracle import Case, batch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.testing._internal.two_tensor import TwoTensor
 
 import syncbn
 from syncbn.kernels import Running, reference
@@ -150,6 +151,18 @@ def test_where_new_tensors_go_by_default_does_not_matter() -> None:
             (dx,) = torch.autograd.grad(y.square().sum(), values)
         torch.testing.assert_close(y, F.batch_norm(values, None, None, training=True))
         assert dx.device.type == "cpu"
+
+
+@pytest.mark.parametrize("which", ["weight", "bias"])
+def test_a_parameter_without_memory_of_its_own_is_computed_with_formulas(which: str) -> None:
+    """As those that wrap shards or quantized numbers are: the kernel was chosen by the input."""
+    x = torch.randn(4, 3, 5, 5)
+    affine: dict[str, Any] = {"weight": torch.rand(3), "bias": torch.rand(3)}
+    wanted = F.batch_norm(x, None, None, training=True, **affine)
+    affine[which] = TwoTensor(affine[which], affine[which])
+    y = syncbn.sync_batch_norm(x, None, None, training=True, **affine)
+    assert isinstance(y, TwoTensor)
+    torch.testing.assert_close(y.a, wanted)
 
 
 @pytest.mark.parametrize("value", [3.0, float("inf"), float("nan")])

@@ -17,6 +17,7 @@ from syncbn.kernels import aten_cuda, cpu, reference
 from syncbn.kernels.transform import Running as Running
 from syncbn.kernels.transform import Transform as Transform
 
+_PLAIN = {Tensor, Parameter, type(None)}
 NAMES = ("auto", "reference", "cpu", "aten_cuda")
 
 
@@ -61,13 +62,14 @@ def is_watched() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
-def choose(name: str, x: Tensor) -> Kernel:
+def choose(name: str, x: Tensor, *others: Tensor | None) -> Kernel:
     """Return the kernels for x.
 
     Args:
         name: "auto" for the fastest that serves x, or the name of one module. A module asked for by
             name is never replaced by another.
         x: the input, shape ``[N, C, *]``.
+        others: weight, bias, running averages, a residual; on x's device.
 
     Raises:
         ValueError: the name is unknown, or the named kernel cannot serve x's device.
@@ -79,7 +81,7 @@ def choose(name: str, x: Tensor) -> Kernel:
             found = cpu.load()
             # Of subclasses of tensors, and where calls of torch are recorded or replaced, the
             # formulas are what is sure to work.
-            plain = type(x) in (Tensor, Parameter) and not is_watched()
+            plain = {type(x), *map(type, others)} <= _PLAIN and not is_watched()
             return found if plain and not isinstance(found, str) else reference
         case (("auto" | "aten_cuda"), "cuda"):
             return aten_cuda

@@ -24,7 +24,8 @@ def moments(x: Tensor) -> Tensor:
     """Return this rank's ``[sum (C) | sum_sq (C) | count (1)]``.
 
     The sums are taken around the local mean and moved to the origin in float64, so that squares of
-    a large mean never meet a small variance in float32.
+    a large mean never meet a small variance in float32. Squares are of the compute dtype: in
+    float32 the variance of values that are 1e19 away from their mean is infinite, in every kernel.
 
     Args:
         x: shape ``[N, C, *]``, any floating dtype; may have no elements.
