@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from syncbn.distributed import collectives
-from syncbn.kernels import Kernel, Running, Transform, alone
+from syncbn.kernels import Forward, Kernel, Running, Transform, alone
 from syncbn.ownership import is_unshared
 
 
@@ -113,13 +113,13 @@ class SyncBatchNormFunction(torch.autograd.Function):
             ValueError: on CPU, a single value per channel in the whole group.
         """
         kernel = call.kernel
-        how = call.eps, weight, bias, residual, call.relu, call.running
+        how = Forward(call.eps, weight, bias, call.relu, call.running)
         if call.group is None:
-            message, y, statistics = alone.forward(kernel, x, *how)
+            message, y, statistics = alone.forward(kernel, x, how, residual)
         else:
             message = kernel.moments(x)
             collectives.all_reduce(message, call.group, call.about("forward", x))
-            y, statistics = kernel.normalize(x, message, *how)
+            y, statistics = kernel.normalize(x, message, how, residual)
         _refuse_one_value(x, message, call.label)
 
         masks = call.relu and residual is not None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from syncbn import kernels
-from syncbn.kernels import Kernel, Transform, alone, cpu, reference
+from syncbn.kernels import Forward, Kernel, Transform, alone, cpu, reference
 
 EPS = 1e-5
 needs_cpp = pytest.mark.skipif(isinstance(cpu.load(), str), reason=f"{cpu.load()}")
@@ -49,7 +49,8 @@ def normalize(kernel: Kernel, x: Tensor, how: Transform, residual: Tensor | None
     """Return x normalized with given statistics, by way of a message that has them, and eps = 0."""
     count, mean = how.values, how.mean
     message = torch.cat([mean, how.invstd**-2 + mean**2, count.new_ones(1)]) * count
-    return kernel.normalize(x, message, 0.0, how.weight, how.bias, residual, how.relu, None)[0]
+    forward = Forward(0.0, how.weight, how.bias, how.relu)
+    return kernel.normalize(x, message, forward, residual)[0]
 
 
 def transform(x: Tensor, relu: bool = False) -> Transform:
@@ -65,7 +66,7 @@ def everything(kernel: Kernel, x: Tensor, dy: Tensor, how: Transform) -> list[Te
     sums = kernel.backward_reduce(dy, x, how)
     given = torch.ones_like(sums)
     found = [message, sums, normalize(kernel, x, how), kernel.backward_elemt(dy, x, how, given)]
-    found += alone.forward(kernel, x, EPS, how.weight, how.bias, None, how.relu, None)
+    found += alone.forward(kernel, x, Forward(EPS, how.weight, how.bias, how.relu))
     found += alone.backward(kernel, dy, x, how, may_overwrite=False)
     return [t.double().flatten() for t in found]
 

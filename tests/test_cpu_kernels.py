@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from oracle import Case
 from torch import Tensor
 
-from syncbn.kernels import Running, Transform, alone, cpu, reference
+from syncbn.kernels import Forward, Running, Transform, alone, cpu, reference
 from syncbn.moments import Moments
 from tests.kernels import EPS, everything, needs_cpp, normalize, tolerance, transform
 from tests.test_kernels import DTYPES, LAYOUTS, SHAPES, check_module
@@ -104,7 +104,7 @@ def test_what_is_not_finite_goes_where_torch_lets_it(
     message = kernel.moments(x)
     mean, var, their_mean, their_var = torch.ones(4, 40)
     running = Running(mean, var, None, 0.1)
-    y, _ = kernel.normalize(x, message, EPS, None, None, None, False, running)
+    y, _ = kernel.normalize(x, message, Forward(EPS, running=running))
     wanted = F.batch_norm(x, their_mean, their_var, training=True)
     assert torch.equal(y.isfinite(), wanted.isfinite())
     assert torch.equal(y.isnan(), wanted.isnan())
@@ -199,8 +199,8 @@ def test_running_averages(
         averages.append(torch.tensor(4))
         for tracked in (averages[2], None):
             running = Running(averages[0], averages[1], tracked, momentum)
-            k.normalize(x, message, EPS, None, None, None, False, running)
-            alone.forward(k, x, EPS, None, None, None, False, running)
+            k.normalize(x, message, Forward(EPS, running=running))
+            alone.forward(k, x, Forward(EPS, running=running))
         found.append(averages)
     for mine, other in zip(*found, strict=True):
         if mine is not None:
@@ -215,14 +215,14 @@ def test_counters_of_any_dtype(kernel: cpu.CPU, dtype: torch.dtype) -> None:
     counters = torch.tensor([-1, 7, -1], dtype=dtype)
     x = torch.randn(5, 3)
     running = Running(torch.zeros(3), torch.ones(3), counters[1], 0.1)
-    kernel.normalize(x, kernel.moments(x), EPS, None, None, None, False, running)
+    kernel.normalize(x, kernel.moments(x), Forward(EPS, running=running))
     assert counters.tolist() == [-1, 8, -1]
 
 
 def test_a_momentum_that_is_not_a_number_is_none(kernel: cpu.CPU) -> None:
     x, mean = torch.randn(5, 3), torch.zeros(3)
     running = Running(mean, None, torch.tensor(0), float("nan"))
-    kernel.normalize(x, kernel.moments(x), EPS, None, None, None, False, running)
+    kernel.normalize(x, kernel.moments(x), Forward(EPS, running=running))
     assert mean.isnan().all()
 
 
@@ -234,7 +234,7 @@ def test_numbers_that_are_negated_yet(kernel: cpu.CPU) -> None:
     for k in (kernel, reference):
         weight, mean = (torch._neg_view(torch.full((3,), -2.0)) for _ in range(2))
         running = Running(mean, None, None, 0.1)
-        y, _ = k.normalize(x, message, EPS, weight, weight, None, False, running)
+        y, _ = k.normalize(x, message, Forward(EPS, weight, weight, running=running))
         found.append((y, mean))
     torch.testing.assert_close(*found)
 

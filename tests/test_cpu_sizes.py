@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from syncbn.kernels import alone, cpu, reference
+from syncbn.kernels import Forward, alone, cpu, reference
 from syncbn.kernels.samples import Samples
 from tests.kernels import (
     EPS,
@@ -220,6 +220,6 @@ def test_what_is_written_past_the_caches(
     dx = [kernel.backward_elemt(g, x, how, sums) for g, x in zip(gradients, parts, strict=True)]
     assert torch.equal(kernel.backward_elemt(dy, x, how, sums), torch.cat(dx, dim))
     assert is_same_over_dy(kernel, x, dy, how)
-    message, alone_y, _ = alone.forward(kernel, x, EPS, None, None, None, False, None)
-    apart, _ = kernel.normalize(x, message, EPS, None, None, None, False, None)
+    message, alone_y, _ = alone.forward(kernel, x, Forward(EPS))
+    apart, _ = kernel.normalize(x, message, Forward(EPS))
     assert torch.equal(alone_y, apart)

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncbn
 from syncbn import kernels
-from syncbn.kernels import Kernel, Transform, cpu, reference
+from syncbn.kernels import Forward, Kernel, Transform, cpu, reference
 from syncbn.moments import Moments
 from tests.kernels import EPS, KERNELS, device_of, normalize, tolerance
 
@@ -156,7 +156,7 @@ def test_kernel_takes_no_values(kernel: str, shape: tuple[int, ...]) -> None:
     zeros = torch.zeros(7, dtype=torch.float64, device=x.device)
     transform, sums = Transform(zeros), zeros[:6]
     assert torch.equal(chosen.moments(x), zeros)
-    y, _ = chosen.normalize(x, zeros, EPS, None, None, None, False, None)
+    y, _ = chosen.normalize(x, zeros, Forward(EPS))
     assert y.shape == shape
     assert torch.equal(chosen.backward_reduce(x, x, transform), sums)
     assert chosen.backward_elemt(x, x, transform, sums).shape == shape
@@ -169,7 +169,7 @@ def test_kernel_propagates_nan_in_its_channel_only(kernel: str, bad: float) -> N
     x[1, 2, 3, 4] = bad
     chosen = kernels.choose(kernel, x)
     found = Moments.unpack(chosen.moments(x))
-    y, _ = chosen.normalize(x, found.pack(), EPS, None, None, None, False, None)
+    y, _ = chosen.normalize(x, found.pack(), Forward(EPS))
     clean = y.movedim(1, 0).isfinite().flatten(1)
     assert not clean[2].any() or bad == float("inf")
     assert clean[[0, 1, 3]].all()

@@ -12,7 +12,7 @@ from torch import Tensor
 from syncbn import kernels
 from syncbn.bench.layer_cases import Case
 from syncbn.bench.timing import Spread, finished, take_turns
-from syncbn.kernels import Kernel, Transform
+from syncbn.kernels import Forward, Kernel, Transform
 
 #: How many times the tensor's bytes each must read or write. A copy: twice.
 TRAFFIC = {"moments": 1, "normalize": 2, "backward_reduce": 2, "backward_elemt": 3}
@@ -95,13 +95,13 @@ def _functions(
     kernel: Kernel, x: Tensor, dy: Tensor, relu: bool, parameters: torch.dtype
 ) -> dict[str, Callable[[], object]]:
     ones = torch.ones(x.shape[1], dtype=parameters, device=x.device)
-    message = kernel.moments(x)
-    _, statistics = kernel.normalize(x, message, _EPS, ones, ones, None, relu, None)
+    message, forward = kernel.moments(x), Forward(_EPS, ones, ones, relu)
+    _, statistics = kernel.normalize(x, message, forward)
     how = Transform(statistics, ones, ones, relu)
     sums = kernel.backward_reduce(dy, x, how)
     return {
         "moments": partial(kernel.moments, x),
-        "normalize": partial(kernel.normalize, x, message, _EPS, ones, ones, None, relu, None),
+        "normalize": partial(kernel.normalize, x, message, forward),
         "backward_reduce": partial(kernel.backward_reduce, dy, x, how),
         "backward_elemt": partial(kernel.backward_elemt, dy, x, how, sums),
     }

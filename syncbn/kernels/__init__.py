@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from syncbn.kernels import aten_cuda, cpu, reference
+from syncbn.kernels.transform import Forward as Forward
 from syncbn.kernels.transform import Running as Running
 from syncbn.kernels.transform import Transform as Transform
 
@@ -28,15 +29,7 @@ class Kernel(Protocol):
         """Return ``[sum (C) | sum_sq (C) | count (1)]``, float64 ``[2C + 1]``."""
 
     def normalize(
-        self,
-        x: Tensor,
-        message: Tensor,
-        eps: float,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        relu: bool,
-        running: Running | None,
+        self, x: Tensor, message: Tensor, how: Forward, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return y in x's dtype and layout, and what a :class:`Transform` has of the message.
 

@@ -4,36 +4,25 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from syncbn.kernels import Kernel, Running, Transform
+from syncbn.kernels import Forward, Kernel, Transform
 from syncbn.kernels.cpu import CPU
 
 
 def forward(
-    kernel: Kernel,
-    x: Tensor,
-    eps: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    running: Running | None,
+    kernel: Kernel, x: Tensor, how: Forward, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return :meth:`Kernel.moments`, and what :meth:`Kernel.normalize` returns and takes.
+    """Return :meth:`Kernel.moments`, and what :meth:`Kernel.normalize` returns.
 
     Args:
         kernel: whose functions these are, one after the other; or in one, if it can.
         x: shape ``[N, C, *]``.
-        eps: see :func:`syncbn.kernels.reference.normalize`, also for what follows.
-        weight: shape ``[C]``, or None.
-        bias: shape ``[C]``, or None.
+        how: the rest.
         residual: shape and dtype of x, or None.
-        relu: whether a ReLU comes last.
-        running: averages to move, or None.
     """
     if isinstance(kernel, CPU):
-        return kernel.forward_alone(x, eps, weight, bias, residual, relu, running)
+        return kernel.forward_alone(x, how, residual)
     message = kernel.moments(x)
-    return message, *kernel.normalize(x, message, eps, weight, bias, residual, relu, running)
+    return message, *kernel.normalize(x, message, how, residual)
 
 
 def backward(

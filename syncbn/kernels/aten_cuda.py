@@ -13,7 +13,7 @@ from torch import Tensor
 
 from syncbn.kernels.reference import move_running, statistics
 from syncbn.kernels.transform import (
-    Running,
+    Forward,
     Transform,
     compute_dtype,
     normalize_coefficients,
@@ -45,23 +45,16 @@ def moments(x: Tensor) -> Tensor:
 
 
 def normalize(
-    x: Tensor,
-    message: Tensor,
-    eps: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    running: Running | None,
+    x: Tensor, message: Tensor, how: Forward, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See :func:`syncbn.kernels.reference.normalize`."""
-    if running is not None:
-        move_running(message, running)
-    found = statistics(message, eps)
-    y = _affine(x, Transform(found, weight, bias))
+    if how.running is not None:
+        move_running(message, how.running)
+    found = statistics(message, how.eps)
+    y = _affine(x, Transform(found, how.weight, how.bias))
     if residual is not None:
         y.add_(residual)
-    return y.relu_() if relu else y, found
+    return y.relu_() if how.relu else y, found
 
 
 def backward_reduce(dy: Tensor, x: Tensor, transform: Transform) -> Tensor:

@@ -21,7 +21,7 @@ from torch.autograd.graph import increment_version
 from syncbn.kernels import reference
 from syncbn.kernels.digest import digest, sources
 from syncbn.kernels.samples import Samples
-from syncbn.kernels.transform import Running, Transform
+from syncbn.kernels.transform import Forward, Running, Transform
 
 # Built by hatch_build.py.
 PATH = Path(__file__).with_name("libsyncbn_cpu.so")
@@ -72,20 +72,10 @@ class CPU:
         return message
 
     def normalize(
-        self,
-        x: Tensor,
-        message: Tensor,
-        eps: float,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        relu: bool,
-        running: Running | None,
+        self, x: Tensor, message: Tensor, how: Forward, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """See :func:`syncbn.kernels.reference.normalize`."""
-        how = Transform(torch.empty_like(message), weight, bias, relu)
-        y = self._output(self.library.normalize, x, message, eps, how, residual, running)
-        return y, how.statistics
+        return self._output(self.library.normalize, x, message, how, residual)
 
     def backward_reduce(self, dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
         """See :func:`syncbn.kernels.reference.backward_reduce`."""
@@ -109,20 +99,11 @@ class CPU:
         return self._gradient(self.library.backward_elemt, dy, x, transform, sums, may_overwrite)
 
     def forward_alone(
-        self,
-        x: Tensor,
-        eps: float,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        relu: bool,
-        running: Running | None,
+        self, x: Tensor, how: Forward, residual: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See :func:`syncbn.kernels.alone.forward`: what is read twice stays in the cache."""
         message = x.new_empty(2 * x.shape[1] + 1, dtype=torch.float64)
-        how = Transform(torch.empty_like(message), weight, bias, relu)
-        y = self._output(self.library.forward_alone, x, message, eps, how, residual, running)
-        return message, y, how.statistics
+        return message, *self._output(self.library.forward_alone, x, message, how, residual)
 
     def backward_alone(
         self, dy: Tensor, x: Tensor, transform: Transform, may_overwrite: bool = False
@@ -137,18 +118,19 @@ class CPU:
         function: Callable[..., int],
         x: Tensor,
         message: Tensor,
-        eps: float,
-        how: Transform,
+        how: Forward,
         residual: Tensor | None,
-        running: Running | None,
-    ) -> Tensor:
-        """Return y from a function that reads the message, or writes it first."""
+    ) -> tuple[Tensor, Tensor]:
+        """Return y and statistics from a function that reads the message, or writes it first."""
         x, samples = _readable(x)
-        how, numbers = _numbers(how)
+        statistics = torch.empty_like(message)
+        # Copies must live until they have been read.
+        _owner, numbers = _numbers(Transform(statistics, how.weight, how.bias, how.relu))
         y = _empty_like(x, samples)
         added, stride = (None, 0) if residual is None else _alike(residual, x, samples)
         operands = _address(added), stride, y.data_ptr(), samples.dense_stride
-        head = *self._input(x, samples), *numbers, message.data_ptr(), eps
+        head = *self._input(x, samples), *numbers, message.data_ptr(), how.eps
+        running = how.running
         averages = None if running is None else _averages(running)
         _done(function(*head, *operands, *(averages or _NO_AVERAGES)))
         if running is not None and averages is None:
@@ -156,7 +138,7 @@ class CPU:
         elif running is not None:
             # As a call of torch would: autograd must notice if it still needs what was there.
             increment_version([t for t in running[:3] if t is not None])
-        return y
+        return y, statistics
 
     def _gradient(
         self,

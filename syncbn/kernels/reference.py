@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from syncbn.kernels.transform import (
+    Forward,
     Running,
     Transform,
     backward_coefficients,
@@ -84,14 +85,7 @@ def move_running(message: Tensor, running: Running) -> None:
 
 
 def normalize(
-    x: Tensor,
-    message: Tensor,
-    eps: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    running: Running | None,
+    x: Tensor, message: Tensor, how: Forward, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return y in x's dtype and layout, and :func:`statistics`; and :func:`move_running`.
 
@@ -100,20 +94,16 @@ def normalize(
     Args:
         x: shape ``[N, C, *]``.
         message: :func:`moments` summed over the group.
-        eps: added to the variance.
-        weight: any floating dtype, shape ``[C]``, or None for ones.
-        bias: any floating dtype, shape ``[C]``, or None for zeros.
+        how: the rest.
         residual: shape and dtype of x, or None.
-        relu: whether a ReLU comes last.
-        running: averages to move, or None.
     """
-    if running is not None:
-        move_running(message, running)
-    found = statistics(message, eps)
-    y = _affine(x, Transform(found, weight, bias))
+    if how.running is not None:
+        move_running(message, how.running)
+    found = statistics(message, how.eps)
+    y = _affine(x, Transform(found, how.weight, how.bias))
     if residual is not None:
         y = y + residual
-    return (y.relu() if relu else y).to(x.dtype), found
+    return (y.relu() if how.relu else y).to(x.dtype), found
 
 
 def backward_reduce(dy: Tensor, x: Tensor, transform: Transform) -> Tensor:

@@ -63,6 +63,24 @@ class Running(NamedTuple):
     momentum: float | None
 
 
+class Forward(NamedTuple):
+    """What the forward pass makes of an input and the group's message.
+
+    Attributes:
+        eps: added to the variance.
+        weight: any floating dtype, shape ``[C]``, or None for ones.
+        bias: any floating dtype, shape ``[C]``, or None for zeros.
+        relu: whether a ReLU comes last.
+        running: averages to move, or None.
+    """
+
+    eps: float
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    relu: bool = False
+    running: Running | None = None
+
+
 class Normalize(NamedTuple):
     """``y = (x - pivot) * scale + shift``; each of shape ``[C]`` and the compute dtype."""
 
