@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from syncbn.modes import is_watched
+
 # Not in every version of torch.
 _COUNT = "_use_count"
 
@@ -53,7 +55,7 @@ def is_unshared(gradient: Tensor, references: int) -> bool:
         gradient: the argument ``dy`` of a ``backward(ctx, dy)``, ``once_differentiable``.
         references: `sys.getrefcount` of it, called there.
     """
-    if not hasattr(gradient, _COUNT) or gradient.requires_grad or _is_watched():
+    if not hasattr(gradient, _COUNT) or gradient.requires_grad or _is_seen():
         return False
     if not _is_of_torch(gradient):
         return False
@@ -67,10 +69,9 @@ def _is_of_torch(gradient: Tensor) -> bool:
     return storage.resizable() and not storage.is_shared()
 
 
-def _is_watched() -> bool:
+def _is_seen() -> bool:
     # Modes, debuggers and profilers have references of their own, and may keep them.
-    watched = torch._C._len_torch_dispatch_stack() > 0
-    return watched or sys.gettrace() is not None or sys.getprofile() is not None
+    return is_watched() or sys.gettrace() is not None or sys.getprofile() is not None
 
 
 @cache

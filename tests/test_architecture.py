@@ -18,7 +18,8 @@ PACKAGE = ROOT / "syncbn"
 
 # From the ground up: a room imports from the ones before it, and within itself.
 ROOMS = [
-    ("files", "moments", "ownership", "distributed"),
+    ("files", "modes", "moments"),
+    ("ownership", "distributed"),
     ("kernels",),
     ("autograd",),
     ("functional",),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -17,6 +16,7 @@ from syncbn.kernels import aten_cuda, cpu, reference
 from syncbn.kernels.transform import Forward as Forward
 from syncbn.kernels.transform import Running as Running
 from syncbn.kernels.transform import Transform as Transform
+from syncbn.modes import is_watched
 
 _PLAIN = {Tensor, Parameter, type(None)}
 NAMES = ("auto", "reference", "cpu", "aten_cuda")
@@ -48,11 +48,6 @@ class Kernel(Protocol):
         may_overwrite: bool = False,
     ) -> Tensor:
         """Return dx in x's dtype and layout; in dy's memory, if it may be overwritten."""
-
-
-def is_watched() -> bool:
-    """Return whether there is a `TorchDispatchMode`: it sees calls of torch, and only these."""
-    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def choose(name: str, x: Tensor, *others: Tensor | None) -> Kernel:
