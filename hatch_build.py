@@ -84,6 +84,7 @@ def find_compiler() -> list[str] | None:
     Raises:
         ValueError: a quotation in CXX or CXXFLAGS does not end.
     """
+    # Here and not where the flags are used, which is too late for a reason instead of an error.
     shlex.split(os.environ.get("CXXFLAGS", ""))
     if named := shlex.split(os.environ.get("CXX", "")):
         return named if shutil.which(named[0]) else None

@@ -84,10 +84,8 @@ def sync_batch_norm(
         y = F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
         y = y if residual is None else y + residual
         return y if activation is None else y.relu()
-    group, chosen = (
-        communicating_group(process_group),
-        kernels.choose(kernel, input, weight, bias, running_mean, running_var, residual),
-    )
+    group = communicating_group(process_group)
+    chosen = kernels.choose(kernel, input, weight, bias, running_mean, running_var, residual)
     running = Running(running_mean, running_var, None, momentum)
     call = Call(eps, activation == "relu", running, group, chosen, "sync_batch_norm")
     output: Tensor = SyncBatchNormFunction.apply(input, weight, bias, residual, call)

@@ -272,5 +272,5 @@ def _averages(running: Running) -> tuple[float, int, int, int, int] | None:
     if dtype is None or not counter or momentum != momentum:
         return None
     addresses = _address(mean), _address(var), _address(tracked)
-    # NaN is the cumulative average.
+    # To the library NaN is None; a momentum that is NaN was left to the reference above.
     return math.nan if momentum is None else momentum, _DTYPES[dtype], *addresses
