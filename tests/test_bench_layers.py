@@ -13,17 +13,27 @@ from config import Arch, ModelConfig
 from resnet import build_resnet
 from torch import nn
 
+from syncbn import SyncBatchNorm2d
+from syncbn.bench.memory import peak_bytes
 from syncbn.bench.resnet20 import resnet20
 from syncbn.bench.resnet50 import resnet50
 from tests.commands import run
+from tests.kernels import needs_cpp
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 
 
-@pytest.mark.parametrize("launcher", ["alone", "mpirun", "torchrun"])
-def test_layers(launcher: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "kernel"),
+    [
+        ("alone", "reference"),
+        pytest.param("mpirun", "cpu", marks=needs_cpp),
+        ("torchrun", "reference"),
+    ],
+)
+def test_layers(launcher: str, kernel: str, tmp_path: Path) -> None:
     ranks = 1 if launcher == "alone" else 2
-    settings = ["shapes=[3x9x9,40x2x2]", "batch=3", "rounds=2", "kernels=[reference]"]
+    settings = ["shapes=[3x9x9,40x2x2]", "batch=3", "rounds=2", f"kernels=[{kernel}]"]
     output, results = run(
         tmp_path,
         *(TORCHRUN if launcher == "torchrun" else []),
@@ -51,11 +61,11 @@ def test_layers(launcher: str, tmp_path: Path) -> None:
     ratios = [layer["ratio"]["median"] for layer in results["layers"][0]["layers"]]
     assert ratios[:2] == [1, 1]
     assert len(results["kernels"]) == 2 * len(inputs)
-    for kernel in results["kernels"]:
-        assert set(kernel["share"]) == {"moments", "normalize", "backward_reduce", "backward_elemt"}
+    for costs in results["kernels"]:
+        assert set(costs["share"]) == {"moments", "normalize", "backward_reduce", "backward_elemt"}
     assert results["overhead"]["alone"]["median"] > 0
     assert (results["overhead"]["all_reduce"]["median"] > 0) == (ranks > 1)
-    assert f"reference, {ranks} ranks" in output or ranks == 1
+    assert f"{kernel}, {ranks} ranks" in output or ranks == 1
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -99,6 +109,30 @@ def test_networks_have_the_parameters_that_the_paper_gives() -> None:
     assert sum(parameters) == 25_557_032
     assert sum(isinstance(layer, nn.BatchNorm2d) for layer in resnet50().modules()) == 53
     assert resnet50()(torch.randn(2, 3, 64, 64)).shape == (2, 1000)
+
+
+@needs_cpp
+def test_peak_memory_is_that_of_the_kernel_in_use() -> None:
+    x = torch.randn(4, 3, 50, 50, requires_grad=True)
+    layer = SyncBatchNorm2d(3)
+
+    def peak(kernel: str) -> float:
+        layer.sync_kernel = kernel
+        return peak_bytes(lambda: (layer(x) * 2).sum().backward(), x.device) / x.nbytes
+
+    peak("cpu")  # makes the gradients
+    # y and what is twice that; then the gradients of both, the first of which becomes dx.
+    assert 1.9 < peak("cpu") < 2.5
+    assert peak("reference") > 3
+
+
+def test_peak_memory_counts_what_is_freed() -> None:
+    def run() -> None:
+        first = torch.empty(1000)
+        del first
+        assert torch.empty(3000) is not torch.empty(2000)
+
+    assert peak_bytes(run, torch.device("cpu")) == 5000 * 4
 
 
 def test_malloc_keeps_what_is_freed() -> None:
