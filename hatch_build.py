@@ -16,6 +16,7 @@ import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from platform import machine
 from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
@@ -42,9 +43,8 @@ class CustomBuildHook(BuildHookInterface[Any]):
         reason = build_if_changed(LIBRARY)
         REASON.unlink(missing_ok=True)
         if reason is None:
-            platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
             build_data["pure_python"] = False
-            build_data["tag"] = f"py3-none-{platform}"
+            build_data["tag"] = f"py3-none-{platform_tag(sysconfig.get_platform())}"
             self._add(LIBRARY, build_data)
         else:
             LIBRARY.unlink(missing_ok=True)
@@ -54,6 +54,13 @@ class CustomBuildHook(BuildHookInterface[Any]):
 
     def _add(self, path: Path, build_data: dict[str, Any]) -> None:
         build_data["artifacts"].append(f"/{path.relative_to(self.root)}")
+
+
+def platform_tag(platform: str) -> str:
+    """Return what a wheel is named after, given what Python calls the platform."""
+    # A Python for both processors of macOS is no reason to name the wheel so: there is code for one.
+    platform = platform.replace("universal2", machine())
+    return platform.replace("-", "_").replace(".", "_")
 
 
 def build_if_changed(library: Path) -> str | None:

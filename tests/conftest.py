@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import HealthCheck, settings
 from syncbn.kernels import cpu
 from tests.conformance import MPIS, SUITE
 from tests.kernels import cpp, levels
+from tests.mpi_jobs import Launch
 from tests.ranks import Pool, Ranks
 from tests.transports import TRANSPORTS
 
@@ -75,3 +77,10 @@ def kernel(request: pytest.FixtureRequest) -> cpu.CPU:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Launch]:
+    launch = Launch(tmp_path)
+    yield launch
+    launch.close()

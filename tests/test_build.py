@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -169,3 +170,9 @@ def test_the_linker_can_mix_up_no_instruction_sets(tmp_path: Path) -> None:
     # Of exceptions, which have no vectors.
     known = ("std::exception", "std::bad_alloc", "DW.ref.")
     assert [line for line in weak if not any(name in line for name in known)] == []
+
+
+def test_a_wheel_is_named_after_the_processors_that_it_has_code_for() -> None:
+    assert hatch_build.platform_tag("linux-x86_64") == "linux_x86_64"
+    for_both = hatch_build.platform_tag("macosx-11.0-universal2")
+    assert for_both == f"macosx_11_0_{platform.machine()}"

@@ -8,25 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from tests import transports
+from tests.mpi_jobs import MPIS, Launch, assert_gone
 
-MPIS = ["openmpi", "mpich"]
-# Every rank says its process number first; the parts of the programs below come between.
-HEAD = """
-import os, sys, time, torch, torch.distributed as dist, syncbn
-from datetime import timedelta
-from torch import nn
-rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0")))
-sys.stdout.write(f"pid {rank} {os.getpid()}\\n")
-sys.stdout.flush()
-def join(seconds=30):
-    return syncbn.init_process_group(timeout=timedelta(seconds=seconds))
-"""
 TRAIN = """
 join()
 model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(2))
@@ -39,104 +28,6 @@ for step in range(10**6):
         sys.stdout.write(f"trains {rank}\\n")
         sys.stdout.flush()
 """
-
-
-class Job:
-    """A program under mpirun whose processes are watched.
-
-    Args:
-        process: of mpirun.
-    """
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-        self.lines: list[str] = []
-        self.pids: dict[int, int] = {}
-
-    def read_until(self, text: str, times: int) -> None:
-        """Read the output until a text has come that often."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._keep(line)
-            times -= text in line
-            if times == 0:
-                return
-        raise AssertionError(f"ended without {text!r}:\n{self.output}")
-
-    def finish(self, timeout: float = 40) -> int:
-        """Wait for the end; return the exit status."""
-        rest, _ = self.process.communicate(timeout=timeout)
-        for line in rest.splitlines(keepends=True):
-            self._keep(line)
-        return self.process.returncode
-
-    @property
-    def output(self) -> str:
-        return "".join(self.lines)
-
-    def _keep(self, line: str) -> None:
-        self.lines.append(line)
-        if found := re.search(r"pid (\d+) (\d+)", line):
-            self.pids[int(found[1])] = int(found[2])
-
-
-class Launch:
-    """Starts jobs, and ends what a failed test has left of them."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._jobs: list[Job] = []
-
-    def __call__(
-        self,
-        transport: str,
-        size: int,
-        program: str,
-        *,
-        lenient: bool = False,
-        variables: Mapping[str, str | None] | None = None,
-    ) -> Job:
-        path = self._folder / "program.py"
-        path.write_text(HEAD + program)
-        (process,) = transports.start(
-            transport,
-            size,
-            [path],
-            outlives_ranks=lenient,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            variables=variables,
-        )
-        self._jobs.append(Job(process))
-        return self._jobs[-1]
-
-    def close(self) -> None:
-        for job in self._jobs:
-            job.process.terminate()
-            job.process.communicate()
-
-
-@pytest.fixture
-def launch(tmp_path: Path) -> Iterator[Launch]:
-    launch = Launch(tmp_path)
-    yield launch
-    launch.close()
-
-
-def runs(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def assert_gone(job: Job, ranks: int) -> None:
-    assert len(job.pids) == ranks, job.output
-    deadline = time.monotonic() + 5
-    while any(runs(pid) for pid in job.pids.values()):
-        assert time.monotonic() < deadline, f"still running: {job.pids}\n{job.output}"
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("transport", MPIS)

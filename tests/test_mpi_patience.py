@@ -6,27 +6,18 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from tests.mpi_jobs import MPIS, Launch, assert_gone
 from tests.ranks import Pool
-from tests.test_mpi_faults import MPIS, Launch, assert_gone
 
 # More than a rank waits before it begins to doubt.
 LATE = 2.5
-
-
-@pytest.fixture
-def launch(tmp_path: Path) -> Iterator[Launch]:
-    launch = Launch(tmp_path)
-    yield launch
-    launch.close()
 
 
 def _store_is_busy(rank: int) -> bool:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from itertools import accumulate
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _NEVER = 2**31 - 1
 # Of the profiler's library, which otherwise reports its own beginning and end.
 _SILENT = "99"
+# What it calls an allocation or a release.
+_CHANGE = "[memory]"
 
 
 def keep_freed_memory() -> bool:
@@ -52,6 +55,6 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         path = Path(folder, "trace.json")
         events.export_chrome_trace(str(path))
         trace = json.loads(path.read_bytes())["traceEvents"]
-    changes = [event for event in trace if event["name"] == "[memory]"]
-    changes.sort(key=lambda event: event["ts"])
-    return max(accumulate((event["args"]["Bytes"] for event in changes), initial=0))
+    changes = [(event["ts"], event["args"]["Bytes"]) for event in trace if event["name"] == _CHANGE]
+    changes.sort(key=itemgetter(0))
+    return max(accumulate((int(change) for _, change in changes), initial=0))

@@ -21,6 +21,7 @@ from syncbn.bench.memory import peak_bytes
 from syncbn.bench.mpirun import slowest
 from syncbn.bench.ranks import begin
 from syncbn.bench.report import Benchmark, Report, Table, at_least, machine_facts, one_of
+from syncbn.bench.sgd import training_step
 from syncbn.bench.timing import Spread, finished, take_turns
 from syncbn.convert import convert_sync_batchnorm
 from syncbn.distributed.groups import GroupLike
@@ -31,7 +32,6 @@ _NETWORKS = {
     "resnet50": (resnet50.resnet50, resnet50.CLASSES),
 }
 _BASELINE, _NONE = "nn.BatchNorm2d", "no batch norm"
-_LEARNING_RATE = 1e-3
 _MILLISECOND, _MIB = 1e-3, 1 << 20
 
 
@@ -99,8 +99,9 @@ class Model(Benchmark):
         images = torch.randn(self.batch, 3, self.size, self.size, device=world.device)
         images = images.contiguous(memory_format=LAYOUTS[self.layout])
         labels = torch.randint(classes, (self.batch,), device=world.device)
+        half = None if self.dtype == "float32" else DTYPES[self.dtype]
         steps = {
-            name: partial(_step(self._parallel(net, world.device), self.dtype), images, labels)
+            name: training_step(self._parallel(net, world.device), images, labels, half)
             for name, net in self._networks(network, world.size).items()
         }
         timed = {name: finished(step, world.device) for name, step in steps.items()}
@@ -169,17 +170,3 @@ def _without(network: nn.Module) -> nn.Module:
             if isinstance(child, nn.BatchNorm2d):
                 setattr(module, name, nn.Identity())
     return network
-
-
-def _step(model: nn.Module, dtype: str) -> Callable[[Tensor, Tensor], None]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=_LEARNING_RATE, momentum=0.9)
-    half = dtype != "float32"
-
-    def step(images: Tensor, labels: Tensor) -> None:
-        optimizer.zero_grad()
-        with torch.autocast(images.device.type, DTYPES[dtype] if half else None, enabled=half):
-            loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-
-    return step

@@ -22,13 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from syncbn.bench.mpirun import meeting, slowest
 from syncbn.bench.report import Table
 from syncbn.bench.resnet20 import CLASSES, resnet20
+from syncbn.bench.sgd import training_step
 from syncbn.bench.timing import Spread, Times, take_turns
 from syncbn.convert import convert_sync_batchnorm
 from syncbn.distributed.groups import resolve_group
 
 _MILLISECOND = 1e-3
-# Small, for the losses of all networks to stay where they began.
-_LEARNING_RATE = 1e-3
 # Of a core. A round whose local step had less was disturbed by other programs, and differences to
 # it say nothing; which rounds count does not depend on the transports.
 _UNDISTURBED = 0.95
@@ -75,9 +74,9 @@ def measure(batch: int, steps: int, gloo: dist.ProcessGroup) -> TrainingStep:
     images, labels = torch.randn(batch, 3, 32, 32), torch.randint(CLASSES, (batch,))
     alone = resolve_group(1)
     calls = {
-        "local": _step(_synchronized(network, alone), images, labels),
-        "mpi4py": _step(_parallel(network, dist.group.WORLD), images, labels),
-        "gloo": _step(_parallel(network, gloo), images, labels),
+        "local": training_step(_synchronized(network, alone), images, labels),
+        "mpi4py": training_step(_parallel(network, dist.group.WORLD), images, labels),
+        "gloo": training_step(_parallel(network, gloo), images, labels),
     }
     times = take_turns(calls, steps, meet=meeting())
     return _compared(times, _messages(calls["gloo"]))
@@ -143,17 +142,6 @@ def _synchronized(network: nn.Module, group: dist.ProcessGroup | None) -> nn.Mod
 
 def _parallel(network: nn.Module, group: dist.ProcessGroup | None) -> nn.Module:
     return DistributedDataParallel(_synchronized(network, group), process_group=group)
-
-
-def _step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=_LEARNING_RATE, momentum=0.9)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-
-    return step
 
 
 def _messages(step: Callable[[], None]) -> dict[str, int]:
