@@ -58,7 +58,7 @@ class CustomBuildHook(BuildHookInterface[Any]):
 
 def platform_tag(platform: str) -> str:
     """Return what a wheel is named after, given what Python calls the platform."""
-    # A Python for both processors of macOS is no reason to name the wheel so: there is code for one.
+    # A Python for both processors of macOS does not make the library one for both.
     platform = platform.replace("universal2", machine())
     return platform.replace("-", "_").replace(".", "_")
 

@@ -114,20 +114,27 @@ def percent(spread: Spread) -> str:
 
 def memory(found: list[CaseCosts]) -> Table:
     """Return the memory that a step takes."""
-    layers = found[0].layers
-    names = [f"{title(layer)}{' + ReLU' if layer.relu else ''}" for layer in layers]
+    plain = [layer for layer in found[0].layers if not layer.relu]
     rows = [
         [
             f"{case.case.shape} {case.case.layout} {case.case.dtype}",
-            *(f"{layer.peak_bytes / case.case.nbytes:.2f}" for layer in case.layers),
+            *(" / ".join(_sizes(case, layer)) for layer in plain),
         ]
         for case in found
     ]
     return Table(
-        "Most memory of a step at once, in sizes of the input, without input and output gradient",
-        ["", *names],
+        "Most memory of a step at once, in sizes of the input, without input and output gradient: "
+        "alone / with a ReLU",
+        ["", *map(title, plain)],
         rows,
     )
+
+
+def _sizes(case: CaseCosts, plain: LayerCost) -> list[str]:
+    """Return the memory of a layer without and, if there is one, with a ReLU."""
+    kind = plain.name, plain.ranks
+    same = sorted((x.relu, x.peak_bytes) for x in case.layers if (x.name, x.ranks) == kind)
+    return [f"{size / case.case.nbytes:.2f}" for _, size in same]
 
 
 def overhead(found: Overhead, ranks: int) -> Table:

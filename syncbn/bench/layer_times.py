@@ -196,5 +196,8 @@ def _step(layer: _Layer, x: Tensor, gradients: _Gradients) -> None:
 
 
 def _peak_bytes(step: Callable[[], object], gradients: _Gradients, device: torch.device) -> int:
-    gradients.refill()
-    return peak_bytes(step, device)
+    def with_gradient() -> None:
+        gradients.refill()
+        step()
+
+    return peak_bytes(with_gradient, device) - gradients.dy.nbytes

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from syncbn import kernels
@@ -44,7 +41,7 @@ class StepCost:
         step: seconds.
         ratio: to the step with nn.BatchNorm2d of the same round.
         norms: seconds that are due to batch norm: step - step without any, of the same round.
-        peak_bytes: of tensors at once, without weights and gradients.
+        peak_bytes: of tensors at once, without weights and the optimizer's.
     """
 
     norm: str
@@ -158,7 +155,7 @@ class Model(Benchmark):
             rows,
             [
                 "Median (10th..90th percentile). Batch norm: step - step of the network without "
-                "any. MiB: of tensors at once, without weights and gradients.",
+                "any. MiB: of tensors at once, without weights and the optimizer's.",
             ],
         )
 

@@ -26,10 +26,10 @@ def training_step(
     optimizer = torch.optim.SGD(model.parameters(), lr=_LEARNING_RATE, momentum=0.9)
 
     def step() -> None:
-        optimizer.zero_grad()
         with torch.autocast(images.device.type, half, enabled=half is not None):
             loss = F.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
+        optimizer.zero_grad()
 
     return step

@@ -36,7 +36,8 @@ syncbn-bench NAME [KEY=VALUE ...]  measure: starts the ranks, or under mpirun is
 syncbn-bench NAME --help           the settings
 """
 _WRONG_USE = 2
-_COLUMNS = 100
+# Of texts, and at most of tables.
+_COLUMNS, _WIDEST = 100, 160
 
 
 def benchmark_class(name: str) -> type[Benchmark]:
@@ -93,15 +94,16 @@ def settle(name: str, overrides: list[str]) -> Benchmark:
 def show(report: Report) -> None:
     """Print a report."""
     # Open MPI gives the ranks terminals of their own: theirs says nothing about the user's.
-    columns = int(os.environ.get("COLUMNS", _COLUMNS))
+    columns = int(os.environ.get("COLUMNS", _WIDEST))
     console = Console(width=columns, color_system=None, highlight=False)
+    text = min(columns, _COLUMNS)
     facts = Table(show_header=False, box=None)
     for name, value in report.facts.items():
         facts.add_row(name, value)
     console.print(facts)
     for table in report.tables:
         console.print()
-        console.print(table.title)
+        console.print(table.title, width=text)
         drawn = Table(box=box.SIMPLE_HEAD)
         for number, heading in enumerate(table.columns):
             drawn.add_column(heading, justify="right" if number else "left")
@@ -109,7 +111,7 @@ def show(report: Report) -> None:
             drawn.add_row(*row)
         console.print(drawn)
         for note in table.notes:
-            console.print(note)
+            console.print(note, width=text)
 
 
 def write(found: dict[str, Any], path: Path) -> None:
