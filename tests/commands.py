@@ -72,7 +72,7 @@ def run(folder: Path, *command: str) -> tuple[str, dict[str, Any]]:
     with started([sys.executable, "-m", *command], folder) as job:
         output, errors = job.communicate(timeout=50)
     assert job.returncode == 0, errors
-    assert max(map(len, output.splitlines())) <= 100
+    assert max(map(len, output.splitlines())) <= 160
     results: dict[str, Any] = json.loads((folder / "report.json").read_text())["results"]
     for spread in spreads(results):
         assert all(map(math.isfinite, spread.values()))
