@@ -3,8 +3,10 @@
 Importing this package imports torch and nothing optional.
 """
 
+from syncbn.accumulate import accumulate_statistics as accumulate_statistics
 from syncbn.calibration import CalibrationReport as CalibrationReport
 from syncbn.calibration import recalibrate as recalibrate
+from syncbn.checkpoint import checkpoint_contexts as checkpoint_contexts
 from syncbn.convert import convert_sync_batchnorm as convert_sync_batchnorm
 from syncbn.convert import revert_sync_batchnorm as revert_sync_batchnorm
 from syncbn.distributed import RankInfo as RankInfo
@@ -24,6 +26,8 @@ __all__ = [
     "SyncBatchNorm1d",
     "SyncBatchNorm2d",
     "SyncBatchNorm3d",
+    "accumulate_statistics",
+    "checkpoint_contexts",
     "convert_sync_batchnorm",
     "init_process_group",
     "recalibrate",

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from syncbn import kernels
-from syncbn.autograd import Call, SyncBatchNormFunction
+from syncbn.autograd import Call, normalize
 from syncbn.distributed.collectives import communicating_group
 from syncbn.kernels import Running
 
@@ -32,6 +32,7 @@ def sync_batch_norm(
     *,
     residual: Tensor | None = None,
     activation: Activation | None = None,
+    mask: Tensor | None = None,
     kernel: str = "auto",
 ) -> Tensor:
     """Batch normalization with the statistics of the batches of every rank of a group.
@@ -55,6 +56,8 @@ def sync_batch_norm(
         residual: added to what is normalized; shape and dtype of the input.
         activation: "relu", applied last, or None. ``relu(batch_norm(input) + residual)`` takes one
             pass over the memory.
+        mask: bool, true where the input counts, shape ``[N, *]`` or ``[N, 1, *]``, or what
+            broadcasts to it; None for everywhere. Elsewhere the output, and gradients, are zero.
         kernel: "auto", or the name of one module of :mod:`syncbn.kernels`.
 
     Returns:
@@ -76,20 +79,35 @@ def sync_batch_norm(
         input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
     )
     check_residual(input, residual, activation)
+    mask = None if mask is None else check_mask(input, mask)
     if not training:
         if running_mean is None or running_var is None:
             raise ValueError(
                 "got no running_mean or running_var; expected both when training is False"
             )
         y = F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
-        y = y if residual is None else y + residual
-        return y if activation is None else y.relu()
+        return finish(y, residual, activation, mask)
     group = communicating_group(process_group)
     chosen = kernels.choose(kernel, input, weight, bias, running_mean, running_var, residual)
     running = Running(running_mean, running_var, None, momentum)
     call = Call(eps, activation == "relu", running, group, chosen, "sync_batch_norm")
-    output: Tensor = SyncBatchNormFunction.apply(input, weight, bias, residual, call)
-    return output
+    return normalize(input, weight, bias, residual, mask, call)
+
+
+def finish(
+    y: Tensor, residual: Tensor | None, activation: Activation | None, mask: Tensor | None
+) -> Tensor:
+    """Return what comes after the normalization.
+
+    Args:
+        y: what has been normalized; may be overwritten.
+        residual: added to it, or None.
+        activation: applied last, or None.
+        mask: from :func:`check_mask`, or None.
+    """
+    y = y if residual is None else y + residual
+    y = y if activation is None else y.relu_()
+    return y if mask is None else torch.where(mask, y, 0)
 
 
 def check_input(input: Tensor) -> None:
@@ -166,3 +184,24 @@ def check_residual(input: Tensor, residual: Tensor | None, activation: Activatio
             raise ValueError(
                 f"got a residual of {what} {got}; expected that of the input, {expected}"
             )
+
+
+def check_mask(input: Tensor, mask: Tensor) -> Tensor:
+    """Return a mask that broadcasts against the input, with one channel.
+
+    Raises:
+        ValueError: not a bool tensor on the input's device that broadcasts to ``[N, *]`` or
+            ``[N, 1, *]``.
+    """
+    shape = (input.shape[0], 1, *input.shape[2:])
+    wide = mask.unsqueeze(1) if mask.ndim == input.ndim - 1 else mask
+    fits = wide.ndim == input.ndim and all(
+        size in (1, whole) for size, whole in zip(wide.shape, shape, strict=True)
+    )
+    if not fits or mask.dtype != torch.bool or mask.device != input.device:
+        raise ValueError(
+            f"got a mask of shape {tuple(mask.shape)}, {mask.dtype}, on {mask.device} for an input "
+            f"of shape {tuple(input.shape)} on {input.device}; expected torch.bool there, and the "
+            f"shape {(shape[0], *shape[2:])} or {shape}, or what broadcasts to it"
+        )
+    return wide

@@ -12,10 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.autograd import Call, SyncBatchNormFunction
+from syncbn.autograd import Call, normalize
 from syncbn.distributed.collectives import communicating_group
 from syncbn.distributed.groups import GroupLike, resolve_group
-from syncbn.functional import check_input, check_parameters
+from syncbn.functional import (
+    Activation,
+    check_input,
+    check_mask,
+    check_parameters,
+    check_residual,
+    finish,
+)
 from syncbn.kernels import Running, choose
 
 M = TypeVar("M", bound=nn.Module)
@@ -58,6 +65,7 @@ class SyncBatchNorm(_BatchNorm):
         device: of parameters and buffers.
         dtype: of parameters and running averages.
         bias: with ``affine``, have a bias.
+        activation: "relu", applied last in the same pass over the memory, or None.
 
     Attributes:
         sync_kernel: name of the module of :mod:`syncbn.kernels` that computes; "auto" chooses.
@@ -84,6 +92,9 @@ class SyncBatchNorm(_BatchNorm):
     process_group: dist.ProcessGroup | DetachedGroup | None
     sync_kernel: str = "auto"
     sync_name: str = ""
+    activation: Activation | None = None
+    # Where accumulate_statistics() adds up moments, while it does.
+    pending_moments: Tensor | None = None
 
     def __init__(
         self,
@@ -97,6 +108,7 @@ class SyncBatchNorm(_BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
+        activation: Activation | None = None,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
@@ -105,6 +117,8 @@ class SyncBatchNorm(_BatchNorm):
             # Not passed up: torch.nn.BatchNorm has this argument only in recent releases.
             self.register_parameter("bias", None)
         self.process_group = resolve_group(process_group)
+        if activation is not None:
+            self.activation = activation
 
     @classmethod
     def convert_sync_batchnorm(cls, module: M, process_group: GroupLike = None) -> M:
@@ -113,8 +127,18 @@ class SyncBatchNorm(_BatchNorm):
 
         return convert_sync_batchnorm(module, process_group)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize; in training, also update the running averages."""
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Normalize; in training, also update the running averages.
+
+        Args:
+            input: shape ``[N, C, *]``.
+            residual: added to what is normalized, before the activation; shape and dtype of the
+                input, or None.
+            mask: bool, true where the input counts, shape ``[N, *]`` or ``[N, 1, *]``, or what
+                broadcasts to it; None for everywhere. Elsewhere the output is zero.
+        """
         self._check_input_dim(input)
         check_input(input)
         if input.shape[1] != self.num_features:
@@ -124,17 +148,22 @@ class SyncBatchNorm(_BatchNorm):
             )
         weight, bias, mean, var = self.weight, self.bias, self.running_mean, self.running_var
         check_parameters(input, running_mean=mean, running_var=var, weight=weight, bias=bias)
+        check_residual(input, residual, self.activation)
+        mask = None if mask is None else check_mask(input, mask)
         if not self.training and mean is not None and var is not None:
-            return F.batch_norm(input, mean, var, weight, bias, False, 0.0, self.eps)
+            y = F.batch_norm(input, mean, var, weight, bias, False, 0.0, self.eps)
+            return finish(y, residual, self.activation, mask)
         # In evaluation without running averages the batch is that of this rank, as in torch.
         group = self.communicating_group() if self.training else None
-        kernel = choose(self.sync_kernel, input, weight, bias, mean, var)
-        running = None
+        kernel = choose(self.sync_kernel, input, weight, bias, mean, var, residual)
+        running, pending = None, None
         if self.training and self.track_running_stats:
-            running = Running(mean, var, self.num_batches_tracked, self.momentum)
-        call = Call(self.eps, False, running, group, kernel, self._label())
-        output: Tensor = SyncBatchNormFunction.apply(input, weight, bias, None, call)
-        return output
+            pending = self.pending_moments
+            if pending is None:
+                running = Running(mean, var, self.num_batches_tracked, self.momentum)
+        relu = self.activation is not None
+        call = Call(self.eps, relu, running, group, kernel, self._label(), None, pending)
+        return normalize(input, weight, bias, residual, mask, call)
 
     def communicating_group(self) -> dist.ProcessGroup | None:
         """Return the group to talk to, or None if this process is alone in it.
@@ -150,6 +179,11 @@ class SyncBatchNorm(_BatchNorm):
                 "model, process_group=...)"
             )
         return communicating_group(self.process_group)
+
+    def extra_repr(self) -> str:
+        """Return what ``print`` shows of the layer."""
+        text = super().extra_repr()
+        return text if self.activation is None else f"{text}, activation={self.activation!r}"
 
     def _label(self) -> str:
         kind = f"{type(self).__name__}({self.num_features})"

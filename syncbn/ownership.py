@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from syncbn.modes import is_watched
 
@@ -52,7 +51,7 @@ def is_unshared(gradient: Tensor, references: int) -> bool:
     that is nobody else's depends on the interpreter and on torch, and is found out with one.
 
     Args:
-        gradient: the argument ``dy`` of a ``backward(ctx, dy)``, ``once_differentiable``.
+        gradient: the argument ``dy`` of a ``backward(ctx, dy)``.
         references: `sys.getrefcount` of it, called there.
     """
     if not hasattr(gradient, _COUNT) or gradient.requires_grad or _is_seen():
@@ -93,7 +92,6 @@ class _Probe(torch.autograd.Function):
         return x * 1
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         # By itself: among the arguments of another call, dy would be referred to once more.
         references = sys.getrefcount(dy)

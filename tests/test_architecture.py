@@ -18,13 +18,13 @@ PACKAGE = ROOT / "syncbn"
 
 # From the ground up: a room imports from the ones before it, and within itself.
 ROOMS = [
-    ("files", "modes", "moments"),
+    ("checkpoint", "files", "modes", "moments"),
     ("ownership", "distributed"),
     ("kernels",),
     ("autograd",),
     ("functional",),
     ("module",),
-    ("lazy",),
+    ("accumulate", "lazy"),
     ("adopt",),
     ("convert",),
     ("calibration",),
@@ -127,6 +127,8 @@ def test_public_names() -> None:
         "SyncBatchNorm1d",
         "SyncBatchNorm2d",
         "SyncBatchNorm3d",
+        "accumulate_statistics",
+        "checkpoint_contexts",
         "convert_sync_batchnorm",
         "init_process_group",
         "recalibrate",

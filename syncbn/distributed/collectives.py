@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.autograd import Function
 
@@ -68,6 +70,9 @@ def all_reduce(vector: Tensor, group: dist.ProcessGroup | None, label: str) -> T
     """
     if group is None:
         return vector
+    if torch.compiler.is_compiling():
+        summed: Tensor = functional.all_reduce(vector, "sum", group)
+        return summed
     try:
         if dist.get_debug_level() == dist.DebugLevel.DETAIL:
             _require_agreement(vector, group, label)
@@ -98,16 +103,33 @@ def sum_over_ranks(vector: Tensor, group: dist.ProcessGroup | None, label: str) 
 
 
 class _SumOverRanks(Function):
-    """s = sum over ranks of v; with the loss L = sum over ranks of L_r, dL/dv = sum of dL_r/ds."""
+    """s = sum over ranks of v; with the loss L = sum over ranks of L_r, dL/dv = sum of dL_r/ds.
+
+    It is linear: so is its derivative in forward mode, and samples of a vmap are so many vectors.
+    """
 
     @staticmethod
-    def forward(ctx: Any, vector: Tensor, group: dist.ProcessGroup, label: str) -> Tensor:
-        ctx.group, ctx.label = group, label
+    def forward(vector: Tensor, group: dist.ProcessGroup, label: str) -> Tensor:
         return all_reduce(vector.clone(), group, label)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.group, ctx.label = inputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         return sum_over_ranks(grad.contiguous(), ctx.group, f"{ctx.label} backward"), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return sum_over_ranks(tangent, ctx.group, f"{ctx.label} tangent")
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int, ...], vector: Tensor, group: dist.ProcessGroup, label: str
+    ) -> tuple[Tensor, int]:
+        samples_first = vector.movedim(in_dims[0], 0).contiguous()
+        return sum_over_ranks(samples_first, group, label), 0
 
 
 class _DisagreementError(Exception):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.calibration.layers import Layer
-from syncbn.functional import check_input, check_parameters
+from syncbn.functional import check_input, check_parameters, finish
 from syncbn.kernels.transform import normalize_coefficients
 
 # One for each class met, so that layers of one class stay of one class.
@@ -55,10 +55,22 @@ class Ruled(_BatchNorm):
 
     inference_rule: Rule
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize."""
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """Normalize; a residual and a mask are for layers of ours.
+
+        Raises:
+            ValueError: there is a mask, and the statistics are to be those of the input.
+        """
         if self.training or self.inference_rule.is_evaluation:
-            return super().forward(input)
+            more = {"residual": residual, "mask": mask}
+            return super().forward(input, **{k: v for k, v in more.items() if v is not None})
+        if mask is not None:
+            raise ValueError(
+                f"{self.inference_rule.layer_name}: got a mask; inference rules take inputs that "
+                "count everywhere"
+            )
         self._check_input_dim(input)
         check_input(input)
         check_parameters(
@@ -74,7 +86,8 @@ class Ruled(_BatchNorm):
         numbers = normalize_coefficients(mean, invstd, self.weight, self.bias, input.dtype)
         trailing = (1,) * (input.dim() - 2)
         pivot, scale, shift = (number.reshape(*number.shape, *trailing) for number in numbers)
-        return torch.addcmul(shift, input - pivot, scale).to(input.dtype)
+        y = torch.addcmul(shift, input - pivot, scale).to(input.dtype)
+        return finish(y, residual, getattr(self, "activation", None), None)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class has no name to import it by: it is made again from the one beneath.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -65,6 +66,8 @@ def choose(name: str, x: Tensor, *others: Tensor | None) -> Kernel:
             message says why.
     """
     match name, x.device.type:
+        case "auto", _ if torch.compiler.is_compiling():
+            return reference
         case "auto", "cpu":
             found = cpu.load()
             # Of subclasses of tensors, and where calls of torch are recorded or replaced, the

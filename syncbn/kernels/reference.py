@@ -34,11 +34,11 @@ def moments(x: Tensor) -> Tensor:
     Returns:
         float64, shape ``[2C + 1]``: the format of :meth:`syncbn.moments.Moments.unpack`.
     """
-    dims = _reduced_dims(x)
+    dims = reduced_dims(x)
     count = x.numel() // x.shape[1]
     values = x.to(compute_dtype(x.dtype))
     pivot = values.sum(dims) / max(count, 1)
-    centred = values - _per_channel(pivot, x)
+    centred = values - per_channel(pivot, x)
     pivot, rest = pivot.double(), centred.sum(dims).double()
     total = rest + count * pivot
     total_sq = centred.square().sum(dims).double() + pivot * (rest + total)
@@ -100,7 +100,7 @@ def normalize(
     if how.running is not None:
         move_running(message, how.running)
     found = statistics(message, how.eps)
-    y = _affine(x, Transform(found, how.weight, how.bias))
+    y = affine(x, Transform(found, how.weight, how.bias))
     if residual is not None:
         y = y + residual
     return (y.relu() if how.relu else y).to(x.dtype), found
@@ -117,11 +117,11 @@ def backward_reduce(dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
     Returns:
         float64, shape ``[2C]``.
     """
-    dims = _reduced_dims(x)
+    dims = reduced_dims(x)
     pivot, rest = split_mean(transform.mean, x.dtype)
     gradient = _through_relu(dy, x, transform).to(pivot.dtype)
     sum_dy = gradient.sum(dims).double()
-    sum_dy_x = (gradient * (x - _per_channel(pivot, x))).sum(dims).double()
+    sum_dy_x = (gradient * (x - per_channel(pivot, x))).sum(dims).double()
     return torch.cat([sum_dy, (sum_dy_x - rest * sum_dy) * transform.invstd])
 
 
@@ -141,26 +141,28 @@ def backward_elemt(
     """
     dy = _through_relu(dy, x, transform)
     pivot, slope, offset, scale = (
-        _per_channel(v, x) for v in backward_coefficients(transform, sums, x.dtype)
+        per_channel(v, x) for v in backward_coefficients(transform, sums, x.dtype)
     )
     return ((dy - offset - (x - pivot) * slope) * scale).to(x.dtype)
 
 
-def _affine(x: Tensor, t: Transform) -> Tensor:
+def affine(x: Tensor, t: Transform) -> Tensor:
+    """Return ``(x - mean) * invstd * weight + bias`` in the compute dtype."""
     coefficients = normalize_coefficients(t.mean, t.invstd, t.weight, t.bias, x.dtype)
-    pivot, scale, shift = (_per_channel(v, x) for v in coefficients)
+    pivot, scale, shift = (per_channel(v, x) for v in coefficients)
     return (x - pivot) * scale + shift
 
 
 def _through_relu(dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
     # Where torch's ReLU lets a gradient pass: not at zero, but at NaN.
-    return dy.masked_fill(_affine(x, transform) <= 0, 0) if transform.relu else dy
+    return dy.masked_fill(affine(x, transform) <= 0, 0) if transform.relu else dy
 
 
-def _reduced_dims(x: Tensor) -> list[int]:
+def reduced_dims(x: Tensor) -> list[int]:
+    """Return the dimensions of ``[N, C, *]`` that a channel's values are along."""
     return [0, *range(2, x.ndim)]
 
 
-def _per_channel(v: Tensor, x: Tensor) -> Tensor:
+def per_channel(v: Tensor, x: Tensor) -> Tensor:
     """View ``[C]`` numbers so that they broadcast against ``[N, C, *]``."""
     return v.view(-1, *(1,) * (x.ndim - 2))

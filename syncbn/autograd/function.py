@@ -1,42 +1,17 @@
-"""The one autograd function: batch norm over the values of every rank of a group."""
+"""The autograd function: batch norm over the values of every rank of a group."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from syncbn.distributed import collectives
-from syncbn.kernels import Forward, Kernel, Running, Transform, alone
+from syncbn.autograd.backward import SyncBatchNormBackward, first_order
+from syncbn.autograd.call import Call, group_message
+from syncbn.kernels import Forward, Transform, alone
 from syncbn.ownership import is_unshared
-
-
-class Call(NamedTuple):
-    """How a batch is normalized.
-
-    Attributes:
-        eps: added to the variance.
-        relu: whether a ReLU comes last.
-        running: averages to move, or None.
-        group: from :func:`~syncbn.distributed.collectives.communicating_group`; None if alone.
-        kernel: from :func:`syncbn.kernels.choose`.
-        label: names the layer in error messages.
-    """
-
-    eps: float
-    relu: bool
-    running: Running | None
-    group: dist.ProcessGroup | None
-    kernel: Kernel
-    label: str
-
-    def about(self, direction: str, x: Tensor) -> str:
-        """Return what a message is about, for error messages."""
-        return f"{self.label} {direction}, {x.dtype} input"
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
@@ -114,11 +89,11 @@ class SyncBatchNormFunction(torch.autograd.Function):
         """
         kernel = call.kernel
         how = Forward(call.eps, weight, bias, call.relu, call.running)
-        if call.group is None:
+        if call.is_alone:
             message, y, statistics = alone.forward(kernel, x, how, residual)
         else:
-            message = kernel.moments(x)
-            collectives.all_reduce(message, call.group, call.about("forward", x))
+            message, is_new = group_message(x, call)
+            how = how if is_new else how._replace(running=None)
             y, statistics = kernel.normalize(x, message, how, residual)
         _refuse_one_value(x, message, call.label)
 
@@ -128,41 +103,32 @@ class SyncBatchNormFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Return dx, this rank's dweight and dbias, and dresidual."""
-        references = sys.getrefcount(dy)
+        """Return dx, this rank's dweight and dbias, and dresidual.
+
+        With ``create_graph=True`` by :class:`SyncBatchNormBackward`, which has a backward pass.
+        """
+        references = None if torch.compiler.is_compiling() else sys.getrefcount(dy)
         x, weight, bias, statistics, y = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
         call: Call = ctx.call
-        kernel = call.kernel
+        needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            saved = x, weight, bias, statistics, y
+            return *SyncBatchNormBackward.apply(dy, *saved, call, needs), None
         if y is None:
-            mine = is_unshared(dy, references)
+            mine = references is not None and is_unshared(dy, references)
         else:
             dy, mine = torch.ops.aten.threshold_backward(dy, y, 0), True
-        may_overwrite = mine and not needs_residual
         transform = Transform(statistics, weight, bias, call.relu and y is None)
-        dx = None
-        if call.group is None and needs_x:
-            sums, dx = alone.backward(kernel, dy, x, transform, may_overwrite)
-        else:
-            sums = kernel.backward_reduce(dy, x, transform)
-        channels = x.shape[1]
-        # Copies, because the all-reduce works in place.
-        dbias = sums[:channels].to(bias.dtype, copy=True) if needs_bias else None
-        dweight = sums[channels:].to(weight.dtype, copy=True) if needs_weight else None
-        if call.group is not None:
-            # Also when this rank needs no dx: the others wait for its share.
-            collectives.all_reduce(sums, call.group, call.about("backward", x))
-            if needs_x:
-                dx = kernel.backward_elemt(dy, x, transform, sums, may_overwrite)
-        dresidual = dy if needs_residual else None
-        return dx, dweight, dbias, dresidual, None
+        found = first_order(dy, x, transform, call, needs, mine and not needs[3])
+        return found.dx, found.dweight, found.dbias, dy if needs[3] else None, None
 
 
 def _refuse_one_value(x: Tensor, message: Tensor, label: str) -> None:
     # With more values here there are more in the group. On other devices reading the count would
     # stall them; everywhere kernels keep such a batch out of the averages.
+    if torch.compiler.is_compiling():
+        return
     if x.numel() <= x.shape[1] and x.device.type == "cpu" and message[-1].item() == 1:
         raise ValueError(
             f"{label}: got a single value per channel in the whole group (input of shape "

@@ -1,0 +1,87 @@
+"""Batch norm that autograd differentiates step by step: slower, for whatever asks for more.
+
+Derivatives of third and higher order, forward-mode differentiation, and the transforms of
+`torch.func`: all of them see the formulas of :mod:`syncbn.kernels.reference` and a sum over ranks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from syncbn import modes
+from syncbn.autograd.call import Call
+from syncbn.distributed.collectives import sum_over_ranks
+from syncbn.kernels import Forward, reference
+
+# Of the function whose gradients second() returns.
+_ARGUMENTS = 8
+
+
+def forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, call: Call
+) -> Tensor:
+    """Return y; move the running averages.
+
+    Raises:
+        RuntimeError: there are running averages under a transform of `torch.func`.
+    """
+    moves = call.running is not None or call.pending is not None
+    if moves and modes.is_transformed():
+        raise RuntimeError(
+            f"{call.label}: running averages cannot be moved under a transform of torch.func; "
+            "torch.func.replace_all_batch_norm_modules_(model) turns them off, and so does "
+            "track_running_stats=False"
+        )
+    message = reference.moments(x)
+    if call.absent is not None:
+        message = message - call.absent
+    message = sum_over_ranks(message, call.group, call.about("forward", x))
+    if call.running is not None:
+        reference.move_running(message.detach(), call.running)
+    if call.pending is not None:
+        call.pending.add_(message.detach())
+    how = Forward(call.eps, weight, bias, call.relu)
+    return reference.normalize(x, message, how, residual)[0]
+
+
+def second(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    closed: Tensor | None,
+    call: Call,
+    arriving: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """Return what :meth:`syncbn.autograd.backward.SyncBatchNormBackward.backward` does.
+
+    Args:
+        dy: gradient of the output.
+        x: shape ``[N, C, *]``.
+        weight: shape ``[C]``, or None.
+        closed: where the ReLU is, or None.
+        call: of the forward pass.
+        arriving: gradients of dx, dweight, dbias and dresidual.
+    """
+    dy, x = _apart(dy), _apart(x)
+    weights = [] if weight is None else [_apart(weight)]
+    bias = x.new_zeros(x.shape[1], requires_grad=True)
+    g = dy if closed is None else dy.masked_fill(closed, 0)
+    plain = call._replace(relu=False, running=None, pending=None)
+    y = forward(x, weights[0] if weights else None, bias, None, plain)
+    dx, dbias, *dweights = torch.autograd.grad(y, [x, bias, *weights], g, create_graph=True)
+    outputs = dx, dweights[0] if dweights else None, dbias, g
+    pairs = [(a, b) for a, b in zip(outputs, arriving, strict=True) if not (a is None or b is None)]
+    found = torch.autograd.grad(
+        [a for a, _ in pairs],
+        [dy, x, *weights],
+        [b for _, b in pairs],
+        create_graph=True,
+        allow_unused=True,
+    )
+    return *found, *(None,) * (_ARGUMENTS - len(found))
+
+
+def _apart(t: Tensor) -> Tensor:
+    # Another tensor: dy may depend on x by way of the loss, which is not to be followed here.
+    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()

@@ -1,0 +1,164 @@
+"""The backward pass, and its own: gradients of gradients."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from syncbn.autograd import any_order
+from syncbn.autograd.call import Call
+from syncbn.distributed import collectives
+from syncbn.kernels import Transform, alone
+from syncbn.kernels.reference import affine
+from syncbn.kernels.second_order import second_elemt, second_reduce
+
+
+class FirstOrder(NamedTuple):
+    """What the backward pass finds.
+
+    Attributes:
+        dx: shape and dtype of x; None if it is not needed.
+        dweight: this rank's, of the weight's dtype; None if it is not needed.
+        dbias: this rank's, of the bias's dtype; None if it is not needed.
+        mine: ``[sum(dy) | sum(dy xhat)]`` over this rank, float64 ``[2C]``; if it is kept.
+        sums: the same over the group.
+    """
+
+    dx: Tensor | None
+    dweight: Tensor | None
+    dbias: Tensor | None
+    mine: Tensor
+    sums: Tensor
+
+
+def first_order(
+    dy: Tensor,
+    x: Tensor,
+    transform: Transform,
+    call: Call,
+    needs: tuple[bool, ...],
+    may_overwrite: bool = False,
+    keep_mine: bool = False,
+) -> FirstOrder:
+    """Return the gradients of x, weight and bias.
+
+    Args:
+        dy: gradient of the output, shape and dtype of x.
+        x: shape ``[N, C, *]``.
+        transform: of the forward pass, without residual.
+        call: of the forward pass.
+        needs: whether x, weight and bias need theirs.
+        may_overwrite: nobody needs dy any more.
+        keep_mine: whether the sums of this rank are wanted.
+    """
+    kernel = call.kernel
+    needs_x, needs_weight, needs_bias = needs[:3]
+    dx = None
+    if call.group is None and needs_x:
+        mine, dx = alone.backward(kernel, dy, x, transform, may_overwrite)
+    else:
+        mine = kernel.backward_reduce(dy, x, transform)
+    sum_dy, sum_dy_xhat = mine.view(2, -1)
+    weight, bias = transform.weight, transform.bias
+    # Copies, because the all-reduce works in place.
+    message = mine.clone() if keep_mine and call.group is not None else mine
+    dbias = sum_dy.to(bias.dtype, copy=True) if bias is not None and needs_bias else None
+    dweight = (
+        sum_dy_xhat.to(weight.dtype, copy=True) if weight is not None and needs_weight else None
+    )
+    sums = message
+    if call.group is not None:
+        # Also when this rank needs no dx: the others wait for its share.
+        sums = collectives.all_reduce(message, call.group, call.about("backward", x))
+        if needs_x:
+            dx = kernel.backward_elemt(dy, x, transform, sums, may_overwrite)
+    return FirstOrder(dx, dweight, dbias, mine, sums)
+
+
+class SyncBatchNormBackward(torch.autograd.Function):
+    """The backward pass as a function of dy, x and weight; differentiate through it.
+
+    It is used where the graph of the backward pass is wanted (``create_graph=True``). The names
+    are those of :class:`~syncbn.autograd.SyncBatchNormFunction`; g is dy where the ReLU lets it
+    pass, a is invstd. Forward, on rank r::
+
+        dx = a weight (g - S0/n - xhat S1/n),   S0 = sum(g),  S1 = sum(g xhat)   over the group
+        dweight_r = sum_r(g xhat),  dbias_r = sum_r(g),  dresidual = g
+
+    Backward. Let h, u_r, v_r, t be the gradients that arrive at dx, dweight_r, dbias_r, dresidual,
+    and Q = sum_r [sum_r(h dx) + u_r dweight_r + v_r dbias_r + sum_r(t g)] what they are of. With
+    the sums over the group H0 = sum(h), H1 = sum(h xhat), HG = sum(h g)::
+
+        sum(h dx) = a weight K,   K = HG - S0 H0/n - S1 H1/n
+
+    and the same with sums over this rank alone is its share of dQ/dweight, times weight::
+
+        dQ/dweight_r = a (HG_r - S0 H0_r/n - S1 H1_r/n)
+        dQ/dg_i      = a weight (h_i - H0/n - xhat_i H1/n) + u_r xhat_i + v_r + t_i
+
+    x acts through xhat and through a. The partial derivative by xhat_i, a kept, and its sums::
+
+        q_i         = u_r g_i - a weight (g_i H1 + h_i S1)/n
+        sum(q)      = U0 - a weight (S0 H1 + H0 S1)/n     with U0 = sum over ranks of u_r S0_r
+        sum(q xhat) = U1 - 2 a weight S1 H1/n             with U1 = sum over ranks of u_r S1_r
+
+    With dxhat_j/dx_i = a (delta_ij - 1/n - xhat_i xhat_j/n) and da/dx_i = -a^2 xhat_i/n::
+
+        dQ/dx_i = a (q_i - sum(q)/n - xhat_i sum(q xhat)/n) - a^2 weight K xhat_i/n
+
+    So five numbers a channel cross the wire, one message of 5C float64 numbers::
+
+        [H0 | H1 | HG | U0 | U1]  <-  all_reduce [H0_r | H1_r | HG_r | u_r S0_r | u_r S1_r]
+
+    Where the ReLU is closed, gradients of dy are zero. The bias has none. Higher orders are left to
+    :mod:`syncbn.autograd.any_order`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        statistics: Tensor,
+        y: Tensor | None,
+        call: Call,
+        needs: tuple[bool, ...],
+    ) -> tuple[Tensor | None, ...]:
+        """Return dx, this rank's dweight and dbias, and dresidual."""
+        transform = Transform(statistics, weight, bias, False)
+        closed = None
+        if call.relu:
+            closed = (affine(x, transform) if y is None else y) <= 0
+        g = dy if closed is None else dy.masked_fill(closed, 0)
+        found = first_order(g, x, transform, call, needs, keep_mine=True)
+        ctx.save_for_backward(dy, x, weight, statistics, found.mine, found.sums, closed)
+        ctx.call = call
+        return found.dx, found.dweight, found.dbias, g if needs[3] else None
+
+    @staticmethod
+    def backward(
+        ctx: Any, h: Tensor | None, u: Tensor | None, v: Tensor | None, t: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of dy, x and weight."""
+        dy, x, weight, statistics, first_mine, first, closed = ctx.saved_tensors
+        call: Call = ctx.call
+        if torch.is_grad_enabled():
+            return any_order.second(dy, x, weight, closed, call, (h, u, v, t))
+        channels, transform = x.shape[1], Transform(statistics, weight)
+        g = dy if closed is None else dy.masked_fill(closed, 0)
+        h = torch.zeros_like(x) if h is None else h
+        u, v = (first.new_zeros(channels) if w is None else w.double() for w in (u, v))
+        mine = second_reduce(h, g, x, transform)
+        message = torch.cat([mine, u * first_mine[:channels], u * first_mine[channels:]])
+        label = call.about("double backward", x)
+        message = collectives.all_reduce(message, call.group, label)
+        found = second_elemt(h, g, x, transform, first, mine, message, u, v)
+        ddy = found.dy if t is None else found.dy + t
+        if closed is not None:
+            ddy = ddy.masked_fill(closed, 0)
+        dweight = None if weight is None else found.weight.to(weight.dtype)
+        return ddy, found.x, dweight, None, None, None, None, None

@@ -1,0 +1,76 @@
+"""What the autograd functions are told besides tensors, and the message of the forward pass."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from syncbn import checkpoint, modes
+from syncbn.distributed import collectives
+from syncbn.kernels import Kernel, Running
+
+
+class Call(NamedTuple):
+    """How a batch is normalized.
+
+    Attributes:
+        eps: added to the variance.
+        relu: whether a ReLU comes last.
+        running: averages to move, or None.
+        group: from :func:`~syncbn.distributed.collectives.communicating_group`; None if alone.
+        kernel: from :func:`syncbn.kernels.choose`.
+        label: names the layer in error messages.
+        absent: what the message of moments has of values that do not count, float64
+            ``[2C + 1]``; or None.
+        pending: where messages are added up, float64 ``[2C + 1]``; or None.
+    """
+
+    eps: float
+    relu: bool
+    running: Running | None
+    group: dist.ProcessGroup | None
+    kernel: Kernel
+    label: str
+    absent: Tensor | None = None
+    pending: Tensor | None = None
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether nobody needs the message before the output is there."""
+        plain = self.group is None and self.absent is None and self.pending is None
+        return plain and (torch.compiler.is_compiling() or checkpoint.current() is None)
+
+    def about(self, direction: str, x: Tensor) -> str:
+        """Return what a message is about, for error messages."""
+        return f"{self.label} {direction}, {x.dtype} input"
+
+
+def group_message(x: Tensor, call: Call) -> tuple[Tensor, bool]:
+    """Return the moments of the group, and whether they are new.
+
+    They are not where activations are recomputed: then they are those of the forward pass, nothing
+    is sent, and nothing is added to ``call.pending``.
+
+    Args:
+        x: shape ``[N, C, *]``.
+        call: how it is normalized.
+    """
+
+    def exchange() -> Tensor:
+        message = call.kernel.moments(x)
+        if call.absent is not None:
+            message = message - call.absent
+        return collectives.all_reduce(message, call.group, call.about("forward", x))
+
+    around = None if torch.compiler.is_compiling() else checkpoint.current()
+    if around is None:
+        message, is_new = exchange(), True
+    else:
+        with modes.hidden(x):
+            message, is_new = around.message(exchange, x.shape[1], call.label)
+    if is_new and call.pending is not None:
+        call.pending.add_(message)
+    return message, is_new

@@ -1,0 +1,134 @@
+"""Activation checkpointing: what a recomputation must not do again."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from contextvars import ContextVar
+from types import TracebackType
+
+from torch import Tensor
+
+Contexts = tuple[AbstractContextManager[object], AbstractContextManager[object]]
+
+
+class Pass(ABC):
+    """A pass through a checkpointed region."""
+
+    @abstractmethod
+    def message(
+        self, exchange: Callable[[], Tensor], channels: int, label: str
+    ) -> tuple[Tensor, bool]:
+        """Return the moments of a layer's group, and whether they are new.
+
+        Args:
+            exchange: computes them, with the other ranks.
+            channels: C, of moments of shape ``[2C + 1]``.
+            label: names the layer in error messages.
+        """
+
+
+class _Forward(Pass):
+    """Keeps the moments of the layers it meets, in their order."""
+
+    def __init__(self, kept: list[Tensor], around: Pass | None) -> None:
+        self._kept, self._around = kept, around
+
+    def message(
+        self, exchange: Callable[[], Tensor], channels: int, label: str
+    ) -> tuple[Tensor, bool]:
+        if self._around is None:
+            found = exchange(), True
+        else:
+            # A region within a region: the outer one may be recomputing.
+            found = self._around.message(exchange, channels, label)
+        self._kept.append(found[0])
+        return found
+
+
+class _Recomputation(Pass):
+    """Gives the moments of the forward pass, in their order."""
+
+    def __init__(self, kept: list[Tensor]) -> None:
+        self._kept, self._left = kept, iter(kept)
+
+    def message(
+        self, exchange: Callable[[], Tensor], channels: int, label: str
+    ) -> tuple[Tensor, bool]:
+        kept = next(self._left, None)
+        if kept is None or kept.numel() != 2 * channels + 1:
+            there = "has ended" if kept is None else f"had one of {kept.numel() // 2} channels"
+            raise RuntimeError(
+                f"{label}: activations are recomputed, and here, at a synchronized layer of "
+                f"{channels} channels, the forward pass {there}; expected the same layers in the "
+                "same order. If the region decides by something that has changed meanwhile, let "
+                "it not"
+            )
+        return kept, False
+
+
+_PASS: ContextVar[Pass | None] = ContextVar("syncbn_checkpoint_pass", default=None)
+
+
+def current() -> Pass | None:
+    """Return the pass that this thread is in, or None if no region has our contexts."""
+    return _PASS.get()
+
+
+def checkpoint_contexts(context_fn: Callable[[], Contexts] | None = None) -> Contexts:
+    """Let recomputed layers use the statistics of the forward pass.
+
+    The ``context_fn`` of :func:`torch.utils.checkpoint.checkpoint`, which needs
+    ``use_reentrant=False``. The recomputation then sends nothing and leaves the running averages
+    alone; gradients are those without checkpointing. Without it, it would do both a second time.
+
+    Args:
+        context_fn: another one, to be used at the same time: that of selective checkpointing.
+
+    Returns:
+        A context for the forward pass, and one for each recomputation.
+
+    Example::
+
+        checkpoint(block, x, use_reentrant=False, context_fn=syncbn.checkpoint_contexts)
+
+        selective = partial(create_selective_checkpoint_contexts, policy)
+        checkpoint(block, x, use_reentrant=False,
+                   context_fn=partial(syncbn.checkpoint_contexts, selective))
+
+    Reference:
+        Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016.
+    """
+    kept: list[Tensor] = []
+    forward, recomputation = (None, None) if context_fn is None else context_fn()
+    return (
+        _During(lambda: _Forward(kept, current()), forward),
+        _During(lambda: _Recomputation(kept), recomputation),
+    )
+
+
+class _During(AbstractContextManager[None]):
+    """Sets the pass; may be entered again after it was left, as retained graphs ask for."""
+
+    def __init__(
+        self, make: Callable[[], Pass], other: AbstractContextManager[object] | None
+    ) -> None:
+        self._make, self._other = make, other
+        self._exits: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        with ExitStack() as stack:
+            token = _PASS.set(self._make())
+            stack.callback(_PASS.reset, token)
+            if self._other is not None:
+                stack.enter_context(self._other)
+            self._exits.append(stack.pop_all())
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._exits.pop().__exit__(kind, error, traceback)

@@ -1,0 +1,103 @@
+"""Running statistics of a step of several micro-batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import syncbn
+from tests.ranks import Ranks
+
+
+def _micro_batches(rank: int, step: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    sizes = [2, 0, 3 + rank]
+    return [torch.randn(n, 3, 4, generator=generator, dtype=torch.float64) + n for n in sizes]
+
+
+def _step(rank: int, momentum: float | None) -> dict[str, Tensor]:
+    layer = syncbn.SyncBatchNorm1d(3, momentum=momentum, dtype=torch.float64)
+    for step in range(2):
+        with syncbn.accumulate_statistics(nn.Sequential(layer)):
+            for x in _micro_batches(rank, step):
+                layer(x).sum().backward()
+            if step == 0:
+                assert layer.num_batches_tracked == 0
+    return dict(layer.named_buffers())
+
+
+@pytest.mark.parametrize("momentum", [0.3, None])
+def test_are_those_of_the_union(ranks: Ranks, momentum: float | None) -> None:
+    whole = nn.BatchNorm1d(3, momentum=momentum, dtype=torch.float64)
+    for step in range(2):
+        parts = [x for rank in range(ranks.size) for x in _micro_batches(rank, step)]
+        whole(torch.cat(parts))
+    for buffers in ranks.run(_step, momentum):
+        torch.testing.assert_close(buffers, dict(whole.named_buffers()))
+
+
+def test_outputs_and_gradients_stay() -> None:
+    x = torch.randn(4, 3)
+    found = []
+    for around in (False, True):
+        layer, leaf = syncbn.SyncBatchNorm(3), x.clone().requires_grad_()
+        if around:
+            with syncbn.accumulate_statistics(layer):
+                y = layer(leaf)
+                y.square().sum().backward()
+        else:
+            y = layer(leaf)
+            y.square().sum().backward()
+        found.append([y, leaf.grad, *layer.buffers()])
+    torch.testing.assert_close(*found)
+
+
+def test_an_exception_leaves_the_averages_alone() -> None:
+    layer = syncbn.SyncBatchNorm(3)
+    before = {name: t.clone() for name, t in layer.state_dict().items()}
+
+    def fails() -> None:
+        with syncbn.accumulate_statistics(layer):
+            layer(torch.randn(5, 3))
+            layer(torch.randn(5, 4))
+
+    with pytest.raises(ValueError, match="expected 3 channels"):
+        fails()
+    torch.testing.assert_close(dict(layer.state_dict()), before)
+    layer(torch.randn(5, 3))
+    assert layer.num_batches_tracked == 1
+
+
+def test_what_does_not_move_averages_is_left_alone() -> None:
+    untracked = syncbn.SyncBatchNorm(3, track_running_stats=False)
+    frozen = syncbn.SyncBatchNorm(3).eval()
+    with syncbn.accumulate_statistics(nn.ModuleList([untracked, frozen])):
+        untracked(torch.randn(5, 3)), frozen(torch.randn(5, 3))
+    assert frozen.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.BatchNorm1d(3), "got a BatchNorm1d without synchronized layers"),
+        (syncbn.convert_sync_batchnorm(nn.LazyBatchNorm1d()), "run it once before"),
+    ],
+)
+def test_models_that_are_refused(model: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message), syncbn.accumulate_statistics(model):
+        pass
+
+
+def test_once_at_a_time() -> None:
+    layer = syncbn.SyncBatchNorm(3)
+    with syncbn.accumulate_statistics(layer):
+        with (
+            pytest.raises(ValueError, match="already at work"),
+            syncbn.accumulate_statistics(layer),
+        ):
+            pass
+        layer(torch.randn(4, 3))
+    assert layer.num_batches_tracked == 1

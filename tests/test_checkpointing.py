@@ -1,0 +1,151 @@
+"""Activation checkpointing: recomputed layers send nothing, count nothing; gradients stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+import syncbn
+from tests.ranks import Ranks
+
+Block = Callable[[Tensor], Tensor]
+ours = partial(checkpoint, use_reentrant=False, context_fn=syncbn.checkpoint_contexts)
+
+
+class Net(nn.Module):
+    """Two blocks of two synchronized layers each, and how they are called."""
+
+    def __init__(self, momentum: float | None = 0.1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        norm = partial(syncbn.SyncBatchNorm2d, momentum=momentum)
+        self.first = nn.Sequential(nn.Conv2d(2, 3, 3), norm(3), nn.ReLU(), norm(3))
+        self.second = nn.Sequential(nn.Conv2d(3, 4, 1), norm(4, activation="relu"), norm(4))
+        self.double()
+
+    def forward(self, x: Tensor, around: Callable[[Block, Tensor], Any]) -> Any:
+        return around(self.second, around(self.first, x))
+
+
+def _plainly(block: Block, x: Tensor) -> Tensor:
+    return block(x)
+
+
+def _nested(block: Block, x: Tensor) -> Any:
+    return ours(lambda x: ours(block, x) + 0, x)
+
+
+def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    # Sums are of layers, too: those of a recomputation must not take the place of another.
+    save = (torch.ops.aten.convolution.default, torch.ops.aten.sum.dim_IntList)
+    return CheckpointPolicy.MUST_SAVE if op in save else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _selective(block: Block, x: Tensor) -> Any:
+    inner = partial(create_selective_checkpoint_contexts, _policy)
+    context_fn = partial(syncbn.checkpoint_contexts, inner)
+    return checkpoint(partial(_unselected, block), x, use_reentrant=False, context_fn=context_fn)
+
+
+def _unselected(block: Block, x: Tensor) -> Tensor:
+    return block(x) * x.sum((1, 2, 3), keepdim=True).cos()
+
+
+WAYS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "ours": (ours, _plainly),
+    "nested": (_nested, _plainly),
+    "selective": (_selective, _unselected),
+}
+
+
+def _train(
+    rank: int, around: Callable[..., Tensor], momentum: float | None, passes: int
+) -> tuple[dict[str, Tensor], int]:
+    """Return gradients and buffers after two steps, and the messages of a step."""
+    net = Net(momentum)
+    sent = 0
+    all_reduce = dist.all_reduce
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal sent
+        sent += 1
+        return all_reduce(*args, **kwargs)
+
+    dist.all_reduce = counted
+    try:
+        for step in range(2):
+            torch.manual_seed(10 * step + rank)
+            x = torch.randn(rank + 2, 2, 6, 6, dtype=torch.float64, requires_grad=True)
+            loss = net(x, around).square().sum()
+            for left in reversed(range(passes)):
+                loss.backward(retain_graph=left > 0)
+    finally:
+        dist.all_reduce = all_reduce
+    assert x.grad is not None
+    gradients = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    return {"x": x.grad, **gradients, **dict(net.named_buffers())}, sent // 2
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("way", WAYS)
+def test_as_without(ranks: Ranks, way: str, momentum: float | None) -> None:
+    checkpointed, plain = WAYS[way]
+    wanted = ranks.run(_train, plain, momentum, 1)
+    found = ranks.run(_train, checkpointed, momentum, 1)
+    for (mine, sent), (theirs, of_plain) in zip(found, wanted, strict=True):
+        assert sent == of_plain == 8
+        assert mine["first.1.num_batches_tracked"] == 2
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_a_retained_graph_is_recomputed_twice(two_ranks: Ranks) -> None:
+    wanted = two_ranks.run(_train, _plainly, 0.1, 2)
+    found = two_ranks.run(_train, ours, 0.1, 2)
+    for (mine, _), (theirs, _) in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_alone() -> None:
+    mine, _ = _train(0, ours, 0.1, 1)
+    theirs, _ = _train(0, _plainly, 0.1, 1)
+    torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_without_contexts_statistics_move_twice(reentrant: bool) -> None:
+    """As documented: torch tells nobody that it recomputes."""
+    net = Net()
+    x = torch.randn(2, 2, 6, 6, dtype=torch.float64, requires_grad=True)
+    net(x, partial(checkpoint, use_reentrant=reentrant)).sum().backward()
+    assert net.get_buffer("first.1.num_batches_tracked") == 2
+
+
+def test_another_recomputation_is_an_error() -> None:
+    first, second = syncbn.SyncBatchNorm(3), syncbn.SyncBatchNorm(4)
+    x = torch.randn(5, 7, requires_grad=True)
+    calls = 0
+
+    def region(x: Tensor) -> Any:
+        nonlocal calls
+        calls += 1
+        a, b = x.split([3, 4], 1)
+        if calls == 1:
+            return first(a).sum() + second(b).sum()
+        return second(b).sum() + first(a).sum()
+
+    y = ours(region, x)
+    with pytest.raises(RuntimeError, match="layer of 4 channels, the forward pass had one of 3"):
+        y.backward()
+    assert first(torch.randn(5, 3)).shape == (5, 3)
+    assert syncbn.checkpoint.current() is None
