@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # Relative rounding of a raw float64 sum of squares after a few additions (a unit is 1.1e-16).
-_ROUNDING = 1e-15
+ROUNDING = 1e-15
 
 
 @dataclass(frozen=True)
@@ -58,5 +58,5 @@ class Moments:
         squares = self.sum_sq - self.sum * self.mean()
         # What is within the rounding of the sums is zero: a constant channel of value v would
         # otherwise have a variance of up to 1e-15 v^2, which is far above eps for v = 1e6.
-        squares = squares * (squares > _ROUNDING * self.sum_sq)
+        squares = squares * (squares > ROUNDING * self.sum_sq)
         return squares / (self.count - 1 if unbiased else self.count).clamp(min=1)

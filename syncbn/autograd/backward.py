@@ -60,7 +60,7 @@ def first_order(
         mine, dx = alone.backward(kernel, dy, x, transform, may_overwrite)
     else:
         mine = kernel.backward_reduce(dy, x, transform)
-    sum_dy, sum_dy_xhat = mine.view(2, -1)
+    sum_dy, sum_dy_xhat = mine.split(x.shape[1])
     weight, bias = transform.weight, transform.bias
     # Copies, because the all-reduce works in place.
     message = mine.clone() if keep_mine and call.group is not None else mine

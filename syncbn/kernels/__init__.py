@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from syncbn.kernels import aten_cuda, cpu, reference
+from syncbn.kernels import aten_cuda, cpu, reference, traced
 from syncbn.kernels.transform import Forward as Forward
 from syncbn.kernels.transform import Running as Running
 from syncbn.kernels.transform import Transform as Transform
@@ -67,7 +67,7 @@ def choose(name: str, x: Tensor, *others: Tensor | None) -> Kernel:
     """
     match name, x.device.type:
         case "auto", _ if torch.compiler.is_compiling():
-            return reference
+            return traced
         case "auto", "cpu":
             found = cpu.load()
             # Of subclasses of tensors, and where calls of torch are recorded or replaced, the

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Protocol, TypeGuard
+
 from torch import Tensor
 
 from syncbn.kernels import Forward, Kernel, Transform
-from syncbn.kernels.cpu import CPU
+
+
+class Together(Protocol):
+    """What a kernel module may have besides: both steps of a pass in one."""
+
+    def forward_alone(
+        self, x: Tensor, how: Forward, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See :func:`forward`."""
+
+    def backward_alone(
+        self, dy: Tensor, x: Tensor, transform: Transform, may_overwrite: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """See :func:`backward`."""
+
+
+def _is_together(kernel: object) -> TypeGuard[Together]:
+    return hasattr(kernel, "forward_alone")
 
 
 def forward(
@@ -19,7 +38,7 @@ def forward(
         how: the rest.
         residual: shape and dtype of x, or None.
     """
-    if isinstance(kernel, CPU):
+    if _is_together(kernel):
         return kernel.forward_alone(x, how, residual)
     message = kernel.moments(x)
     return message, *kernel.normalize(x, message, how, residual)
@@ -37,7 +56,7 @@ def backward(
         transform: of the forward pass, without residual.
         may_overwrite: nobody needs dy any more; a kernel may write dx there.
     """
-    if isinstance(kernel, CPU):
+    if _is_together(kernel):
         return kernel.backward_alone(dy, x, transform, may_overwrite)
     sums = kernel.backward_reduce(dy, x, transform)
     return sums, kernel.backward_elemt(dy, x, transform, sums, may_overwrite)

@@ -1,0 +1,140 @@
+"""The kernels for compilers: few operations, in float64, which a compiler puts into few loops.
+
+Nothing is written to memory between them, so that what would be a copy of twice the size elsewhere
+is a conversion in a register here. What :mod:`syncbn.kernels.reference` does to keep float32 exact,
+another pass over the input and twice as many operations to compile, is not needed.
+
+Numbers by channel are packed before they meet the input again: a compiler would otherwise put
+their arithmetic, roots and quotients, into the loop over the input.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from syncbn.kernels.reference import per_channel, reduced_dims
+from syncbn.kernels.transform import Forward, Running, Transform
+from syncbn.moments import Moments
+
+
+def moments(x: Tensor) -> Tensor:
+    """See :func:`syncbn.kernels.reference.moments`."""
+    dims, wide = reduced_dims(x), x.double()
+    total = wide.sum(dims)
+    return torch.cat([total, (wide * wide).sum(dims), total.new_full((1,), _values(x))])
+
+
+def normalize(
+    x: Tensor, message: Tensor, how: Forward, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See :func:`syncbn.kernels.reference.normalize`."""
+    group = Moments.unpack(message)
+    mean, var = group.mean(), group.variance()
+    if how.running is not None:
+        _move(mean, var, group.count, how.running)
+    statistics = torch.cat([mean, (var + how.eps).rsqrt(), group.count.reshape(1)])
+    return _output(x, statistics, how, residual), statistics
+
+
+def backward_reduce(dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
+    """See :func:`syncbn.kernels.reference.backward_reduce`."""
+    dims, mean, invstd = reduced_dims(x), *_numbers(x, transform.statistics)
+    dy = _through_relu(dy, x, transform).double()
+    return torch.cat([dy.sum(dims), (dy * (x - per_channel(mean, x))).sum(dims) * invstd])
+
+
+def backward_elemt(
+    dy: Tensor, x: Tensor, transform: Transform, sums: Tensor, may_overwrite: bool = False
+) -> Tensor:
+    """See :func:`syncbn.kernels.reference.backward_elemt`."""
+    return _input_gradient(dy, x, transform, sums, transform.values)
+
+
+def forward_alone(
+    x: Tensor, how: Forward, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`syncbn.kernels.alone.forward`. The number of values is known: it is left out."""
+    values = _values(x)
+    var, mean = torch.var_mean(x.double(), reduced_dims(x), correction=0)
+    if values == 0:
+        var, mean = torch.zeros_like(var), torch.zeros_like(mean)
+    if how.running is not None and values > 1:
+        _move(mean, var, values, how.running)
+    statistics = torch.cat([mean, (var + how.eps).rsqrt()])
+    return statistics, _output(x, statistics, how, residual), statistics
+
+
+def backward_alone(
+    dy: Tensor, x: Tensor, transform: Transform, may_overwrite: bool = False
+) -> tuple[Tensor, Tensor]:
+    """See :func:`syncbn.kernels.alone.backward`."""
+    sums = backward_reduce(dy, x, transform)
+    has_count = transform.statistics.numel() > 2 * x.shape[1]
+    values = transform.values if has_count else max(_values(x), 1)
+    return sums, _input_gradient(dy, x, transform, sums, values)
+
+
+def _values(x: Tensor) -> int:
+    return x.numel() // x.shape[1]
+
+
+def _numbers(x: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
+    channels = x.shape[1]
+    return packed[:channels], packed[channels : 2 * channels]
+
+
+def _scale(invstd: Tensor, weight: Tensor | None) -> Tensor:
+    return invstd if weight is None else invstd * weight
+
+
+def _affine(x: Tensor, transform: Transform) -> Tensor:
+    mean, invstd = _numbers(x, transform.statistics)
+    scale = _scale(invstd, transform.weight)
+    y = (x - per_channel(mean, x)) * per_channel(scale, x)
+    return y if transform.bias is None else y + per_channel(transform.bias, x)
+
+
+def _output(x: Tensor, statistics: Tensor, how: Forward, residual: Tensor | None) -> Tensor:
+    y = _affine(x, Transform(statistics, how.weight, how.bias))
+    if residual is not None:
+        y = y + residual
+    return (y.relu() if how.relu else y).to(x.dtype)
+
+
+def _through_relu(dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
+    return dy.masked_fill(_affine(x, transform) <= 0, 0) if transform.relu else dy
+
+
+def _input_gradient(
+    dy: Tensor, x: Tensor, transform: Transform, sums: Tensor, values: Tensor | int
+) -> Tensor:
+    mean, invstd = _numbers(x, transform.statistics)
+    sum_dy, sum_dy_xhat = _numbers(x, sums)
+    slope = sum_dy_xhat * invstd / values
+    offset = sum_dy / values - mean * slope
+    scale = _scale(invstd, transform.weight)
+    dy = _through_relu(dy, x, transform)
+    dx = (dy - per_channel(offset, x) - x * per_channel(slope, x)) * per_channel(scale, x)
+    return dx.to(x.dtype)
+
+
+def _move(mean: Tensor, var: Tensor, count: Tensor | int, running: Running) -> None:
+    """Do as :func:`syncbn.kernels.reference.move_running` does."""
+    with torch.no_grad():
+        if isinstance(count, int):
+            counts: Tensor | int = 1
+            unbiased = var * (count / (count - 1))
+        else:
+            counts = count > 1
+            unbiased = var * (count / (count - 1).clamp(min=1))
+        if running.tracked is not None:
+            running.tracked.add_(counts)
+        weight: Tensor | float = running.momentum or 0.0
+        if running.momentum is None and running.tracked is not None:
+            weight = running.tracked.clamp(min=1).double().reciprocal()
+        if isinstance(counts, Tensor):
+            weight = counts.double() * weight
+        for average, batch in ((running.mean, mean), (running.var, unbiased)):
+            if average is not None:
+                average.copy_(torch.lerp(average.double(), batch, weight))

@@ -1,0 +1,157 @@
+"""torch.compile without a graph break, against the same layers in eager mode."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from oracle import Case
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import syncbn
+from syncbn.bench.resnet20 import resnet20
+from syncbn.kernels import traced
+from tests.kernels import tolerance
+from tests.ranks import Ranks
+from tests.test_kernels import DTYPES, LAYOUTS, SHAPES, check_module
+
+# Of torch, when it compiles.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    yield
+    torch._dynamo.reset()
+    counters.clear()
+
+
+class Block(nn.Module):
+    """A layer with all that it can be told."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.add, self.masked = options.pop("add", False), options.pop("masked", False)
+        self.conv = nn.Conv2d(2, 3, 3, padding=1)
+        self.norm = syncbn.SyncBatchNorm2d(3, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = x[:, :1] > -1 if self.masked else None
+        y = self.norm(
+            self.conv(x), residual=x[:, :1].expand(-1, 3, -1, -1) if self.add else None, mask=mask
+        )
+        return torch.tanh(y)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "cumulative": {"momentum": None},
+    "without affine": {"affine": False},
+    "without averages": {"track_running_stats": False},
+    "relu of a residual": {"activation": "relu", "add": True},
+    "masked": {"masked": True, "activation": "relu"},
+}
+
+
+def compare(make: Callable[[], nn.Module], batches: list[Tensor], backend: str) -> int:
+    """Train and evaluate both ways; return how many graphs were compiled."""
+    eager, compiled = make(), make()
+    call = torch.compile(compiled, fullgraph=True, backend=backend)
+    counters.clear()
+    for training, x in itertools.product((True, False), batches):
+        eager.train(training)
+        compiled.train(training)
+        leaves = [x.clone().requires_grad_() for _ in range(2)]
+        outputs = [eager(leaves[0]), call(leaves[1])]
+        for y in outputs:
+            (y * torch.arange(y.numel()).view_as(y).cos()).sum().backward()
+        torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(leaves[1].grad, leaves[0].grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(compiled.state_dict(), eager.state_dict(), rtol=1e-5, atol=1e-5)
+    wanted = [p.grad for p in eager.parameters()]
+    found = [p.grad for p in compiled.parameters()]
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    return int(counters["stats"]["unique_graphs"])
+
+
+def _batches(rank: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    return [torch.randn(n + rank, 2, 6, 5, generator=generator) for n in (3, 4, 5, 6)]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_alone(options: str) -> None:
+    """Batches of any size: one graph for the first, one for all others, for each mode."""
+    assert compare(lambda: Block(**OPTIONS[options]), _batches(), "aot_eager") <= 4
+
+
+def test_inductor() -> None:
+    assert compare(lambda: Block(activation="relu"), _batches()[:2], "inductor") <= 4
+
+
+def _on_a_rank(rank: int, options: dict[str, Any], backend: str) -> int:
+    graphs = compare(lambda: Block(**options), _batches(rank), backend)
+    torch._dynamo.reset()
+    return graphs
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_over_ranks(two_ranks: Ranks, options: str) -> None:
+    assert max(two_ranks.run(_on_a_rank, OPTIONS[options], "aot_eager")) <= 4
+
+
+def _in_a_group(rank: int) -> int:
+    group, _ = dist.new_subgroups_by_enumeration([[0, 2], [1]])
+    graphs = compare(lambda: Block(process_group=group), _batches(rank), "aot_eager")
+    torch._dynamo.reset()
+    dist.barrier()
+    return graphs
+
+
+def test_in_a_group_of_some_ranks(three_ranks: Ranks) -> None:
+    assert max(three_ranks.run(_in_a_group)) <= 4
+
+
+def test_accumulated_statistics() -> None:
+    eager, compiled = Block(), Block()
+    call = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        for net, run in ((eager, eager), (compiled, call)):
+            with syncbn.accumulate_statistics(net):
+                for x in _batches():
+                    run(x)
+    assert compiled.norm.num_batches_tracked == 3
+    torch.testing.assert_close(compiled.state_dict(), eager.state_dict())
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
+def test_a_network_trains_alike() -> None:
+    """In float64: in float32 steps diverge by rounding, those of equal networks, too."""
+    torch.manual_seed(0)
+    nets = [syncbn.convert_sync_batchnorm(resnet20()).double() for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    calls: list[Any] = [nets[0], torch.compile(nets[1], fullgraph=True, backend="aot_eager")]
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9) for net in nets]
+    for _ in range(20):
+        x, labels = torch.randn(4, 3, 16, 16).double(), torch.randint(10, (4,))
+        for call, optimizer in zip(calls, optimizers, strict=True):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(call(x), labels).backward()
+            optimizer.step()
+    torch.testing.assert_close(nets[1].state_dict(), nets[0].state_dict(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_kernels_for_compilers_agree_with_float64(dtype: torch.dtype, layout: str) -> None:
+    for shape, offset in itertools.product(SHAPES, (0.0, 1e4)):
+        if offset and dtype != torch.float32:
+            continue
+        case = Case((shape,), dtype, layout, offset=offset)
+        check_module(traced, case, tolerance(dtype), torch.device("cpu"))
