@@ -12,6 +12,8 @@ from syncbn.convert import revert_sync_batchnorm as revert_sync_batchnorm
 from syncbn.distributed import RankInfo as RankInfo
 from syncbn.distributed import init_process_group as init_process_group
 from syncbn.functional import sync_batch_norm as sync_batch_norm
+from syncbn.fusion import Fusion as Fusion
+from syncbn.fusion import fuse as fuse
 from syncbn.module import SyncBatchNorm as SyncBatchNorm
 from syncbn.module import SyncBatchNorm1d as SyncBatchNorm1d
 from syncbn.module import SyncBatchNorm2d as SyncBatchNorm2d
@@ -21,6 +23,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "CalibrationReport",
+    "Fusion",
     "RankInfo",
     "SyncBatchNorm",
     "SyncBatchNorm1d",
@@ -29,6 +32,7 @@ __all__ = [
     "accumulate_statistics",
     "checkpoint_contexts",
     "convert_sync_batchnorm",
+    "fuse",
     "init_process_group",
     "recalibrate",
     "revert_sync_batchnorm",

@@ -79,7 +79,17 @@ def revert_sync_batchnorm(module: M) -> M:
 
     Returns:
         The module it was given.
+
+    Raises:
+        ValueError: a layer applies an activation, which torch's layers do not; nothing is changed.
     """
+    for name, layer in module.named_modules():
+        if isinstance(layer, SyncBatchNorm) and layer.activation and adopt.original(type(layer)):
+            raise ValueError(
+                f"{name or 'the module'}: got a layer with activation={layer.activation!r}, which "
+                "torch's layers do not have; undo() what syncbn.fuse() returned, or use a ReLU "
+                "of its own, before"
+            )
     for layer in module.modules():
         if isinstance(layer, SyncBatchNorm) and adopt.change_class(layer, adopt.original):
             attributes = ["sync_name", "sync_kernel"]

@@ -24,7 +24,7 @@ ROOMS = [
     ("autograd",),
     ("functional",),
     ("module",),
-    ("accumulate", "lazy"),
+    ("accumulate", "fusion", "lazy"),
     ("adopt",),
     ("convert",),
     ("calibration",),
@@ -122,6 +122,7 @@ def test_a_file_is_at_most_300_lines(path: Path) -> None:
 def test_public_names() -> None:
     wanted = [
         "CalibrationReport",
+        "Fusion",
         "RankInfo",
         "SyncBatchNorm",
         "SyncBatchNorm1d",
@@ -130,6 +131,7 @@ def test_public_names() -> None:
         "accumulate_statistics",
         "checkpoint_contexts",
         "convert_sync_batchnorm",
+        "fuse",
         "init_process_group",
         "recalibrate",
         "revert_sync_batchnorm",

@@ -105,12 +105,22 @@ class DataConfig:
 
 @dataclass
 class NormConfig:
-    """Group `norm/`; `group` is "node" or a number of ranks, and belongs to kind `group` only."""
+    """Group `norm/`; what kinds have besides.
+
+    `group`, "node" or a number of ranks, belongs to kind `group` only; `fused` to `sync` and
+    `group`.
+    """
 
     kind: NormKind
     group: int | str | None = None
+    fused: bool = False
 
     def __post_init__(self) -> None:
+        if self.fused and self.kind not in (NormKind.sync, NormKind.group):
+            raise ValueError(
+                f"norm.fused: got true with norm.kind={self.kind.value}; expected kind=sync or "
+                "group, whose layers can add residuals and apply ReLUs"
+            )
         if (self.kind is NormKind.group) != (self.group is not None):
             raise ValueError(
                 f"norm.group: got {self.group!r} with norm.kind={self.kind.value}; expected 'node' "

@@ -34,6 +34,9 @@ def apply_norm(net: nn.Module, cfg: NormConfig, device: torch.device) -> nn.Modu
     * ``torch_sync``: `torch.nn.SyncBatchNorm`, for comparison.
     * ``frozen``: stored statistics, nothing learned; for fine-tuning from ``model.weights``.
 
+    With ``cfg.fused``, the layers of `sync` and `group` also add the residuals and apply the ReLUs
+    that come after them.
+
     Parameters and buffers keep their names and values, so checkpoints move between all five.
 
     Args:
@@ -50,10 +53,11 @@ def apply_norm(net: nn.Module, cfg: NormConfig, device: torch.device) -> nn.Modu
     match cfg.kind:
         case NormKind.local:
             return net
-        case NormKind.sync:
-            return syncbn.convert_sync_batchnorm(net)
-        case NormKind.group:
-            return syncbn.convert_sync_batchnorm(net, cfg.group)
+        case NormKind.sync | NormKind.group:
+            syncbn.convert_sync_batchnorm(net, cfg.group)
+            if cfg.fused:
+                syncbn.fuse(net)
+            return net
         case NormKind.torch_sync:
             if device.type == "cpu":
                 raise ValueError(

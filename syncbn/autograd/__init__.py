@@ -36,5 +36,7 @@ def normalize(
     if modes.is_transformed() or modes.is_forward_differentiated():
         y = any_order.forward(x, weight, bias, residual, call)
     else:
+        if residual is x:  # torch.compile refuses a tensor that is given twice
+            residual = x.view_as(x)
         y = SyncBatchNormFunction.apply(x, weight, bias, residual, call)
     return y if mask is None else torch.where(mask, y, 0)

@@ -96,6 +96,7 @@ def test_saved_configuration_reads_back_as_the_same_job(tmp_path: Path) -> None:
         ("norm=group norm.group=0", r"norm.group: got 0, expected at least 1"),
         ("norm=group norm.group=null", r"norm.group: got None with norm.kind=group"),
         ("+norm.group=2", r"norm.group: got 2 with norm.kind=sync"),
+        ("norm=local +norm.fused=true", r"norm.fused: got true with norm.kind=local"),
         ("dtype=float64 amp=bfloat16", r"amp=bfloat16 with dtype=float64"),
     ],
 )

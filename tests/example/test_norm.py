@@ -41,6 +41,24 @@ def test_every_layer_is_replaced_and_the_state_kept(
     assert all(torch.equal(net.state_dict()[key], expected[key]) for key in expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "layers", "residuals"), [(Arch.resnet20, 19, 9), (Arch.resnet18, 17, 8)]
+)
+def test_fused_layers_take_relus_and_residuals(name: Arch, layers: int, residuals: int) -> None:
+    plain = apply_norm(small(name), NormConfig(NormKind.sync), CPU).double()
+    fused = apply_norm(small(name), NormConfig(NormKind.sync, fused=True), CPU).double()
+    norms = [m for m in fused.modules() if isinstance(m, syncbn.SyncBatchNorm)]
+    assert [m.activation for m in norms].count("relu") == layers
+    calls = []
+    for norm in norms:
+        norm.register_forward_pre_hook(
+            lambda _, args, kwargs: calls.append(kwargs), with_kwargs=True
+        )
+    x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(fused(x), plain(x))
+    assert sum("residual" in kwargs for kwargs in calls) == residuals
+
+
 def test_frozen_layers_stay_frozen_in_training_mode() -> None:
     """`model.train()` at the start of an epoch must not thaw them."""
     net = small()

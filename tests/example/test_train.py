@@ -35,13 +35,15 @@ from tests.ranks import Ranks
 CPU = torch.device("cpu")
 
 
+@pytest.mark.parametrize("fused", [False, True])
 def test_two_ranks_train_as_one_process_at_the_global_batch(
-    two_ranks: Ranks, tmp_path: Path
+    two_ranks: Ranks, tmp_path: Path, fused: bool
 ) -> None:
     """The promise of the library: the numbers of one big batch, here of torch's own layer."""
     steps = ["dtype=float64", "max_steps=7", *TINY]
     one, two = tmp_path / "one", tmp_path / "two"
-    two_ranks.run(fit_rank, composed(*steps, "norm=sync", f"run_dir={two}"))
+    norm = ("norm=sync", f"norm.fused={fused}")
+    two_ranks.run(fit_rank, composed(*steps, *norm, f"run_dir={two}"))
     with group_of_one() as info:
         cfg = composed(*steps, "norm=local", "data.batch_size=240", f"run_dir={one}")
         fit(cfg, info)

@@ -1,0 +1,265 @@
+"""ReLUs and residuals moved into the layers before them: the same numbers, and the way back."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrizations
+
+import syncbn
+from syncbn.bench.resnet20 import resnet20
+from syncbn.bench.resnet50 import resnet50
+from tests.fusion_models import (
+    AddsToTheOther,
+    ByMode,
+    ByValue,
+    CalledFromAbove,
+    CalledTwice,
+    Doubled,
+    Given,
+    GivenInside,
+    InPlace,
+    KeywordArguments,
+    Methods,
+    Optional,
+    Parent,
+    Plain,
+    Registered,
+    Residuals,
+    ReturnsTwo,
+    Scaled,
+    TwoLayers,
+    UsedTwice,
+    Variadic,
+    WritesBetween,
+    WritesByFunction,
+    WritesByOperator,
+)
+from tests.ranks import Ranks
+from tests.test_third_party import network
+
+
+def _outcome(model: nn.Module, x: Tensor) -> dict[str, Any]:
+    """Return outputs in training and evaluation, gradients and averages."""
+    model.zero_grad()
+    y = model.train()(x)
+    y = getattr(y, "logits", y)
+    (y.square().sum() + y.sum()).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    with torch.no_grad():
+        evaluated = model.eval()(x)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    return {
+        "y": y,
+        "gradients": gradients,
+        "evaluated": getattr(evaluated, "logits", evaluated),
+        "state": state,
+    }
+
+
+def check_fused(model: nn.Module, x: Tensor) -> dict[str, str]:
+    """Fuse a copy, compare it, undo it and compare again; return what has been fused."""
+    syncbn.convert_sync_batchnorm(model.double())
+    other = copy.deepcopy(model)
+    fusion = syncbn.fuse(other)
+    fused = dict(fusion.fused)
+    torch.testing.assert_close(_outcome(other, x), _outcome(model, x))
+    torch.testing.assert_close(_outcome(copy.deepcopy(other), x), _outcome(model, x))
+    _outcome(other, x)
+    for _ in range(2):
+        fusion.undo()
+        assert fusion.fused == {}
+    assert [*map(type, other.modules())] == [*map(type, model.modules())]
+    assert vars(other).keys() == vars(model).keys()
+    torch.testing.assert_close(_outcome(other, x), _outcome(model, x))
+    return fused
+
+
+@pytest.mark.parametrize(
+    ("build", "size", "residuals", "alone"),
+    [
+        pytest.param(resnet20, 8, 9, 10, id="resnet20"),
+        pytest.param(resnet50, 32, 16, 33, id="resnet50"),
+        pytest.param(network, 32, 5, 11, id="transformers"),
+    ],
+)
+def test_networks(build: Callable[[], nn.Module], size: int, residuals: int, alone: int) -> None:
+    fused = check_fused(build(), torch.randn(3, 3, size, size, dtype=torch.float64))
+    kinds = list(fused.values())
+    assert (kinds.count("residual, relu"), kinds.count("relu")) == (residuals, alone)
+    names = [name for name, _ in build().named_modules() if name in fused]
+    assert list(fused) == names
+
+
+@pytest.mark.parametrize(
+    ("model", "wanted"),
+    [
+        (Plain, {"bn": "relu", "other": "relu", "body.1": "relu"}),
+        (Methods, {"bn": "relu", "other": "relu"}),
+        (Residuals, {"bn": "residual, relu", "other": "residual, relu"}),
+        (InPlace, {"deep.1.1": "residual, relu"}),
+        (TwoLayers, {"body.1": "residual, relu"}),
+        (
+            Parent,
+            {
+                "block.deep.1.1": "residual, relu",
+                "others.0.deep.1.1": "relu",
+                **{f"others.1.{name}": "relu" for name in ("bn", "other", "body.1")},
+            },
+        ),
+        (KeywordArguments, {"bn": "residual, relu"}),
+    ],
+)
+def test_patterns(model: Callable[[], nn.Module], wanted: dict[str, str]) -> None:
+    x = torch.randn(5, 3, dtype=torch.float64)
+    assert check_fused(model(), x) == wanted
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        *(CalledTwice, UsedTwice, CalledFromAbove, Registered, AddsToTheOther, Doubled, Scaled),
+        *(ReturnsTwo, Given, GivenInside),
+    ],
+)
+def test_what_could_change_is_left_alone(model: Callable[[], nn.Module]) -> None:
+    assert check_fused(model(), torch.randn(5, 3, dtype=torch.float64)) == {}
+
+
+@pytest.mark.parametrize("build", [WritesBetween, WritesByOperator, WritesByFunction])
+def test_layers_are_not_moved_behind_what_writes(build: Callable[[], nn.Module]) -> None:
+    model = syncbn.convert_sync_batchnorm(build()).eval()
+    x = torch.randn(5, 3)
+    wanted = model(x)
+    assert syncbn.fuse(model).fused == {}
+    torch.testing.assert_close(model(x), wanted)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (ByMode, "its forward is another one in training than in evaluation"),
+        (ByValue, "torch.fx cannot trace its forward: symbolically traced variables"),
+        (Optional, "its forward has an optional argument, twice"),
+        (Variadic, "its forward takes *x"),
+    ],
+)
+def test_what_cannot_be_read_is_said(model: Callable[[], nn.Module], reason: str) -> None:
+    whole = syncbn.convert_sync_batchnorm(nn.Sequential(model()))
+    fusion = syncbn.fuse(whole)
+    assert fusion.fused == {}
+    assert fusion.skipped["0"].startswith(reason)
+    assert whole.training
+    assert whole[0].training
+
+
+def test_a_forward_of_an_instance_is_left_alone() -> None:
+    model: Any = syncbn.convert_sync_batchnorm(Methods())
+    other: Any = copy.deepcopy(model)
+    model.forward = lambda x: x
+    assert syncbn.fuse(model).skipped == {
+        "": "it has a forward of its own, which is not that of its class"
+    }
+    other.bn.forward = lambda x: x
+    assert syncbn.fuse(other).fused == {"other": "relu"}
+
+
+def test_hooks_see_what_they_saw() -> None:
+    model = syncbn.convert_sync_batchnorm(Plain())
+    seen: list[Tensor] = []
+    for module in (model.bn, model.body):
+        module.register_forward_hook(lambda module, args, y: seen.append(y))
+    assert syncbn.fuse(model).fused == {"other": "relu"}
+    model(torch.randn(4, 3))
+    assert all(y.min() < 0 for y in seen)
+
+
+def test_twice_fuses_nothing_more_and_undoes_in_turn() -> None:
+    model = syncbn.convert_sync_batchnorm(Plain())
+    handle = model.bn.register_forward_hook(lambda *_: None)
+    first = syncbn.fuse(model)
+    handle.remove()
+    second = syncbn.fuse(model)
+    assert list(first.fused) == ["other", "body.1"]
+    assert list(second.fused) == ["bn"]
+    with pytest.raises(RuntimeError, match="first undo what has changed its class since"):
+        first.undo()
+    second.undo()
+    first.undo()
+    assert type(model) is Plain
+
+
+def test_is_not_reverted_or_pickled() -> None:
+    model = syncbn.convert_sync_batchnorm(Plain())
+    fusion = syncbn.fuse(model)
+    with pytest.raises(ValueError, match=r"bn: got a layer with activation='relu'.*undo"):
+        syncbn.revert_sync_batchnorm(model)
+    with pytest.raises(TypeError, match=r"got a FusedPlain to pickle.*undo"):
+        pickle.dumps(model)
+    fusion.undo()
+    assert type(pickle.loads(pickle.dumps(syncbn.revert_sync_batchnorm(model)))) is Plain
+
+
+def test_undo_refuses_a_class_changed_since() -> None:
+    model = syncbn.convert_sync_batchnorm(Plain())
+    fusion = syncbn.fuse(model)
+    fused = type(model)
+    model.scale = nn.Parameter(torch.ones(2, 2))
+    parametrizations.orthogonal(model, "scale")
+    with pytest.raises(RuntimeError, match=r"expected a FusedPlain, as syncbn\.fuse"):
+        fusion.undo()
+    assert model.bn.activation == "relu"
+    torch.nn.utils.parametrize.remove_parametrizations(model, "scale")
+    assert type(model) is fused
+    fusion.undo()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch, when it compiles
+def test_compiles_and_differentiates_twice() -> None:
+    x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    plain = syncbn.convert_sync_batchnorm(Residuals()).double()
+    fused = copy.deepcopy(plain)
+    syncbn.fuse(fused)
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), plain(x))
+    found, wanted = (
+        torch.autograd.grad(
+            torch.autograd.grad(model(x).square().sum(), x, create_graph=True)[0].square().sum(), x
+        )
+        for model in (fused, plain)
+    )
+    torch.testing.assert_close(found, wanted)
+    torch._dynamo.reset()
+
+
+def _train(rank: int, fused: bool, sharded: bool) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model: Any = syncbn.convert_sync_batchnorm(Parent()).double()
+    if fused:
+        assert len(syncbn.fuse(model).fused) == 5
+    if sharded:
+        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn([4, 0, 3][rank], 3, generator=generator, dtype=torch.float64)
+    y = model(x)
+    (y.square().sum() + y.sum()).backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if sharded:
+        gradients = [gradient.full_tensor() for gradient in gradients]
+    return {"y": y.detach(), "gradients": gradients, "buffers": list(model.buffers())}
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_over_ranks(ranks: Ranks, sharded: bool) -> None:
+    torch.testing.assert_close(
+        ranks.run(_train, True, sharded), ranks.run(_train, False, sharded), rtol=1e-9, atol=1e-12
+    )
