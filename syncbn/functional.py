@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from syncbn import kernels
 from syncbn.autograd import Call, normalize
@@ -17,6 +18,8 @@ from syncbn.kernels import Running
 Activation = Literal["relu"]
 
 _HALVES = (torch.float16, torch.bfloat16)
+_PLAIN = (Tensor, Parameter)
+_PER_CHANNEL = ("weight", "bias", "running_mean", "running_var")
 
 
 def sync_batch_norm(
@@ -75,9 +78,7 @@ def sync_batch_norm(
         Ioffe and Szegedy, Batch Normalization, 2015, section 3.
     """
     check_input(input)
-    check_parameters(
-        input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias
-    )
+    check_parameters(input, weight, bias, running_mean, running_var)
     check_residual(input, residual, activation)
     mask = None if mask is None else check_mask(input, mask)
     if not training:
@@ -111,11 +112,17 @@ def finish(
 
 
 def check_input(input: Tensor) -> None:
-    """Check an input's dtype and dimensions.
+    """Check an input's type, dtype and dimensions.
 
     Raises:
-        ValueError: not of a floating dtype, fewer than two dimensions, or no channels.
+        ValueError: a DTensor, not of a floating dtype, fewer than two dimensions, or no channels.
     """
+    if _is_sharded(input):
+        raise ValueError(
+            f"got a DTensor of shape {tuple(input.shape)} as input; expected this rank's part of "
+            "the batch: give the layer x.to_local() of an x that is sharded along dimension 0, and "
+            "the ranks of its mesh as process group"
+        )
     if not input.is_floating_point():
         raise ValueError(
             f"got an input of dtype {input.dtype}; expected float16, bfloat16, float32 or float64"
@@ -131,22 +138,35 @@ def check_input(input: Tensor) -> None:
         )
 
 
-def check_parameters(input: Tensor, **per_channel: Tensor | None) -> None:
+def check_parameters(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+) -> None:
     """Check what is per channel against an input that has passed :func:`check_input`.
 
     Dtypes must be those that torch takes in evaluation, so that a model that trains also runs.
 
     Raises:
-        ValueError: a length that is not C, another device than the input's, or another dtype
-            (float32 goes with half inputs, too).
+        ValueError: a length that is not C, another device than the input's, another dtype (float32
+            goes with half inputs, too), or a DTensor.
     """
     shape, dtype, device = (input.shape[1],), input.dtype, input.device
-    for name, tensor in per_channel.items():
+    for name, tensor in zip(_PER_CHANNEL, (weight, bias, running_mean, running_var), strict=True):
         if tensor is None:
             continue
         fits = tensor.dtype == dtype or (dtype in _HALVES and tensor.dtype == torch.float32)
-        if not fits or tensor.shape != shape or tensor.device != device:
+        alike = fits and tensor.shape == shape and tensor.device == device
+        if not alike or _is_sharded(tensor):
             raise ValueError(_misfit(input, name, tensor))
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    """Return whether a tensor is a DTensor."""
+    # By what it has: to import the class takes half a second.
+    return type(tensor) not in _PLAIN and hasattr(tensor, "full_tensor")
 
 
 def _misfit(input: Tensor, name: str, tensor: Tensor) -> str:
@@ -159,6 +179,12 @@ def _misfit(input: Tensor, name: str, tensor: Tensor) -> str:
         )
     if tensor.device != input.device:
         return f"got an input on {input.device} and a {name} on {tensor.device}; move one of them"
+    if _is_sharded(tensor):
+        return (
+            f"got a DTensor as {name}; expected the whole of it on every rank, in a plain tensor: "
+            "leave synchronized layers out of what shards or replicates modules (FSDP2 may shard "
+            "them: it gathers them before they run)"
+        )
     half = input.dtype in _HALVES
     allowed = f"{input.dtype} or torch.float32" if half else f"{input.dtype}"
     return (

@@ -63,8 +63,10 @@ def test_layers(launcher: str, kernel: str, tmp_path: Path) -> None:
     assert len(results["kernels"]) == 2 * len(inputs)
     for costs in results["kernels"]:
         assert set(costs["share"]) == {"moments", "normalize", "backward_reduce", "backward_elemt"}
-    assert results["overhead"]["alone"]["median"] > 0
-    assert (results["overhead"]["all_reduce"]["median"] > 0) == (ranks > 1)
+    forward, step = results["overheads"]
+    assert step["alone"]["median"] > forward["alone"]["median"] > 0
+    for overhead in (forward, step):
+        assert (overhead["all_reduce"]["median"] > 0) == (ranks > 1)
     assert f"{kernel}, {ranks} ranks" in output or ranks == 1
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 

@@ -131,6 +131,14 @@ def test_accumulated_statistics() -> None:
     assert counters["stats"]["unique_graphs"] <= 2
 
 
+def test_a_kernel_that_cannot_be_compiled_is_refused() -> None:
+    layer = syncbn.SyncBatchNorm2d(2)
+    layer.sync_kernel = "cpu"
+    call = torch.compile(layer, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="which cannot see what C\\+\\+ does; 'auto' takes"):
+        call(torch.randn(2, 2, 3, 3))
+
+
 def test_a_network_trains_alike() -> None:
     """In float64: in float32 steps diverge by rounding, those of equal networks, too."""
     torch.manual_seed(0)

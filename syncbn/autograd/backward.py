@@ -60,14 +60,11 @@ def first_order(
         mine, dx = alone.backward(kernel, dy, x, transform, may_overwrite)
     else:
         mine = kernel.backward_reduce(dy, x, transform)
-    sum_dy, sum_dy_xhat = mine.split(x.shape[1])
-    weight, bias = transform.weight, transform.bias
-    # Copies, because the all-reduce works in place.
+    weight = transform.weight if needs_weight else None
+    bias = transform.bias if needs_bias else None
+    # Before the all-reduce, which works in place.
+    dweight, dbias = kernel.parameter_gradients(mine, weight, bias)
     message = mine.clone() if keep_mine and call.group is not None else mine
-    dbias = sum_dy.to(bias.dtype, copy=True) if bias is not None and needs_bias else None
-    dweight = (
-        sum_dy_xhat.to(weight.dtype, copy=True) if weight is not None and needs_weight else None
-    )
     sums = message
     if call.group is not None:
         # Also when this rank needs no dx: the others wait for its share.

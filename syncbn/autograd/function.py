@@ -90,12 +90,12 @@ class SyncBatchNormFunction(torch.autograd.Function):
         kernel = call.kernel
         how = Forward(call.eps, weight, bias, call.relu, call.running)
         if call.is_alone:
-            message, y, statistics = alone.forward(kernel, x, how, residual)
+            y, statistics = alone.forward(kernel, x, how, residual)
         else:
             message, is_new = group_message(x, call)
             how = how if is_new else how._replace(running=None)
             y, statistics = kernel.normalize(x, message, how, residual)
-        _refuse_one_value(x, message, call.label)
+        _refuse_one_value(x, statistics, call.label)
 
         masks = call.relu and residual is not None
         ctx.save_for_backward(x, weight, bias, statistics, y if masks else None)
@@ -124,12 +124,12 @@ class SyncBatchNormFunction(torch.autograd.Function):
         return found.dx, found.dweight, found.dbias, dy if needs[3] else None, None
 
 
-def _refuse_one_value(x: Tensor, message: Tensor, label: str) -> None:
+def _refuse_one_value(x: Tensor, statistics: Tensor, label: str) -> None:
     # With more values here there are more in the group. On other devices reading the count would
     # stall them; everywhere kernels keep such a batch out of the averages.
     if torch.compiler.is_compiling():
         return
-    if x.numel() <= x.shape[1] and x.device.type == "cpu" and message[-1].item() == 1:
+    if x.numel() <= x.shape[1] and x.device.type == "cpu" and statistics[-1].item() == 1:
         raise ValueError(
             f"{label}: got a single value per channel in the whole group (input of shape "
             f"{tuple(x.shape)} on this rank); expected at least two in training, since the "

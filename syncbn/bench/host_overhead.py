@@ -1,4 +1,4 @@
-"""What a forward pass costs before the first number is computed: Python, and calls of C."""
+"""What a pass costs besides its arithmetic: Python, and calls of C."""
 
 from __future__ import annotations
 
@@ -24,29 +24,35 @@ _BURST, _ROUNDS = 50, 20
 
 @dataclass(frozen=True)
 class Overhead:
-    """Seconds of a forward pass in training of a tiny input, on the slowest rank.
+    """Seconds of a pass in training of a tiny input, on the slowest rank.
 
     Attributes:
+        backward: whether it is forward and backward, or forward alone.
         theirs: nn.BatchNorm2d.
         alone: ours, in a group of one.
+        ratio: alone / theirs, pass by pass.
         together: ours, with all ranks.
         all_reduce: of that, the time in torch's all_reduce, with waiting for the other ranks.
         beyond: together - all_reduce, pass by pass.
     """
 
+    backward: bool
     theirs: Spread
     alone: Spread
+    ratio: Spread
     together: Spread
     all_reduce: Spread
     beyond: Spread
 
 
-def measure(device: torch.device, meet: Callable[[], None]) -> Overhead:
-    """Time forward passes of a tiny input; every rank must call this."""
-    x = torch.randn(SHAPE, device=device, requires_grad=True)
-    theirs = nn.BatchNorm2d(SHAPE[1], device=device)
-    alone = SyncBatchNorm2d(SHAPE[1], process_group=resolve_group(1), device=device)
-    together = SyncBatchNorm2d(SHAPE[1], device=device)
+def measure(device: torch.device, backward: bool, meet: Callable[[], None]) -> Overhead:
+    """Time passes of a tiny input; every rank must call this."""
+    x, dy = torch.randn(2, *SHAPE, device=device).unbind()
+    layers = {
+        "theirs": nn.BatchNorm2d(SHAPE[1], device=device),
+        "alone": SyncBatchNorm2d(SHAPE[1], process_group=resolve_group(1), device=device),
+        "together": SyncBatchNorm2d(SHAPE[1], device=device),
+    }
     waits: list[float] = []
     all_reduce, clock = dist.all_reduce, time.perf_counter
 
@@ -55,20 +61,28 @@ def measure(device: torch.device, meet: Callable[[], None]) -> Overhead:
         all_reduce(vector, group=group)
         waits.append(clock() - start)
 
-    calls = {
-        "theirs": partial(theirs, x),
-        "alone": partial(alone, x),
-        "together": partial(together, x),
-    }
-    timed_calls = {name: finished(call, device) for name, call in calls.items()}
+    run = _step if backward else _forward
+    x.requires_grad_()
+    calls = {name: finished(partial(run, layer, x, dy), device) for name, layer in layers.items()}
     with patch.object(dist, "all_reduce", timed):
-        times = take_turns(timed_calls, _ROUNDS, _BURST, meet)
+        times = take_turns(calls, _ROUNDS, _BURST, meet)
     walls = {name: taken.wall for name, taken in times.items()}
-    passes = len(walls["together"])
+    passes, messages = len(walls["together"]), 2 if backward else 1
     # Of those that count; none if there is one rank.
-    waited = torch.tensor(waits[-passes:] or passes * [0.0], dtype=torch.float64)
+    counted = waits[-passes * messages :] or passes * messages * [0.0]
+    waited = torch.tensor(counted, dtype=torch.float64).view(passes, messages).sum(1)
     return Overhead(
+        backward,
         **{name: Spread.of(slowest(wall)) for name, wall in walls.items()},
+        ratio=Spread.of(slowest(walls["alone"] / walls["theirs"])),
         all_reduce=Spread.of(slowest(waited)),
         beyond=Spread.of(slowest(walls["together"] - waited)),
     )
+
+
+def _forward(layer: nn.Module, x: Tensor, dy: Tensor) -> object:
+    return layer(x)
+
+
+def _step(layer: nn.Module, x: Tensor, dy: Tensor) -> object:
+    return torch.autograd.grad(layer(x), [x, *layer.parameters()], dy)

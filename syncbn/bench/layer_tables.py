@@ -137,21 +137,23 @@ def _sizes(case: CaseCosts, plain: LayerCost) -> list[str]:
     return [f"{size / case.case.nbytes:.2f}" for _, size in same]
 
 
-def overhead(found: Overhead, ranks: int) -> Table:
-    """Return what a forward pass of a tiny input costs."""
+def overhead(found: list[Overhead], ranks: int) -> Table:
+    """Return what passes of a tiny input cost."""
     rows = [
-        [BASELINE, found.theirs.text(_MICROSECOND)],
-        ["ours, alone", found.alone.text(_MICROSECOND)],
+        [BASELINE, *(one.theirs.text(_MICROSECOND) for one in found)],
+        ["ours, alone", *(one.alone.text(_MICROSECOND) for one in found)],
+        [f"of {BASELINE}'s", *(one.ratio.text(digits=2) for one in found)],
     ]
     if ranks > 1:
         rows += [
-            [f"ours, {ranks} ranks", found.together.text(_MICROSECOND)],
-            ["of that in the all-reduce", found.all_reduce.text(_MICROSECOND)],
-            ["beyond the all-reduce", found.beyond.text(_MICROSECOND)],
+            [f"ours, {ranks} ranks", *(one.together.text(_MICROSECOND) for one in found)],
+            ["in the all-reduces", *(one.all_reduce.text(_MICROSECOND) for one in found)],
+            ["beyond the all-reduces", *(one.beyond.text(_MICROSECOND) for one in found)],
         ]
     size = "x".join(map(str, host_overhead.SHAPE))
+    passes = ["forward and backward" if one.backward else "forward" for one in found]
     return Table(
-        f"Host time of a forward pass in training, input {size}, microseconds: {_SPREAD}",
-        ["", "us"],
+        f"Host time of a pass in training, input {size}, microseconds: {_SPREAD}",
+        ["", *passes],
         rows,
     )

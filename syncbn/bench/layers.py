@@ -70,7 +70,7 @@ class Layers(Benchmark):
         layers = [
             layer_times.measure(case, self.kernels, self.rounds, device, meet) for case in cases
         ]
-        overhead = host_overhead.measure(device, meet)
+        overheads = [host_overhead.measure(device, backward, meet) for backward in (False, True)]
         # From here on what is freed stays, for what kernels write to be there already.
         reused = device.type == "cuda" or keep_freed_memory()
         functions = [
@@ -92,7 +92,7 @@ class Layers(Benchmark):
                 *layer_tables.bandwidth(functions, reused),
                 *layer_tables.speedup(functions, self.threads),
                 layer_tables.memory(layers),
-                layer_tables.overhead(overhead, world.size),
+                layer_tables.overhead(overheads, world.size),
             ],
-            {"layers": layers, "kernels": functions, "overhead": overhead},
+            {"layers": layers, "kernels": functions, "overheads": overheads},
         )

@@ -73,13 +73,7 @@ class Ruled(_BatchNorm):
             )
         self._check_input_dim(input)
         check_input(input)
-        check_parameters(
-            input,
-            running_mean=self.running_mean,
-            running_var=self.running_var,
-            weight=self.weight,
-            bias=self.bias,
-        )
+        check_parameters(input, self.weight, self.bias, self.running_mean, self.running_var)
         rule = self.inference_rule
         mean, var = rule.statistics(Layer(0, rule.layer_name, self), input)
         invstd = (var + self.eps).rsqrt()

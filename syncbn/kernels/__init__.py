@@ -40,6 +40,11 @@ class Kernel(Protocol):
     def backward_reduce(self, dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
         """Return ``[sum(dy) (C) | sum(dy * xhat) (C)]``, float64 ``[2C]``."""
 
+    def parameter_gradients(
+        self, sums: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return dweight and dbias, of the dtypes of weight and bias."""
+
     def backward_elemt(
         self,
         dy: Tensor,
@@ -79,13 +84,14 @@ def choose(name: str, x: Tensor, *others: Tensor | None) -> Kernel:
         case (("auto" | "reference"), _):
             return reference
         case "cpu", "cpu":
+            if torch.compiler.is_compiling() or is_watched():
+                raise RuntimeError(
+                    "kernel 'cpu': got a call under torch.compile or a TorchDispatchMode (tracing, "
+                    "fake tensors, a recorder), which cannot see what C++ does; 'auto' takes "
+                    "another one"
+                )
             if isinstance(found := cpu.load(), str):
                 raise RuntimeError(f"kernel 'cpu': {found}; 'auto' takes another one")
-            if is_watched():
-                raise RuntimeError(
-                    "kernel 'cpu': got a call under a TorchDispatchMode (tracing, fake tensors, a "
-                    "recorder), which cannot see what C++ does; 'auto' takes another one"
-                )
             return found
         case (("cpu" | "aten_cuda"), device):
             raise ValueError(f"kernel {name!r} does not serve {device!r} tensors; use 'auto'")

@@ -14,7 +14,7 @@ class Together(Protocol):
 
     def forward_alone(
         self, x: Tensor, how: Forward, residual: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """See :func:`forward`."""
 
     def backward_alone(
@@ -29,8 +29,8 @@ def _is_together(kernel: object) -> TypeGuard[Together]:
 
 def forward(
     kernel: Kernel, x: Tensor, how: Forward, residual: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return :meth:`Kernel.moments`, and what :meth:`Kernel.normalize` returns.
+) -> tuple[Tensor, Tensor]:
+    """Return what :meth:`Kernel.normalize` returns, by :meth:`Kernel.moments` of x.
 
     Args:
         kernel: whose functions these are, one after the other; or in one, if it can.
@@ -40,8 +40,7 @@ def forward(
     """
     if _is_together(kernel):
         return kernel.forward_alone(x, how, residual)
-    message = kernel.moments(x)
-    return message, *kernel.normalize(x, message, how, residual)
+    return kernel.normalize(x, kernel.moments(x), how, residual)
 
 
 def backward(

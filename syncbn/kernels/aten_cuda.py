@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from syncbn.kernels.reference import move_running, statistics
+from syncbn.kernels.reference import parameter_gradients as parameter_gradients
 from syncbn.kernels.transform import (
     Forward,
     Transform,

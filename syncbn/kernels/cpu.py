@@ -2,26 +2,27 @@
 
 They are called with ctypes. An extension module of torch would have to be built for each version of
 torch, and one of nanobind for each version of Python; a plain C library serves them all and needs
-neither to be built. A call costs about 2 us.
+neither to be built.
 """
 
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from syncbn.kernels import cpu_call as call
 from syncbn.kernels import reference
 from syncbn.kernels.digest import digest, sources
 from syncbn.kernels.samples import Samples
-from syncbn.kernels.transform import Forward, Running, Transform
+from syncbn.kernels.transform import Forward, Transform
 
 # Built by hatch_build.py.
 PATH = Path(__file__).with_name("libsyncbn_cpu.so")
@@ -29,27 +30,10 @@ _REASON = PATH.with_suffix(".txt")
 # The instruction sets of syncbn_level().
 LEVELS = ("baseline", "AVX2", "AVX-512")
 
-_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_INT, _LONG, _DOUBLE, _POINTER = (
-    ctypes.c_int,
-    ctypes.c_int64,
-    ctypes.c_double,
-    ctypes.c_void_p,
+_FUNCTIONS = (
+    *("moments", "normalize", "backward_reduce", "backward_elemt", "parameter_gradients"),
+    *("forward_alone", "backward_alone"),
 )
-_OPERAND = (_POINTER, _LONG)
-_INPUT = (_INT, _INT, _INT, _LONG, _LONG, _LONG, *_OPERAND)
-_TRANSFORM = (_POINTER, _INT, _POINTER, _POINTER, ctypes.c_bool)
-_RUNNING = (_DOUBLE, _INT, _POINTER, _POINTER, _POINTER)
-_OUTPUT = (*_INPUT, *_TRANSFORM, _POINTER, _DOUBLE, *_OPERAND, *_OPERAND, *_RUNNING)
-_NO_AVERAGES = (0.0, 0, 0, 0, 0)
-_FUNCTIONS = {
-    "moments": (*_INPUT, _POINTER),
-    "normalize": _OUTPUT,
-    "backward_reduce": (*_INPUT, *_TRANSFORM, *_OPERAND, _POINTER),
-    "backward_elemt": (*_INPUT, *_TRANSFORM, *_OPERAND, _POINTER, *_OPERAND),
-    "forward_alone": _OUTPUT,
-    "backward_alone": (*_INPUT, *_TRANSFORM, *_OPERAND, _POINTER, *_OPERAND),
-}
 
 
 @dataclass(frozen=True)
@@ -66,25 +50,30 @@ class CPU:
 
     def moments(self, x: Tensor) -> Tensor:
         """See :func:`syncbn.kernels.reference.moments`."""
-        x, samples = _readable(x)
+        x, samples = call.readable(x)
         message = x.new_empty(2 * samples.channels + 1, dtype=torch.float64)
-        _done(self.library.moments(*self._input(x, samples), message.data_ptr()))
+        self._run(self.library.moments, x, samples, message.data_ptr())
         return message
 
     def normalize(
         self, x: Tensor, message: Tensor, how: Forward, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """See :func:`syncbn.kernels.reference.normalize`."""
-        return self._output(self.library.normalize, x, message, how, residual)
+        running = how.running
+        averages = None if running is None else call.averages(running)
+        found = self._output(self.library.normalize, x, message, how, residual, averages)
+        if running is not None and averages is None:
+            reference.move_running(message, running)
+        return found
 
     def backward_reduce(self, dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
         """See :func:`syncbn.kernels.reference.backward_reduce`."""
-        x, samples = _readable(x)
-        transform, numbers = _numbers(transform)
-        dy, stride = _alike(dy, x, samples)
+        x, samples = call.readable(x)
+        transform, numbers = call.numbers(transform)
+        dy, stride = call.alike(dy, x, samples)
         sums = x.new_empty(2 * samples.channels, dtype=torch.float64)
-        head = *self._input(x, samples), *numbers
-        _done(self.library.backward_reduce(*head, _address(dy), stride, sums.data_ptr()))
+        pair = call.address(dy), stride
+        self._run(self.library.backward_reduce, x, samples, sums.data_ptr(), numbers, pair)
         return sums
 
     def backward_elemt(
@@ -98,12 +87,31 @@ class CPU:
         """See :func:`syncbn.kernels.reference.backward_elemt`."""
         return self._gradient(self.library.backward_elemt, dy, x, transform, sums, may_overwrite)
 
+    def parameter_gradients(
+        self, sums: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """See :func:`syncbn.kernels.reference.parameter_gradients`."""
+        like = bias if weight is None else weight
+        if like is None:
+            return None, None
+        if weight is not None and bias is not None and weight.dtype is not bias.dtype:
+            return reference.parameter_gradients(sums, weight, bias)
+        channels = sums.numel() // 2
+        dweight = None if weight is None else like.new_empty(channels)
+        dbias = None if bias is None else like.new_empty(channels)
+        numbers = 0, call.DTYPES[like.dtype], call.address(dweight), call.address(dbias), False
+        samples = Samples(0, channels, 0, 0, 0)
+        self._run(self.library.parameter_gradients, sums, samples, sums.data_ptr(), numbers)
+        return dweight, dbias
+
     def forward_alone(
         self, x: Tensor, how: Forward, residual: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """See :func:`syncbn.kernels.alone.forward`: what is read twice stays in the cache."""
-        message = x.new_empty(2 * x.shape[1] + 1, dtype=torch.float64)
-        return message, *self._output(self.library.forward_alone, x, message, how, residual)
+        averages = None if how.running is None else call.averages(how.running)
+        if how.running is not None and averages is None:
+            return self.normalize(x, self.moments(x), how, residual)
+        return self._output(self.library.forward_alone, x, None, how, residual, averages)
 
     def backward_alone(
         self, dy: Tensor, x: Tensor, transform: Transform, may_overwrite: bool = False
@@ -115,34 +123,32 @@ class CPU:
 
     def _output(
         self,
-        function: Callable[..., int],
+        function: Callable[[bytes], int],
         x: Tensor,
-        message: Tensor,
+        message: Tensor | None,
         how: Forward,
         residual: Tensor | None,
+        averages: call.Averages | None,
     ) -> tuple[Tensor, Tensor]:
-        """Return y and statistics from a function that reads the message, or writes it first."""
-        x, samples = _readable(x)
-        statistics = torch.empty_like(message)
+        """Return y and statistics from a function that reads the message, or sums up itself."""
+        x, samples = call.readable(x)
+        statistics = x.new_empty(2 * samples.channels + 1, dtype=torch.float64)
         # Copies must live until they have been read.
-        _owner, numbers = _numbers(Transform(statistics, how.weight, how.bias, how.relu))
-        y = _empty_like(x, samples)
-        added, stride = (None, 0) if residual is None else _alike(residual, x, samples)
-        operands = _address(added), stride, y.data_ptr(), samples.dense_stride
-        head = *self._input(x, samples), *numbers, message.data_ptr(), how.eps
-        running = how.running
-        averages = None if running is None else _averages(running)
-        _done(function(*head, *operands, *(averages or _NO_AVERAGES)))
-        if running is not None and averages is None:
-            reference.move_running(message, running)
-        elif running is not None:
+        _owner, numbers = call.numbers(Transform(statistics, how.weight, how.bias, how.relu))
+        y = call.empty_like(x, samples)
+        added, stride = (None, 0) if residual is None else call.alike(residual, x, samples)
+        pair, out = (call.address(added), stride), (y.data_ptr(), samples.dense_stride)
+        packed = 0 if message is None else message.data_ptr()
+        moved = averages or call.NO_AVERAGES
+        self._run(function, x, samples, packed, numbers, pair, out, moved, how.eps)
+        if averages is not None and how.running is not None:
             # As a call of torch would: autograd must notice if it still needs what was there.
-            increment_version([t for t in running[:3] if t is not None])
+            increment_version([t for t in how.running[:3] if t is not None])
         return y, statistics
 
     def _gradient(
         self,
-        function: Callable[..., int],
+        function: Callable[[bytes], int],
         dy: Tensor,
         x: Tensor,
         transform: Transform,
@@ -150,18 +156,17 @@ class CPU:
         may_overwrite: bool,
     ) -> Tensor:
         """Return dx from a function that reads the sums, or writes them first."""
-        x, samples = _readable(x)
-        transform, numbers = _numbers(transform)
-        dy, stride = _alike(dy, x, samples)
-        dx = dy if may_overwrite and stride == samples.dense_stride else _empty_like(x, samples)
-        operands = _address(dy), stride, sums.data_ptr(), dx.data_ptr(), samples.dense_stride
-        head = *self._input(x, samples), *numbers
-        _done(function(*head, *operands))
+        x, samples = call.readable(x)
+        transform, numbers = call.numbers(transform)
+        dy, stride = call.alike(dy, x, samples)
+        dx = dy if may_overwrite and stride == samples.dense_stride else call.empty_like(x, samples)
+        pair, out = (call.address(dy), stride), (dx.data_ptr(), samples.dense_stride)
+        self._run(function, x, samples, sums.data_ptr(), numbers, pair, out)
         return dx
 
-    def _input(self, x: Tensor, samples: Samples) -> tuple[int, ...]:
-        head = self.level, torch.get_num_threads(), _DTYPES[x.dtype], *samples[:3]
-        return *head, _address(x), samples.stride
+    def _run(self, function: Callable[[bytes], int], x: Tensor, *arguments: Any) -> None:
+        if function(call.pack(self.level, x, *arguments)):
+            raise MemoryError("no memory for the sums of the C++ kernels")
 
 
 @cache
@@ -172,9 +177,9 @@ def load() -> CPU | str:
         return f"there is no {PATH}: {reason}; see to it, and install syncbn again"
     try:
         library = ctypes.CDLL(str(PATH))
-        for name, arguments in _FUNCTIONS.items():
+        for name in _FUNCTIONS:
             function = getattr(library, f"syncbn_{name}")
-            function.argtypes = arguments
+            function.argtypes = (ctypes.c_char_p,)
             setattr(library, name, function)
         if sources(PATH.parent) and _mark(library) != digest(PATH.parent):
             return f"{PATH} is of other sources than those beside it; install syncbn again"
@@ -192,85 +197,3 @@ def describe() -> str:
     """Return the instructions that the kernels use here, or why there are none."""
     found = load()
     return found if isinstance(found, str) else LEVELS[found.level]
-
-
-def _done(failed: int) -> None:
-    if failed:
-        raise MemoryError("no memory for the sums of the C++ kernels")
-
-
-def _address(t: Tensor | None) -> int:
-    if t is None:
-        return 0
-    address = t.data_ptr()
-    if address == 0 and t.numel() > 0:
-        raise RuntimeError(
-            f"got a {type(t).__name__} without memory of its own; the kernel 'cpu' takes plain "
-            "tensors (kernel='reference' takes any)"
-        )
-    return address
-
-
-def _readable(x: Tensor) -> tuple[Tensor, Samples]:
-    """Return x, or a copy if it has to be, and what the kernels see in it."""
-    x = x.resolve_neg() if x.is_neg() else x
-    samples = Samples.of(x)
-    if samples is None:
-        x = x.contiguous()
-        samples = Samples.dense(x.shape)
-    return x, samples
-
-
-def _alike(t: Tensor, x: Tensor, samples: Samples) -> tuple[Tensor, int]:
-    """Return t, or a copy if it has to be, seen as x is, and its stride."""
-    t = t.resolve_neg() if t.is_neg() else t
-    if t._is_zerotensor():
-        t = torch.zeros_like(x)
-    found = Samples.of(t)
-    if found == samples:
-        return t, samples.stride
-    if found is None or found[:3] != samples[:3]:
-        return _empty_like(x, samples).copy_(t), samples.dense_stride
-    return t, found.stride
-
-
-def _empty_like(x: Tensor, samples: Samples) -> Tensor:
-    """Return an uninitialized tensor of x's layout, without gaps."""
-    if samples.stride == samples.dense_stride:
-        return torch.empty_like(x)
-    return samples.empty_like(x)
-
-
-def _common_dtype(a: Tensor | None, b: Tensor | None) -> torch.dtype | None:
-    """Return the dtype of C numbers that can be read in one call; None if they cannot."""
-    some = b if a is None else a
-    if some is None:
-        return torch.float32
-    for t in (a, b):
-        if t is not None and not (t.dtype == some.dtype and t.is_contiguous() and not t.is_neg()):
-            return None
-    return some.dtype
-
-
-def _numbers(t: Transform) -> tuple[Transform, tuple[int, ...]]:
-    """Return t with a weight and a bias that can be read in one call, and what the call takes."""
-    dtype = _common_dtype(t.weight, t.bias)
-    if dtype is None:
-        weight, bias = (
-            None if v is None else v.resolve_neg().double().contiguous() for v in (t.weight, t.bias)
-        )
-        t, dtype = Transform(t.statistics, weight, bias, t.relu), torch.float64
-    addresses = _address(t.weight), _address(t.bias)
-    return t, (t.statistics.data_ptr(), _DTYPES[dtype], *addresses, t.relu)
-
-
-def _averages(running: Running) -> tuple[float, int, int, int, int] | None:
-    """Return what a call takes; None if it cannot take these averages."""
-    mean, var, tracked, momentum = running
-    dtype = _common_dtype(mean, var)
-    counter = tracked is None or (tracked.dtype is torch.int64 and tracked.device.type == "cpu")
-    if dtype is None or not counter or momentum != momentum:
-        return None
-    addresses = _address(mean), _address(var), _address(tracked)
-    # To the library NaN is None; a momentum that is NaN was left to the reference above.
-    return math.nan if momentum is None else momentum, _DTYPES[dtype], *addresses

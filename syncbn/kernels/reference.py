@@ -146,6 +146,21 @@ def backward_elemt(
     return ((dy - offset - (x - pivot) * slope) * scale).to(x.dtype)
 
 
+def parameter_gradients(
+    sums: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return dweight and dbias, of the dtypes of weight and bias, in new memory.
+
+    Args:
+        sums: :func:`backward_reduce` of this rank: float64, shape ``[2C]``.
+        weight: shape ``[C]``, or None if its gradient is not needed.
+        bias: shape ``[C]``, or None if its gradient is not needed.
+    """
+    sum_dy, sum_dy_xhat = sums.split(sums.numel() // 2)
+    dweight = None if weight is None else sum_dy_xhat.to(weight.dtype, copy=True)
+    return dweight, None if bias is None else sum_dy.to(bias.dtype, copy=True)
+
+
 def affine(x: Tensor, t: Transform) -> Tensor:
     """Return ``(x - mean) * invstd * weight + bias`` in the compute dtype."""
     coefficients = normalize_coefficients(t.mean, t.invstd, t.weight, t.bias, x.dtype)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from syncbn.kernels.reference import parameter_gradients as parameter_gradients
 from syncbn.kernels.reference import per_channel, reduced_dims
 from syncbn.kernels.transform import Forward, Running, Transform
 from syncbn.moments import Moments
@@ -51,9 +52,7 @@ def backward_elemt(
     return _input_gradient(dy, x, transform, sums, transform.values)
 
 
-def forward_alone(
-    x: Tensor, how: Forward, residual: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward_alone(x: Tensor, how: Forward, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """See :func:`syncbn.kernels.alone.forward`. The number of values is known: it is left out."""
     values = _values(x)
     var, mean = torch.var_mean(x.double(), reduced_dims(x), correction=0)
@@ -62,7 +61,7 @@ def forward_alone(
     if how.running is not None and values > 1:
         _move(mean, var, values, how.running)
     statistics = torch.cat([mean, (var + how.eps).rsqrt()])
-    return statistics, _output(x, statistics, how, residual), statistics
+    return _output(x, statistics, how, residual), statistics
 
 
 def backward_alone(

@@ -80,8 +80,14 @@ void backward_elemt(Input in, Transform transform, const double* sums, Operand d
   });
 }
 
-void forward_alone(Input in, double* message, double eps, Transform transform, Operand residual,
-                   Operand y, Running running) {
+void parameter_gradients(const double* sums, int64_t channels, Numbers weight, Numbers bias) {
+  if (weight.data != nullptr) write_all(sums + channels, channels, weight);
+  if (bias.data != nullptr) write_all(sums, channels, bias);
+}
+
+void forward_alone(Input in, double eps, Transform transform, Operand residual, Operand y,
+                   Running running) {
+  Scratch<double> message(2 * in.shape.channels + 1);
   Numbers weight = transform.weight, bias = transform.bias;
   each_tile(in, [&](const Tile& tile) {
     Scratch<double> own(2 * tile.numbers());
@@ -89,12 +95,12 @@ void forward_alone(Input in, double* message, double eps, Transform transform, O
     moments(tile.of(in), own_message);
     Transform part{own_statistics, tile.of(weight), tile.of(bias), transform.relu};
     normalize(tile.of(in), own_message, eps, part, tile.of(residual), tile.of(y), {});
-    tile.scatter(own_message, message);
+    tile.scatter(own_message, message.data());
     tile.scatter(own_statistics, transform.statistics);
   });
-  message[2 * in.shape.channels] = transform.statistics[2 * in.shape.channels] =
+  message.data()[2 * in.shape.channels] = transform.statistics[2 * in.shape.channels] =
       static_cast<double>(in.shape.batch * in.shape.space);
-  move_running(message, in.shape.channels, running);
+  move_running(message.data(), in.shape.channels, running);
 }
 
 void backward_alone(Input in, Transform transform, Operand dy, double* sums, Operand dx) {
@@ -113,5 +119,6 @@ void backward_alone(Input in, Transform transform, Operand dy, double* sums, Ope
 
 }  // namespace
 
-extern const Kernels SYNCBN_KERNELS = {moments,        normalize,     backward_reduce,
-                                       backward_elemt, forward_alone, backward_alone};
+extern const Kernels SYNCBN_KERNELS = {moments,        normalize,           backward_reduce,
+                                       backward_elemt, parameter_gradients, forward_alone,
+                                       backward_alone};

@@ -48,9 +48,10 @@ struct Kernels {
                     Operand y, Running);
   void (*backward_reduce)(Input, Transform, Operand dy, double* sums);
   void (*backward_elemt)(Input, Transform, const double* sums, Operand dy, Operand dx);
-  // The functions above in one, for who has no other rank to wait for.
-  void (*forward_alone)(Input, double* message, double eps, Transform, Operand residual, Operand y,
-                        Running);
+  // Writes those that are there.
+  void (*parameter_gradients)(const double* sums, int64_t channels, Numbers weight, Numbers bias);
+  // The first four in two, for who has no other rank to wait for.
+  void (*forward_alone)(Input, double eps, Transform, Operand residual, Operand y, Running);
   void (*backward_alone)(Input, Transform, Operand dy, double* sums, Operand dx);
 };
 

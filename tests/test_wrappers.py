@@ -1,0 +1,256 @@
+"""What PyTorch wraps around models, and makes of them, with synchronized layers inside."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx.reference
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import syncbn
+from tests.ranks import Ranks
+
+STEPS, SAMPLES = 3, 12
+
+
+class Net(nn.Module):
+    """Linear layers with batch norm between them, and a layer that is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU())
+        self.head = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, momentum=None))
+        self.unused: nn.Module | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.body(x))
+        return y
+
+
+def batch(step: int) -> Tensor:
+    """Return the whole batch of a step, which two and three ranks can share equally."""
+    return torch.randn(SAMPLES, 5, generator=torch.Generator().manual_seed(step)).double()
+
+
+def train(model: nn.Module, micro_batches: int = 1) -> None:
+    """Take some steps on this rank's share of each batch, or on the whole if it is alone."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for part, x in enumerate(batch(step).chunk(micro_batches)):
+            loss = model(x.chunk(size)[rank]).square().sum(1).mean()
+            if part < micro_batches - 1 and isinstance(model, DistributedDataParallel):
+                with model.no_sync():
+                    loss.backward()
+            else:
+                loss.backward()
+        optimizer.step()
+
+
+def state(net: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and buffers, but what is not used."""
+    content = {name: t.detach() for name, t in net.state_dict().items() if "unused" not in name}
+    return {
+        name: t.full_tensor() if isinstance(t, DTensor) else t.clone()
+        for name, t in content.items()
+    }
+
+
+def _data_parallel(rank: int, options: dict[str, Any], micro_batches: int) -> dict[str, Tensor]:
+    net = syncbn.convert_sync_batchnorm(Net().double())
+    if options.get("find_unused_parameters"):
+        net.unused = nn.Linear(2, 2)
+    # no_sync() must be around forward passes, too, for DDP to leave buffers alone; here it is not.
+    train(DistributedDataParallel(net, **options), micro_batches)
+    return state(net)
+
+
+@pytest.mark.parametrize(
+    ("options", "micro_batches"),
+    [
+        ({"broadcast_buffers": True}, 1),
+        ({"broadcast_buffers": False}, 1),
+        ({"static_graph": True}, 1),
+        ({"find_unused_parameters": True}, 1),
+        ({"broadcast_buffers": False}, 2),
+        ({"gradient_as_bucket_view": True, "bucket_cap_mb": 1e-5}, 1),
+    ],
+    ids=str,
+)
+def test_data_parallel(ranks: Ranks, options: dict[str, Any], micro_batches: int) -> None:
+    alone = Net().double()
+    train(alone, micro_batches)
+    for found in ranks.run(_data_parallel, options, micro_batches):
+        torch.testing.assert_close(found, state(alone), rtol=1e-10, atol=1e-12)
+
+
+def _sharded(rank: int) -> dict[str, Tensor]:
+    net = syncbn.convert_sync_batchnorm(Net().double())
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in (net.body, net.head, net):
+        fully_shard(module, mesh=mesh)
+    train(net)
+    return state(net)
+
+
+def test_fully_sharded(ranks: Ranks) -> None:
+    alone = Net().double()
+    train(alone)
+    for found in ranks.run(_sharded):
+        torch.testing.assert_close(found, state(alone), rtol=1e-10, atol=1e-12)
+
+
+def _mixed_precision(rank: int) -> tuple[list[torch.dtype], dict[str, Tensor], Tensor]:
+    net = syncbn.convert_sync_batchnorm(Net())
+    seen: list[torch.dtype] = []
+    net.body[1].register_forward_pre_hook(
+        lambda layer, args: seen.extend([args[0].dtype, layer.weight.dtype])
+    )
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, output_dtype=torch.float32)
+    fully_shard(net, mesh=init_device_mesh("cpu", (2,)), mp_policy=policy)
+    y = net(batch(0).float().chunk(2)[rank])
+    y.square().mean().backward()
+    return seen, state(net), y.detach()
+
+
+def test_fully_sharded_in_mixed_precision(two_ranks: Ranks) -> None:
+    """The layers compute in the half type, and keep float32 averages of the whole batch."""
+    alone = Net()
+    wanted = alone(batch(0).float())
+    answers = two_ranks.run(_mixed_precision)
+    assert all(seen == [torch.bfloat16, torch.bfloat16] for seen, _, _ in answers)
+    found = torch.cat([y for _, _, y in answers])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0.05)
+    first, second = (content for _, content, _ in answers)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first, state(alone), rtol=0.02, atol=0.02)
+
+
+def _distributed_tensors(rank: int) -> list[str]:
+    layer, mesh = syncbn.SyncBatchNorm1d(5), init_device_mesh("cpu", (2,))
+    x = torch.randn(4, 5)
+    rows = distribute_tensor(x, mesh, [Shard(0)])
+    replicated = distribute_module(copy.deepcopy(layer), mesh)
+    assert isinstance(replicated.weight, DTensor)
+    assert replicated.weight.placements == (Replicate(),)
+    calls: list[Callable[[], Tensor]] = [
+        partial(layer, rows),
+        partial(layer.eval(), rows),
+        partial(syncbn.sync_batch_norm, rows, None, None, training=True),
+        partial(replicated, x),
+    ]
+    messages = []
+    for call in calls:
+        with pytest.raises(ValueError, match="got a DTensor") as caught:
+            call()
+        messages.append(str(caught.value))
+    # What the message says to do.
+    y = layer.train()(rows.to_local())
+    torch.testing.assert_close(y, nn.BatchNorm1d(5)(rows.full_tensor()).chunk(2)[rank])
+    return messages
+
+
+def test_distributed_tensors_are_refused(two_ranks: Ranks) -> None:
+    for *inputs, weight in two_ranks.run(_distributed_tensors):
+        assert all("give the layer x.to_local()" in message for message in inputs)
+        assert "as weight; expected the whole of it on every rank" in weight
+
+
+def _averaged(rank: int) -> list[dict[str, Tensor]]:
+    return averaged(syncbn.convert_sync_batchnorm(Net().double()))
+
+
+def averaged(net: nn.Module) -> list[dict[str, Tensor]]:
+    """Train, average, and train the average."""
+    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+    reduce_gradients(net)
+    train(net)
+    average.update_parameters(net)
+    reduce_gradients(average.module)
+    train(average.module)
+    return [state(net), state(average.module)]
+
+
+def reduce_gradients(net: nn.Module) -> None:
+    """Let ranks average their gradients: a module that is copied cannot be one of DDP."""
+    if dist.is_initialized():
+        for parameter in net.parameters():
+            parameter.register_hook(_mean)
+
+
+def _mean(gradient: Tensor) -> Tensor:
+    mean = gradient.clone()
+    dist.all_reduce(mean)
+    return mean / dist.get_world_size()
+
+
+def test_averaged_models_train_in_the_group(two_ranks: Ranks) -> None:
+    wanted = averaged(Net().double())
+    for found in two_ranks.run(_averaged):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+def _saved(rank: int, path: str) -> bool:
+    net = syncbn.convert_sync_batchnorm(Net())
+    group = dist.new_group([0, 1])
+    syncbn.convert_sync_batchnorm(net, group)
+    net(torch.randn(3, 5))
+    if rank == 0:
+        torch.save(net, path)
+    dist.barrier()
+    loaded = torch.load(path, weights_only=False)
+    x = torch.randn(2, 5)
+    with pytest.raises(RuntimeError, match="lost its process group of the ranks"):
+        loaded(x)
+    same = torch.equal(loaded.eval()(x), net.eval()(x)) or rank > 0
+    syncbn.convert_sync_batchnorm(loaded, group).train()(x)
+    return same and loaded.body[1].process_group is group
+
+
+def test_whole_modules_are_saved(two_ranks: Ranks, tmp_path: Path) -> None:
+    assert all(two_ranks.run(_saved, str(tmp_path / "net.pt")))
+    loaded = torch.load(tmp_path / "net.pt", weights_only=False)
+    assert isinstance(loaded.body[1], syncbn.SyncBatchNorm1d)
+    loaded.eval()(torch.randn(2, 5))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_export_of_a_model_in_evaluation(fused: bool) -> None:
+    net = syncbn.convert_sync_batchnorm(Net())
+    net(torch.randn(8, 5))
+    if fused:
+        assert syncbn.fuse(net.eval()).fused == {"body.1": "relu"}
+    dynamic = ({0: torch.export.Dim.DYNAMIC},)
+    program = torch.export.export(net.eval(), (torch.randn(3, 5),), dynamic_shapes=dynamic)
+    x = torch.randn(7, 5)
+    torch.testing.assert_close(program.module()(x), net(x))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch, to itself
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_onnx_of_a_reverted_model() -> None:
+    net = syncbn.convert_sync_batchnorm(Net())
+    net(torch.randn(8, 5))
+    syncbn.revert_sync_batchnorm(net.eval())
+    x = torch.randn(3, 5)
+    program = torch.onnx.export(net, (x,), dynamo=True, verbose=False)
+    assert program is not None
+    model = program.model_proto
+    (found,) = onnx.reference.ReferenceEvaluator(model).run(
+        None, {model.graph.input[0].name: x.numpy()}
+    )
+    torch.testing.assert_close(torch.from_numpy(found), net(x))
