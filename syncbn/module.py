@@ -162,7 +162,9 @@ class SyncBatchNorm(_BatchNorm):
             if pending is None:
                 running = Running(mean, var, tracked, self.momentum)
         relu = self.activation is not None
-        call = Call(self.eps, relu, running, group, kernel, self._label(), None, pending)
+        # A name would make a graph of its own for each of many layers that are compiled alike.
+        label = "" if torch.compiler.is_compiling() else self._label()
+        call = Call(self.eps, relu, running, group, kernel, label, None, pending)
         return normalize(input, weight, bias, residual, mask, call)
 
     def communicating_group(self) -> dist.ProcessGroup | None:

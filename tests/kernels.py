@@ -67,7 +67,7 @@ def everything(kernel: Kernel, x: Tensor, dy: Tensor, how: Transform) -> list[Te
     given = torch.ones_like(sums)
     found = [message, sums, normalize(kernel, x, how), kernel.backward_elemt(dy, x, how, given)]
     found += alone.forward(kernel, x, Forward(EPS, how.weight, how.bias, how.relu))
-    found += alone.backward(kernel, dy, x, how, may_overwrite=False)
+    found += alone.backward(kernel, dy, x, how, (None, None))[:2]
     return [t.double().flatten() for t in found]
 
 
@@ -76,7 +76,7 @@ def is_same_over_dy(kernel: Kernel, x: Tensor, dy: Tensor, how: Transform) -> bo
     sums = kernel.backward_reduce(dy, x, how)
     functions = (
         lambda dy, over: kernel.backward_elemt(dy, x, how, sums, over),
-        lambda dy, over: alone.backward(kernel, dy, x, how, over)[1],
+        lambda dy, over: alone.backward(kernel, dy, x, how, (None, None), over)[1],
     )
     return all(torch.equal(f(deepcopy(dy), True), f(dy, False)) for f in functions)
 

@@ -154,6 +154,8 @@ def test_alone_it_lists_the_benchmarks(
         (["layers", "shapes=[]"], "got none of one; expected one or more of each"),
         (["model", "network=vgg"], "network: got vgg; expected one of resnet20, resnet50"),
         (["model", "batch=1"], "batch: got 1; expected at least 2"),
+        (["compile", "ranks=2"], "ranks: got 2; expected 1: compilers would share the CPUs"),
+        (["compile", "backend=eager"], "backend: got eager; expected one of inductor, aot_eager"),
     ],
 )
 def test_wrong_use_ends_with_a_message(
@@ -172,7 +174,8 @@ def test_wrong_use_ends_with_a_message(
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "ranks"), [("collectives", 2), ("calibration", 1), ("layers", 1), ("model", 1)]
+    ("benchmark", "ranks"),
+    [("collectives", 2), ("calibration", 1), ("layers", 1), ("model", 1), ("compile", 1)],
 )
 def test_every_setting_is_explained_where_help_shows_it(
     benchmark: str, ranks: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

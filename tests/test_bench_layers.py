@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import platform
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from config import Arch, ModelConfig
 from resnet import build_resnet
 from torch import nn
 
-from syncbn import SyncBatchNorm2d
+from syncbn import SyncBatchNorm2d, convert_sync_batchnorm, fuse
 from syncbn.bench.memory import peak_bytes
 from syncbn.bench.resnet20 import resnet20
 from syncbn.bench.resnet50 import resnet50
@@ -97,13 +98,51 @@ def test_model(ranks: int, tmp_path: Path) -> None:
         "dtype=bfloat16",
         "layout=channels_last",
     )
-    names = ["no batch norm", "nn.BatchNorm2d", "ours"]
-    wanted = names if ranks == 1 else [*names, "ours, 2 ranks"]
+    names = ["no batch norm", "nn.BatchNorm2d", "ours", "ours, fused"]
+    wanted = names if ranks == 1 else [*names, "ours, 2 ranks", "ours, 2 ranks, fused"]
     assert [step["norm"] for step in results["steps"]] == wanted
     assert "Training step of resnet20, 2 images of 32x32" in output
     without, theirs = results["steps"][:2]
     assert theirs["ratio"]["median"] == 1
     assert 0 < without["peak_bytes"] < theirs["peak_bytes"]
+
+
+@pytest.mark.timeout(120)
+def test_compile(tmp_path: Path) -> None:
+    output, results = run(
+        tmp_path,
+        *("syncbn.cli.bench", "compile", "backend=aot_eager", "batch=2", "size=8", "rounds=1"),
+    )
+    theirs, ours = results["costs"]
+    assert [theirs["norm"], ours["norm"]] == ["nn.BatchNorm2d", "ours"]
+    assert theirs["ratio"]["median"] == 1
+    # What compiles takes far longer than what has been compiled.
+    assert all(cost["first"]["median"] > 2 * cost["step"]["median"] for cost in (theirs, ours))
+    assert "torch.compile of resnet20, aot_eager" in output
+
+
+@needs_cpp
+@pytest.mark.parametrize(("place", "channels"), [("4", 64), ("5", 256)])
+def test_a_fused_block_needs_no_more_memory_than_torchs(place: str, channels: int) -> None:
+    """Forward and backward of a bottleneck of ResNet-50, with and without a projection."""
+    theirs = resnet50().get_submodule(place)
+    x = torch.randn(2, channels, 28, 28, requires_grad=True)
+    ours = convert_sync_batchnorm(copy.deepcopy(theirs))
+    fused = copy.deepcopy(ours)
+    assert len(fuse(fused).fused) == 3
+
+    def peak(net: nn.Module) -> int:
+        def step() -> None:
+            # The gradient of the block is nobody else's, as in a network.
+            (net(x) * 1.0).sum().backward()
+
+        step()  # makes the gradients of parameters
+        return peak_bytes(step, x.device)
+
+    # Numbers by channel: statistics in float64, gradients of parameters.
+    most = peak(theirs) + 2**14
+    assert peak(ours) <= most
+    assert peak(fused) <= most
 
 
 def test_networks_have_the_parameters_that_the_paper_gives() -> None:

@@ -118,6 +118,27 @@ def test_in_a_group_of_some_ranks(three_ranks: Ranks) -> None:
     assert max(three_ranks.run(_in_a_group)) <= 4
 
 
+# Of torch, where inputs are not leaves.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_layers_of_one_shape_share_a_graph() -> None:
+    """As repeated blocks do that are compiled one by one; their names differ."""
+    blocks = syncbn.convert_sync_batchnorm(nn.Sequential(*(_ConvNorm() for _ in range(10))))
+    counters.clear()
+    for block in blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    blocks(torch.randn(2, 3, 4, 4)).sum().backward()
+    assert counters["stats"]["unique_graphs"] <= 2
+
+
+class _ConvNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.norm(self.conv(x)))
+
+
 def test_accumulated_statistics() -> None:
     eager, compiled = Block(), Block()
     call = torch.compile(compiled, fullgraph=True, backend="aot_eager")

@@ -198,6 +198,15 @@ def test_twice_fuses_nothing_more_and_undoes_in_turn() -> None:
     assert type(model) is Plain
 
 
+def test_equal_modules_stay_of_one_class() -> None:
+    model = syncbn.convert_sync_batchnorm(nn.Sequential(Plain(), Plain(), Methods(), Plain()))
+    model.get_submodule("3.bn").register_forward_hook(lambda *_: None)
+    syncbn.fuse(model)
+    first, second, other, hooked = map(type, model)
+    assert first is second
+    assert len({first, other, hooked}) == 3
+
+
 def test_is_not_reverted_or_pickled() -> None:
     model = syncbn.convert_sync_batchnorm(Plain())
     fusion = syncbn.fuse(model)

@@ -115,13 +115,22 @@ class SyncBatchNormFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
             saved = x, weight, bias, statistics, y
             return *SyncBatchNormBackward.apply(dy, *saved, call, needs), None
-        if y is None:
-            mine = references is not None and is_unshared(dy, references)
-        else:
-            dy, mine = torch.ops.aten.threshold_backward(dy, y, 0), True
+        mine = references is not None and is_unshared(dy, references)
+        if y is not None:
+            dy, mine = _through_relu(dy, y, mine), True
         transform = Transform(statistics, weight, bias, call.relu and y is None)
         found = first_order(dy, x, transform, call, needs, mine and not needs[3])
         return found.dx, found.dweight, found.dbias, dy if needs[3] else None, None
+
+
+def _through_relu(dy: Tensor, y: Tensor, may_overwrite: bool) -> Tensor:
+    """Return dy where y is positive, else zero; in dy's memory, if it may be overwritten."""
+    threshold = torch.ops.aten.threshold_backward
+    if may_overwrite and dy.stride() == y.stride():
+        found: Tensor = threshold.grad_input(dy, y, 0, grad_input=dy)
+    else:
+        found = threshold(dy, y, 0)
+    return found
 
 
 def _refuse_one_value(x: Tensor, statistics: Tensor, label: str) -> None:

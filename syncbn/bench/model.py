@@ -22,6 +22,7 @@ from syncbn.bench.sgd import training_step
 from syncbn.bench.timing import Spread, finished, take_turns
 from syncbn.convert import convert_sync_batchnorm
 from syncbn.distributed.groups import GroupLike
+from syncbn.fusion import fuse
 from syncbn.module import SyncBatchNorm
 
 _NETWORKS = {
@@ -130,6 +131,8 @@ class Model(Benchmark):
                 if isinstance(layer, SyncBatchNorm):
                     layer.sync_kernel = self.kernel
             found[name] = net
+            found[f"{name}, fused"] = copy.deepcopy(net)
+            fuse(found[f"{name}, fused"])
         return found
 
     def _parallel(self, network: nn.Module, device: torch.device) -> nn.Module:
@@ -155,7 +158,8 @@ class Model(Benchmark):
             rows,
             [
                 "Median (10th..90th percentile). Batch norm: step - step of the network without "
-                "any. MiB: of tensors at once, without weights and the optimizer's.",
+                "any. MiB: of tensors at once, without weights and the optimizer's. Fused: by "
+                "syncbn.fuse.",
             ],
         )
 

@@ -65,6 +65,7 @@ def take_turns(
     rounds: int,
     burst: int = 1,
     meet: Callable[[], None] = lambda: None,
+    warm_up: int = _WARM_UP_ROUNDS,
 ) -> dict[str, Times]:
     """Measure calls in turns.
 
@@ -74,12 +75,13 @@ def take_turns(
         burst: calls a turn, in a row.
         meet: called before each turn, and not measured; ranks that measure together wait for each
             other here.
+        warm_up: rounds before, which do not count.
 
     Returns:
         The times of each call. The i-th time of one belongs to the i-th of another.
     """
     clocks: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    for order in islice(cycle(permutations(calls)), _WARM_UP_ROUNDS + rounds):
+    for order in islice(cycle(permutations(calls)), warm_up + rounds):
         for name in order:
             call, times = calls[name], clocks[name]
             meet()
@@ -88,7 +90,7 @@ def take_turns(
                 call()
                 end = time.perf_counter()
                 times.append((end - start, time.process_time() - cpu))
-    skipped = _WARM_UP_ROUNDS * burst
+    skipped = warm_up * burst
     return {
         name: Times(*torch.tensor(times[skipped:], dtype=torch.float64).unbind(1))
         for name, times in clocks.items()

@@ -55,6 +55,10 @@ def benchmark_class(name: str) -> type[Benchmark]:
             from syncbn.bench.calibration import Calibration
 
             return Calibration
+        case "compile":
+            from syncbn.bench.compile_time import CompileTime
+
+            return CompileTime
         case "layers":
             from syncbn.bench.layers import Layers
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from syncbn.fusion.pattern import Place, has_hooks, last_call, places, takes_one_argument
-from syncbn.fusion.trace import compiled, trace
+from syncbn.fusion.trace import compiled, source, trace
 from syncbn.module import SyncBatchNorm
 
 # The argument of modules that pass a residual on to the layer that they end in.
@@ -47,6 +47,7 @@ class Rewriting:
         everything = model.named_modules(remove_duplicate=False)
         self._registered = Counter(module for _, module in everything)
         self._endings: dict[nn.Module, _Ending] = {}
+        self._classes: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
 
     def run(self) -> None:
         """Find all places and rewrite them."""
@@ -129,16 +130,12 @@ class Rewriting:
         kind = type(module)
         before = next((before for known, before, _ in self.modules if known is module), kind)
         self.modules = [entry for entry in self.modules if entry[0] is not module]
-        namespace = {
-            "__module__": before.__module__,
-            "forward": compiled(graph),
-            # Ours copies any module; the default would ask __reduce_ex__.
-            "__deepcopy__": SyncBatchNorm.__deepcopy__,
-            "__reduce_ex__": _refuse,
-        }
-        fused = type(f"Fused{before.__name__}", (before,), namespace)
-        module.__class__ = fused
-        self.modules.append((module, before, fused))
+        # Modules of one class and forward stay of one class, for compilers to see that.
+        what = before, source(graph)
+        if what not in self._classes:
+            self._classes[what] = _fused(before, graph)
+        module.__class__ = self._classes[what]
+        self.modules.append((module, before, self._classes[what]))
 
     def _is_mine(self, module: nn.Module) -> bool:
         """Return whether a module has one place in the model, and nobody sees what it returns."""
@@ -148,6 +145,17 @@ class Rewriting:
 def _is_plain(layer: SyncBatchNorm) -> bool:
     forward = vars(layer).get("forward", type(layer).forward)
     return forward is SyncBatchNorm.forward and layer.activation is None
+
+
+def _fused(kind: type[nn.Module], graph: Graph) -> type[nn.Module]:
+    namespace = {
+        "__module__": kind.__module__,
+        "forward": compiled(graph),
+        # Ours copies any module; the default would ask __reduce_ex__.
+        "__deepcopy__": SyncBatchNorm.__deepcopy__,
+        "__reduce_ex__": _refuse,
+    }
+    return type(f"Fused{kind.__name__}", (kind,), namespace)
 
 
 def _give(child: nn.Module, call: Node, residual: Node) -> None:

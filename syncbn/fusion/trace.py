@@ -72,10 +72,15 @@ def trace(module: nn.Module) -> Graph:
     finally:
         module.training = mode
     evaluation, training_graph = graphs
-    if _source(evaluation) != _source(training_graph):
+    if source(evaluation) != source(training_graph):
         raise ValueError("its forward is another one in training than in evaluation")
     _drop_identities(module, training_graph)
     return training_graph
+
+
+def source(graph: Graph) -> str:
+    """Return the forward that a graph describes as text."""
+    return str(graph.python_code("self").src)
 
 
 def compiled(graph: Graph) -> Callable[..., Any]:
@@ -94,7 +99,3 @@ def _drop_identities(module: nn.Module, graph: Graph) -> None:
         if type(child) is nn.Identity and not has_hooks(child) and node.args:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
-
-
-def _source(graph: Graph) -> str:
-    return str(graph.python_code("self").src)

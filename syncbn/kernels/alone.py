@@ -18,8 +18,13 @@ class Together(Protocol):
         """See :func:`forward`."""
 
     def backward_alone(
-        self, dy: Tensor, x: Tensor, transform: Transform, may_overwrite: bool = False
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        dy: Tensor,
+        x: Tensor,
+        transform: Transform,
+        wanted: tuple[Tensor | None, Tensor | None],
+        may_overwrite: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """See :func:`backward`."""
 
 
@@ -44,18 +49,25 @@ def forward(
 
 
 def backward(
-    kernel: Kernel, dy: Tensor, x: Tensor, transform: Transform, may_overwrite: bool
-) -> tuple[Tensor, Tensor]:
-    """Return :meth:`Kernel.backward_reduce` and :meth:`Kernel.backward_elemt`, which take the same.
+    kernel: Kernel,
+    dy: Tensor,
+    x: Tensor,
+    transform: Transform,
+    wanted: tuple[Tensor | None, Tensor | None],
+    may_overwrite: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return :meth:`Kernel.backward_reduce`, dx, dweight and dbias.
 
     Args:
         kernel: whose functions these are, one after the other; or in one, if it can.
         dy: gradient of the output, shape and dtype of x.
         x: shape ``[N, C, *]``.
         transform: of the forward pass, without residual.
+        wanted: weight and bias; None for each whose gradient is not needed.
         may_overwrite: nobody needs dy any more; a kernel may write dx there.
     """
     if _is_together(kernel):
-        return kernel.backward_alone(dy, x, transform, may_overwrite)
+        return kernel.backward_alone(dy, x, transform, wanted, may_overwrite)
     sums = kernel.backward_reduce(dy, x, transform)
-    return sums, kernel.backward_elemt(dy, x, transform, sums, may_overwrite)
+    dx = kernel.backward_elemt(dy, x, transform, sums, may_overwrite)
+    return sums, dx, *kernel.parameter_gradients(sums, *wanted)

@@ -114,12 +114,17 @@ class CPU:
         return self._output(self.library.forward_alone, x, None, how, residual, averages)
 
     def backward_alone(
-        self, dy: Tensor, x: Tensor, transform: Transform, may_overwrite: bool = False
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        dy: Tensor,
+        x: Tensor,
+        transform: Transform,
+        wanted: tuple[Tensor | None, Tensor | None],
+        may_overwrite: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """See :func:`syncbn.kernels.alone.backward`."""
         sums = x.new_empty(2 * x.shape[1], dtype=torch.float64)
-        function = self.library.backward_alone
-        return sums, self._gradient(function, dy, x, transform, sums, may_overwrite)
+        dx = self._gradient(self.library.backward_alone, dy, x, transform, sums, may_overwrite)
+        return sums, dx, *self.parameter_gradients(sums, *wanted)
 
     def _output(
         self,

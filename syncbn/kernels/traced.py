@@ -40,16 +40,15 @@ def normalize(
 
 def backward_reduce(dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
     """See :func:`syncbn.kernels.reference.backward_reduce`."""
-    dims, mean, invstd = reduced_dims(x), *_numbers(x, transform.statistics)
-    dy = _through_relu(dy, x, transform).double()
-    return torch.cat([dy.sum(dims), (dy * (x - per_channel(mean, x))).sum(dims) * invstd])
+    return torch.cat(_sums(_through_relu(dy, x, transform), x, transform))
 
 
 def backward_elemt(
     dy: Tensor, x: Tensor, transform: Transform, sums: Tensor, may_overwrite: bool = False
 ) -> Tensor:
     """See :func:`syncbn.kernels.reference.backward_elemt`."""
-    return _input_gradient(dy, x, transform, sums, transform.values)
+    dy = _through_relu(dy, x, transform)
+    return _input_gradient(dy, x, transform, _halves(x, sums), transform.values)
 
 
 def forward_alone(x: Tensor, how: Forward, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -65,22 +64,37 @@ def forward_alone(x: Tensor, how: Forward, residual: Tensor | None) -> tuple[Ten
 
 
 def backward_alone(
-    dy: Tensor, x: Tensor, transform: Transform, may_overwrite: bool = False
-) -> tuple[Tensor, Tensor]:
+    dy: Tensor,
+    x: Tensor,
+    transform: Transform,
+    wanted: tuple[Tensor | None, Tensor | None],
+    may_overwrite: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """See :func:`syncbn.kernels.alone.backward`."""
-    sums = backward_reduce(dy, x, transform)
+    dy = _through_relu(dy, x, transform)
+    sums = _sums(dy, x, transform)
     has_count = transform.statistics.numel() > 2 * x.shape[1]
     values = transform.values if has_count else max(_values(x), 1)
-    return sums, _input_gradient(dy, x, transform, sums, values)
+    dx = _input_gradient(dy, x, transform, sums, values)
+    weight, bias = wanted
+    dweight = None if weight is None else sums[1].to(weight.dtype)
+    return torch.cat(sums), dx, dweight, None if bias is None else sums[0].to(bias.dtype)
 
 
 def _values(x: Tensor) -> int:
     return x.numel() // x.shape[1]
 
 
-def _numbers(x: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
+def _halves(x: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
     channels = x.shape[1]
     return packed[:channels], packed[channels : 2 * channels]
+
+
+def _sums(dy: Tensor, x: Tensor, transform: Transform) -> tuple[Tensor, Tensor]:
+    """Return sum(dy) and sum(dy xhat)."""
+    mean, invstd = _halves(x, transform.statistics)
+    dims, wide = reduced_dims(x), dy.double()
+    return wide.sum(dims), (wide * (x - per_channel(mean, x))).sum(dims) * invstd
 
 
 def _scale(invstd: Tensor, weight: Tensor | None) -> Tensor:
@@ -88,7 +102,7 @@ def _scale(invstd: Tensor, weight: Tensor | None) -> Tensor:
 
 
 def _affine(x: Tensor, transform: Transform) -> Tensor:
-    mean, invstd = _numbers(x, transform.statistics)
+    mean, invstd = _halves(x, transform.statistics)
     scale = _scale(invstd, transform.weight)
     y = (x - per_channel(mean, x)) * per_channel(scale, x)
     return y if transform.bias is None else y + per_channel(transform.bias, x)
@@ -106,16 +120,17 @@ def _through_relu(dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
 
 
 def _input_gradient(
-    dy: Tensor, x: Tensor, transform: Transform, sums: Tensor, values: Tensor | int
+    dy: Tensor,
+    x: Tensor,
+    transform: Transform,
+    sums: tuple[Tensor, Tensor],
+    values: Tensor | int,
 ) -> Tensor:
-    mean, invstd = _numbers(x, transform.statistics)
-    sum_dy, sum_dy_xhat = _numbers(x, sums)
-    slope = sum_dy_xhat * invstd / values
-    offset = sum_dy / values - mean * slope
-    scale = _scale(invstd, transform.weight)
-    dy = _through_relu(dy, x, transform)
-    dx = (dy - per_channel(offset, x) - x * per_channel(slope, x)) * per_channel(scale, x)
-    return dx.to(x.dtype)
+    mean, invstd = _halves(x, transform.statistics)
+    slope = sums[1] * invstd / values
+    packed = torch.stack([slope, sums[0] / values - mean * slope, _scale(invstd, transform.weight)])
+    slope, offset, scale = (per_channel(v, x) for v in packed.unbind())
+    return ((dy - offset - x * slope) * scale).to(x.dtype)
 
 
 def _move(mean: Tensor, var: Tensor, count: Tensor | int, running: Running) -> None:
