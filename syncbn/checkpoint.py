@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from types import TracebackType
 
+import torch
 from torch import Tensor
 
 Contexts = tuple[AbstractContextManager[object], AbstractContextManager[object]]
@@ -83,6 +84,10 @@ def checkpoint_contexts(context_fn: Callable[[], Contexts] | None = None) -> Con
     ``use_reentrant=False``. The recomputation then sends nothing and leaves the running averages
     alone; gradients are those without checkpointing. Without it, it would do both a second time.
 
+    Within such a region nothing is compiled: what was, runs eagerly. To compile, compile what calls
+    ``checkpoint``, without this ``context_fn``: a compiled recomputation sends its message again,
+    but moves no averages.
+
     Args:
         context_fn: another one, to be used at the same time: that of selective checkpointing.
 
@@ -121,6 +126,8 @@ class _During(AbstractContextManager[None]):
         with ExitStack() as stack:
             token = _PASS.set(self._make())
             stack.callback(_PASS.reset, token)
+            # Compiled code would not see which pass it is in.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             if self._other is not None:
                 stack.enter_context(self._other)
             self._exits.append(stack.pop_all())

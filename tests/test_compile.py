@@ -12,6 +12,7 @@ import torch.distributed as dist
 from oracle import Case
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from syncbn.bench.resnet20 import resnet20
@@ -150,6 +151,40 @@ def test_accumulated_statistics() -> None:
     assert compiled.norm.num_batches_tracked == 3
     torch.testing.assert_close(compiled.state_dict(), eager.state_dict())
     assert counters["stats"]["unique_graphs"] <= 2
+
+
+class Checkpointed(nn.Module):
+    """A region that is recomputed, with or without contexts of ours."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.region: Any = Block()
+        self.options = options
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self.region, x, use_reentrant=False, **self.options)
+        return y.square()
+
+
+def _recomputed(rank: int, inside: bool) -> None:
+    """Compile what calls checkpoint(), or what is called by it."""
+    eager: Any = Checkpointed(context_fn=syncbn.checkpoint_contexts)
+    other: Any = Checkpointed(context_fn=syncbn.checkpoint_contexts) if inside else Checkpointed()
+    compiled = other.region if inside else other
+    compiled.compile(fullgraph=True, backend="aot_eager")
+    for x in _batches(rank)[:2]:
+        for net in (eager, other):
+            net(x).sum().backward()
+    assert other.region.norm.num_batches_tracked == 2
+    torch.testing.assert_close(other.state_dict(), eager.state_dict(), rtol=1e-5, atol=1e-5)
+    found, wanted = ([p.grad for p in net.parameters()] for net in (other, eager))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_recomputed_activations(two_ranks: Ranks, inside: bool) -> None:
+    two_ranks.run(_recomputed, inside)
 
 
 def test_a_kernel_that_cannot_be_compiled_is_refused() -> None:

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from syncbn.calibration.layers import Layer
 
+# Of a layer of ours; those of torch take the first.
+_ARGUMENTS = ("input", "residual", "mask")
+
 
 @contextmanager
 def intercepted(layers: Sequence[Layer], look: Callable[[Layer, Tensor], None]) -> Iterator[None]:
@@ -19,6 +22,9 @@ def intercepted(layers: Sequence[Layer], look: Callable[[Layer, Tensor], None]) 
         layers: whose forwards.
         look: gets the layer and its input, ``[N, C, *]``; the layer then uses the statistics that
             are in its buffers when this returns.
+
+    Raises:
+        ValueError: in the forward of a layer that is called with a mask.
     """
     with ExitStack() as stack:
         for layer in layers:
@@ -29,7 +35,13 @@ def intercepted(layers: Sequence[Layer], look: Callable[[Layer, Tensor], None]) 
 
 def _hook(layer: Layer, look: Callable[[Layer, Tensor], None]) -> Callable[..., None]:
     def hook(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        named = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
+        if named.get("mask") is not None:
+            raise ValueError(
+                f"{layer.name}: called with a mask; calibration takes inputs that count everywhere"
+            )
+        # Layers of torch may call it as they like.
+        x: Tensor = named["input"] if "input" in named else next(iter(named.values()))
         look(layer, x.detach())
 
     return hook

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 
 import syncbn
+from syncbn.bench.resnet20 import resnet20
 from tests.calibration.networks import as_they_are, distance, images, network, statistics
 from tests.calibration.test_exact import EXACT
 
@@ -240,6 +241,36 @@ def test_compiled_models(method: Any) -> None:
     wrapped: Any = torch.compile(compiled, backend="eager")
     syncbn.recalibrate(wrapped, images().split(6), method=method)
     assert distance(statistics(compiled), statistics(plain)) == 0.0
+
+
+class Masked(nn.Module):
+    def __init__(self, by_name: bool) -> None:
+        super().__init__()
+        self.norm, self.by_name = syncbn.SyncBatchNorm1d(3), by_name
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = x[:, 0] > 0
+        y: Tensor = self.norm(x, mask=mask) if self.by_name else self.norm(x, None, mask)
+        return y
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("method", ["lockstep", "sequential", "pooled", "average", "ema"])
+def test_masks_are_refused(method: Any, by_name: bool) -> None:
+    net = Masked(by_name)
+    with pytest.raises(ValueError, match="norm: called with a mask; calibration takes inputs"):
+        syncbn.recalibrate(net, [torch.randn(4, 3)], method=method)
+    assert torch.equal(net.norm.get_buffer("running_var"), torch.ones(3))
+
+
+@pytest.mark.parametrize("method", ["lockstep", "sequential", "pooled"])
+def test_fused_models(method: Any) -> None:
+    plain, fused = (syncbn.convert_sync_batchnorm(resnet20()).double() for _ in range(2))
+    fused.load_state_dict(plain.state_dict())
+    assert len(syncbn.fuse(fused).fused) == 19
+    for net in (plain, fused):
+        syncbn.recalibrate(net, images().split(6), method=method)
+    torch.testing.assert_close(fused.state_dict(), plain.state_dict())
 
 
 def test_names_are_those_of_the_plain_model() -> None:
