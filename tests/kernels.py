@@ -63,7 +63,7 @@ def transform(x: Tensor, relu: bool = False) -> Transform:
 def everything(kernel: Kernel, x: Tensor, dy: Tensor, how: Transform) -> list[Tensor]:
     """Return what the functions find, where rounding cannot move a value through a ReLU."""
     message = kernel.moments(x)
-    sums = kernel.backward_reduce(dy, x, how)
+    sums, _, _ = kernel.backward_reduce(dy, x, how)
     given = torch.ones_like(sums)
     found = [message, sums, normalize(kernel, x, how), kernel.backward_elemt(dy, x, how, given)]
     found += alone.forward(kernel, x, Forward(EPS, how.weight, how.bias, how.relu))
@@ -73,7 +73,7 @@ def everything(kernel: Kernel, x: Tensor, dy: Tensor, how: Transform) -> list[Te
 
 def is_same_over_dy(kernel: Kernel, x: Tensor, dy: Tensor, how: Transform) -> bool:
     """Return whether dx is the same, to the bit, where it may be written over dy."""
-    sums = kernel.backward_reduce(dy, x, how)
+    sums, _, _ = kernel.backward_reduce(dy, x, how)
     functions = (
         lambda dy, over: kernel.backward_elemt(dy, x, how, sums, over),
         lambda dy, over: alone.backward(kernel, dy, x, how, (None, None), over)[1],

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncbn
 from syncbn import kernels
-from syncbn.kernels import Forward, Kernel, Transform, cpu, reference
+from syncbn.kernels import Forward, Kernel, Transform, alone, cpu, reference
 from syncbn.moments import Moments
 from tests.kernels import EPS, KERNELS, device_of, normalize, tolerance
 
@@ -77,7 +77,7 @@ def check_module(chosen: Kernel, case: Case, bound: float, device: torch.device)
     close(result, restore(y), passed, y.abs().max().clamp(min=1e-9))
 
     sums = torch.cat([gradients.sum(1), (gradients * xhat).sum(1)])
-    found_sums = chosen.backward_reduce(dy, x, transform)
+    found_sums, _, _ = chosen.backward_reduce(dy, x, transform)
     # A sum may cancel: its rounding depends on what is added up, not on what comes out.
     added = torch.cat([gradients.abs().sum(1), (gradients * xhat).abs().sum(1)])
     assert ((found_sums.cpu() - sums).abs() <= 1e-6 * added.clamp(min=1e-9)).all()
@@ -156,18 +156,23 @@ def test_parameter_gradients(
     device = device_of(kernel)
     chosen = kernels.choose(kernel, torch.empty(0, device=device))
     for channels in (1, 2, 7, 8, 17, 33, 64):
-        sums = torch.randn(2 * channels, dtype=torch.float64, device=device)
+        x, dy = torch.randn(2, 5, channels, 3, device=device)
+        statistics = torch.cat([torch.randn(channels), torch.rand(channels + 1)]).double()
         weight, bias = (
-            None if dtype is None else torch.ones(channels, dtype=dtype, device=device)
+            None if dtype is None else torch.rand(channels, dtype=dtype, device=device)
             for dtype in dtypes
         )
-        dweight, dbias = chosen.parameter_gradients(sums, weight, bias)
-        for gradient, part, like in ((dweight, sums[channels:], weight), (dbias, sums, bias)):
-            if like is None or gradient is None:
-                assert gradient is like
-            else:
-                assert torch.equal(gradient, part[:channels].to(like.dtype))
-                assert gradient._base is None
+        transform = Transform(statistics.to(device), weight, bias)
+        apart, _, dweight, dbias = alone.backward(chosen, dy, x, transform, (weight, bias))
+        both = [chosen.backward_reduce(dy, x, transform, (weight, bias)), (apart, dweight, dbias)]
+        for sums, dweight, dbias in both:
+            for gradient, part, like in ((dweight, sums[channels:], weight), (dbias, sums, bias)):
+                if like is None or gradient is None:
+                    assert gradient is like
+                else:
+                    assert torch.equal(gradient, part[:channels].to(like.dtype))
+                    assert gradient._base is None
+        assert chosen.backward_reduce(dy, x, transform)[1:] == (None, None)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -180,7 +185,7 @@ def test_kernel_takes_no_values(kernel: str, shape: tuple[int, ...]) -> None:
     assert torch.equal(chosen.moments(x), zeros)
     y, _ = chosen.normalize(x, zeros, Forward(EPS))
     assert y.shape == shape
-    assert torch.equal(chosen.backward_reduce(x, x, transform), sums)
+    assert torch.equal(chosen.backward_reduce(x, x, transform)[0], sums)
     assert chosen.backward_elemt(x, x, transform, sums).shape == shape
 
 
@@ -208,7 +213,7 @@ def test_kernel_takes_any_gradient_layout(kernel: str, gradient: str) -> None:
     chosen = kernels.choose(kernel, x)
     zeros = torch.zeros(10, dtype=torch.float64, device=x.device)
     statistics = torch.cat([zeros[:5], zeros[:6] + 1])
-    found = chosen.backward_reduce(dy, x, Transform(statistics))
+    found, _, _ = chosen.backward_reduce(dy, x, Transform(statistics))
     wanted = torch.cat([dy.double().sum((0, 2, 3)), (dy.double() * x).sum((0, 2, 3))])
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     dx = chosen.backward_elemt(dy, x, Transform(statistics), zeros)

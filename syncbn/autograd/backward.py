@@ -55,16 +55,13 @@ def first_order(
     """
     kernel = call.kernel
     needs_x, needs_weight, needs_bias = needs[:3]
-    weight = transform.weight if needs_weight else None
-    bias = transform.bias if needs_bias else None
+    wanted = transform.weight if needs_weight else None, transform.bias if needs_bias else None
     dx = None
     if call.group is None and needs_x:
-        wanted = weight, bias
         mine, dx, dweight, dbias = alone.backward(kernel, dy, x, transform, wanted, may_overwrite)
     else:
-        mine = kernel.backward_reduce(dy, x, transform)
-        # Before the all-reduce, which works in place.
-        dweight, dbias = kernel.parameter_gradients(mine, weight, bias)
+        mine, dweight, dbias = kernel.backward_reduce(dy, x, transform, wanted)
+    # The all-reduce works in place.
     message = mine.clone() if keep_mine and call.group is not None else mine
     sums = message
     if call.group is not None:

@@ -17,6 +17,7 @@ from syncbn.kernels import aten_cuda, cpu, reference, traced
 from syncbn.kernels.transform import Forward as Forward
 from syncbn.kernels.transform import Running as Running
 from syncbn.kernels.transform import Transform as Transform
+from syncbn.kernels.transform import Wanted as Wanted
 from syncbn.modes import is_watched
 
 _PLAIN = {Tensor, Parameter, type(None)}
@@ -37,13 +38,10 @@ class Kernel(Protocol):
         Running averages are moved, too, in place.
         """
 
-    def backward_reduce(self, dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
-        """Return ``[sum(dy) (C) | sum(dy * xhat) (C)]``, float64 ``[2C]``."""
-
-    def parameter_gradients(
-        self, sums: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return dweight and dbias, of the dtypes of weight and bias."""
+    def backward_reduce(
+        self, dy: Tensor, x: Tensor, transform: Transform, wanted: Wanted = (None, None)
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return ``[sum(dy) (C) | sum(dy * xhat) (C)]``, float64 ``[2C]``; dweight and dbias."""
 
     def backward_elemt(
         self,

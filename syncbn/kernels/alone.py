@@ -6,7 +6,7 @@ from typing import Protocol, TypeGuard
 
 from torch import Tensor
 
-from syncbn.kernels import Forward, Kernel, Transform
+from syncbn.kernels import Forward, Kernel, Transform, Wanted
 
 
 class Together(Protocol):
@@ -22,7 +22,7 @@ class Together(Protocol):
         dy: Tensor,
         x: Tensor,
         transform: Transform,
-        wanted: tuple[Tensor | None, Tensor | None],
+        wanted: Wanted,
         may_overwrite: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """See :func:`backward`."""
@@ -53,7 +53,7 @@ def backward(
     dy: Tensor,
     x: Tensor,
     transform: Transform,
-    wanted: tuple[Tensor | None, Tensor | None],
+    wanted: Wanted,
     may_overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return :meth:`Kernel.backward_reduce`, dx, dweight and dbias.
@@ -68,6 +68,5 @@ def backward(
     """
     if _is_together(kernel):
         return kernel.backward_alone(dy, x, transform, wanted, may_overwrite)
-    sums = kernel.backward_reduce(dy, x, transform)
-    dx = kernel.backward_elemt(dy, x, transform, sums, may_overwrite)
-    return sums, dx, *kernel.parameter_gradients(sums, *wanted)
+    sums, dweight, dbias = kernel.backward_reduce(dy, x, transform, wanted)
+    return sums, kernel.backward_elemt(dy, x, transform, sums, may_overwrite), dweight, dbias

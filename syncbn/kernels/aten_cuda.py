@@ -11,11 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncbn.kernels.reference import move_running, statistics
-from syncbn.kernels.reference import parameter_gradients as parameter_gradients
+from syncbn.kernels.reference import move_running, parameter_gradients, statistics
 from syncbn.kernels.transform import (
     Forward,
     Transform,
+    Wanted,
     compute_dtype,
     normalize_coefficients,
     split_mean,
@@ -58,18 +58,12 @@ def normalize(
     return y.relu_() if how.relu else y, found
 
 
-def backward_reduce(dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
+def backward_reduce(
+    dy: Tensor, x: Tensor, transform: Transform, wanted: Wanted = (None, None)
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See :func:`syncbn.kernels.reference.backward_reduce`."""
-    if x.numel() == 0:
-        return torch.zeros(2 * x.shape[1], dtype=torch.float64, device=x.device)
-    pivot, rest = split_mean(transform.mean, x.dtype)
-    invstd = transform.invstd
-    gradient = _through_relu(dy, x, transform)
-    sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(
-        gradient, x, pivot, invstd.to(pivot.dtype), None, True, False, False
-    )
-    sum_dy, sum_dy_xmu = sum_dy.double(), sum_dy_xmu.double()
-    return torch.cat([sum_dy, (sum_dy_xmu - rest * sum_dy) * invstd])
+    sums = _gradient_sums(dy, x, transform)
+    return sums, *parameter_gradients(sums, *wanted)
 
 
 def backward_elemt(
@@ -97,6 +91,19 @@ def backward_elemt(
         mean_dy_xmu.to(compute),
         one,
     )
+
+
+def _gradient_sums(dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
+    if x.numel() == 0:
+        return torch.zeros(2 * x.shape[1], dtype=torch.float64, device=x.device)
+    pivot, rest = split_mean(transform.mean, x.dtype)
+    invstd = transform.invstd
+    gradient = _through_relu(dy, x, transform)
+    sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(
+        gradient, x, pivot, invstd.to(pivot.dtype), None, True, False, False
+    )
+    sum_dy, sum_dy_xmu = sum_dy.double(), sum_dy_xmu.double()
+    return torch.cat([sum_dy, (sum_dy_xmu - rest * sum_dy) * invstd])
 
 
 def _affine(x: Tensor, t: Transform) -> Tensor:

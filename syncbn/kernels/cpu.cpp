@@ -28,6 +28,8 @@ struct Call {
   int64_t parameters;
   void *weight, *bias;
   int64_t relu;
+  // Of weight and bias, where they are wanted.
+  void *dweight, *dbias;
   // The message, or the sums of the gradient.
   double* packed;
   // A residual, or dy.
@@ -49,9 +51,14 @@ struct Call {
             {x, x_stride},
             batch * channels * space};
   }
-  Numbers weights() const { return {weight, static_cast<Dtype>(parameters)}; }
-  Numbers biases() const { return {bias, static_cast<Dtype>(parameters)}; }
-  Transform transform() const { return {statistics, weights(), biases(), relu != 0}; }
+  Transform transform() const {
+    auto type = static_cast<Dtype>(parameters);
+    return {statistics, {weight, type}, {bias, type}, relu != 0};
+  }
+  ParameterGradients gradients() const {
+    auto type = static_cast<Dtype>(parameters);
+    return {{dweight, type}, {dbias, type}};
+  }
   Operand beside() const { return {pair, pair_stride}; }
   Operand result() const { return {out, out_stride}; }
   Running running() const {
@@ -60,7 +67,7 @@ struct Call {
   }
 };
 
-static_assert(sizeof(Call) == 24 * 8, "cpu.py packs 24 numbers of eight bytes");
+static_assert(sizeof(Call) == 26 * 8, "cpu_call.py packs 26 numbers of eight bytes");
 
 // Return 0, or 1 if there was no memory.
 template <class Work>
@@ -108,20 +115,13 @@ PUBLIC int syncbn_normalize(const char* call) {
 
 PUBLIC int syncbn_backward_reduce(const char* call) {
   return run(call, [](auto& k, auto& c) {
-    k.backward_reduce(c.input(), c.transform(), c.beside(), c.packed);
+    k.backward_reduce(c.input(), c.transform(), c.beside(), c.packed, c.gradients());
   });
 }
 
 PUBLIC int syncbn_backward_elemt(const char* call) {
   return run(call, [](auto& k, auto& c) {
     k.backward_elemt(c.input(), c.transform(), c.packed, c.beside(), c.result());
-  });
-}
-
-// Writes weight and bias.
-PUBLIC int syncbn_parameter_gradients(const char* call) {
-  return run(call, [](auto& k, auto& c) {
-    k.parameter_gradients(c.packed, c.channels, c.weights(), c.biases());
   });
 }
 
@@ -133,7 +133,7 @@ PUBLIC int syncbn_forward_alone(const char* call) {
 
 PUBLIC int syncbn_backward_alone(const char* call) {
   return run(call, [](auto& k, auto& c) {
-    k.backward_alone(c.input(), c.transform(), c.beside(), c.packed, c.result());
+    k.backward_alone(c.input(), c.transform(), c.beside(), c.packed, c.gradients(), c.result());
   });
 }
 }

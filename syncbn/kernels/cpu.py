@@ -21,8 +21,7 @@ from torch.autograd.graph import increment_version
 from syncbn.kernels import cpu_call as call
 from syncbn.kernels import reference
 from syncbn.kernels.digest import digest, sources
-from syncbn.kernels.samples import Samples
-from syncbn.kernels.transform import Forward, Transform
+from syncbn.kernels.transform import Forward, Transform, Wanted
 
 # Built by hatch_build.py.
 PATH = Path(__file__).with_name("libsyncbn_cpu.so")
@@ -31,7 +30,7 @@ _REASON = PATH.with_suffix(".txt")
 LEVELS = ("baseline", "AVX2", "AVX-512")
 
 _FUNCTIONS = (
-    *("moments", "normalize", "backward_reduce", "backward_elemt", "parameter_gradients"),
+    *("moments", "normalize", "backward_reduce", "backward_elemt"),
     *("forward_alone", "backward_alone"),
 )
 
@@ -66,15 +65,14 @@ class CPU:
             reference.move_running(message, running)
         return found
 
-    def backward_reduce(self, dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
+    def backward_reduce(
+        self, dy: Tensor, x: Tensor, transform: Transform, wanted: Wanted = (None, None)
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """See :func:`syncbn.kernels.reference.backward_reduce`."""
-        x, samples = call.readable(x)
-        transform, numbers = call.numbers(transform)
-        dy, stride = call.alike(dy, x, samples)
-        sums = x.new_empty(2 * samples.channels, dtype=torch.float64)
-        pair = call.address(dy), stride
-        self._run(self.library.backward_reduce, x, samples, sums.data_ptr(), numbers, pair)
-        return sums
+        sums = x.new_empty(2 * x.shape[1], dtype=torch.float64)
+        function = self.library.backward_reduce
+        _, dweight, dbias = self._backward(function, dy, x, transform, sums, wanted)
+        return sums, dweight, dbias
 
     def backward_elemt(
         self,
@@ -85,24 +83,10 @@ class CPU:
         may_overwrite: bool = False,
     ) -> Tensor:
         """See :func:`syncbn.kernels.reference.backward_elemt`."""
-        return self._gradient(self.library.backward_elemt, dy, x, transform, sums, may_overwrite)
-
-    def parameter_gradients(
-        self, sums: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """See :func:`syncbn.kernels.reference.parameter_gradients`."""
-        like = bias if weight is None else weight
-        if like is None:
-            return None, None
-        if weight is not None and bias is not None and weight.dtype is not bias.dtype:
-            return reference.parameter_gradients(sums, weight, bias)
-        channels = sums.numel() // 2
-        dweight = None if weight is None else like.new_empty(channels)
-        dbias = None if bias is None else like.new_empty(channels)
-        numbers = 0, call.DTYPES[like.dtype], call.address(dweight), call.address(dbias), False
-        samples = Samples(0, channels, 0, 0, 0)
-        self._run(self.library.parameter_gradients, sums, samples, sums.data_ptr(), numbers)
-        return dweight, dbias
+        function = self.library.backward_elemt
+        dx, _, _ = self._backward(function, dy, x, transform, sums, dx_over_dy=may_overwrite)
+        assert dx is not None
+        return dx
 
     def forward_alone(
         self, x: Tensor, how: Forward, residual: Tensor | None
@@ -118,13 +102,15 @@ class CPU:
         dy: Tensor,
         x: Tensor,
         transform: Transform,
-        wanted: tuple[Tensor | None, Tensor | None],
+        wanted: Wanted,
         may_overwrite: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """See :func:`syncbn.kernels.alone.backward`."""
         sums = x.new_empty(2 * x.shape[1], dtype=torch.float64)
-        dx = self._gradient(self.library.backward_alone, dy, x, transform, sums, may_overwrite)
-        return sums, dx, *self.parameter_gradients(sums, *wanted)
+        function = self.library.backward_alone
+        dx, dweight, dbias = self._backward(function, dy, x, transform, sums, wanted, may_overwrite)
+        assert dx is not None
+        return sums, dx, dweight, dbias
 
     def _output(
         self,
@@ -145,29 +131,49 @@ class CPU:
         pair, out = (call.address(added), stride), (y.data_ptr(), samples.dense_stride)
         packed = 0 if message is None else message.data_ptr()
         moved = averages or call.NO_AVERAGES
-        self._run(function, x, samples, packed, numbers, pair, out, moved, how.eps)
+        self._run(function, x, samples, packed, numbers, call.NO_OPERAND, pair, out, moved, how.eps)
         if averages is not None and how.running is not None:
             # As a call of torch would: autograd must notice if it still needs what was there.
             increment_version([t for t in how.running[:3] if t is not None])
         return y, statistics
 
-    def _gradient(
+    def _backward(
         self,
         function: Callable[[bytes], int],
         dy: Tensor,
         x: Tensor,
-        transform: Transform,
+        given: Transform,
         sums: Tensor,
-        may_overwrite: bool,
-    ) -> Tensor:
-        """Return dx from a function that reads the sums, or writes them first."""
+        wanted: Wanted = (None, None),
+        dx_over_dy: bool | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return dx, dweight and dbias from a function that reads the sums, or writes them first.
+
+        Args:
+            function: of the library.
+            dy: gradient of the output, shape and dtype of x.
+            x: shape ``[N, C, *]``.
+            given: the transform of the forward pass.
+            sums: float64, shape ``[2C]``.
+            wanted: weight and bias; None for each whose gradient is not.
+            dx_over_dy: whether dx may take dy's memory; None for no dx.
+        """
         x, samples = call.readable(x)
-        transform, numbers = call.numbers(transform)
+        transform, numbers = call.numbers(given)
         dy, stride = call.alike(dy, x, samples)
-        dx = dy if may_overwrite and stride == samples.dense_stride else call.empty_like(x, samples)
-        pair, out = (call.address(dy), stride), (dx.data_ptr(), samples.dense_stride)
-        self._run(function, x, samples, sums.data_ptr(), numbers, pair, out)
-        return dx
+        dx = None
+        if dx_over_dy is not None:
+            over = dx_over_dy and stride == samples.dense_stride
+            dx = dy if over else call.empty_like(x, samples)
+        # Of the dtype that is read: if that is another, they are converted below.
+        writes = transform is given
+        dweight, dbias = (None if t is None or not writes else torch.empty_like(t) for t in wanted)
+        gradients = call.address(dweight), call.address(dbias)
+        pair, out = (call.address(dy), stride), (call.address(dx), samples.dense_stride)
+        self._run(function, x, samples, sums.data_ptr(), numbers, gradients, pair, out)
+        if not writes:
+            dweight, dbias = reference.parameter_gradients(sums, *wanted)
+        return dx, dweight, dbias
 
     def _run(self, function: Callable[[bytes], int], x: Tensor, *arguments: Any) -> None:
         if function(call.pack(self.level, x, *arguments)):

@@ -23,9 +23,9 @@ Numbers: TypeAlias = tuple[int, int, int, int, bool]
 Averages: TypeAlias = tuple[int, int, int, int, float]
 NO_NUMBERS = 0, 0, 0, 0, False
 NO_AVERAGES = 0, 0, 0, 0, 0.0
-_NO_OPERAND = 0, 0
+NO_OPERAND = 0, 0
 # `Call` in cpu.cpp.
-_CALL = struct.Struct("=22q2d")
+_CALL = struct.Struct("=24q2d")
 
 
 def pack(
@@ -34,8 +34,9 @@ def pack(
     samples: Samples,
     packed: int,
     numbers: Numbers = NO_NUMBERS,
-    pair: tuple[int, int] = _NO_OPERAND,
-    out: tuple[int, int] = _NO_OPERAND,
+    gradients: tuple[int, int] = NO_OPERAND,
+    pair: tuple[int, int] = NO_OPERAND,
+    out: tuple[int, int] = NO_OPERAND,
     averages: Averages = NO_AVERAGES,
     eps: float = 0.0,
 ) -> bytes:
@@ -47,6 +48,7 @@ def pack(
         samples: what the kernels see in it.
         packed: the address of a message or of sums.
         numbers: from :func:`numbers`.
+        gradients: addresses of dweight and dbias, which are of the dtype of weight and bias.
         pair: address and stride of a residual or of dy.
         out: address and stride of what is written.
         averages: from :func:`averages`.
@@ -55,7 +57,7 @@ def pack(
     batch, channels, space, stride, _ = samples
     head = level, torch.get_num_threads(), DTYPES[x.dtype], batch, channels, space
     place = address(x), stride
-    return _CALL.pack(*head, *place, *numbers, packed, *pair, *out, *averages, eps)
+    return _CALL.pack(*head, *place, *numbers, *gradients, packed, *pair, *out, *averages, eps)
 
 
 def address(t: Tensor | None) -> int:

@@ -13,6 +13,7 @@ from syncbn.kernels.transform import (
     Forward,
     Running,
     Transform,
+    Wanted,
     backward_coefficients,
     compute_dtype,
     normalize_coefficients,
@@ -106,23 +107,30 @@ def normalize(
     return (y.relu() if how.relu else y).to(x.dtype), found
 
 
-def backward_reduce(dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
-    """Return this rank's ``[sum(dy) (C) | sum(dy * xhat) (C)]``, with xhat = (x - mean) * invstd.
+def backward_reduce(
+    dy: Tensor, x: Tensor, transform: Transform, wanted: Wanted = (None, None)
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return this rank's ``[sum(dy) (C) | sum(dy * xhat) (C)]``, dweight and dbias.
+
+    With ``xhat = (x - mean) * invstd``. The gradients of the parameters are these sums, rounded.
 
     Args:
         dy: gradient of the output, shape and dtype of x; what comes through the ReLU counts.
         x: shape ``[N, C, *]``.
         transform: of the forward pass, without residual.
+        wanted: weight and bias; None for each whose gradient is not.
 
     Returns:
-        float64, shape ``[2C]``.
+        The sums, float64, shape ``[2C]``; the gradients, shape ``[C]``, the dtype of the parameter
+        and memory of their own, or None where they are not wanted.
     """
     dims = reduced_dims(x)
     pivot, rest = split_mean(transform.mean, x.dtype)
     gradient = _through_relu(dy, x, transform).to(pivot.dtype)
     sum_dy = gradient.sum(dims).double()
     sum_dy_x = (gradient * (x - per_channel(pivot, x))).sum(dims).double()
-    return torch.cat([sum_dy, (sum_dy_x - rest * sum_dy) * transform.invstd])
+    sums = torch.cat([sum_dy, (sum_dy_x - rest * sum_dy) * transform.invstd])
+    return sums, *parameter_gradients(sums, *wanted)
 
 
 def backward_elemt(
@@ -149,13 +157,7 @@ def backward_elemt(
 def parameter_gradients(
     sums: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return dweight and dbias, of the dtypes of weight and bias, in new memory.
-
-    Args:
-        sums: :func:`backward_reduce` of this rank: float64, shape ``[2C]``.
-        weight: shape ``[C]``, or None if its gradient is not needed.
-        bias: shape ``[C]``, or None if its gradient is not needed.
-    """
+    """Return dweight and dbias; see :func:`backward_reduce`."""
     sum_dy, sum_dy_xhat = sums.split(sums.numel() // 2)
     dweight = None if weight is None else sum_dy_xhat.to(weight.dtype, copy=True)
     return dweight, None if bias is None else sum_dy.to(bias.dtype, copy=True)

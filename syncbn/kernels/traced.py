@@ -13,9 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncbn.kernels.reference import parameter_gradients as parameter_gradients
 from syncbn.kernels.reference import per_channel, reduced_dims
-from syncbn.kernels.transform import Forward, Running, Transform
+from syncbn.kernels.transform import Forward, Running, Transform, Wanted
 from syncbn.moments import Moments
 
 
@@ -38,9 +37,12 @@ def normalize(
     return _output(x, statistics, how, residual), statistics
 
 
-def backward_reduce(dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
+def backward_reduce(
+    dy: Tensor, x: Tensor, transform: Transform, wanted: Wanted = (None, None)
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See :func:`syncbn.kernels.reference.backward_reduce`."""
-    return torch.cat(_sums(_through_relu(dy, x, transform), x, transform))
+    sums = _sums(_through_relu(dy, x, transform), x, transform)
+    return torch.cat(sums), *_parameter_gradients(sums, wanted)
 
 
 def backward_elemt(
@@ -67,7 +69,7 @@ def backward_alone(
     dy: Tensor,
     x: Tensor,
     transform: Transform,
-    wanted: tuple[Tensor | None, Tensor | None],
+    wanted: Wanted,
     may_overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """See :func:`syncbn.kernels.alone.backward`."""
@@ -76,9 +78,7 @@ def backward_alone(
     has_count = transform.statistics.numel() > 2 * x.shape[1]
     values = transform.values if has_count else max(_values(x), 1)
     dx = _input_gradient(dy, x, transform, sums, values)
-    weight, bias = wanted
-    dweight = None if weight is None else sums[1].to(weight.dtype)
-    return torch.cat(sums), dx, dweight, None if bias is None else sums[0].to(bias.dtype)
+    return torch.cat(sums), dx, *_parameter_gradients(sums, wanted)
 
 
 def _values(x: Tensor) -> int:
@@ -95,6 +95,14 @@ def _sums(dy: Tensor, x: Tensor, transform: Transform) -> tuple[Tensor, Tensor]:
     mean, invstd = _halves(x, transform.statistics)
     dims, wide = reduced_dims(x), dy.double()
     return wide.sum(dims), (wide * (x - per_channel(mean, x))).sum(dims) * invstd
+
+
+def _parameter_gradients(
+    sums: tuple[Tensor, Tensor], wanted: Wanted
+) -> tuple[Tensor | None, Tensor | None]:
+    weight, bias = wanted
+    dweight = None if weight is None else sums[1].to(weight.dtype)
+    return dweight, None if bias is None else sums[0].to(bias.dtype)
 
 
 def _scale(invstd: Tensor, weight: Tensor | None) -> Tensor:

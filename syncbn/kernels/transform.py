@@ -9,10 +9,13 @@ one operation and has the same error as the rounded mean.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+#: Weight and bias; None for each whose gradient is not wanted.
+Wanted: TypeAlias = "tuple[Tensor | None, Tensor | None]"
 
 
 class Transform(NamedTuple):

@@ -56,7 +56,13 @@ void normalize(Input in, const double* message, double eps, Transform transform,
   });
 }
 
-void backward_reduce(Input in, Transform transform, Operand dy, double* out) {
+void write_parameter_gradients(const double* sums, int64_t channels, ParameterGradients out) {
+  if (out.weight.data != nullptr) write_all(sums + channels, channels, out.weight);
+  if (out.bias.data != nullptr) write_all(sums, channels, out.bias);
+}
+
+void backward_reduce(Input in, Transform transform, Operand dy, double* out,
+                     ParameterGradients gradients) {
   int64_t channels = in.shape.channels;
   Scratch<Sums> sums(channels);
   with_type(in.dtype, [&](auto t) {
@@ -67,6 +73,7 @@ void backward_reduce(Input in, Transform transform, Operand dy, double* out) {
     form(in, dy, all.data(), sums.data());
     write_gradient_sums(sums.data(), all.rest(), transform.statistics + channels, channels, out);
   });
+  write_parameter_gradients(out, channels, gradients);
 }
 
 void backward_elemt(Input in, Transform transform, const double* sums, Operand dy, Operand dx) {
@@ -78,11 +85,6 @@ void backward_elemt(Input in, Transform transform, const double* sums, Operand d
     auto form = transform.relu ? map<InputGradient<true>, T> : map<InputGradient<false>, T>;
     form(in, dy, dx, all.data());
   });
-}
-
-void parameter_gradients(const double* sums, int64_t channels, Numbers weight, Numbers bias) {
-  if (weight.data != nullptr) write_all(sums + channels, channels, weight);
-  if (bias.data != nullptr) write_all(sums, channels, bias);
 }
 
 void forward_alone(Input in, double eps, Transform transform, Operand residual, Operand y,
@@ -103,7 +105,8 @@ void forward_alone(Input in, double eps, Transform transform, Operand residual, 
   move_running(message.data(), in.shape.channels, running);
 }
 
-void backward_alone(Input in, Transform transform, Operand dy, double* sums, Operand dx) {
+void backward_alone(Input in, Transform transform, Operand dy, double* sums,
+                    ParameterGradients gradients, Operand dx) {
   Numbers weight = transform.weight, bias = transform.bias;
   each_tile(in, [&](const Tile& tile) {
     Scratch<double> own(2 * tile.numbers());
@@ -111,14 +114,14 @@ void backward_alone(Input in, Transform transform, Operand dy, double* sums, Ope
     tile.gather(transform.statistics, own_statistics);
     own_statistics[2 * tile.channels] = transform.statistics[2 * in.shape.channels];
     Transform part{own_statistics, tile.of(weight), tile.of(bias), transform.relu};
-    backward_reduce(tile.of(in), part, tile.of(dy), own_sums);
+    backward_reduce(tile.of(in), part, tile.of(dy), own_sums, {});
     backward_elemt(tile.of(in), part, own_sums, tile.of(dy), tile.of(dx));
     tile.scatter(own_sums, sums);
   });
+  write_parameter_gradients(sums, in.shape.channels, gradients);
 }
 
 }  // namespace
 
-extern const Kernels SYNCBN_KERNELS = {moments,        normalize,           backward_reduce,
-                                       backward_elemt, parameter_gradients, forward_alone,
-                                       backward_alone};
+extern const Kernels SYNCBN_KERNELS = {moments,        normalize,     backward_reduce,
+                                       backward_elemt, forward_alone, backward_alone};

@@ -40,19 +40,23 @@ struct Running {
   double momentum;
 };
 
+// Gradients of weight and bias to write, or none.
+struct ParameterGradients {
+  Numbers weight, bias;
+};
+
 // The functions of reference.py. They throw std::bad_alloc.
 struct Kernels {
   void (*moments)(Input, double* message);
   // Writes the statistics of the transform, too.
   void (*normalize)(Input, const double* message, double eps, Transform, Operand residual,
                     Operand y, Running);
-  void (*backward_reduce)(Input, Transform, Operand dy, double* sums);
+  void (*backward_reduce)(Input, Transform, Operand dy, double* sums, ParameterGradients);
   void (*backward_elemt)(Input, Transform, const double* sums, Operand dy, Operand dx);
-  // Writes those that are there.
-  void (*parameter_gradients)(const double* sums, int64_t channels, Numbers weight, Numbers bias);
-  // The first four in two, for who has no other rank to wait for.
+  // The functions above in two, for who has no other rank to wait for.
   void (*forward_alone)(Input, double eps, Transform, Operand residual, Operand y, Running);
-  void (*backward_alone)(Input, Transform, Operand dy, double* sums, Operand dx);
+  void (*backward_alone)(Input, Transform, Operand dy, double* sums, ParameterGradients,
+                         Operand dx);
 };
 
 extern const Kernels kernels_baseline;
