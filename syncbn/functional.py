@@ -153,13 +153,13 @@ def check_parameters(
         ValueError: a length that is not C, another device than the input's, another dtype (float32
             goes with half inputs, too), or a DTensor.
     """
-    shape, dtype, device = (input.shape[1],), input.dtype, input.device
+    channels, dtype, device = input.shape[1], input.dtype, input.device
     for name, tensor in zip(_PER_CHANNEL, (weight, bias, running_mean, running_var), strict=True):
         if tensor is None:
             continue
         fits = tensor.dtype == dtype or (dtype in _HALVES and tensor.dtype == torch.float32)
-        alike = fits and tensor.shape == shape and tensor.device == device
-        if not alike or _is_sharded(tensor):
+        is_vector = tensor.ndim == 1 and tensor.numel() == channels
+        if not fits or not is_vector or tensor.device != device or _is_sharded(tensor):
             raise ValueError(_misfit(input, name, tensor))
 
 

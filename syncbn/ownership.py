@@ -13,6 +13,8 @@ from syncbn.modes import is_watched
 
 # Not in every version of torch.
 _COUNT = "_use_count"
+# Bytes. What is smaller lies in the cache, as new memory does: nothing is gained by asking.
+_SMALL = 1 << 16
 
 
 class Owners(NamedTuple):
@@ -48,13 +50,16 @@ def is_unshared(gradient: Tensor, references: int) -> bool:
     """Return whether nobody but a running backward function will look at a gradient again.
 
     The engine itself asks this before it adds gradients in place. What is counted for a gradient
-    that is nobody else's depends on the interpreter and on torch, and is found out with one.
+    that is nobody else's depends on the interpreter and on torch, and is found out with one. Of
+    small gradients this says no: their memory is not worth the question.
 
     Args:
         gradient: the argument ``dy`` of a ``backward(ctx, dy)``.
         references: `sys.getrefcount` of it, called there.
     """
-    if not hasattr(gradient, _COUNT) or gradient.requires_grad or _is_seen():
+    if gradient.nbytes < _SMALL or not hasattr(gradient, _COUNT):
+        return False
+    if gradient.requires_grad or _is_seen():
         return False
     if not _is_of_torch(gradient):
         return False

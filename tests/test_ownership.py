@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import syncbn
 from tests.kernels import needs_cpp
 
+# Large enough for its memory to be worth asking for.
+SHAPE = (4, 3, 80, 80)
 Keep = Callable[[Tensor], Any]
 Read = Callable[[Any], Tensor]
 
@@ -40,7 +42,7 @@ def layer() -> syncbn.SyncBatchNorm2d:
 
 def images(requires_grad: bool = True) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(4, 3, 5, 5, generator=generator).requires_grad_(requires_grad)
+    return torch.randn(SHAPE, generator=generator).requires_grad_(requires_grad)
 
 
 @needs_cpp
@@ -76,7 +78,7 @@ def test_what_a_hook_keeps_stays(kept: str) -> None:
 
 def test_memory_of_numpy_stays() -> None:
     """A tensor that wraps an array is counted as if nobody else had it."""
-    array = np.ones((4, 3, 5, 5), dtype=np.float32)
+    array = np.ones(SHAPE, dtype=np.float32)
     y = layer()(images())
     y.register_hook(lambda _: torch.from_numpy(array))
     (y * y).sum().backward()
@@ -98,7 +100,7 @@ def trace(frame, event, argument):
     return trace
 
 def step(keep):
-    x = torch.randn(4, 3, 5, 5, requires_grad=True)
+    x = torch.randn(4, 3, 80, 80, requires_grad=True)
     y = syncbn.SyncBatchNorm2d(3)(x)
     y.register_hook(keep)
     (y * y).sum().backward()
@@ -126,7 +128,7 @@ def test_who_watches_the_first_gradient_does_not_count_later(by: str) -> None:
 
 
 def test_what_the_user_passes_stays() -> None:
-    y, dy = layer()(images()), torch.randn(4, 3, 5, 5)
+    y, dy = layer()(images()), torch.randn(SHAPE)
     before = dy.clone()
     y.backward(dy)
     assert torch.equal(dy, before)

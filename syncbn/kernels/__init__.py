@@ -75,7 +75,7 @@ def choose(name: str, x: Tensor, *others: Tensor | None) -> Kernel:
             found = cpu.load()
             # Of subclasses of tensors, and where calls of torch are recorded or replaced, the
             # formulas are what is sure to work.
-            plain = {type(x), *map(type, others)} <= _PLAIN and not is_watched()
+            plain = type(x) in _PLAIN and _PLAIN.issuperset(map(type, others)) and not is_watched()
             return found if plain and not isinstance(found, str) else reference
         case (("auto" | "aten_cuda"), "cuda"):
             return aten_cuda
