@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from syncbn import kernels
-from syncbn.autograd import Call, normalize
+from syncbn.autograd import Call, finish, normalize
 from syncbn.distributed.collectives import communicating_group
 from syncbn.kernels import Running
 
@@ -19,7 +19,7 @@ Activation = Literal["relu"]
 
 _HALVES = (torch.float16, torch.bfloat16)
 _PLAIN = (Tensor, Parameter)
-_PER_CHANNEL = ("weight", "bias", "running_mean", "running_var")
+_PER_CHANNEL = ("running_mean", "running_var", "weight", "bias")
 
 
 def sync_batch_norm(
@@ -56,7 +56,8 @@ def sync_batch_norm(
         eps: added to the variance.
         process_group: the ranks whose batches count as one; None for all ranks. Without an
             initialized torch.distributed this process is alone.
-        residual: added to what is normalized; shape and dtype of the input.
+        residual: added to what is normalized, as torch adds; in the same pass over the memory if it
+            has the shape and dtype of the input.
         activation: "relu", applied last, or None. ``relu(batch_norm(input) + residual)`` takes one
             pass over the memory.
         mask: bool, true where the input counts, shape ``[N, *]`` or ``[N, 1, *]``, or what
@@ -68,10 +69,9 @@ def sync_batch_norm(
 
     Raises:
         ValueError: an input that is not floating, has fewer than two dimensions or no channels;
-            tensors whose length is not C, or whose dtype or device does not go with the input's; a
-            residual unlike the input, or an unknown activation; a group this rank is not in;
-            running averages missing outside training; or, on CPU, a single value per channel in
-            the whole group.
+            tensors whose length is not C, or whose dtype or device does not go with the input's; an
+            unknown activation; a group this rank is not in; running averages missing outside
+            training; or, on CPU, a single value per channel in the whole group.
         RuntimeError: the transport failed or timed out, or the ranks disagree (debug level).
 
     Reference:
@@ -79,15 +79,15 @@ def sync_batch_norm(
     """
     check_input(input)
     check_parameters(input, weight, bias, running_mean, running_var)
-    check_residual(input, residual, activation)
+    check_activation(activation)
     mask = None if mask is None else check_mask(input, mask)
     if not training:
         if running_mean is None or running_var is None:
             raise ValueError(
                 "got no running_mean or running_var; expected both when training is False"
             )
-        y = F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
-        return finish(y, residual, activation, mask)
+        numbers = running_mean, running_var, weight, bias, eps
+        return evaluate(input, *numbers, residual, activation, mask)
     group = communicating_group(process_group)
     chosen = kernels.choose(kernel, input, weight, bias, running_mean, running_var, residual)
     running = Running(running_mean, running_var, None, momentum)
@@ -95,20 +95,23 @@ def sync_batch_norm(
     return normalize(input, weight, bias, residual, mask, call)
 
 
-def finish(
-    y: Tensor, residual: Tensor | None, activation: Activation | None, mask: Tensor | None
+def evaluate(
+    input: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: Activation | None,
+    mask: Tensor | None,
 ) -> Tensor:
-    """Return what comes after the normalization.
-
-    Args:
-        y: what has been normalized; may be overwritten.
-        residual: added to it, or None.
-        activation: applied last, or None.
-        mask: from :func:`check_mask`, or None.
-    """
-    y = y if residual is None else y + residual
-    y = y if activation is None else y.relu_()
-    return y if mask is None else torch.where(mask, y, 0)
+    """Normalize with the running averages; the arguments have been checked."""
+    if mask is not None:
+        # Nor may it come into the gradients of the parameters.
+        input = torch.where(mask, input, 0)
+    y = F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
+    return finish(y, residual, activation is not None, mask)
 
 
 def check_input(input: Tensor) -> None:
@@ -154,7 +157,7 @@ def check_parameters(
             goes with half inputs, too), or a DTensor.
     """
     channels, dtype, device = input.shape[1], input.dtype, input.device
-    for name, tensor in zip(_PER_CHANNEL, (weight, bias, running_mean, running_var), strict=True):
+    for name, tensor in zip(_PER_CHANNEL, (running_mean, running_var, weight, bias), strict=True):
         if tensor is None:
             continue
         fits = tensor.dtype == dtype or (dtype in _HALVES and tensor.dtype == torch.float32)
@@ -193,23 +196,14 @@ def _misfit(input: Tensor, name: str, tensor: Tensor) -> str:
     )
 
 
-def check_residual(input: Tensor, residual: Tensor | None, activation: Activation | None) -> None:
-    """Check what comes after the normalization.
+def check_activation(activation: object) -> None:
+    """Check an activation.
 
     Raises:
-        ValueError: a residual of another shape, dtype or device than the input; an unknown
-            activation.
+        ValueError: neither "relu" nor None.
     """
-    if activation not in (None, "relu"):
+    if activation is not None and activation != "relu":
         raise ValueError(f"got activation {activation!r}; expected 'relu' or None")
-    if residual is None:
-        return
-    for what in ("shape", "dtype", "device"):
-        got, expected = getattr(residual, what), getattr(input, what)
-        if got != expected:
-            raise ValueError(
-                f"got a residual of {what} {got}; expected that of the input, {expected}"
-            )
 
 
 def check_mask(input: Tensor, mask: Tensor) -> Tensor:
@@ -219,6 +213,8 @@ def check_mask(input: Tensor, mask: Tensor) -> Tensor:
         ValueError: not a bool tensor on the input's device that broadcasts to ``[N, *]`` or
             ``[N, 1, *]``.
     """
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"got a mask of type {type(mask).__name__}; expected a bool tensor")
     shape = (input.shape[0], 1, *input.shape[2:])
     wide = mask.unsqueeze(1) if mask.ndim == input.ndim - 1 else mask
     fits = wide.ndim == input.ndim and all(

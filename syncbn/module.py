@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -17,11 +16,11 @@ from syncbn.distributed.collectives import communicating_group
 from syncbn.distributed.groups import GroupLike, resolve_group
 from syncbn.functional import (
     Activation,
+    check_activation,
     check_input,
     check_mask,
     check_parameters,
-    check_residual,
-    finish,
+    evaluate,
 )
 from syncbn.kernels import Running, choose
 
@@ -65,7 +64,8 @@ class SyncBatchNorm(_BatchNorm):
         device: of parameters and buffers.
         dtype: of parameters and running averages.
         bias: with ``affine``, have a bias.
-        activation: "relu", applied last in the same pass over the memory, or None.
+        activation: "relu", applied last in the same pass over the memory, or None. What makes
+            other layers of this one, such as ``torch.nn.utils.fusion``, does not know of it.
 
     Attributes:
         sync_kernel: name of the module of :mod:`syncbn.kernels` that computes; "auto" chooses.
@@ -134,8 +134,8 @@ class SyncBatchNorm(_BatchNorm):
 
         Args:
             input: shape ``[N, C, *]``.
-            residual: added to what is normalized, before the activation; shape and dtype of the
-                input, or None.
+            residual: added to what is normalized, before the activation, as torch adds; in the same
+                pass if it has the shape and dtype of the input. Or None.
             mask: bool, true where the input counts, shape ``[N, *]`` or ``[N, 1, *]``, or what
                 broadcasts to it; None for everywhere. Elsewhere the output is zero.
         """
@@ -148,11 +148,10 @@ class SyncBatchNorm(_BatchNorm):
             )
         weight, bias, mean, var, tracked = self._tensors()
         check_parameters(input, weight, bias, mean, var)
-        check_residual(input, residual, self.activation)
         mask = None if mask is None else check_mask(input, mask)
         if not self.training and mean is not None and var is not None:
-            y = F.batch_norm(input, mean, var, weight, bias, False, 0.0, self.eps)
-            return finish(y, residual, self.activation, mask)
+            numbers = mean, var, weight, bias, self.eps
+            return evaluate(input, *numbers, residual, self.activation, mask)
         # In evaluation without running averages the batch is that of this rank, as in torch.
         group = self.communicating_group() if self.training else None
         kernel = choose(self.sync_kernel, input, weight, bias, mean, var, residual)
@@ -186,6 +185,12 @@ class SyncBatchNorm(_BatchNorm):
         """Return what ``print`` shows of the layer."""
         text = super().extra_repr()
         return text if self.activation is None else f"{text}, activation={self.activation!r}"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "activation":
+            # A module would be registered, and not be seen.
+            check_activation(value)
+        super().__setattr__(name, value)
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         """Return weight, bias, running averages and counter."""
@@ -222,6 +227,8 @@ class SyncBatchNorm(_BatchNorm):
         clone = type(self).__new__(type(self))
         memo[id(self)] = clone
         clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        # What accumulates is the original.
+        clone.__dict__.pop("pending_moments", None)
         return clone
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -101,3 +102,15 @@ def test_once_at_a_time() -> None:
             pass
         layer(torch.randn(4, 3))
     assert layer.num_batches_tracked == 1
+
+
+def test_copies_do_not_accumulate() -> None:
+    layer = syncbn.SyncBatchNorm(3)
+    with syncbn.accumulate_statistics(layer):
+        layer(torch.randn(4, 3))
+        clone = copy.deepcopy(layer)
+    clone(torch.randn(4, 3))
+    assert clone.num_batches_tracked == 1
+    with syncbn.accumulate_statistics(clone):
+        clone(torch.randn(4, 3))
+    assert clone.num_batches_tracked == 2

@@ -141,3 +141,35 @@ def test_other_masks_are_errors(mask: Tensor, training: bool) -> None:
     with pytest.raises(ValueError, match=r"got a mask of shape .*expected torch.bool there"):
         layer(torch.randn(4, C, 6), mask=mask)
     assert layer.num_batches_tracked == 0
+
+
+def test_nan_that_does_not_count_has_no_effect_in_evaluation() -> None:
+    layer, generator = syncbn.SyncBatchNorm2d(3).eval(), torch.Generator().manual_seed(0)
+    mask = torch.rand(2, 4, 4, generator=generator) > 0.5
+    x = torch.randn(2, 3, 4, 4, generator=generator).masked_fill(~mask[:, None], float("nan"))
+    x.requires_grad_()
+    layer(x, mask=mask).square().sum().backward()
+    for gradient in (x.grad, layer.weight.grad, layer.bias.grad):
+        assert gradient is not None
+        assert gradient.isfinite().all()
+
+
+def _one_value(rank: int) -> str:
+    layer = syncbn.SyncBatchNorm1d(3)
+    x = torch.randn([1, 4][rank], 3, [1, 5][rank])
+    mask = torch.full((len(x), x.shape[2]), rank == 0)
+    with pytest.raises(ValueError, match="a single value per channel") as caught:
+        layer(x, mask=mask)
+    return str(caught.value)
+
+
+def test_one_value_that_counts_is_an_error_on_every_rank(two_ranks: Ranks) -> None:
+    """A rank with more values, none of which counts, went on, and waited in its backward pass."""
+    assert len(two_ranks.run(_one_value)) == 2
+
+
+def test_one_value_that_counts_alone() -> None:
+    mask = torch.zeros(2, 4, dtype=torch.bool)
+    mask[1, 2] = True
+    with pytest.raises(ValueError, match="a single value per channel"):
+        syncbn.SyncBatchNorm1d(3)(torch.randn(2, 3, 4), mask=mask)

@@ -206,7 +206,7 @@ def test_what_trains_also_runs(
     if allowed:
         assert layer(x).dtype == dtype
         return
-    with pytest.raises(ValueError, match=f"dtype {dtype} and a weight of dtype {parameters}"):
+    with pytest.raises(ValueError, match=f"dtype {dtype} and a running_mean of dtype {parameters}"):
         layer(x)
 
 

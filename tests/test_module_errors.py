@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -54,3 +55,21 @@ def test_functional_names_the_tensor_of_the_wrong_length() -> None:
         syncbn.sync_batch_norm(x, three, three, weight=torch.ones(4), training=True)
     with pytest.raises(ValueError, match="expected both when training is False"):
         syncbn.sync_batch_norm(x, None, None)
+
+
+@pytest.mark.parametrize("activation", ["gelu", nn.ReLU(), torch.relu])
+def test_unknown_activations(activation: object) -> None:
+    """A module was registered, printed, and not applied."""
+    wrong: Any = activation
+    with pytest.raises(ValueError, match="expected 'relu' or None"):
+        syncbn.SyncBatchNorm2d(3, activation=wrong)
+    layer = syncbn.SyncBatchNorm2d(3)
+    with pytest.raises(ValueError, match="expected 'relu' or None"):
+        layer.activation = wrong
+    assert "activation" not in str(layer)
+
+
+def test_a_mask_that_is_no_tensor() -> None:
+    wrong: Any = [True]
+    with pytest.raises(ValueError, match="got a mask of type list; expected a bool tensor"):
+        syncbn.SyncBatchNorm2d(3)(torch.randn(2, 3, 4, 4), mask=wrong)

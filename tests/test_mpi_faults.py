@@ -54,6 +54,26 @@ def test_survivors_of_a_kill_name_the_operation_and_the_rank(launch: Launch) -> 
     assert_gone(job, 3)
 
 
+WITHOUT_LAYERS = """
+join()
+model = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
+for step in range(10**6):
+    if rank == 1 and step == 5:
+        os.kill(os.getpid(), 9)
+    model(torch.randn(4, 3)).sum().backward()
+"""
+
+
+def test_an_error_of_a_future_is_an_error_of_backward(launch: Launch) -> None:
+    """DDP took the first of the tensors that it found in the exception, of none, and crashed."""
+    job = launch("openmpi", 3, WITHOUT_LAYERS, lenient=True)
+    job.finish()
+    for survivor in (0, 2):
+        assert re.search(rf"all_reduce #\d+ .* on rank {survivor} of 3", job.output), job.output
+    assert "Segmentation" not in job.output
+    assert_gone(job, 3)
+
+
 @pytest.mark.parametrize("transport", MPIS)
 def test_an_exception_on_one_rank_ends_the_job(launch: Launch, transport: str) -> None:
     job = launch(

@@ -25,11 +25,14 @@ def normalize(
         x: shape ``[N, C, *]``.
         weight: shape ``[C]``, or None for ones.
         bias: shape ``[C]``, or None for zeros.
-        residual: added before the ReLU; shape and dtype of x, or None.
+        residual: added before the ReLU, or None.
         mask: bool, true where x counts; broadcasts against x and has one channel. None for
             everywhere. Elsewhere the output is zero.
         call: the rest.
     """
+    if residual is not None and not _is_alike(x, residual):
+        y = normalize(x, weight, bias, None, mask, call._replace(relu=False))
+        return finish(y, residual, call.relu, mask)
     if mask is not None:
         x, absent = masking.fill(x, mask)
         call = call._replace(absent=absent)
@@ -40,3 +43,24 @@ def normalize(
             residual = x.view_as(x)
         y = SyncBatchNormFunction.apply(x, weight, bias, residual, call)
     return y if mask is None else torch.where(mask, y, 0)
+
+
+def finish(y: Tensor, residual: Tensor | None, relu: bool, mask: Tensor | None) -> Tensor:
+    """Return what comes after the normalization, in passes of its own.
+
+    Args:
+        y: what has been normalized; may be overwritten.
+        residual: added to it, or None.
+        relu: whether a ReLU comes then.
+        mask: true where values count; broadcasts against y. None for everywhere.
+    """
+    y = y if residual is None else y + residual
+    y = y.relu_() if relu else y
+    return y if mask is None else torch.where(mask, y, 0)
+
+
+def _is_alike(x: Tensor, residual: object) -> bool:
+    """Return whether the kernels take a residual."""
+    if not isinstance(residual, Tensor):
+        return False
+    return (x.shape, x.dtype, x.device) == (residual.shape, residual.dtype, residual.device)

@@ -95,7 +95,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
             message, is_new = group_message(x, call)
             how = how if is_new else how._replace(running=None)
             y, statistics = kernel.normalize(x, message, how, residual)
-        _refuse_one_value(x, statistics, call.label)
+        _refuse_one_value(x, statistics, call)
 
         masks = call.relu and residual is not None
         ctx.save_for_backward(x, weight, bias, statistics, y if masks else None)
@@ -133,14 +133,16 @@ def _through_relu(dy: Tensor, y: Tensor, may_overwrite: bool) -> Tensor:
     return found
 
 
-def _refuse_one_value(x: Tensor, statistics: Tensor, label: str) -> None:
-    # With more values here there are more in the group. On other devices reading the count would
-    # stall them; everywhere kernels keep such a batch out of the averages.
-    if torch.compiler.is_compiling():
+def _refuse_one_value(x: Tensor, statistics: Tensor, call: Call) -> None:
+    # With more values here there are more in the group, unless some do not count. On other devices
+    # reading the count would stall them; everywhere kernels keep such a batch out of the averages.
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
         return
-    if x.numel() <= x.shape[1] and x.device.type == "cpu" and statistics[-1].item() == 1:
+    if call.absent is None and x.numel() > x.shape[1]:
+        return
+    if statistics[-1].item() == 1:
         raise ValueError(
-            f"{label}: got a single value per channel in the whole group (input of shape "
+            f"{call.label}: got a single value per channel in the whole group (input of shape "
             f"{tuple(x.shape)} on this rank); expected at least two in training, since the "
             "variance of one value is zero"
         )

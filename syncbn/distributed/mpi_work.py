@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -248,7 +248,19 @@ class MPIWork(dist.Work):
             future.set_result(self._results)
         else:
             self._watch.has_told = True
-            future.set_exception(self._error)  # type: ignore[arg-type]  # the stub is wrong
+            failed = _FutureError(str(self._error))
+            future.set_exception(failed)  # type: ignore[arg-type]  # the stub is wrong
+
+
+class _FutureError(RuntimeError):
+    """An error as the value of a future, which is how torch keeps one that Python sets.
+
+    DDP's C++ looks for tensors in any value, by pickling it, and takes the first: of none, which is
+    a crash. So this one is raised by whoever pickles it.
+    """
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise self
 
 
 class _ResultsFuture(torch.futures.Future[list[Tensor]]):

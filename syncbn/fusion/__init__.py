@@ -56,13 +56,13 @@ def fuse(model: nn.Module) -> Fusion:
     get another forward: they keep their identity, children and hooks, and a ``state_dict`` stays
     as it is.
 
-    Left alone is what could change: layers that are called or registered twice or have hooks,
-    additions after something that works in place, and modules whose forward depends on its inputs,
-    on the mode, or on optional arguments (``skipped`` says why). Residuals must have shape and
-    dtype of what they are added to; else the layer raises.
+    Rewritten are forwards that call children and functions of torch, and assign; ``skipped`` says
+    what others do besides. Left alone are layers that are called or registered twice, or have
+    hooks. Messages stay in their order: ranks may fuse what others do not.
 
-    The order of layers may change, so every rank must fuse. Whole models cannot be pickled while
-    they are fused; copies by ``deepcopy`` stay fused.
+    Layers must not be called from elsewhere than the forwards of the model. ReLUs that are fused
+    are not called any more, nor are children that are added to a fused module later. Whole models
+    cannot be pickled while they are fused; copies by ``deepcopy`` stay fused.
 
     Args:
         model: with layers that :func:`syncbn.convert_sync_batchnorm` has made.

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, Node
 
+from syncbn.module import SyncBatchNorm
+
 _RELUS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 _ADDS_IN_PLACE = {operator.iadd, "add_"}
 _ADDS = {operator.add, torch.add, "add", *_ADDS_IN_PLACE}
@@ -52,8 +54,8 @@ def places(root: nn.Module, graph: Graph, norms: set[str]) -> list[Place]:
         if _is_call_of(before, norms):
             found.append(Place(before, None, relu))
             continue
-        norm = _added_to(before, norms)
-        if norm and not any(_may_write(root, node) for node in _between(norm, before)):
+        norm = _added_to(root, before, norms)
+        if norm is not None:
             found.append(Place(norm, before, relu))
     return found
 
@@ -82,7 +84,7 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _added_to(add: Node, norms: set[str]) -> Node | None:
+def _added_to(root: nn.Module, add: Node, norms: set[str]) -> Node | None:
     """Return the call of the layer to which an addition adds something."""
     plain = add.op in ("call_function", "call_method") and add.target in _ADDS
     if not plain or add.kwargs or len(add.args) != 2:
@@ -90,12 +92,37 @@ def _added_to(add: Node, norms: set[str]) -> Node | None:
     left, right = add.args
     if not isinstance(left, Node) or not isinstance(right, Node) or left is right:
         return None
-    # An addition in place changes what stands on its left, which others may use.
-    for side in (left,) if add.target in _ADDS_IN_PLACE else (left, right):
+    # An addition in place changes what stands on its left, which others may have, too; not if a
+    # layer has just made it.
+    new = _only_used_here(left) is not None and _is_call_of(left, norms)
+    for side in (left, right) if new or add.target not in _ADDS_IN_PLACE else (left,):
         norm = _only_used_here(side)
-        if norm is not None and _is_call_of(norm, norms) and takes_one_argument(norm):
+        if norm is None or not _is_call_of(norm, norms) or not takes_one_argument(norm):
+            continue
+        if _can_wait(root, norm, add):
             return norm
     return None
+
+
+def _can_wait(root: nn.Module, norm: Node, add: Node) -> bool:
+    """Return whether a layer, or what ends in one, may be called when its output is added.
+
+    Messages stay in their order, so that ranks may fuse what others do not, and a call of more than
+    a layer stays where it is: it may write, or draw random numbers.
+    """
+    between = list(_between(norm, add))
+    if not between:
+        return True
+    if not isinstance(root.get_submodule(str(norm.target)), SyncBatchNorm):
+        return False
+    return not any(_sends(root, node) or _may_write(root, node) for node in between)
+
+
+def _sends(root: nn.Module, node: Node) -> bool:
+    if node.op != "call_module":
+        return False
+    children = root.get_submodule(str(node.target)).modules()
+    return any(isinstance(child, SyncBatchNorm) for child in children)
 
 
 def _between(first: Node, last: Node) -> Iterator[Node]:

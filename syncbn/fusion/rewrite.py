@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from typing import Any, NamedTuple, NoReturn
 
@@ -47,7 +48,7 @@ class Rewriting:
         everything = model.named_modules(remove_duplicate=False)
         self._registered = Counter(module for _, module in everything)
         self._endings: dict[nn.Module, _Ending] = {}
-        self._classes: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
+        self._changed: dict[nn.Module, Graph] = {}
 
     def run(self) -> None:
         """Find all places and rewrite them."""
@@ -74,6 +75,7 @@ class Rewriting:
             elif module in graphs:
                 self._rewrite(module, graphs[module], once)
         self.fused = {name: self.fused[name] for name in self._names.values() if name in self.fused}
+        self._apply()
 
     def _rewrite(self, module: nn.Module, graph: Graph, once: set[nn.Module]) -> None:
         norms = {
@@ -85,7 +87,7 @@ class Rewriting:
         for place in found:
             self._fuse(module, graph, place)
         if found:
-            self._install(module, graph)
+            self._changed[module] = graph
         last = last_call(graph)
         if last is not None and module in once and self._is_mine(module):
             ends = module.get_submodule(str(last.target)) in self._endings
@@ -107,7 +109,6 @@ class Rewriting:
             for node in (relu, add, norm):
                 graph.erase_node(node)
         layer = self._take(child, add is not None)
-        layer.activation = "relu"
         self.layers.append(layer)
         self.fused[self._names[layer]] = "relu" if add is None else "residual, relu"
 
@@ -123,19 +124,22 @@ class Rewriting:
             with graph.inserting_after(parameter):
                 residual = graph.placeholder(_RESIDUAL, default_value=None)
             _give(child, call, residual)
-            self._install(module, graph)
+            self._changed[module] = graph
         return self._take(child, passes_residual)
 
-    def _install(self, module: nn.Module, graph: Graph) -> None:
-        kind = type(module)
-        before = next((before for known, before, _ in self.modules if known is module), kind)
-        self.modules = [entry for entry in self.modules if entry[0] is not module]
-        # Modules of one class and forward stay of one class, for compilers to see that.
-        what = before, source(graph)
-        if what not in self._classes:
-            self._classes[what] = _fused(before, graph)
-        module.__class__ = self._classes[what]
-        self.modules.append((module, before, self._classes[what]))
+    def _apply(self) -> None:
+        # Modules of one class and forward stay of one class, for compilers to see that. All are
+        # made before the first is used: a class may forbid to be derived from.
+        classes: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
+        for module, graph in self._changed.items():
+            what = type(module), source(graph)
+            if what not in classes:
+                classes[what] = _fused(type(module), graph)
+            self.modules.append((module, type(module), classes[what]))
+        for module, _, fused in self.modules:
+            module.__class__ = fused
+        for layer in self.layers:
+            layer.activation = "relu"
 
     def _is_mine(self, module: nn.Module) -> bool:
         """Return whether a module has one place in the model, and nobody sees what it returns."""
@@ -151,16 +155,24 @@ def _fused(kind: type[nn.Module], graph: Graph) -> type[nn.Module]:
     namespace = {
         "__module__": kind.__module__,
         "forward": compiled(graph),
-        # Ours copies any module; the default would ask __reduce_ex__.
-        "__deepcopy__": SyncBatchNorm.__deepcopy__,
         "__reduce_ex__": _refuse,
     }
+    if not hasattr(kind, "__deepcopy__"):
+        namespace["__deepcopy__"] = _deepcopy  # the default would ask __reduce_ex__
     return type(f"Fused{kind.__name__}", (kind,), namespace)
 
 
 def _give(child: nn.Module, call: Node, residual: Node) -> None:
     argument = "residual" if isinstance(child, SyncBatchNorm) else _RESIDUAL
     call.kwargs = {**call.kwargs, argument: residual}
+
+
+def _deepcopy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    state = module.__getstate__() if hasattr(module, "__getstate__") else vars(module)
+    clone = type(module).__new__(type(module))
+    memo[id(module)] = clone
+    clone.__setstate__(copy.deepcopy(state, memo))
+    return clone
 
 
 def _refuse(module: nn.Module, protocol: Any) -> NoReturn:

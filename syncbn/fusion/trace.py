@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import nn
 from torch.fx import Graph, Node, Proxy, Tracer
+from torch.nn.utils import parametrize
 
 from syncbn.fusion.pattern import has_hooks
+from syncbn.fusion.readable import check_readable
 
 
 def _in_place(function: Callable[..., Any]) -> Callable[[Proxy, Any], Proxy]:
@@ -50,32 +52,25 @@ def trace(module: nn.Module) -> Graph:
     """Return the graph of a module's forward, without `nn.Identity`.
 
     Raises:
-        ValueError: it is not the same for all inputs, or not in training and evaluation; the
-            message says why.
+        ValueError: the graph would not be all of it; the message says why.
     """
     if "forward" in vars(module):
         raise ValueError("it has a forward of its own, which is not that of its class")
+    if type(module).__module__ == parametrize.__name__:
+        raise ValueError("it is parametrized")
     for parameter in inspect.signature(module.forward).parameters.values():
         if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
             raise ValueError(f"its forward takes {parameter}")
         if parameter.default is not parameter.empty:
             raise ValueError(f"its forward has an optional argument, {parameter.name}")
-    mode = module.training
-    graphs: list[Graph] = []
+    check_readable(module)
     try:
-        for training in (False, True):
-            module.training = training
-            graphs.append(_Shallow().trace(module))
+        graph = _Shallow().trace(module)
     except Exception as error:  # whatever a user's forward raises when it is given no tensors
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"torch.fx cannot trace its forward: {reason}") from error
-    finally:
-        module.training = mode
-    evaluation, training_graph = graphs
-    if source(evaluation) != source(training_graph):
-        raise ValueError("its forward is another one in training than in evaluation")
-    _drop_identities(module, training_graph)
-    return training_graph
+    _drop_identities(module, graph)
+    return graph
 
 
 def source(graph: Graph) -> str:

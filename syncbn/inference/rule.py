@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from syncbn.autograd import finish
 from syncbn.calibration.layers import Layer
-from syncbn.functional import check_input, check_parameters, finish
+from syncbn.functional import check_input, check_parameters
 from syncbn.kernels.transform import normalize_coefficients
 
 # One for each class met, so that layers of one class stay of one class.
@@ -81,7 +82,7 @@ class Ruled(_BatchNorm):
         trailing = (1,) * (input.dim() - 2)
         pivot, scale, shift = (number.reshape(*number.shape, *trailing) for number in numbers)
         y = torch.addcmul(shift, input - pivot, scale).to(input.dtype)
-        return finish(y, residual, getattr(self, "activation", None), None)
+        return finish(y, residual, getattr(self, "activation", None) is not None, None)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class has no name to import it by: it is made again from the one beneath.
