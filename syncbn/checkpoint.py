@@ -10,6 +10,7 @@ from types import TracebackType
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 Contexts = tuple[AbstractContextManager[object], AbstractContextManager[object]]
 
@@ -84,9 +85,8 @@ def checkpoint_contexts(context_fn: Callable[[], Contexts] | None = None) -> Con
     ``use_reentrant=False``. The recomputation then sends nothing and leaves the running averages
     alone; gradients are those without checkpointing. Without it, it would do both a second time.
 
-    Within such a region nothing is compiled: what was, runs eagerly. To compile, compile what calls
-    ``checkpoint``, without this ``context_fn``: a compiled recomputation sends its message again,
-    but moves no averages.
+    Where what calls ``checkpoint`` is compiled, the region is, too, and its recomputation sends its
+    message again, but moves no averages. A compiled module within a region runs eagerly there.
 
     Args:
         context_fn: another one, to be used at the same time: that of selective checkpointing.
@@ -105,12 +105,21 @@ def checkpoint_contexts(context_fn: Callable[[], Contexts] | None = None) -> Con
     Reference:
         Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016.
     """
+    if torch.compiler.is_compiling():
+        # Modes are all that a compiler takes here.
+        return _recompute_everything() if context_fn is None else context_fn()
     kept: list[Tensor] = []
     forward, recomputation = (None, None) if context_fn is None else context_fn()
     return (
         _During(lambda: _Forward(kept, current()), forward),
         _During(lambda: _Recomputation(kept), recomputation),
     )
+
+
+def _recompute_everything() -> Contexts:
+    recompute = CheckpointPolicy.PREFER_RECOMPUTE
+    found: Contexts = create_selective_checkpoint_contexts(lambda *_, **__: recompute)
+    return found
 
 
 class _During(AbstractContextManager[None]):

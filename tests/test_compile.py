@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -169,7 +170,7 @@ class Checkpointed(nn.Module):
 def _recomputed(rank: int, inside: bool) -> None:
     """Compile what calls checkpoint(), or what is called by it."""
     eager: Any = Checkpointed(context_fn=syncbn.checkpoint_contexts)
-    other: Any = Checkpointed(context_fn=syncbn.checkpoint_contexts) if inside else Checkpointed()
+    other: Any = copy.deepcopy(eager)
     compiled = other.region if inside else other
     compiled.compile(fullgraph=True, backend="aot_eager")
     for x in _batches(rank)[:2]:

@@ -173,3 +173,21 @@ def test_one_value_that_counts_alone() -> None:
     mask[1, 2] = True
     with pytest.raises(ValueError, match="a single value per channel"):
         syncbn.SyncBatchNorm1d(3)(torch.randn(2, 3, 4), mask=mask)
+
+
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_few_values_of_many_are_as_exact(kernel: str) -> None:
+    """They were not: the sums of the filling hid what they have between them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 128, 128, generator=generator) + 1e4
+    mask = torch.zeros(2, 128, 128, dtype=torch.bool)
+    mask.view(-1)[torch.randperm(mask.numel(), generator=generator)[:7]] = True
+    layer = syncbn.SyncBatchNorm2d(3, momentum=1.0)
+    layer.sync_kernel = kernel
+    y = layer(x, mask=mask).movedim(1, -1)[mask]
+    values = x.movedim(1, -1)[mask].double()
+    var, mean = torch.var_mean(values, 0, correction=0)
+    wanted = (values - mean) / (var + layer.eps).sqrt()
+    torch.testing.assert_close(y.double(), wanted, rtol=0, atol=1e-6)
+    found = layer.get_buffer("running_var").double()
+    torch.testing.assert_close(found, values.var(0), rtol=1e-6, atol=0)

@@ -34,8 +34,8 @@ def normalize(
         y = normalize(x, weight, bias, None, mask, call._replace(relu=False))
         return finish(y, residual, call.relu, mask)
     if mask is not None:
-        x, absent = masking.fill(x, mask)
-        call = call._replace(absent=absent)
+        x, filling = masking.fill(x, mask)
+        call = call._replace(filling=filling)
     if modes.is_transformed() or modes.is_forward_differentiated():
         y = any_order.forward(x, weight, bias, residual, call)
     else:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from syncbn import modes
-from syncbn.autograd.call import Call
+from syncbn.autograd.call import Call, moments
 from syncbn.distributed.collectives import sum_over_ranks
 from syncbn.kernels import Forward, reference
 
@@ -33,9 +33,7 @@ def forward(
             "torch.func.replace_all_batch_norm_modules_(model) turns them off, and so does "
             "track_running_stats=False"
         )
-    message = reference.moments(x)
-    if call.absent is not None:
-        message = message - call.absent
+    message = moments(reference.moments, x, call)
     message = sum_over_ranks(message, call.group, call.about("forward", x))
     if call.running is not None:
         reference.move_running(message.detach(), call.running)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn import checkpoint, modes
+from syncbn.autograd import masking
+from syncbn.autograd.masking import Filling
 from syncbn.distributed import collectives
 from syncbn.kernels import Kernel, Running
 
@@ -23,8 +26,7 @@ class Call(NamedTuple):
         group: from :func:`~syncbn.distributed.collectives.communicating_group`; None if alone.
         kernel: from :func:`syncbn.kernels.choose`.
         label: names the layer in error messages.
-        absent: what the message of moments has of values that do not count, float64
-            ``[2C + 1]``; or None.
+        filling: what stands where values do not count; None if all do.
         pending: where messages are added up, float64 ``[2C + 1]``; or None.
     """
 
@@ -34,18 +36,29 @@ class Call(NamedTuple):
     group: dist.ProcessGroup | None
     kernel: Kernel
     label: str
-    absent: Tensor | None = None
+    filling: Filling | None = None
     pending: Tensor | None = None
 
     @property
     def is_alone(self) -> bool:
         """Whether nobody needs the message before the output is there."""
-        plain = self.group is None and self.absent is None and self.pending is None
+        plain = self.group is None and self.filling is None and self.pending is None
         return plain and (torch.compiler.is_compiling() or checkpoint.current() is None)
 
     def about(self, direction: str, x: Tensor) -> str:
         """Return what a message is about, for error messages."""
         return f"{self.label} {direction}, {x.dtype} input"
+
+
+def moments(of: Callable[[Tensor], Tensor], x: Tensor, call: Call) -> Tensor:
+    """Return the moments of what counts here, float64 ``[2C + 1]``.
+
+    Args:
+        of: :meth:`syncbn.kernels.Kernel.moments`.
+        x: shape ``[N, C, *]``.
+        call: how it is normalized.
+    """
+    return of(x) if call.filling is None else masking.moments(of, x, call.filling)
 
 
 def group_message(x: Tensor, call: Call) -> tuple[Tensor, bool]:
@@ -60,9 +73,7 @@ def group_message(x: Tensor, call: Call) -> tuple[Tensor, bool]:
     """
 
     def exchange() -> Tensor:
-        message = call.kernel.moments(x)
-        if call.absent is not None:
-            message = message - call.absent
+        message = moments(call.kernel.moments, x, call)
         return collectives.all_reduce(message, call.group, call.about("forward", x))
 
     around = None if torch.compiler.is_compiling() else checkpoint.current()

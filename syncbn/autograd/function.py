@@ -138,7 +138,7 @@ def _refuse_one_value(x: Tensor, statistics: Tensor, call: Call) -> None:
     # reading the count would stall them; everywhere kernels keep such a batch out of the averages.
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         return
-    if call.absent is None and x.numel() > x.shape[1]:
+    if call.filling is None and x.numel() > x.shape[1]:
         return
     if statistics[-1].item() == 1:
         raise ValueError(

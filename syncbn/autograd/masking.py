@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,25 +12,49 @@ from syncbn.kernels.reference import per_channel, reduced_dims
 from syncbn.kernels.transform import compute_dtype
 
 
-def fill(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x with other values where it does not count, and what these add to the moments.
+class Filling(NamedTuple):
+    """What stands where values do not count.
 
-    They are the mean of those that count, so that the sums of both are as exact as without them:
-    zeros would be far away from values of a large mean. Autograd gives them no gradient, and they
-    need none. Shapes do not depend on the mask, so nothing is read back from a GPU.
+    Attributes:
+        value: shape ``[C]``, of the input's dtype.
+        counting: how many values of a channel count, float64 scalar.
+    """
+
+    value: Tensor
+    counting: Tensor
+
+
+def fill(x: Tensor, mask: Tensor) -> tuple[Tensor, Filling]:
+    """Return x with other values where it does not count.
+
+    They are the mean of those that count. Autograd gives them no gradient, and they need none.
+    Shapes do not depend on the mask, so nothing is read back from a GPU.
 
     Args:
         x: shape ``[N, C, *]``.
         mask: bool, true where x counts; broadcasts against x and has one channel.
 
-    Returns:
-        x, and ``[sum (C) | sum_sq (C) | count (1)]`` of the filling, float64.
     """
     dims = reduced_dims(x)
-    everything = x.numel() // x.shape[1]
     counting = mask.expand(x.shape[0], 1, *x.shape[2:]).sum(dtype=torch.float64)
     values = x.detach().to(compute_dtype(x.dtype)).masked_fill(~mask, 0)
     filling = (values.sum(dims) / counting.clamp(min=1)).to(x.dtype)
-    filled = torch.where(mask, x, per_channel(filling, x))
-    number, value = everything - counting, filling.double()
-    return filled, torch.cat([number * value, number * value.square(), number.reshape(1)])
+    return torch.where(mask, x, per_channel(filling, x)), Filling(filling, counting)
+
+
+def moments(of: Callable[[Tensor], Tensor], x: Tensor, filling: Filling) -> Tensor:
+    """Return the moments of the values that count, float64 ``[2C + 1]``.
+
+    They are taken around the filling, which then adds zeros: were it taken off the sums afterwards,
+    what few values have between them would be lost in the sums of many.
+
+    Args:
+        of: :meth:`syncbn.kernels.Kernel.moments`.
+        x: from :func:`fill`.
+        filling: from there.
+    """
+    around = of(x.to(compute_dtype(x.dtype)) - per_channel(filling.value, x))
+    channels, value, count = x.shape[1], filling.value.double(), filling.counting
+    rest, rest_sq = around[:channels], around[channels:-1]
+    total = rest + count * value
+    return torch.cat([total, rest_sq + value * (rest + total), count.reshape(1)])

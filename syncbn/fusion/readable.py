@@ -11,7 +11,7 @@ import ast
 import inspect
 import textwrap
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +83,7 @@ class _Function:
             case ast.Assign([target], value) | ast.AnnAssign(target, _, value):
                 names = target.elts if isinstance(target, ast.Tuple) else [target]
                 if value is None or not all(isinstance(name, ast.Name) for name in names):
-                    self._refuse(node)
+                    raise self._loses(node)
                 self._value(value)
             case ast.AugAssign(ast.Name(), _, value):
                 self._value(value)
@@ -93,7 +93,7 @@ class _Function:
                 for statement in body if self._test(test) else orelse:
                     self._statement(statement)
             case _:
-                self._refuse(node)
+                raise self._loses(node)
 
     def _value(self, node: ast.expr) -> None:
         match node:
@@ -104,7 +104,7 @@ class _Function:
             case ast.Attribute():
                 root, *path = self._path(node)
                 if root not in self._locals and not isinstance(self._attribute(node, path), Tensor):
-                    self._refuse(node)
+                    raise self._loses(node)
             case ast.Call(function, arguments, keywords):
                 self._callee(function)
                 for argument in (*arguments, *(keyword.value for keyword in keywords)):
@@ -116,7 +116,7 @@ class _Function:
                     if isinstance(child, ast.expr):
                         self._value(child)
             case _:
-                self._refuse(node)
+                raise self._loses(node)
 
     def _test(self, node: ast.expr) -> bool:
         """Return whether a condition holds: one of whether there is a child."""
@@ -126,7 +126,7 @@ class _Function:
                 is_child = child is None or isinstance(child, nn.Module)
                 if is_child and isinstance(none, ast.Constant) and none.value is None:
                     return (child is None) == isinstance(op, ast.Is)
-        self._refuse(node)
+        raise self._loses(node)
 
     def _callee(self, node: ast.expr) -> None:
         match node:
@@ -134,10 +134,10 @@ class _Function:
                 found = self._attribute(container, self._path(container)[1:])
                 children = list(found) if isinstance(found, nn.ModuleList) else []
                 if not -len(children) <= index < len(children):
-                    self._refuse(node)
+                    raise self._loses(node)
                 return
         if not isinstance(node, (ast.Attribute, ast.Name)):
-            self._refuse(node)
+            raise self._loses(node)
         root, *path = self._path(node)
         if root in self._locals and path:
             return  # a method of a tensor, which is recorded
@@ -146,13 +146,13 @@ class _Function:
             if inspect.ismethod(found) and found.__self__ is self._module:
                 self._reader.read(found.__func__)
             elif not isinstance(found, nn.Module):
-                self._refuse(node)
+                raise self._loses(node)
             return
         found = self._globals.get(root)
         for name in path:
             found = getattr(found, name, None)
         if not any(found is function for function in _PURE):
-            self._refuse(node)
+            raise self._loses(node)
 
     def _path(self, node: ast.expr) -> list[str]:
         """Return the names of ``a.b.c``."""
@@ -169,12 +169,12 @@ class _Function:
         """Return what ``self.a.b`` is now."""
         found: Any = self._module
         if self._path(node)[0] != self._self:
-            self._refuse(node)
+            raise self._loses(node)
         for name in path:
             found = getattr(found, name, None)
         return found
 
-    def _refuse(self, node: ast.AST) -> NoReturn:
+    def _loses(self, node: ast.AST) -> ValueError:
         text, *_ = ast.unparse(node).splitlines()
         raise ValueError(
             f"its {self._tree.name} has {text!r}, of which torch.fx may lose something"
