@@ -9,15 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations
 
 import syncbn
 from syncbn.bench.resnet20 import resnet20
 from syncbn.bench.resnet50 import resnet50
+from tests.fusion_checks import check_fused, train_on_a_rank
 from tests.fusion_models import (
     AddsToTheOther,
     ByMode,
@@ -46,42 +44,6 @@ from tests.fusion_models import (
 )
 from tests.ranks import Ranks
 from tests.test_third_party import network
-
-
-def _outcome(model: nn.Module, x: Tensor) -> dict[str, Any]:
-    """Return outputs in training and evaluation, gradients and averages."""
-    model.zero_grad()
-    y = model.train()(x)
-    y = getattr(y, "logits", y)
-    (y.square().sum() + y.sum()).backward()
-    gradients = {name: p.grad for name, p in model.named_parameters()}
-    with torch.no_grad():
-        evaluated = model.eval()(x)
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    return {
-        "y": y,
-        "gradients": gradients,
-        "evaluated": getattr(evaluated, "logits", evaluated),
-        "state": state,
-    }
-
-
-def check_fused(model: nn.Module, x: Tensor) -> dict[str, str]:
-    """Fuse a copy, compare it, undo it and compare again; return what has been fused."""
-    syncbn.convert_sync_batchnorm(model.double())
-    other = copy.deepcopy(model)
-    fusion = syncbn.fuse(other)
-    fused = dict(fusion.fused)
-    torch.testing.assert_close(_outcome(other, x), _outcome(model, x))
-    torch.testing.assert_close(_outcome(copy.deepcopy(other), x), _outcome(model, x))
-    _outcome(other, x)
-    for _ in range(2):
-        fusion.undo()
-        assert fusion.fused == {}
-    assert [*map(type, other.modules())] == [*map(type, model.modules())]
-    assert vars(other).keys() == vars(model).keys()
-    torch.testing.assert_close(_outcome(other, x), _outcome(model, x))
-    return fused
 
 
 @pytest.mark.parametrize(
@@ -247,25 +209,11 @@ def test_compiles_and_differentiates_twice() -> None:
     torch._dynamo.reset()
 
 
-def _train(rank: int, fused: bool, sharded: bool) -> dict[str, Any]:
-    torch.manual_seed(0)
-    model: Any = syncbn.convert_sync_batchnorm(Parent()).double()
-    if fused:
-        assert len(syncbn.fuse(model).fused) == 5
-    if sharded:
-        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    generator = torch.Generator().manual_seed(rank)
-    x = torch.randn([4, 0, 3][rank], 3, generator=generator, dtype=torch.float64)
-    y = model(x)
-    (y.square().sum() + y.sum()).backward()
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    if sharded:
-        gradients = [gradient.full_tensor() for gradient in gradients]
-    return {"y": y.detach(), "gradients": gradients, "buffers": list(model.buffers())}
-
-
 @pytest.mark.parametrize("sharded", [False, True])
 def test_over_ranks(ranks: Ranks, sharded: bool) -> None:
     torch.testing.assert_close(
-        ranks.run(_train, True, sharded), ranks.run(_train, False, sharded), rtol=1e-9, atol=1e-12
+        ranks.run(train_on_a_rank, True, sharded),
+        ranks.run(train_on_a_rank, False, sharded),
+        rtol=1e-9,
+        atol=1e-12,
     )

@@ -15,9 +15,9 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
+from tests.fusion_checks import check_fused
 from tests.fusion_models import Net, Plain
 from tests.ranks import Ranks
-from tests.test_fusion import check_fused
 
 
 class Reversed(torch.autograd.Function):

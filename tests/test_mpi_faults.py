@@ -49,7 +49,9 @@ def test_survivors_of_a_kill_name_the_operation_and_the_rank(launch: Launch) -> 
     job.finish()
     assert time.monotonic() - killed < 30
     for survivor in (0, 2):
-        assert re.search(rf"all_reduce #\d+ .* on rank {survivor} of 3", job.output), job.output
+        assert re.search(rf"(all_reduce|broadcast) #\d+ .* on rank {survivor} of 3", job.output), (
+            job.output
+        )
     assert f"rank 1: has ended (process {job.pids[1]} on" in job.output
     assert_gone(job, 3)
 
