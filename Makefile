@@ -19,10 +19,9 @@ demo: $(INSTALLED)
 calibration: $(INSTALLED)
 	$(PYTHON) examples/resnet/calibration_study.py
 
-# Files side by side; the tests of a file share what they have started.
 WORKERS ?= 2
 test: $(INSTALLED)
-	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile
+	$(PYTHON) -m pytest -n $(WORKERS) --no-loadscope-reorder
 
 # On a copy of the tree, for the library in this one to stay. -O1: at -O3 the compiler takes minutes.
 SANITIZED := build/sanitized

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tests.conformance import MPIS, SUITE
 from tests.kernels import cpp, levels
 from tests.mpi_jobs import Launch
 from tests.ranks import Pool, Ranks
+from tests.scheduling import FileByFile, longest_first
 from tests.transports import TRANSPORTS
 
 # Spawned workers and small all-reduces make examples slow to generate, not wrong.
@@ -19,6 +21,14 @@ settings.register_profile(
     "syncbn", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("syncbn")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    longest_first(items)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FileByFile:
+    return FileByFile(config, log)
 
 
 @pytest.fixture(scope="session")

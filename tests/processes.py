@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import resource
+import runpy
 import subprocess
+import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -51,3 +54,29 @@ def run(
                 job.kill()
             raise TimeoutError(f"{command}\n{output}\n{errors}") from None
     return subprocess.CompletedProcess(command, job.returncode, output, errors)
+
+
+def run_forked(
+    module: str, arguments: Sequence[str], cwd: Path
+) -> subprocess.CompletedProcess[str]:
+    """Run a module as a command does, in a fork of this process, which has torch already."""
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        if (child := os.fork()) == 0:
+            status = 1
+            try:
+                for file, descriptor in ((output, 1), (errors, 2)):
+                    os.dup2(file.fileno(), descriptor)
+                sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+                os.chdir(cwd)
+                sys.argv = [module, *arguments]
+                runpy.run_module(module, run_name="__main__", alter_sys=True)
+                status = 0
+            except SystemExit as end:
+                status = end.code if isinstance(end.code, int) else 1
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        texts = [(file.seek(0), file.read())[1] for file in (output, errors)]
+    return subprocess.CompletedProcess([module, *arguments], status, *texts)

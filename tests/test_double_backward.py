@@ -35,10 +35,10 @@ def _samples(split: str, ranks: int) -> tuple[int, ...]:
 
 def _gradgradcheck(rank: int, sizes: tuple[int, ...], options: dict[str, Any]) -> bool:
     torch.manual_seed(0)
-    shape = (sum(sizes), 2, 2)
+    shape = (sum(sizes), 2, 1)
     x, residual = torch.randn(2, *shape, dtype=torch.float64)
     weight, bias = torch.randn(2, 2, dtype=torch.float64)
-    mask = torch.rand(sum(sizes), 2) < 0.7 if options.get("mask") else None
+    mask = torch.rand(sum(sizes), 1) < 0.7 if options.get("mask") else None
     affine, adds = options.get("affine", True), options.get("residual", False)
     for t, used in ((x, True), (residual, adds), (weight, affine), (bias, affine)):
         t.requires_grad_(used)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -101,14 +102,18 @@ def environment_of(transport: str) -> Mapping[str, str]:
 def _mpich() -> Path:
     # Its mpirun would replace Open MPI's: it gets a folder of its own.
     folder = ROOT / ".pytest_cache" / "mpich"
-    if not (folder / "bin" / "mpirun").exists():
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "pip", "install", "--quiet", "--ignore-installed"),
-                *("--prefix", str(folder), "-c", str(ROOT / "constraints.txt"), "mpich"),
-            ],
-            check=True,
-        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        # Of two test processes that want it, one waits until the other has it whole.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "bin" / "mpirun").exists():
+            subprocess.run(
+                [
+                    *(sys.executable, "-m", "pip", "install", "--quiet", "--ignore-installed"),
+                    *("--prefix", str(folder), "-c", str(ROOT / "constraints.txt"), "mpich"),
+                ],
+                check=True,
+            )
     return folder
 
 

@@ -19,7 +19,7 @@ from syncbn.module import SyncBatchNorm2d
 
 # Tiny: to compute it takes about a microsecond.
 SHAPE = (2, 16, 4, 4)
-_BURST, _ROUNDS = 50, 20
+_BURST = 50
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,17 @@ class Overhead:
     beyond: Spread
 
 
-def measure(device: torch.device, backward: bool, meet: Callable[[], None]) -> Overhead:
-    """Time passes of a tiny input; every rank must call this."""
+def measure(
+    device: torch.device, backward: bool, rounds: int, meet: Callable[[], None]
+) -> Overhead:
+    """Time passes of a tiny input; every rank must call this.
+
+    Args:
+        device: of the input.
+        backward: forward and backward, or forward alone.
+        rounds: of 50 passes of each.
+        meet: ranks wait for each other here.
+    """
     x, dy = torch.randn(2, *SHAPE, device=device).unbind()
     layers = {
         "theirs": nn.BatchNorm2d(SHAPE[1], device=device),
@@ -65,7 +74,7 @@ def measure(device: torch.device, backward: bool, meet: Callable[[], None]) -> O
     x.requires_grad_()
     calls = {name: finished(partial(run, layer, x, dy), device) for name, layer in layers.items()}
     with patch.object(dist, "all_reduce", timed):
-        times = take_turns(calls, _ROUNDS, _BURST, meet)
+        times = take_turns(calls, rounds, _BURST, meet)
     walls = {name: taken.wall for name, taken in times.items()}
     passes, messages = len(walls["together"]), 2 if backward else 1
     # Of those that count; none if there is one rank.

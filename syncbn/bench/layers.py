@@ -70,7 +70,9 @@ class Layers(Benchmark):
         layers = [
             layer_times.measure(case, self.kernels, self.rounds, device, meet) for case in cases
         ]
-        overheads = [host_overhead.measure(device, backward, meet) for backward in (False, True)]
+        overheads = [
+            host_overhead.measure(device, backward, self.rounds, meet) for backward in (False, True)
+        ]
         # From here on what is freed stays, for what kernels write to be there already.
         reused = device.type == "cuda" or keep_freed_memory()
         functions = [

@@ -15,7 +15,7 @@ import syncbn
 from syncbn.calibration.checkpoint import read_checkpoint
 from tests.calibration.networks import batches, distance, network, statistics
 from tests.calibration.networks import labelled as labelled_images
-from tests.processes import run
+from tests.processes import run, run_forked
 from tests.transports import mpirun
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -32,7 +32,11 @@ def source(tmp_path: Path) -> Path:
 
 
 def command(
-    source: Path, *arguments: str, launcher: list[str] | None = None, largest_file: int = -1
+    source: Path,
+    *arguments: str,
+    launcher: list[str] | None = None,
+    largest_file: int = -1,
+    forked: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     program = [*(launcher or [sys.executable]), "-m", "syncbn.cli.recalibrate"]
     settings = [
@@ -41,6 +45,8 @@ def command(
         f"+data._target_={NETWORKS}.batches",
         *arguments,
     ]
+    if forked:
+        return run_forked("syncbn.cli.recalibrate", settings, ROOT)
     return run([*program, *settings], ROOT, largest_file=largest_file)
 
 
@@ -171,7 +177,7 @@ BAD = {
 def test_bad_input(what: str, source: Path) -> None:
     arguments, message = BAD[what]
     before = source.read_bytes()
-    done = command(source, *(argument.format(source=source) for argument in arguments))
+    done = command(source, *(argument.format(source=source) for argument in arguments), forked=True)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("syncbn-recalibrate: ")
     assert message in done.stderr
