@@ -72,7 +72,7 @@ def test_every_small_size(channels: int) -> None:
     """Vectors that are full, begun, or less than one; rows, lines of several samples, rests."""
     generator = torch.Generator().manual_seed(channels)
     memory = torch.randn(2, 3 * channels * LONGEST + 16, generator=generator)
-    for samples, space in itertools.product(range(4), range(1, LONGEST + 1)):
+    for samples, space in itertools.product((0, 1, 3), range(1, LONGEST + 1)):
         numel = samples * channels * space
         # Not aligned to anything but its own size.
         x, dy = memory[:, space % 16 :][:, :numel].view(2, samples, channels, space)

@@ -187,7 +187,9 @@ def test_default_run_directories_and_automatic_resume(
 
 
 def test_command_makes_one_run_directory_and_prints_one_line_an_epoch(tmp_path: Path) -> None:
-    job = start(PROGRAM, "experiment=digits_smoke", "max_steps=4", cwd=tmp_path, NPROC=2)
+    job = start(
+        PROGRAM, "experiment=digits_smoke", "model.width=4", "max_steps=4", cwd=tmp_path, NPROC=2
+    )
     output = finish(job)
     assert job.returncode == 0, output
     (run,) = (tmp_path / "runs" / "digits_resnet20_sync").iterdir()
