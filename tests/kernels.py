@@ -10,12 +10,15 @@ from torch import Tensor
 
 from syncbn import kernels
 from syncbn.kernels import Forward, Kernel, Transform, alone, cpu, reference
+from tests import interpreter
 
+interpreter.begin()
 EPS = 1e-5
 needs_cpp = pytest.mark.skipif(isinstance(cpu.load(), str), reason=f"{cpu.load()}")
 KERNELS = [
     pytest.param("reference", id="reference"),
     pytest.param("cpu", id="cpu", marks=needs_cpp),
+    pytest.param("triton", id="triton"),
     pytest.param(
         "aten_cuda",
         id="aten_cuda",
@@ -83,7 +86,8 @@ def is_same_over_dy(kernel: Kernel, x: Tensor, dy: Tensor, how: Transform) -> bo
 
 def device_of(kernel: str) -> torch.device:
     """Return the device a kernel is tested on."""
-    return torch.device("cuda" if kernel == "aten_cuda" else "cpu")
+    on_gpu = kernel == "aten_cuda" or (kernel == "triton" and torch.cuda.is_available())
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def tolerance(dtype: torch.dtype) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 from syncbn.autograd import any_order
 from syncbn.autograd.call import Call
 from syncbn.distributed import collectives
-from syncbn.kernels import Transform, alone
+from syncbn.kernels import Transform, alone, gated
 from syncbn.kernels.reference import affine
 from syncbn.kernels.second_order import second_elemt, second_reduce
 
@@ -19,6 +19,7 @@ class FirstOrder(NamedTuple):
     """What the backward pass finds.
 
     Attributes:
+        dy: what came through the ReLU after a residual; else the gradient of the output.
         dx: shape and dtype of x; None if it is not needed.
         dweight: this rank's, of the weight's dtype; None if it is not needed.
         dbias: this rank's, of the bias's dtype; None if it is not needed.
@@ -26,6 +27,7 @@ class FirstOrder(NamedTuple):
         sums: the same over the group.
     """
 
+    dy: Tensor
     dx: Tensor | None
     dweight: Tensor | None
     dbias: Tensor | None
@@ -40,6 +42,7 @@ def first_order(
     call: Call,
     needs: tuple[bool, ...],
     may_overwrite: bool = False,
+    y: Tensor | None = None,
     keep_mine: bool = False,
 ) -> FirstOrder:
     """Return the gradients of x, weight and bias.
@@ -49,16 +52,23 @@ def first_order(
         x: shape ``[N, C, *]``.
         transform: of the forward pass, without residual.
         call: of the forward pass.
-        needs: whether x, weight and bias need theirs.
+        needs: whether x, weight, bias and the residual need theirs.
         may_overwrite: nobody needs dy any more.
+        y: the output, if dy has yet to go through the ReLU after a residual: a gated kernel's job.
         keep_mine: whether the sums of this rank are wanted.
     """
     kernel = call.kernel
-    needs_x, needs_weight, needs_bias = needs[:3]
+    needs_x, needs_weight, needs_bias, needs_residual = needs[:4]
     wanted = transform.weight if needs_weight else None, transform.bias if needs_bias else None
+    over = may_overwrite and not needs_residual
     dx = None
-    if call.group is None and needs_x:
-        mine, dx, dweight, dbias = alone.backward(kernel, dy, x, transform, wanted, may_overwrite)
+    if y is not None:
+        assert gated.is_gated(kernel)
+        found = kernel.backward_reduce_gated(dy, y, x, transform, wanted, may_overwrite)
+        dy, mine, dweight, dbias = found
+        over = not needs_residual
+    elif call.group is None and needs_x:
+        mine, dx, dweight, dbias = alone.backward(kernel, dy, x, transform, wanted, over)
     else:
         mine, dweight, dbias = kernel.backward_reduce(dy, x, transform, wanted)
     # The all-reduce works in place.
@@ -67,9 +77,9 @@ def first_order(
     if call.group is not None:
         # Also when this rank needs no dx: the others wait for its share.
         sums = collectives.all_reduce(message, call.group, call.about("backward", x))
-        if needs_x:
-            dx = kernel.backward_elemt(dy, x, transform, sums, may_overwrite)
-    return FirstOrder(dx, dweight, dbias, mine, sums)
+    if needs_x and dx is None:
+        dx = kernel.backward_elemt(dy, x, transform, sums, over)
+    return FirstOrder(dy, dx, dweight, dbias, mine, sums)
 
 
 class SyncBatchNormBackward(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from syncbn.autograd.backward import SyncBatchNormBackward, first_order
 from syncbn.autograd.call import Call, group_message
-from syncbn.kernels import Forward, Transform, alone
+from syncbn.kernels import Forward, Transform, alone, gated
 from syncbn.ownership import is_unshared
 
 
@@ -116,21 +116,11 @@ class SyncBatchNormFunction(torch.autograd.Function):
             saved = x, weight, bias, statistics, y
             return *SyncBatchNormBackward.apply(dy, *saved, call, needs), None
         mine = references is not None and is_unshared(dy, references)
-        if y is not None:
-            dy, mine = _through_relu(dy, y, mine), True
         transform = Transform(statistics, weight, bias, call.relu and y is None)
-        found = first_order(dy, x, transform, call, needs, mine and not needs[3])
-        return found.dx, found.dweight, found.dbias, dy if needs[3] else None, None
-
-
-def _through_relu(dy: Tensor, y: Tensor, may_overwrite: bool) -> Tensor:
-    """Return dy where y is positive, else zero; in dy's memory, if it may be overwritten."""
-    threshold = torch.ops.aten.threshold_backward
-    if may_overwrite and dy.stride() == y.stride():
-        found: Tensor = threshold.grad_input(dy, y, 0, grad_input=dy)
-    else:
-        found = threshold(dy, y, 0)
-    return found
+        if y is not None and not gated.is_gated(call.kernel):
+            dy, mine, y = gated.through_relu(dy, y, mine), True, None
+        found = first_order(dy, x, transform, call, needs, mine, y)
+        return found.dx, found.dweight, found.dbias, found.dy if needs[3] else None, None
 
 
 def _refuse_one_value(x: Tensor, statistics: Tensor, call: Call) -> None:

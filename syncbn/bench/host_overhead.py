@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncbn.bench.mpirun import slowest
-from syncbn.bench.timing import Spread, finished, take_turns
+from syncbn.bench.timing import Spread, take_turns
+from syncbn.bench.torchs import Synchronized
 from syncbn.distributed.groups import resolve_group
 from syncbn.module import SyncBatchNorm2d
 
@@ -24,11 +25,12 @@ _BURST = 50
 
 @dataclass(frozen=True)
 class Overhead:
-    """Seconds of a pass in training of a tiny input, on the slowest rank.
+    """Seconds that the host is at a pass in training of a tiny input, on the slowest rank.
 
     Attributes:
         backward: whether it is forward and backward, or forward alone.
         theirs: nn.BatchNorm2d.
+        torchs: nn.SyncBatchNorm, which is for GPUs; None elsewhere.
         alone: ours, in a group of one.
         ratio: alone / theirs, pass by pass.
         together: ours, with all ranks.
@@ -38,6 +40,7 @@ class Overhead:
 
     backward: bool
     theirs: Spread
+    torchs: Spread | None
     alone: Spread
     ratio: Spread
     together: Spread
@@ -57,11 +60,13 @@ def measure(
         meet: ranks wait for each other here.
     """
     x, dy = torch.randn(2, *SHAPE, device=device).unbind()
-    layers = {
+    layers: dict[str, nn.Module] = {
         "theirs": nn.BatchNorm2d(SHAPE[1], device=device),
         "alone": SyncBatchNorm2d(SHAPE[1], process_group=resolve_group(1), device=device),
         "together": SyncBatchNorm2d(SHAPE[1], device=device),
     }
+    if device.type == "cuda":
+        layers["torchs"] = Synchronized(SHAPE[1], device=device)
     waits: list[float] = []
     all_reduce, clock = dist.all_reduce, time.perf_counter
 
@@ -72,17 +77,27 @@ def measure(
 
     run = _step if backward else _forward
     x.requires_grad_()
-    calls = {name: finished(partial(run, layer, x, dy), device) for name, layer in layers.items()}
+    calls = {name: partial(run, layer, x, dy) for name, layer in layers.items()}
+
+    def rest() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        meet()
+
     with patch.object(dist, "all_reduce", timed):
-        times = take_turns(calls, rounds, _BURST, meet)
+        times = take_turns(calls, rounds, _BURST, rest)
     walls = {name: taken.wall for name, taken in times.items()}
     passes, messages = len(walls["together"]), 2 if backward else 1
     # Of those that count; none if there is one rank.
     counted = waits[-passes * messages :] or passes * messages * [0.0]
     waited = torch.tensor(counted, dtype=torch.float64).view(passes, messages).sum(1)
+    spreads = {name: Spread.of(slowest(wall)) for name, wall in walls.items()}
     return Overhead(
         backward,
-        **{name: Spread.of(slowest(wall)) for name, wall in walls.items()},
+        theirs=spreads["theirs"],
+        torchs=spreads.get("torchs"),
+        alone=spreads["alone"],
+        together=spreads["together"],
         ratio=Spread.of(slowest(walls["alone"] / walls["theirs"])),
         all_reduce=Spread.of(slowest(waited)),
         beyond=Spread.of(slowest(walls["together"] - waited)),

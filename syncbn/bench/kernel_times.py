@@ -11,7 +11,7 @@ from torch import Tensor
 
 from syncbn import kernels
 from syncbn.bench.layer_cases import Case
-from syncbn.bench.timing import Spread, finished, take_turns
+from syncbn.bench.timing import Spread, clock_of, take_turns
 from syncbn.kernels import Forward, Kernel, Transform
 
 #: How many times the tensor's bytes each must read or write. A copy: twice.
@@ -66,9 +66,7 @@ def measure(
     }
     if device.type == "cpu" and torch.get_num_threads() > 1:
         calls |= {_ONE + f: partial(_with_one_thread, call) for f, call in functions.items()}
-    times = take_turns(
-        {name: finished(call, device) for name, call in calls.items()}, rounds, meet=meet
-    )
+    times = take_turns(calls, rounds, meet=meet, clock=clock_of(device))
     copy = times["copy"].wall
     single = {name: times[_ONE + name].wall for name in TRAFFIC if _ONE + name in times}
     return KernelCost(

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from syncbn.bench.kernel_times import TRAFFIC, KernelCost
 from syncbn.bench.layer_tables import title
-from syncbn.bench.layer_times import CaseCosts
+from syncbn.bench.layer_times import NOTHING, CaseCosts
 
 _COLORS = ("#9ca3af", "#1d4ed8", "#60a5fa", "#d97706", "#fbbf24", "#059669")
 _ROOF = "#111827"
@@ -47,7 +47,7 @@ def _draw_layers(axes: Axes, cases: list[CaseCosts]) -> None:
     bars = {}
     traffic = sum(TRAFFIC.values())
     for i, layer in enumerate(cases[0].layers):
-        if not layer.relu:
+        if layer.after == NOTHING:
             seconds = [case.layers[i].step.median for case in cases]
             bars[title(layer)] = [
                 traffic * case.case.nbytes / time for case, time in zip(cases, seconds, strict=True)

@@ -10,7 +10,15 @@ import torch
 from syncbn.bench import host_overhead
 from syncbn.bench.host_overhead import Overhead
 from syncbn.bench.kernel_times import TRAFFIC, KernelCost
-from syncbn.bench.layer_times import BASELINE, CaseCosts, LayerCost
+from syncbn.bench.layer_times import (
+    ADDITION,
+    BASELINE,
+    NOTHING,
+    RELU,
+    SYNCHRONIZED,
+    CaseCosts,
+    LayerCost,
+)
 from syncbn.bench.report import Table
 from syncbn.bench.timing import Spread
 
@@ -20,33 +28,39 @@ _SPREAD = "median (10th..90th percentile)"
 
 def ratios(found: list[CaseCosts]) -> list[Table]:
     """Return, for each layout and dtype, steps beside those of nn.BatchNorm2d."""
-    tables = []
-    for (layout, dtype), group in groupby(found, lambda c: (c.case.layout, c.case.dtype)):
-        cases = list(group)
-        for relu in (False, True):
-            after = " + ReLU" if relu else ""
-            costs = [[layer for layer in case.layers if layer.relu == relu] for case in cases]
-            ours = [layer for layer in costs[0] if layer.name != BASELINE]
-            rows = [
-                [
-                    case.case.shape,
-                    f"{case.copy.median / _MILLISECOND:.2f}",
-                    layers[0].step.text(_MILLISECOND),
-                    *(layer.ratio.text(digits=2) for layer in layers[1:]),
-                ]
-                for case, layers in zip(cases, costs, strict=True)
-            ]
-            means = [geometric_mean([layers[i + 1] for layers in costs]) for i in range(len(ours))]
-            rows.append(["geometric mean", "", "", *(f"{mean:.2f}" for mean in means)])
-            tables.append(
-                Table(
-                    f"Forward and backward{after}, {layout}, {dtype}: {_SPREAD}",
-                    ["", "copy, ms", f"{BASELINE}{after}, ms", *map(title, ours)],
-                    rows,
-                    [f"Ours: time over that of {BASELINE}{after} in the same round."],
-                )
-            )
-    return tables
+    by_kind = groupby(found, lambda c: (c.case.layout, c.case.dtype))
+    kinds = [(layout, dtype, list(group)) for (layout, dtype), group in by_kind]
+    return [
+        _ratios(f"{layout}, {dtype}", cases, after)
+        for layout, dtype, cases in kinds
+        for after in (NOTHING, RELU, ADDITION)
+    ]
+
+
+def _ratios(kind: str, cases: list[CaseCosts], after: str) -> Table:
+    with_it = f" + {after}" if after else ""
+    costs = [[layer for layer in case.layers if layer.after == after] for case in cases]
+    others = [layer for layer in costs[0] if layer.name != BASELINE]
+    rows = [
+        [
+            case.case.shape,
+            f"{case.copy.median / _MILLISECOND:.2f}",
+            layers[0].step.text(_MILLISECOND),
+            *(layer.ratio.text(digits=2) for layer in layers[1:]),
+        ]
+        for case, layers in zip(cases, costs, strict=True)
+    ]
+    means = [geometric_mean([layers[i + 1] for layers in costs]) for i in range(len(others))]
+    rows.append(["geometric mean", "", "", *(f"{mean:.2f}" for mean in means)])
+    if SYNCHRONIZED in (names := [layer.name for layer in others]):
+        torchs = means[names.index(SYNCHRONIZED)]
+        rows.append([f"of {SYNCHRONIZED}'s", "", "", *(f"{mean / torchs:.2f}" for mean in means)])
+    return Table(
+        f"Forward and backward{with_it}, {kind}: {_SPREAD}",
+        ["", "copy, ms", f"{BASELINE}{with_it}, ms", *map(title, others)],
+        rows,
+        [f"Others: time over that of {BASELINE}{with_it} in the same round."],
+    )
 
 
 def title(layer: LayerCost) -> str:
@@ -114,7 +128,7 @@ def percent(spread: Spread) -> str:
 
 def memory(found: list[CaseCosts]) -> Table:
     """Return the memory that a step takes."""
-    plain = [layer for layer in found[0].layers if not layer.relu]
+    plain = [layer for layer in found[0].layers if layer.after == NOTHING]
     rows = [
         [
             f"{case.case.shape} {case.case.layout} {case.case.dtype}",
@@ -123,18 +137,18 @@ def memory(found: list[CaseCosts]) -> Table:
         for case in found
     ]
     return Table(
-        "Most memory of a step at once, in sizes of the input, without input and output gradient: "
-        "alone / with a ReLU",
+        "Most memory of a step at once, in sizes of the input, without inputs and output gradient: "
+        f"alone / with {RELU} / with {ADDITION}",
         ["", *map(title, plain)],
         rows,
     )
 
 
 def _sizes(case: CaseCosts, plain: LayerCost) -> list[str]:
-    """Return the memory of a layer without and, if there is one, with a ReLU."""
+    """Return the memory of a layer by itself, and with what follows it."""
     kind = plain.name, plain.ranks
-    same = sorted((x.relu, x.peak_bytes) for x in case.layers if (x.name, x.ranks) == kind)
-    return [f"{size / case.case.nbytes:.2f}" for _, size in same]
+    same = [layer.peak_bytes for layer in case.layers if (layer.name, layer.ranks) == kind]
+    return [f"{size / case.case.nbytes:.2f}" for size in same]
 
 
 def overhead(found: list[Overhead], ranks: int) -> Table:
@@ -144,6 +158,8 @@ def overhead(found: list[Overhead], ranks: int) -> Table:
         ["ours, alone", *(one.alone.text(_MICROSECOND) for one in found)],
         [f"of {BASELINE}'s", *(one.ratio.text(digits=2) for one in found)],
     ]
+    if torchs := [one.torchs.text(_MICROSECOND) for one in found if one.torchs is not None]:
+        rows.insert(1, [SYNCHRONIZED, *torchs])
     if ranks > 1:
         rows += [
             [f"ours, {ranks} ranks", *(one.together.text(_MICROSECOND) for one in found)],

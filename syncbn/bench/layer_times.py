@@ -5,21 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from syncbn.bench.launches import Launches, count
 from syncbn.bench.layer_cases import Case
 from syncbn.bench.memory import peak_bytes
 from syncbn.bench.mpirun import slowest
-from syncbn.bench.timing import Spread, finished, take_turns
+from syncbn.bench.timing import Spread, clock_of, take_turns
+from syncbn.bench.torchs import Synchronized
 from syncbn.distributed.groups import resolve_group
 from syncbn.functional import sync_batch_norm
 from syncbn.module import SyncBatchNorm2d
 
-BASELINE, COPY = "nn.BatchNorm2d", "copy"
+BASELINE, SYNCHRONIZED, COPY = "nn.BatchNorm2d", "nn.SyncBatchNorm", "copy"
+#: What follows a layer; ours does it in the same pass.
+NOTHING, RELU, ADDITION = "", "ReLU", "addition and ReLU"
 
 
 @dataclass(frozen=True)
@@ -29,16 +34,16 @@ class LayerCost:
     Attributes:
         name: of the layer or kernel.
         ranks: whose batches are one.
-        relu: whether a ReLU follows; ours is in the same pass.
+        after: what follows, of :data:`NOTHING`, :data:`RELU` and :data:`ADDITION` of a residual.
         forward: seconds.
         step: seconds of forward and backward.
-        ratio: of steps, to that of nn.BatchNorm2d (with its ReLU) in the same round.
-        peak_bytes: of the tensors of a step at once, without input and output gradient.
+        ratio: of steps, to that of nn.BatchNorm2d (with the same after it) in the same round.
+        peak_bytes: of the tensors of a step at once, without inputs and output gradient.
     """
 
     name: str
     ranks: int
-    relu: bool
+    after: str
     forward: Spread
     step: Spread
     ratio: Spread
@@ -94,17 +99,23 @@ class _Given(torch.autograd.Function):
 class _Layer:
     name: str
     ranks: int
-    relu: bool
-    call: Callable[[Tensor], Tensor]
+    after: str
+    call: Callable[[Tensor, Tensor], Tensor]
     parameters: list[nn.Parameter]
 
     @property
     def key(self) -> str:
-        return f"{self.name} {self.ranks} {self.relu}"
+        return f"{self.name} {self.ranks} {self.after}"
 
     @property
     def baseline(self) -> str:
-        return f"{BASELINE} 1 {self.relu}"
+        return f"{BASELINE} 1 {self.after}"
+
+    def step(self, x: Tensor, residual: Tensor, gradients: _Gradients) -> None:
+        """Run forward and backward."""
+        loss = _Given.apply(self.call(x, residual), gradients)
+        inputs = [x, residual] if self.after == ADDITION else [x]
+        torch.autograd.grad(loss, [*inputs, *self.parameters])
 
 
 def measure(
@@ -119,26 +130,27 @@ def measure(
         device: of the tensors.
         meet: ranks wait for each other here.
     """
-    x, dy = case.tensor(device).requires_grad_(), case.tensor(device)
+    x, residual, dy = (case.tensor(device) for _ in range(3))
+    x.requires_grad_()
+    residual.requires_grad_()
     layers = _layers(case, kernels, device)
     target, gradients = torch.empty_like(dy), _Gradients(dy)
     calls: dict[str, Callable[[], object]] = {COPY: partial(target.copy_, dy)}
     for layer in layers:
-        calls[f"{layer.key} forward"] = partial(layer.call, x)
-        calls[layer.key] = partial(_step, layer, x, gradients)
+        calls[f"{layer.key} forward"] = partial(layer.call, x, residual)
+        calls[layer.key] = partial(layer.step, x, residual, gradients)
 
     def before() -> None:
         gradients.refill()
         meet()
 
-    timed = {name: finished(call, device) for name, call in calls.items()}
-    times = take_turns(timed, rounds, meet=before)
+    times = take_turns(calls, rounds, meet=before, clock=clock_of(device))
     walls = {name: slowest(taken.wall) for name, taken in times.items()}
     costs = [
         LayerCost(
             layer.name,
             layer.ranks,
-            layer.relu,
+            layer.after,
             forward=Spread.of(walls[f"{layer.key} forward"]),
             step=Spread.of(walls[layer.key]),
             ratio=Spread.of(walls[layer.key] / walls[layer.baseline]),
@@ -149,34 +161,60 @@ def measure(
     return CaseCosts(case, Spread.of(walls[COPY]), costs)
 
 
+def launched(case: Case, kernels: list[str], device: torch.device) -> list[Launches]:
+    """Return what layers launch on a GPU, but for those that talk to other ranks."""
+    x, residual, dy = (case.tensor(device) for _ in range(3))
+    x.requires_grad_()
+    return [
+        count(
+            f"{layer.name} + {layer.after}" if layer.after else layer.name,
+            partial(layer.call, x, residual),
+            dy,
+            [x, *layer.parameters],
+        )
+        for layer in _layers(case, kernels, device)
+        if layer.ranks == 1
+    ]
+
+
 def _layers(case: Case, kernels: list[str], device: torch.device) -> list[_Layer]:
     channels, ranks = case.channels, dist.get_world_size()
     how: dict[str, Any] = {"device": device, "dtype": case.parameters}
     theirs = nn.BatchNorm2d(channels, **how)
     weights = list(theirs.parameters())
     layers = [
-        _Layer(BASELINE, 1, False, theirs, weights),
-        _Layer(BASELINE, 1, True, lambda x: theirs(x).relu_(), weights),
+        _Layer(BASELINE, 1, NOTHING, lambda x, _: theirs(x), weights),
+        _Layer(BASELINE, 1, RELU, lambda x, _: theirs(x).relu_(), weights),
+        _Layer(BASELINE, 1, ADDITION, lambda x, r: theirs(x).add_(r).relu_(), weights),
     ]
     if device.type == "cuda":
         # On CPU it refuses to run.
-        torchs = nn.SyncBatchNorm(channels, **how)
-        layers.append(_Layer("nn.SyncBatchNorm", ranks, False, torchs, list(torchs.parameters())))
+        torchs = Synchronized(channels, **how)
+        weights = list(torchs.parameters())
+        layers.append(_Layer(SYNCHRONIZED, ranks, NOTHING, lambda x, _: torchs(x), weights))
     groups = {1: resolve_group(1), ranks: dist.group.WORLD}
-    for kernel in kernels:
-        for size, group in groups.items():
-            ours = SyncBatchNorm2d(channels, process_group=group, **how)
-            ours.sync_kernel = kernel
-            fused = partial(_fused, ours, group, kernel)
-            weights = list(ours.parameters())
-            layers.append(_Layer(kernel, size, False, ours, weights))
-            layers.append(_Layer(kernel, size, True, fused, weights))
+    for kernel, (size, group) in product(kernels, groups.items()):
+        ours = SyncBatchNorm2d(channels, process_group=group, **how)
+        ours.sync_kernel = kernel
+        weights = list(ours.parameters())
+        layers += [
+            _Layer(kernel, size, after, partial(_ours, ours, group, kernel, after), weights)
+            for after in (NOTHING, RELU, ADDITION)
+        ]
     return layers
 
 
-def _fused(
-    layer: SyncBatchNorm2d, group: dist.ProcessGroup | None, kernel: str, x: Tensor
+def _ours(
+    layer: SyncBatchNorm2d,
+    group: dist.ProcessGroup | None,
+    kernel: str,
+    after: str,
+    x: Tensor,
+    residual: Tensor,
 ) -> Tensor:
+    if after == NOTHING:
+        y: Tensor = layer(x)
+        return y
     return sync_batch_norm(
         x,
         layer.running_mean,
@@ -185,14 +223,10 @@ def _fused(
         layer.bias,
         training=True,
         process_group=group,
+        residual=residual if after == ADDITION else None,
         activation="relu",
         kernel=kernel,
     )
-
-
-def _step(layer: _Layer, x: Tensor, gradients: _Gradients) -> None:
-    loss = _Given.apply(layer.call(x), gradients)
-    torch.autograd.grad(loss, [x, *layer.parameters])
 
 
 def _peak_bytes(step: Callable[[], object], gradients: _Gradients, device: torch.device) -> int:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from syncbn import kernels
-from syncbn.bench import host_overhead, kernel_times, layer_tables, layer_times
+from syncbn.bench import host_overhead, kernel_times, launches, layer_tables, layer_times
 from syncbn.bench.layer_cases import DTYPES, LAYOUTS, Case
 from syncbn.bench.memory import keep_freed_memory
 from syncbn.bench.ranks import begin
@@ -73,8 +73,10 @@ class Layers(Benchmark):
         overheads = [
             host_overhead.measure(device, backward, self.rounds, meet) for backward in (False, True)
         ]
+        on_gpu = device.type == "cuda"
+        counted = layer_times.launched(cases[0], self.kernels, device) if on_gpu else []
         # From here on what is freed stays, for what kernels write to be there already.
-        reused = device.type == "cuda" or keep_freed_memory()
+        reused = on_gpu or keep_freed_memory()
         functions = [
             kernel_times.measure(case, name, relu, self.rounds, device, meet)
             for name, relu in product(self.kernels, (False, True))
@@ -95,6 +97,7 @@ class Layers(Benchmark):
                 *layer_tables.speedup(functions, self.threads),
                 layer_tables.memory(layers),
                 layer_tables.overhead(overheads, world.size),
+                *([launches.table(counted, cases[0].shape)] if counted else []),
             ],
-            {"layers": layers, "kernels": functions, "overheads": overheads},
+            {"layers": layers, "kernels": functions, "overheads": overheads, "launches": counted},
         )

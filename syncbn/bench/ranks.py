@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
@@ -49,7 +52,19 @@ def begin(device: str | None) -> World:
     on = torch.device("cpu") if device == "cpu" else place.device
     if on.type == "cuda":
         facts["GPU"] = torch.cuda.get_device_name(on)
+        facts["CUDA"] = f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+        facts["driver"] = _driver()
+        facts["Triton"] = version("triton") if find_spec("triton") else "not installed"
     return World(place.rank, place.world_size, on, _meeting(place.world_size, backend), facts)
+
+
+def _driver() -> str:
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"nvidia-smi does not say: {error}"
+    return found.stdout.splitlines()[0]
 
 
 def _meeting(size: int, backend: str) -> Callable[[], None]:

@@ -6,13 +6,19 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
 from itertools import cycle, islice, permutations
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+#: Runs a call; returns the seconds that it took, and those that this process had a CPU.
+Clock: TypeAlias = Callable[[Callable[[], object]], tuple[float, float]]
+
 # The first rounds pay for memory, connections and DDP's buckets.
 _WARM_UP_ROUNDS = 2
+# Several times the L2 cache of any GPU, written often enough to take it a millisecond: by then the
+# host has launched what is to be measured.
+_FILLING, _FILLINGS = 1 << 29, 8
 
 
 @dataclass(frozen=True)
@@ -60,12 +66,50 @@ class Times(NamedTuple):
     cpu: Tensor
 
 
+def on_host(call: Callable[[], object]) -> tuple[float, float]:
+    """Run a call; return the seconds that it took here."""
+    cpu, start = time.process_time(), time.perf_counter()
+    call()
+    end = time.perf_counter()
+    return end - start, time.process_time() - cpu
+
+
+class OnDevice:
+    """A clock of a GPU: the seconds that it works at a call, whose inputs are in no cache.
+
+    Args:
+        device: the GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._filling = torch.empty(_FILLING, dtype=torch.uint8, device=device)
+
+    def __call__(self, call: Callable[[], object]) -> tuple[float, float]:
+        """Run a call; return the seconds that it took."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(_FILLINGS):
+            self._filling.zero_()
+        start.record()
+        cpu = time.process_time()
+        call()
+        cpu = time.process_time() - cpu
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3, cpu
+
+
+def clock_of(device: torch.device) -> Clock:
+    """Return a clock for work on a device."""
+    return OnDevice(device) if device.type == "cuda" else on_host
+
+
 def take_turns(
     calls: Mapping[str, Callable[[], object]],
     rounds: int,
     burst: int = 1,
     meet: Callable[[], None] = lambda: None,
     warm_up: int = _WARM_UP_ROUNDS,
+    clock: Clock = on_host,
 ) -> dict[str, Times]:
     """Measure calls in turns.
 
@@ -76,6 +120,7 @@ def take_turns(
         meet: called before each turn, and not measured; ranks that measure together wait for each
             other here.
         warm_up: rounds before, which do not count.
+        clock: measures a call.
 
     Returns:
         The times of each call. The i-th time of one belongs to the i-th of another.
@@ -85,11 +130,7 @@ def take_turns(
         for name in order:
             call, times = calls[name], clocks[name]
             meet()
-            for _ in range(burst):
-                cpu, start = time.process_time(), time.perf_counter()
-                call()
-                end = time.perf_counter()
-                times.append((end - start, time.process_time() - cpu))
+            times += [clock(call) for _ in range(burst)]
     skipped = warm_up * burst
     return {
         name: Times(*torch.tensor(times[skipped:], dtype=torch.float64).unbind(1))

@@ -7,6 +7,10 @@ written in :mod:`syncbn.kernels.reference`.
 
 from __future__ import annotations
 
+import os
+import shutil
+from functools import cache
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -21,7 +25,7 @@ from syncbn.kernels.transform import Wanted as Wanted
 from syncbn.modes import is_watched
 
 _PLAIN = {Tensor, Parameter, type(None)}
-NAMES = ("auto", "reference", "cpu", "aten_cuda")
+NAMES = ("auto", "reference", "cpu", "triton", "aten_cuda")
 
 
 class Kernel(Protocol):
@@ -54,6 +58,13 @@ class Kernel(Protocol):
         """Return dx in x's dtype and layout; in dy's memory, if it may be overwritten."""
 
 
+class TritonKernels(Kernel, Protocol):
+    """Kernels that serve some tensors."""
+
+    def why_not(self, x: Tensor) -> str | None:
+        """Return why they cannot serve x; None if they can."""
+
+
 def choose(name: str, x: Tensor, *others: Tensor | None) -> Kernel:
     """Return the kernels for x.
 
@@ -64,33 +75,61 @@ def choose(name: str, x: Tensor, *others: Tensor | None) -> Kernel:
         others: weight, bias, running averages, a residual; on x's device.
 
     Raises:
-        ValueError: the name is unknown, or the named kernel cannot serve x's device.
-        RuntimeError: the C++ kernels were asked for, and are not there or cannot be used; the
-            message says why.
+        ValueError: the name is unknown, or the named kernel cannot serve x.
+        RuntimeError: the C++ kernels or those in Triton were asked for, and are not there or cannot
+            be used; the message says why.
     """
     match name, x.device.type:
         case "auto", _ if torch.compiler.is_compiling():
             return traced
         case "auto", "cpu":
             found = cpu.load()
-            # Of subclasses of tensors, and where calls of torch are recorded or replaced, the
-            # formulas are what is sure to work.
-            plain = type(x) in _PLAIN and _PLAIN.issuperset(map(type, others)) and not is_watched()
-            return found if plain and not isinstance(found, str) else reference
-        case (("auto" | "aten_cuda"), "cuda"):
-            return aten_cuda
+            return found if _is_plain(x, others) and not isinstance(found, str) else reference
+        case "auto", "cuda":
+            if not _is_plain(x, others) or _triton_is_missing() or _triton().why_not(x):
+                return aten_cuda
+            return _triton()
         case (("auto" | "reference"), _):
             return reference
+        case (("cpu" | "triton"), _) if torch.compiler.is_compiling() or is_watched():
+            raise RuntimeError(
+                f"kernel {name!r}: got a call under torch.compile or a TorchDispatchMode (tracing, "
+                "fake tensors, a recorder), which cannot see what it does; 'auto' takes another one"
+            )
         case "cpu", "cpu":
-            if torch.compiler.is_compiling() or is_watched():
-                raise RuntimeError(
-                    "kernel 'cpu': got a call under torch.compile or a TorchDispatchMode (tracing, "
-                    "fake tensors, a recorder), which cannot see what C++ does; 'auto' takes "
-                    "another one"
-                )
             if isinstance(found := cpu.load(), str):
                 raise RuntimeError(f"kernel 'cpu': {found}; 'auto' takes another one")
             return found
+        case "triton", _:
+            if reason := _triton_is_missing():
+                raise RuntimeError(f"kernel 'triton': {reason}; 'auto' takes another one")
+            if reason := _triton().why_not(x):
+                raise ValueError(f"kernel 'triton' {reason}; use 'auto'")
+            return _triton()
+        case "aten_cuda", "cuda":
+            return aten_cuda
         case (("cpu" | "aten_cuda"), device):
             raise ValueError(f"kernel {name!r} does not serve {device!r} tensors; use 'auto'")
     raise ValueError(f"unknown kernel {name!r}; expected one of {', '.join(NAMES)}")
+
+
+def _is_plain(x: Tensor, others: tuple[Tensor | None, ...]) -> bool:
+    # Of subclasses of tensors, and where calls of torch are recorded or replaced, calls of torch
+    # are what is sure to work.
+    return type(x) in _PLAIN and _PLAIN.issuperset(map(type, others)) and not is_watched()
+
+
+@cache
+def _triton_is_missing() -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed: pip install 'syncbn[cuda]'"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler: install gcc or clang, or set CC"
+    return None
+
+
+def _triton() -> TritonKernels:
+    # Importing triton takes a third of a second, and most who import syncbn's CPU side have none.
+    from syncbn.kernels import triton
+
+    return triton

@@ -21,6 +21,7 @@ from torch.autograd.graph import increment_version
 from syncbn.kernels import cpu_call as call
 from syncbn.kernels import reference
 from syncbn.kernels.digest import digest, sources
+from syncbn.kernels.samples import alike, empty_like, readable
 from syncbn.kernels.transform import Forward, Transform, Wanted
 
 # Built by hatch_build.py.
@@ -49,7 +50,7 @@ class CPU:
 
     def moments(self, x: Tensor) -> Tensor:
         """See :func:`syncbn.kernels.reference.moments`."""
-        x, samples = call.readable(x)
+        x, samples = readable(x)
         message = x.new_empty(2 * samples.channels + 1, dtype=torch.float64)
         self._run(self.library.moments, x, samples, message.data_ptr())
         return message
@@ -122,12 +123,12 @@ class CPU:
         averages: call.Averages | None,
     ) -> tuple[Tensor, Tensor]:
         """Return y and statistics from a function that reads the message, or sums up itself."""
-        x, samples = call.readable(x)
+        x, samples = readable(x)
         statistics = x.new_empty(2 * samples.channels + 1, dtype=torch.float64)
         # Copies must live until they have been read.
         _owner, numbers = call.numbers(Transform(statistics, how.weight, how.bias, how.relu))
-        y = call.empty_like(x, samples)
-        added, stride = (None, 0) if residual is None else call.alike(residual, x, samples)
+        y = empty_like(x, samples)
+        added, stride = (None, 0) if residual is None else alike(residual, x, samples)
         pair, out = (call.address(added), stride), (y.data_ptr(), samples.dense_stride)
         packed = 0 if message is None else message.data_ptr()
         moved = averages or call.NO_AVERAGES
@@ -158,13 +159,13 @@ class CPU:
             wanted: weight and bias; None for each whose gradient is not.
             dx_over_dy: whether dx may take dy's memory; None for no dx.
         """
-        x, samples = call.readable(x)
+        x, samples = readable(x)
         transform, numbers = call.numbers(given)
-        dy, stride = call.alike(dy, x, samples)
+        dy, stride = alike(dy, x, samples)
         dx = None
         if dx_over_dy is not None:
             over = dx_over_dy and stride == samples.dense_stride
-            dx = dy if over else call.empty_like(x, samples)
+            dx = dy if over else empty_like(x, samples)
         # Of the dtype that is read: if that is another, they are converted below.
         writes = transform is given
         dweight, dbias = (None if t is None or not writes else torch.empty_like(t) for t in wanted)

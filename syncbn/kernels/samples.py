@@ -1,4 +1,4 @@
-"""How the C++ kernels see a tensor."""
+"""How kernels see a tensor."""
 
 from __future__ import annotations
 
@@ -49,6 +49,36 @@ class Samples(NamedTuple):
         if self.batch == shape[0]:
             return x.new_empty(shape)
         return x.new_empty(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+
+
+def readable(x: Tensor) -> tuple[Tensor, Samples]:
+    """Return x, or a copy if it has to be, and what kernels see in it."""
+    x = x.resolve_neg() if x.is_neg() else x
+    samples = Samples.of(x)
+    if samples is None:
+        x = x.contiguous()
+        samples = Samples.dense(x.shape)
+    return x, samples
+
+
+def alike(t: Tensor, x: Tensor, samples: Samples) -> tuple[Tensor, int]:
+    """Return t, or a copy if it has to be, seen as x is, and its stride."""
+    t = t.resolve_neg() if t.is_neg() else t
+    if t._is_zerotensor():
+        t = torch.zeros_like(x)
+    found = Samples.of(t)
+    if found == samples:
+        return t, samples.stride
+    if found is None or found[:3] != samples[:3]:
+        return empty_like(x, samples).copy_(t), samples.dense_stride
+    return t, found.stride
+
+
+def empty_like(x: Tensor, samples: Samples) -> Tensor:
+    """Return an uninitialized tensor of x's layout, without gaps."""
+    if samples.stride == samples.dense_stride:
+        return torch.empty_like(x)
+    return samples.empty_like(x)
 
 
 # Layers see the same few shapes again and again.

@@ -1,0 +1,51 @@
+"""The backward pass through a ReLU that followed a residual: its output says where it was open."""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeGuard
+
+import torch
+from torch import Tensor
+
+from syncbn.kernels import Kernel, Transform, Wanted
+
+
+class Gated(Kernel, Protocol):
+    """What a kernel module may have besides: both steps of a gradient in one."""
+
+    def backward_reduce_gated(
+        self,
+        dy: Tensor,
+        y: Tensor,
+        x: Tensor,
+        transform: Transform,
+        wanted: Wanted = (None, None),
+        may_overwrite: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return what comes through the ReLU, and :meth:`Kernel.backward_reduce` of it.
+
+        That is dy where y is positive or NaN, and zero elsewhere.
+
+        Args:
+            dy: gradient of the output, shape and dtype of x.
+            y: the output, shape and dtype of x.
+            x: shape ``[N, C, *]``.
+            transform: of the forward pass, without residual and ReLU.
+            wanted: weight and bias; None for each whose gradient is not.
+            may_overwrite: nobody needs dy any more; the result may be written there.
+        """
+
+
+def is_gated(kernel: Kernel) -> TypeGuard[Gated]:
+    """Return whether a kernel module can."""
+    return hasattr(kernel, "backward_reduce_gated")
+
+
+def through_relu(dy: Tensor, y: Tensor, may_overwrite: bool) -> Tensor:
+    """Return dy where y is positive or NaN, else zero; in dy's memory, if it may be overwritten."""
+    threshold = torch.ops.aten.threshold_backward
+    if may_overwrite and dy.stride() == y.stride():
+        found: Tensor = threshold.grad_input(dy, y, 0, grad_input=dy)
+    else:
+        found = threshold(dy, y, 0)
+    return found

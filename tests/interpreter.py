@@ -1,0 +1,38 @@
+"""Triton's interpreter, for machines without a GPU: it runs kernels on tensors of the CPU."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+
+def begin() -> None:
+    """Have kernels interpreted, if there is no GPU; to be called before they are imported."""
+    if torch.cuda.is_available():
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+
+    ready = {"syncbn.kernels.triton_kernels"}
+    convert, call = InterpreterBuilder.cast_impl, InterpretedFunction.__call__
+
+    def rounded(self: Any, source: Any, dtype: Any) -> Any:
+        # It cuts digits off; GPUs round.
+        if source.dtype.scalar is tl.float32 and dtype.scalar is tl.bfloat16:
+            half = torch.from_numpy(source.data.copy()).bfloat16()
+            return TensorHandle(half.view(torch.uint16).numpy(), tl.bfloat16)
+        return convert(self, source, dtype)
+
+    def called(self: Any, *arguments: Any, **constants: Any) -> Any:
+        # It prepares the language for every function that a kernel calls, again and again, which
+        # takes longer than to run it.
+        if (home := self.fn.__module__) in ready:
+            return self.rewrite()(*arguments, **constants)
+        ready.add(home)
+        return call(self, *arguments, **constants)
+
+    InterpreterBuilder.cast_impl = rounded
+    InterpretedFunction.__call__ = called

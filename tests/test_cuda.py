@@ -1,0 +1,209 @@
+"""What only a GPU shows: no waiting for it, CUDA graphs, streams, launches, NCCL, sizes.
+
+The kernels themselves, and layers over ranks, are tested on it by the rows of tests/kernels.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+import syncbn
+from syncbn.autograd.call import Call
+from syncbn.autograd.function import SyncBatchNormFunction
+from syncbn.kernels import Running, choose
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CUDA = torch.device("cuda")
+BACKENDS = ["nccl", "gloo"]
+
+
+@pytest.fixture(params=BACKENDS)
+def group(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dist.ProcessGroup]:
+    """Return a group of one that is talked to, which layers do not do."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group(request.param, store=store, rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def normalized(layer: syncbn.SyncBatchNorm, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Return the output in training, by messages of the group."""
+    kernel = choose("triton", x)
+    running = Running(
+        layer.running_mean, layer.running_var, layer.num_batches_tracked, layer.momentum
+    )
+    call = Call(layer.eps, layer.activation == "relu", running, group, kernel, "layer")
+    y: Tensor = SyncBatchNormFunction.apply(x, layer.weight, layer.bias, None, call)
+    return y
+
+
+def step(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """Return a call that runs forward and backward."""
+
+    def run() -> tuple[Tensor, ...]:
+        y = layer(x)
+        return y, *torch.autograd.grad(y, [x, *layer.parameters()], dy)
+
+    return run
+
+
+def case(samples: int = 4) -> tuple[syncbn.SyncBatchNorm, Tensor, Tensor]:
+    layer = syncbn.SyncBatchNorm2d(32, activation="relu").to(CUDA)
+    x, dy = torch.randn(2, samples, 32, 9, 7, device=CUDA)
+    return layer, x.requires_grad_(), dy
+
+
+def test_auto_is_triton() -> None:
+    from syncbn.kernels import triton
+
+    assert choose("auto", torch.empty(1, 1, device=CUDA)) is triton
+
+
+@pytest.mark.parametrize("samples", [4, 0])
+def test_nothing_waits_for_the_device(samples: int) -> None:
+    run = step(*case(samples))
+    run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_no_message_waits_for_the_device(group: dist.ProcessGroup) -> None:
+    layer, x, dy = case()
+
+    def run() -> None:
+        torch.autograd.grad(normalized(layer, x, group), [x, *layer.parameters()], dy)
+
+    run()
+    if group.name() == "gloo":
+        pytest.skip("Gloo copies messages to the host")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("samples", [4, 0])
+def test_a_graph_is_captured_and_replayed(samples: int) -> None:
+    layer, x, dy = case(samples)
+    run = step(layer, x, dy)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(3):
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+        layer.load_state_dict(before)
+        graph.replay()
+        replayed = [t.clone() for t in captured]
+        averages = {name: value.clone() for name, value in layer.state_dict().items()}
+        layer.load_state_dict(before)
+        for found, wanted in zip(replayed, run(), strict=True):
+            assert torch.equal(found, wanted)
+        for name, wanted in layer.state_dict().items():
+            assert torch.equal(averages[name], wanted)
+
+
+def test_results_do_not_depend_on_the_stream() -> None:
+    layer, x, dy = case(64)
+    run = step(layer, x, dy)
+    wanted = run()
+    for _ in range(20):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            found = run()
+        # Takes what was freed, if it was freed too early.
+        noise = [torch.randn_like(t) for t in (x, dy)]
+        torch.cuda.current_stream().wait_stream(side)
+        assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+        del noise
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("shape", [(64, 64, 56, 56), (64, 2048, 7, 7), (2, 8, 3, 3)], ids=str)
+def test_three_launches_forward_and_three_backward(
+    shape: tuple[int, ...], layout: torch.memory_format
+) -> None:
+    layer = syncbn.SyncBatchNorm2d(shape[1], activation="relu").to(CUDA)
+    x = torch.randn(shape, device=CUDA).bfloat16().contiguous(memory_format=layout)
+    leaf, dy = x.requires_grad_(), torch.randn_like(x)
+    run = step(layer, leaf, dy)
+    run()
+    # Until the autograd engine has all of them once.
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+        run()
+        torch.cuda.synchronize()
+    kernels = [e.name for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(kernels) <= 6, kernels
+
+
+def test_the_device_is_that_of_the_tensor() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    other = torch.device("cuda", 1)
+    layer, x, dy = case()
+    wanted = step(layer, x, dy)()
+    moved = x.detach().to(other).requires_grad_()
+    for found, y in zip(step(layer.to(other), moved, dy.to(other))(), wanted, strict=True):
+        assert torch.equal(found.to(CUDA), y)
+
+
+def test_more_than_2_to_the_31_elements() -> None:
+    x = torch.empty(33, 64, 1024, 1024, dtype=torch.bfloat16, device=CUDA)
+    assert x.numel() > 2**31
+    for sample in x:
+        sample.normal_()
+    x[-1] += 1
+    y = syncbn.sync_batch_norm(x, None, None, training=True, kernel="triton")
+    part = x[:, 5].double()
+    wanted = (x[-1, 5].double() - part.mean()) * part.var(correction=0).add(1e-5).rsqrt()
+    assert ((y[-1, 5].double() - wanted).abs() <= 2**-8 * wanted.abs().clamp(min=1)).all()
+
+
+def test_results_are_the_same_every_time() -> None:
+    run = step(*case(64))
+    wanted = run()
+    for _ in range(10):
+        assert all(torch.equal(*pair) for pair in zip(run(), wanted, strict=True))
+
+
+def test_messages_of_a_group_of_one_change_nothing(group: dist.ProcessGroup) -> None:
+    layer, x, dy = case()
+    wanted = step(layer, x, dy)()
+    y = normalized(layer, x, group)
+    found = y, *torch.autograd.grad(y, [x, *layer.parameters()], dy)
+    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_under_autocast(dtype: torch.dtype) -> None:
+    conv, layer = nn.Conv2d(3, 8, 3).to(CUDA), syncbn.SyncBatchNorm2d(8).to(CUDA)
+    x = torch.randn(4, 3, 12, 12, device=CUDA)
+    with torch.autocast("cuda", dtype):
+        y = layer(conv(x))
+        wanted = F.batch_norm(conv(x).float(), None, None, training=True)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.float(), wanted, rtol=2**-7, atol=2**-7)

@@ -1,0 +1,168 @@
+"""The Triton kernels: what GPUs get, and what the rows of all kernels leave out."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+import syncbn
+from syncbn.kernels import Forward, Running, Transform, choose, reference
+from tests.kernels import EPS, device_of
+from tests.transports import ROOT
+
+DEVICE = device_of("triton")
+SHAPES = [(2, 5), (3, 16, 7), (4, 6, 5, 3), (40, 3, 12, 9), (1, 70, 1, 1)]
+LAYOUTS = ["contiguous", "channels_last", "gaps between samples", "channels of more"]
+
+
+@pytest.fixture
+def launches() -> Iterator[list[str]]:
+    """Return the names of kernels that are launched."""
+    from syncbn.kernels import triton
+
+    run, seen = triton._run, []
+
+    def noted(kernel: Any, *arguments: Any, **constants: Any) -> None:
+        seen.append(kernel.__name__)
+        run(kernel, *arguments, **constants)
+
+    with patch.object(triton, "_run", noted):
+        yield seen
+
+
+def tensor(shape: tuple[int, ...], layout: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    size = list(shape)
+    if layout == "gaps between samples":
+        size[0] *= 2
+    if layout == "channels of more":
+        size[1] += 3
+    x = torch.randn(size, dtype=torch.float64).to(dtype).to(DEVICE)
+    if layout != "contiguous" and layout != "gaps between samples":
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return x[:: 2 if layout == "gaps between samples" else 1, : shape[1]]
+
+
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_kernels_compile_for_gpus(architecture: int, tmp_path: Path) -> None:
+    """Needs none: accesses of 16 bytes where rows allow, registers for two programs, no spills."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.triton_compile", str(architecture)],
+        cwd=ROOT,
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr, done.stderr
+    found: dict[str, list[dict[str, Any]]] = json.loads(done.stdout)
+    for name, kernels in found.items():
+        assert {k["kernel"] for k in kernels} >= {
+            "moments",
+            "normalize",
+            "backward_reduce",
+            "backward_elemt",
+        }
+        for kernel in kernels:
+            about = f"{name}: {kernel}"
+            assert kernel["spilled"] <= 16, about
+            if name.startswith("ResNet-50") and kernel["kernel"] != "combine":
+                assert "ld.global.v4.b32" in kernel["accesses"], about
+                assert kernel["registers"] <= 128, about
+            if "bfloat16" in name and not name.startswith("odd"):
+                # One value at a time is an eighth of what a thread can ask for.
+                assert not any("b16" in access for access in kernel["accesses"]), about
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_layouts(shape: tuple[int, ...], layout: str) -> None:
+    kernel = choose("triton", torch.empty(1, 1, device=DEVICE))
+    x, dy, residual = (tensor(shape, layout) for _ in range(3))
+    weight, bias = torch.randn(2, shape[1], 2, device=DEVICE)[..., 0]
+    message = kernel.moments(x)
+    torch.testing.assert_close(message, reference.moments(x.double()), rtol=1e-6, atol=1e-5)
+    how = Forward(EPS, weight, bias, True)
+    y, statistics = kernel.normalize(x, message, how, residual)
+    wanted, _ = reference.normalize(x.double(), message, how, residual.double())
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-6, atol=1e-6)
+    transform = Transform(statistics, weight, bias, True)
+    sums, dweight, dbias = kernel.backward_reduce(dy, x, transform, (weight, bias))
+    wanted_sums, _, _ = reference.backward_reduce(dy.double(), x.double(), transform)
+    torch.testing.assert_close(sums, wanted_sums, rtol=1e-5, atol=1e-5)
+    assert dweight is not None
+    assert dbias is not None
+    torch.testing.assert_close(torch.cat([dbias, dweight]).double(), sums, rtol=1e-6, atol=1e-6)
+    dx = kernel.backward_elemt(dy, x, transform, sums)
+    wanted = reference.backward_elemt(dy.double(), x.double(), transform, sums)
+    torch.testing.assert_close(dx.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("samples", [0, 1, 5])
+def test_running_averages(momentum: float | None, dtype: torch.dtype, samples: int) -> None:
+    """More blocks of channels than one: one program of all counts the batch."""
+    x = torch.randn(samples, 700, device=DEVICE)
+    kernel = choose("triton", x)
+    message = kernel.moments(x)
+
+    def moved(by: Any) -> list[Tensor]:
+        mean = torch.linspace(-1, 1, 700, device=DEVICE).to(dtype)
+        found = Running(mean, mean.exp(), torch.tensor(3, device=DEVICE), momentum)
+        versions = [t._version for t in found[:3] if t is not None]
+        by.normalize(x, message, Forward(EPS, running=found))
+        tensors = [t for t in found[:3] if t is not None]
+        assert all(t._version > v for t, v in zip(tensors, versions, strict=True))
+        return tensors
+
+    for found, wanted in zip(moved(kernel), moved(reference), strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("may_overwrite", [False, True])
+def test_a_gradient_goes_through_the_relu_of_an_output(layout: str, may_overwrite: bool) -> None:
+    from syncbn.kernels import triton
+
+    x, dy, residual = (tensor((4, 6, 5, 3), layout) for _ in range(3))
+    weight = torch.randn(6, device=DEVICE)
+    message = triton.moments(x)
+    y, statistics = triton.normalize(x, message, Forward(EPS, weight, None, True), residual)
+    transform = Transform(statistics, weight, None)
+    wanted = dy * (y > 0)
+    wanted_sums, _, _ = reference.backward_reduce(wanted.double(), x.double(), transform)
+    given = dy.clone(memory_format=torch.preserve_format)
+    found = triton.backward_reduce_gated(given, y, x, transform, (weight, None), may_overwrite)
+    gated, sums, dweight, dbias = found
+    assert torch.equal(gated, wanted)
+    assert (gated.data_ptr() == given.data_ptr()) == may_overwrite
+    torch.testing.assert_close(sums, wanted_sums, rtol=1e-5, atol=1e-5)
+    assert dweight is not None
+    assert dbias is None
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("samples", [2, 300])
+def test_three_launches_forward_and_three_backward(
+    launches: list[str], residual: bool, samples: int
+) -> None:
+    layer = syncbn.SyncBatchNorm2d(4, activation="relu").to(DEVICE)
+    layer.sync_kernel = "triton"
+    x, r = torch.randn(2, samples, 4, 5, 5, device=DEVICE)
+    y = layer(x.requires_grad_(), r.requires_grad_() if residual else None)
+    adds_up = ["combine"] if samples > 2 else []
+    assert launches == ["moments", *adds_up, "normalize"]
+    y.sum().backward()
+    assert launches[len(adds_up) + 2 :] == ["backward_reduce", *adds_up, "backward_elemt"]

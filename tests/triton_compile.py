@@ -1,0 +1,129 @@
+"""Compile what the Triton kernels would launch, for GPUs that are not here; print it as JSON.
+
+``python -m tests.triton_compile 80`` runs the functions of syncbn.kernels.triton on tensors of
+the CPU, and compiles each launch with the arguments it is given instead of starting it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from functools import partial
+from itertools import product
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton as triton_package
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from syncbn.kernels import Forward, Running, Transform, triton
+
+_TYPES = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+}
+# Shapes, and whether channels are dense.
+CASES = {
+    "ResNet-50 NCHW": ((64, 64, 56, 56), False),
+    "ResNet-50 NHWC": ((64, 64, 56, 56), True),
+    "a multiple of four NCHW": ((16, 256, 14, 14), False),
+    "a multiple of eight NHWC": ((16, 24, 14, 14), True),
+    "odd NCHW": ((64, 512, 7, 7), False),
+    "odd NHWC": ((3, 5, 7, 7), True),
+}
+
+
+def compiled(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], arch: int) -> Any:
+    """Compile a launch as it would be where it is launched."""
+    options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    given = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
+    signature, fixed, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = given[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[parameter.name], fixed[(i,)] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = _TYPES[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[parameter.name] = "i32" if value < 2**31 else "i64"
+            attributes[(i,)] = [["tt.divisibility", 16]] if value % 16 == 0 else []
+        else:
+            signature[parameter.name] = parameter.annotation_type
+            assert parameter.annotation_type == "fp64", parameter.name
+    source = ASTSource(kernel, signature, fixed, attributes)
+    return triton_package.compile(source, GPUTarget("cuda", arch, 32), options)
+
+
+def facts(binary: Any) -> dict[str, Any]:
+    """Return the accesses to memory in a compiled kernel, and the registers it needs."""
+    accesses = re.findall(r"(?:ld|st)\.global[\w.:]*", binary.asm["ptx"])
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        tool = triton_package.knobs.nvidia.cuobjdump.path
+        usage = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage.stdout + usage.stderr)
+    assert found is not None, usage
+    registers, stack, local = map(int, found.groups())
+    return {"accesses": Counter(accesses), "registers": registers, "spilled": stack + local}
+
+
+def passes(shape: tuple[int, ...], last: bool, dtype: torch.dtype) -> None:
+    """Call every function as layers do: plain, with a ReLU, and with a residual and a ReLU."""
+    x = torch.empty(shape, dtype=dtype)
+    if last:
+        x = x.to(memory_format=torch.channels_last)
+    channels = shape[1]
+    weight, bias, mean, var = torch.empty(4, 16 * channels).view(4, 16, channels)[:, 0].clone()
+    running = Running(mean, var, torch.tensor(0), 0.1)
+    message = triton.moments(x)
+    for relu, residual in ((False, None), (True, None), (True, x)):
+        how = Forward(1e-5, weight, bias, relu, running)
+        y, statistics = triton.normalize(x, message, how, residual)
+        transform = Transform(statistics, weight, bias, relu and residual is None)
+        if residual is not None:
+            triton.backward_reduce_gated(x, y, x, transform, (weight, bias))
+        sums, _, _ = triton.backward_reduce(x, x, transform, (weight, bias))
+        triton.backward_elemt(x, x, transform, sums)
+
+
+def main() -> None:
+    """Compile for the architecture that the command line names: all cases for 90, else some."""
+    architecture = int(sys.argv[1])
+    found: dict[str, list[dict[str, Any]]] = {}
+    cases = list(product([torch.bfloat16, torch.float32], CASES))
+    for dtype, name in [*cases, (torch.float64, "odd NHWC")] if architecture == 90 else cases[:2]:
+        launches = found[f"{name}, {dtype}"] = []
+        with patch.object(triton, "_run", partial(note, launches, architecture)):
+            passes(*CASES[name], dtype)
+    json.dump(found, sys.stdout)
+
+
+def note(
+    launches: list[dict[str, Any]],
+    architecture: int,
+    kernel: Any,
+    _: int,
+    *arguments: Any,
+    **constants: Any,
+) -> None:
+    """Add what a launch is compiled to."""
+    about = facts(compiled(kernel, arguments, constants, architecture))
+    launches.append({"kernel": kernel.__name__, **about})
+
+
+if __name__ == "__main__":
+    main()
