@@ -16,7 +16,7 @@ def begin() -> None:
     import triton.language as tl
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
-    ready = {"syncbn.kernels.triton_kernels"}
+    ready = {"syncbn.kernels.triton_kernels", "syncbn.kernels.triton_addresses"}
     convert, call = InterpreterBuilder.cast_impl, InterpretedFunction.__call__
 
     def rounded(self: Any, source: Any, dtype: Any) -> Any:

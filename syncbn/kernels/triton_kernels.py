@@ -21,6 +21,7 @@ their types, but for "fp64": else a float would be rounded to float32.
 import triton
 import triton.language as tl
 
+from syncbn.kernels.triton_addresses import channels_of, dense_of, multiple, offsets, size_of, tile
 from syncbn.moments import ROUNDING
 
 _ROUNDING = tl.constexpr(ROUNDING)
@@ -37,11 +38,11 @@ def moments(
     The pivot is the mean of the first tile. Where that is more than two standard deviations off
     (padding, say), float32 would lose the variance: values are summed again, around a better one.
     """
-    channels, space = _dense(channels, space, UNIT, LAST)
-    x_stride = _multiple(x_stride, UNIT)
-    c, here_c, split = _channels(channels, BLOCK_C)
-    n, s, here = _tile(split, c, samples, channels, space, BLOCK_N, BLOCK_S)
-    first = tl.load(x_ptr + _offsets(n, c, s, x_stride, space, LAST), here, 0.0).to(COMPUTE)
+    channels, space = dense_of(channels, space, UNIT, LAST)
+    x_stride = multiple(x_stride, UNIT)
+    c, here_c, split = channels_of(channels, BLOCK_C)
+    n, s, here = tile(split, c, samples, channels, space, BLOCK_N, BLOCK_S)
+    first = tl.load(x_ptr + offsets(n, c, s, x_stride, space, LAST), here, 0.0).to(COMPUTE)
     pivot = tl.sum(first, 0) / tl.maximum(tl.sum(here.to(COMPUTE), 0), 1.0)
     sum_, sum_sq, size = _sums_around(
         pivot, x_ptr, c, split, samples, channels, space, x_stride, tiles, splits,
@@ -73,9 +74,9 @@ def normalize(
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
 ):
     """Write y of some tiles; the first programs of channels write statistics and averages, too."""
-    channels, space = _dense(channels, space, UNIT, LAST)
-    x_stride, stride = _multiple(x_stride, UNIT), _multiple(stride, UNIT)
-    c, here_c, group = _channels(channels, BLOCK_C)
+    channels, space = dense_of(channels, space, UNIT, LAST)
+    x_stride, stride = multiple(x_stride, UNIT), multiple(stride, UNIT)
+    c, here_c, group = channels_of(channels, BLOCK_C)
     count = tl.load(message_ptr + 2 * channels)
     total = tl.load(message_ptr + c, here_c, 0.0)
     total_sq = tl.load(message_ptr + channels + c, here_c, 0.0)
@@ -99,9 +100,9 @@ def normalize(
 
     pivot, _, scale, shift = _affine(mean, invstd, weight_ptr, bias_ptr, c, here_c, COMPUTE)
     for i in range(TILES):
-        n, s, here = _tile(group * TILES + i, c, samples, channels, space, BLOCK_N, BLOCK_S)
-        dense = _offsets(n, c, s, stride, space, LAST)
-        x = tl.load(x_ptr + _offsets(n, c, s, x_stride, space, LAST), here, 0.0).to(COMPUTE)
+        n, s, here = tile(group * TILES + i, c, samples, channels, space, BLOCK_N, BLOCK_S)
+        dense = offsets(n, c, s, stride, space, LAST)
+        x = tl.load(x_ptr + offsets(n, c, s, x_stride, space, LAST), here, 0.0).to(COMPUTE)
         y = (x - pivot[None, :]) * scale[None, :] + shift[None, :]
         if residual_ptr is not None:
             y += tl.load(residual_ptr + dense, here, 0.0).to(COMPUTE)
@@ -123,23 +124,23 @@ def backward_reduce(
     If the output is, dy counts where that is positive or NaN, and is written as such; there may be
     dy itself.
     """
-    channels, space = _dense(channels, space, UNIT, LAST)
-    dy_stride, x_stride = _multiple(dy_stride, UNIT), _multiple(x_stride, UNIT)
-    stride = _multiple(stride, UNIT)
-    c, here_c, split = _channels(channels, BLOCK_C)
+    channels, space = dense_of(channels, space, UNIT, LAST)
+    dy_stride, x_stride = multiple(dy_stride, UNIT), multiple(x_stride, UNIT)
+    stride = multiple(stride, UNIT)
+    c, here_c, split = channels_of(channels, BLOCK_C)
     mean, invstd = _statistics(statistics_ptr, channels, c, here_c)
     pivot, rest, scale, shift = _affine(mean, invstd, weight_ptr, bias_ptr, c, here_c, COMPUTE)
     sum_dy = tl.zeros([BLOCK_N * BLOCK_S, BLOCK_C], COMPUTE)
     sum_dy_xmu = tl.zeros([BLOCK_N * BLOCK_S, BLOCK_C], COMPUTE)
     for t in range(split, tiles, splits):
-        n, s, here = _tile(t, c, samples, channels, space, BLOCK_N, BLOCK_S)
-        x = tl.load(x_ptr + _offsets(n, c, s, x_stride, space, LAST), here, 0.0).to(COMPUTE)
-        dy = tl.load(dy_ptr + _offsets(n, c, s, dy_stride, space, LAST), here, 0.0).to(COMPUTE)
+        n, s, here = tile(t, c, samples, channels, space, BLOCK_N, BLOCK_S)
+        x = tl.load(x_ptr + offsets(n, c, s, x_stride, space, LAST), here, 0.0).to(COMPUTE)
+        dy = tl.load(dy_ptr + offsets(n, c, s, dy_stride, space, LAST), here, 0.0).to(COMPUTE)
         xmu = x - pivot[None, :]
         if RELU:
             dy = _through_relu(dy, xmu, scale, shift)
         if y_ptr is not None:
-            dense = _offsets(n, c, s, stride, space, LAST)
+            dense = offsets(n, c, s, stride, space, LAST)
             dy = tl.where(tl.load(y_ptr + dense, here, 0.0).to(COMPUTE) <= 0, 0.0, dy)
             tl.store(gated_ptr + dense, dy.to(gated_ptr.dtype.element_ty), here)
         sum_dy += dy
@@ -158,10 +159,10 @@ def backward_elemt(
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
 ):
     """Write dx of some tiles; dx may be dy."""
-    channels, space = _dense(channels, space, UNIT, LAST)
-    dy_stride, x_stride = _multiple(dy_stride, UNIT), _multiple(x_stride, UNIT)
-    stride = _multiple(stride, UNIT)
-    c, here_c, group = _channels(channels, BLOCK_C)
+    channels, space = dense_of(channels, space, UNIT, LAST)
+    dy_stride, x_stride = multiple(dy_stride, UNIT), multiple(x_stride, UNIT)
+    stride = multiple(stride, UNIT)
+    c, here_c, group = channels_of(channels, BLOCK_C)
     mean, invstd = _statistics(statistics_ptr, channels, c, here_c)
     pivot, rest, scale, shift = _affine(mean, invstd, weight_ptr, bias_ptr, c, here_c, COMPUTE)
     values = tl.maximum(tl.load(statistics_ptr + 2 * channels), 1.0)
@@ -169,14 +170,14 @@ def backward_elemt(
     offset = (tl.load(sums_ptr + c, here_c, 0.0) / values - rest * slope).to(COMPUTE)
     slope = slope.to(COMPUTE)
     for i in range(TILES):
-        n, s, here = _tile(group * TILES + i, c, samples, channels, space, BLOCK_N, BLOCK_S)
-        x = tl.load(x_ptr + _offsets(n, c, s, x_stride, space, LAST), here, 0.0).to(COMPUTE)
-        dy = tl.load(dy_ptr + _offsets(n, c, s, dy_stride, space, LAST), here, 0.0).to(COMPUTE)
+        n, s, here = tile(group * TILES + i, c, samples, channels, space, BLOCK_N, BLOCK_S)
+        x = tl.load(x_ptr + offsets(n, c, s, x_stride, space, LAST), here, 0.0).to(COMPUTE)
+        dy = tl.load(dy_ptr + offsets(n, c, s, dy_stride, space, LAST), here, 0.0).to(COMPUTE)
         xmu = x - pivot[None, :]
         if RELU:
             dy = _through_relu(dy, xmu, scale, shift)
         dx = (dy - offset[None, :] - xmu * slope[None, :]) * scale[None, :]
-        dense = _offsets(n, c, s, stride, space, LAST)
+        dense = offsets(n, c, s, stride, space, LAST)
         tl.store(dx_ptr + dense, dx.to(dx_ptr.dtype.element_ty), here)
 
 
@@ -186,7 +187,7 @@ def combine(
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """Add up the sums of splits; write the count, dbias and dweight, if these are given."""
-    c, here_c, _ = _channels(channels, BLOCK_C)
+    c, here_c, _ = channels_of(channels, BLOCK_C)
     first = tl.zeros([BLOCK_C], tl.float64)
     second = tl.zeros([BLOCK_C], tl.float64)
     for start in range(0, splits, BLOCK_K):
@@ -201,59 +202,6 @@ def combine(
 
 
 @triton.jit
-def _channels(channels, BLOCK_C: tl.constexpr):
-    """Return the channels of this program, which exist, and its number among their programs."""
-    blocks = tl.cdiv(channels, BLOCK_C)
-    program = tl.program_id(0)
-    c = program % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    return c, c < channels, program // blocks
-
-
-@triton.jit
-def _tile(t, c, samples, channels, space, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Return the samples and positions of tile t, and which of its values exist."""
-    along = tl.cdiv(space, BLOCK_S)
-    v = tl.arange(0, BLOCK_N * BLOCK_S)
-    n = (t // along * BLOCK_N + v // BLOCK_S)[:, None]
-    s = (t % along * BLOCK_S + v % BLOCK_S)[:, None]
-    return n, s, (n < samples) & (s < space) & (c < channels)[None, :]
-
-
-@triton.jit
-def _size(t, samples, space, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
-    """Return how many values of a channel are in tile t."""
-    along = tl.cdiv(space, BLOCK_S)
-    n, s = t // along * BLOCK_N, t % along * BLOCK_S
-    return tl.minimum(BLOCK_N, samples - n) * tl.minimum(BLOCK_S, space - s)
-
-
-@triton.jit
-def _multiple(x, UNIT: tl.constexpr):
-    """Return x, a multiple of UNIT, so that the compiler sees it, and loads vectors."""
-    return x // UNIT * UNIT
-
-
-@triton.jit
-def _dense(channels, space, UNIT: tl.constexpr, LAST: tl.constexpr):
-    """Return channels and space, of which the dense one is a multiple of UNIT."""
-    if LAST:
-        channels = _multiple(channels, UNIT)
-    else:
-        space = _multiple(space, UNIT)
-    return channels, space
-
-
-@triton.jit
-def _offsets(n, c, s, stride, space, LAST: tl.constexpr):
-    """Return where the values of a tile are."""
-    if LAST:
-        offsets = s.to(tl.int64) * stride + c[None, :]
-    else:
-        offsets = n.to(tl.int64) * stride + c[None, :].to(tl.int64) * space + s
-    return offsets
-
-
-@triton.jit
 def _sums_around(
     pivot, x_ptr, c, split, samples, channels, space, x_stride, tiles, splits,
     LAST: tl.constexpr,
@@ -264,12 +212,12 @@ def _sums_around(
     sum_sq = tl.zeros([BLOCK_N * BLOCK_S, BLOCK_C], COMPUTE)
     size = tl.full((), 0, tl.int32)
     for t in range(split, tiles, splits):
-        n, s, here = _tile(t, c, samples, channels, space, BLOCK_N, BLOCK_S)
-        x = tl.load(x_ptr + _offsets(n, c, s, x_stride, space, LAST), here, 0.0).to(COMPUTE)
+        n, s, here = tile(t, c, samples, channels, space, BLOCK_N, BLOCK_S)
+        x = tl.load(x_ptr + offsets(n, c, s, x_stride, space, LAST), here, 0.0).to(COMPUTE)
         centred = tl.where(here, x - pivot[None, :], 0.0)
         sum_ += centred
         sum_sq += centred * centred
-        size += _size(t, samples, space, BLOCK_N, BLOCK_S)
+        size += size_of(t, samples, space, BLOCK_N, BLOCK_S)
     return tl.sum(sum_.to(tl.float64), 0), tl.sum(sum_sq.to(tl.float64), 0), size
 
 

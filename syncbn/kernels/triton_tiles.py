@@ -1,0 +1,117 @@
+"""How programs of the Triton kernels share a tensor."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from triton import next_power_of_2
+
+from syncbn.kernels.samples import Samples
+
+COMPUTE = {
+    torch.float16: tl.float32,
+    torch.bfloat16: tl.float32,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+# Values of a tile, and of a warp of those that share it: 16 a thread.
+_TILE, OF_A_WARP = 4096, 512
+# Channels of a tile where these are dense: 128 bytes of a half type.
+_DENSE_CHANNELS = 64
+# Of blocks of dense positions, but where there are fewer.
+_SHORTEST, _LONGEST = 64, 1024
+# Into how many programs a reduction is split: several for each multiprocessor of a large GPU, and
+# the same on any, for results to be the same.
+_PROGRAMS = 512
+# Where there are many more programs than that, each takes several tiles of an elementwise pass.
+_MANY, _TILES = 4 * _PROGRAMS, 4
+
+
+class Tiles(NamedTuple):
+    """How programs share a tensor; see :mod:`syncbn.kernels.triton_kernels`.
+
+    Attributes:
+        size: samples, channels and space.
+        constants: of all kernels.
+        blocks: of channels.
+        number: of tiles that a channel has.
+    """
+
+    size: tuple[int, int, int]
+    constants: dict[str, Any]
+    blocks: int
+    number: int
+
+    def unit(self, *strides: int) -> int:
+        """Return the power of two, 16 at most, that all rows of what is dense are multiples of."""
+        _, channels, space = self.size
+        return math.gcd(16, channels if self.constants["LAST"] else space, *strides)
+
+    @property
+    def splits(self) -> int:
+        """In how many parts a channel is summed."""
+        return min(self.number, cdiv(_PROGRAMS, self.blocks))
+
+    @property
+    def each(self) -> int:
+        """How many tiles a program of an elementwise pass takes."""
+        return _TILES if self.blocks * self.number > _MANY else 1
+
+    @property
+    def programs(self) -> int:
+        """Programs of an elementwise pass."""
+        return self.blocks * cdiv(self.number, self.each)
+
+
+@lru_cache(maxsize=1024)
+def tiles_of(samples: Samples, dtype: torch.dtype) -> Tiles:
+    """Return how programs share a tensor.
+
+    Dense positions are taken in blocks that pad little, up to 64 samples of them; dense channels in
+    blocks of 128 bytes or more, for positions one after the other.
+    """
+    channels = samples.channels
+    # Where there are no values, one is looked for in no samples.
+    some = samples.batch * samples.space > 0
+    batch, space = (samples.batch, samples.space) if some else (1, 1)
+    all_channels = next_power_of_2(channels)
+    if last := space == 1:
+        batch, space = 1, batch
+        block_c = min(_DENSE_CHANNELS, all_channels)
+        block_n, block_s = 1, min(_TILE // block_c, next_power_of_2(space))
+    else:
+        block_s = _along(space)
+        block_n = min(_TILE // block_s, next_power_of_2(batch))
+    block_c = min(_TILE // (block_n * block_s), all_channels)
+    values = block_n * block_s * block_c
+    constants = {
+        "LAST": last,
+        "BLOCK_N": block_n,
+        "BLOCK_S": block_s,
+        "BLOCK_C": block_c,
+        "COMPUTE": COMPUTE[dtype],
+        # Said, since Triton's default is about to change, and it warns.
+        "enable_fp_fusion": True,
+        "num_warps": min(max(values // OF_A_WARP, 1), _TILE // OF_A_WARP),
+    }
+    number = cdiv(batch, block_n) * cdiv(space, block_s)
+    size = (batch if some else 0, channels, space)
+    return Tiles(size, constants, cdiv(channels, block_c), number)
+
+
+def _along(space: int) -> int:
+    """Return the block for dense positions: the largest of those that pad by an eighth at most."""
+    most: int = min(_LONGEST, next_power_of_2(space))
+    blocks = [most >> i for i in range(most.bit_length()) if most >> i >= min(_SHORTEST, most)]
+    padded = {block: cdiv(space, block) * block for block in blocks}
+    bound = max(min(padded.values()), space * 9 // 8)
+    return max(block for block in blocks if padded[block] <= bound)
+
+
+def cdiv(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
+    return -(-a // b)
