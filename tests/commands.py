@@ -20,11 +20,11 @@ from tests.transports import ROOT
 @contextmanager
 def started(command: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
     """Start a command with its report in a folder, in a process group of its own."""
-    # What lets Open MPI run as root is the command's own business.
-    allowed = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
+    # What lets Open MPI run as root is the command's own business; and of terminals there is none.
+    unset = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "COLUMNS")
     with subprocess.Popen(
         [*command, f"json={folder / 'report.json'}"],
-        env={name: value for name, value in os.environ.items() if name not in allowed},
+        env={name: value for name, value in os.environ.items() if name not in unset},
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
