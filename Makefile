@@ -1,6 +1,7 @@
 # make demo    train a ResNet on two ranks, with local and with synchronized batch norm
 # make calibration    what recalibrating and mixing statistics are worth to a small network
 # make test    the whole test-suite
+# make test-triton  the tests of layers again, with the Triton kernels: on the GPU, if there is one
 # make sanitize  the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 # make check   formatter, linter, type checker
 # Each makes and fills .venv itself; nothing but Python and make is needed.
@@ -11,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 CPP := syncbn/kernels/cpu.cpp $(wildcard syncbn/kernels/cpp/*)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo calibration test sanitize check format clean
+.PHONY: demo calibration test test-triton sanitize check format clean
 
 demo: $(INSTALLED)
 	$(PYTHON) examples/demo.py
@@ -22,6 +23,11 @@ calibration: $(INSTALLED)
 WORKERS ?= 2
 test: $(INSTALLED)
 	$(PYTHON) -m pytest -n $(WORKERS) --no-loadscope-reorder
+
+LAYERS := $(patsubst %,tests/test_%.py,accumulation checkpointing double_backward fusion masks module \
+	module_errors ownership synchronized_edges training transforms)
+test-triton: $(INSTALLED)
+	SYNCBN_TEST_TRITON=1 $(PYTHON) -m pytest -n $(WORKERS) --no-loadscope-reorder $(LAYERS)
 
 # On a copy of the tree, for the library in this one to stay. -O1: at -O3 the compiler takes minutes.
 SANITIZED := build/sanitized

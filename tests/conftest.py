@@ -9,6 +9,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from syncbn.kernels import cpu
+from tests import device
 from tests.conformance import MPIS, SUITE
 from tests.kernels import cpp, levels
 from tests.mpi_jobs import Launch
@@ -21,6 +22,7 @@ settings.register_profile(
     "syncbn", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("syncbn")
+device.begin()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

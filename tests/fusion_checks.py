@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import syncbn
+from tests.device import seeded
 from tests.fusion_models import Parent
 
 
@@ -58,7 +59,7 @@ def train_on_a_rank(rank: int, fused: bool, sharded: bool) -> dict[str, Any]:
         assert len(syncbn.fuse(model).fused) == 5
     if sharded:
         fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    generator = torch.Generator().manual_seed(rank)
+    generator = seeded(rank)
     x = torch.randn([4, 0, 3][rank], 3, generator=generator, dtype=torch.float64)
     y = model(x)
     (y.square().sum() + y.sum()).backward()

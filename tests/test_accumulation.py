@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import syncbn
+from tests.device import seeded
 from tests.ranks import Ranks
 
 
 def _micro_batches(rank: int, step: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(10 * step + rank)
+    generator = seeded(10 * step + rank)
     sizes = [2, 0, 3 + rank]
     return [torch.randn(n, 3, 4, generator=generator, dtype=torch.float64) + n for n in sizes]
 

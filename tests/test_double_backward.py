@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import grad, gradgradcheck
 
 import syncbn
+from tests.device import seeded
 from tests.formula import Formula
 from tests.ranks import Ranks
 from tests.sharded import Everywhere, Own, Whole
@@ -124,7 +125,7 @@ MEASURES: dict[str, Callable[[nn.Module, Tensor], list[Tensor]]] = {
 
 
 def _batch(sizes: tuple[int, ...]) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     return torch.randn(sum(sizes), 1, 6, 6, dtype=torch.float64, generator=generator)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import syncbn
+from tests.device import seeded
 from tests.kernels import tolerance
 from tests.ranks import Ranks
 
@@ -144,7 +145,7 @@ def test_other_masks_are_errors(mask: Tensor, training: bool) -> None:
 
 
 def test_nan_that_does_not_count_has_no_effect_in_evaluation() -> None:
-    layer, generator = syncbn.SyncBatchNorm2d(3).eval(), torch.Generator().manual_seed(0)
+    layer, generator = syncbn.SyncBatchNorm2d(3).eval(), seeded(0)
     mask = torch.rand(2, 4, 4, generator=generator) > 0.5
     x = torch.randn(2, 3, 4, 4, generator=generator).masked_fill(~mask[:, None], float("nan"))
     x.requires_grad_()
@@ -178,7 +179,7 @@ def test_one_value_that_counts_alone() -> None:
 @pytest.mark.parametrize("kernel", ["auto", "reference"])
 def test_few_values_of_many_are_as_exact(kernel: str) -> None:
     """They were not: the sums of the filling hid what they have between them."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     x = torch.randn(2, 3, 128, 128, generator=generator) + 1e4
     mask = torch.zeros(2, 128, 128, dtype=torch.bool)
     mask.view(-1)[torch.randperm(mask.numel(), generator=generator)[:7]] = True

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import syncbn
+from tests.device import seeded
 from tests.kernels import needs_cpp
 
 # Large enough for its memory to be worth asking for.
@@ -41,7 +42,7 @@ def layer() -> syncbn.SyncBatchNorm2d:
 
 
 def images(requires_grad: bool = True) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     return torch.randn(SHAPE, generator=generator).requires_grad_(requires_grad)
 
 

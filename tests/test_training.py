@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
+from tests.device import seeded
 from tests.ranks import Ranks
 
 STEPS = 20
@@ -43,7 +44,7 @@ def train(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
 
 
 def big_batches(dtype: torch.dtype, size: int) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     return [
         (
             torch.randn(size * SAMPLES, 3, 9, 9, generator=generator, dtype=torch.float64).to(

@@ -13,6 +13,7 @@ from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_flatten
 
 import syncbn
+from tests.device import seeded
 from tests.formula import Formula
 from tests.ranks import Ranks
 
@@ -52,7 +53,7 @@ def _on_a_rank(rank: int) -> dict[str, Any]:
 
 
 def _batch() -> Tensor:
-    return torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return torch.randn(6, 2, dtype=torch.float64, generator=seeded(1))
 
 
 def test_alone() -> None:

@@ -22,6 +22,7 @@ from tests.transports import ROOT
 
 DEVICE = device_of("triton")
 SHAPES = [(2, 5), (3, 16, 7), (4, 6, 5, 3), (40, 3, 12, 9), (1, 70, 1, 1)]
+SINGLE = {"ld.global.b16", "st.global.b16", "cp.async 4"}
 LAYOUTS = ["contiguous", "channels_last", "gaps between samples", "channels of more"]
 
 
@@ -76,13 +77,14 @@ def test_kernels_compile_for_gpus(architecture: int, tmp_path: Path) -> None:
         }
         for kernel in kernels:
             about = f"{name}: {kernel}"
-            assert kernel["spilled"] <= 16, about
-            if name.startswith("ResNet-50") and kernel["kernel"] != "combine":
-                assert "ld.global.v4.b32" in kernel["accesses"], about
+            assert kernel["spilled"] <= 32, about
+            if name.startswith("ResNet-50") and kernel["kernel"] not in ("combine", "unpack"):
+                assert {"ld.global.v4.b32", "cp.async 16"} & set(kernel["accesses"]), about
                 assert kernel["registers"] <= 128, about
             if "bfloat16" in name and not name.startswith("odd"):
-                # One value at a time is an eighth of what a thread can ask for.
-                assert not any("b16" in access for access in kernel["accesses"]), about
+                # One value at a time is an eighth of what a thread can ask for; a gate has no more.
+                single = [n for access, n in kernel["accesses"].items() if access in SINGLE]
+                assert sum(single) <= 4, about
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -139,12 +141,14 @@ def test_a_gradient_goes_through_the_relu_of_an_output(layout: str, may_overwrit
     x, dy, residual = (tensor((4, 6, 5, 3), layout) for _ in range(3))
     weight = torch.randn(6, device=DEVICE)
     message = triton.moments(x)
-    y, statistics = triton.normalize(x, message, Forward(EPS, weight, None, True), residual)
+    gate = triton.new_gate(x)
+    how = Forward(EPS, weight, None, True, gate=gate)
+    y, statistics = triton.normalize(x, message, how, residual)
     transform = Transform(statistics, weight, None)
     wanted = dy * (y > 0)
     wanted_sums, _, _ = reference.backward_reduce(wanted.double(), x.double(), transform)
     given = dy.clone(memory_format=torch.preserve_format)
-    found = triton.backward_reduce_gated(given, y, x, transform, (weight, None), may_overwrite)
+    found = triton.backward_reduce_gated(given, gate, x, transform, (weight, None), may_overwrite)
     gated, sums, dweight, dbias = found
     assert torch.equal(gated, wanted)
     assert (gated.data_ptr() == given.data_ptr()) == may_overwrite
@@ -154,7 +158,7 @@ def test_a_gradient_goes_through_the_relu_of_an_output(layout: str, may_overwrit
 
 
 @pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("samples", [2, 300])
+@pytest.mark.parametrize("samples", [2, 3000])
 def test_three_launches_forward_and_three_backward(
     launches: list[str], residual: bool, samples: int
 ) -> None:
@@ -166,3 +170,26 @@ def test_three_launches_forward_and_three_backward(
     assert launches == ["moments", *adds_up, "normalize"]
     y.sum().backward()
     assert launches[len(adds_up) + 2 :] == ["backward_reduce", *adds_up, "backward_elemt"]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("twice", [False, True])
+def test_hooks_of_saved_tensors_may_change_how_they_lie(layout: str, twice: bool) -> None:
+    """What came through the ReLU is noted in the order in which the input lay."""
+    layer = syncbn.SyncBatchNorm2d(6, activation="relu").to(DEVICE)
+    layer.sync_kernel = "triton"
+    x, residual, dy = (tensor((4, 6, 5, 3), layout) for _ in range(3))
+    x.requires_grad_()
+
+    def gradient() -> Tensor:
+        (found,) = torch.autograd.grad(layer(x, residual), x, dy, create_graph=twice)
+        return found
+
+    def turned(t: Tensor) -> Tensor:
+        last = t.ndim == 4 and t.is_contiguous()
+        return t.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+    wanted = gradient()
+    with torch.autograd.graph.saved_tensors_hooks(turned, lambda t: t):
+        found = gradient()
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)

@@ -31,6 +31,8 @@ _TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
 }
 # Shapes, and whether channels are dense.
 CASES = {
@@ -45,7 +47,8 @@ CASES = {
 
 def compiled(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], arch: int) -> Any:
     """Compile a launch as it would be where it is launched."""
-    options = {name: constants.pop(name) for name in ("num_warps", "enable_fp_fusion")}
+    names = ("num_warps", "enable_fp_fusion", "maxnreg")
+    options = {name: constants.pop(name) for name in names if name in constants}
     given = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
     signature, fixed, attributes = {}, {}, {}
     for i, parameter in enumerate(kernel.params):
@@ -67,7 +70,9 @@ def compiled(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any],
 
 def facts(binary: Any) -> dict[str, Any]:
     """Return the accesses to memory in a compiled kernel, and the registers it needs."""
-    accesses = re.findall(r"(?:ld|st)\.global[\w.:]*", binary.asm["ptx"])
+    accesses = re.findall(r"(?:ld|st)(?:\.volatile)?\.global[\w.:]*", binary.asm["ptx"])
+    copies = re.findall(r"(cp\.async)\.c\w\.shared\.global [^;]*?, 0x(\w+)", binary.asm["ptx"])
+    accesses += [f"{name} {int(size, 16)}" for name, size in copies]
     with tempfile.NamedTemporaryFile() as file:
         file.write(binary.asm["cubin"])
         file.flush()
@@ -91,11 +96,13 @@ def passes(shape: tuple[int, ...], last: bool, dtype: torch.dtype) -> None:
     running = Running(mean, var, torch.tensor(0), 0.1)
     message = triton.moments(x)
     for relu, residual in ((False, None), (True, None), (True, x)):
-        how = Forward(1e-5, weight, bias, relu, running)
-        y, statistics = triton.normalize(x, message, how, residual)
+        gate = None if residual is None else triton.new_gate(x)
+        how = Forward(1e-5, weight, bias, relu, running, gate)
+        _, statistics = triton.normalize(x, message, how, residual)
         transform = Transform(statistics, weight, bias, relu and residual is None)
-        if residual is not None:
-            triton.backward_reduce_gated(x, y, x, transform, (weight, bias))
+        if gate is not None:
+            triton.opened(gate, x)
+            triton.backward_reduce_gated(x, gate, x, transform, (weight, bias))
         sums, _, _ = triton.backward_reduce(x, x, transform, (weight, bias))
         triton.backward_elemt(x, x, transform, sums)
 

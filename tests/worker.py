@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 import syncbn
+from tests import device
 from tests.transports import backend_of
 
 
@@ -30,6 +31,7 @@ def main(transport: str, folder: str, timeout: str) -> None:
 
 def _join(transport: str, folder: str, timeout: timedelta) -> int:
     torch.set_num_threads(1)
+    device.begin()
     backend = backend_of(transport)
     if backend == "mpi4py":
         return syncbn.init_process_group(backend, timeout).rank

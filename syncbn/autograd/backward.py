@@ -42,7 +42,7 @@ def first_order(
     call: Call,
     needs: tuple[bool, ...],
     may_overwrite: bool = False,
-    y: Tensor | None = None,
+    gate: Tensor | None = None,
     keep_mine: bool = False,
 ) -> FirstOrder:
     """Return the gradients of x, weight and bias.
@@ -54,7 +54,7 @@ def first_order(
         call: of the forward pass.
         needs: whether x, weight, bias and the residual need theirs.
         may_overwrite: nobody needs dy any more.
-        y: the output, if dy has yet to go through the ReLU after a residual: a gated kernel's job.
+        gate: of a gated kernel, if dy has yet to go through the ReLU after a residual.
         keep_mine: whether the sums of this rank are wanted.
     """
     kernel = call.kernel
@@ -62,9 +62,9 @@ def first_order(
     wanted = transform.weight if needs_weight else None, transform.bias if needs_bias else None
     over = may_overwrite and not needs_residual
     dx = None
-    if y is not None:
+    if gate is not None:
         assert gated.is_gated(kernel)
-        found = kernel.backward_reduce_gated(dy, y, x, transform, wanted, may_overwrite)
+        found = kernel.backward_reduce_gated(dy, gate, x, transform, wanted, may_overwrite)
         dy, mine, dweight, dbias = found
         over = not needs_residual
     elif call.group is None and needs_x:

@@ -11,6 +11,7 @@ from torch import Tensor
 from syncbn.autograd.backward import SyncBatchNormBackward, first_order
 from syncbn.autograd.call import Call, group_message
 from syncbn.kernels import Forward, Transform, alone, gated
+from syncbn.kernels.samples import seen_as, view_of
 from syncbn.ownership import is_unshared
 
 
@@ -61,8 +62,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
 
     Saved are x (its memory is alive anyway, as the output of the layer before) and numbers by
     channel: mean, invstd, n, weight, bias. Neither xhat nor y is saved: xhat, and where y > 0, is
-    one multiply-add away from x. With a residual y is saved, which the next layer keeps, and r is
-    not.
+    one multiply-add away from x. With a residual that is a bit for each value, or y, which the next
+    layer keeps (:mod:`syncbn.kernels.gated`); r is not saved.
 
     dx is written over dy where nobody else has dy: half the memory, and no page faults.
 
@@ -88,7 +89,9 @@ class SyncBatchNormFunction(torch.autograd.Function):
             ValueError: on CPU, a single value per channel in the whole group.
         """
         kernel = call.kernel
-        how = Forward(call.eps, weight, bias, call.relu, call.running)
+        masks = call.relu and residual is not None
+        gate = kernel.new_gate(x) if masks and gated.is_gated(kernel) else None
+        how = Forward(call.eps, weight, bias, call.relu, call.running, gate)
         if call.is_alone:
             y, statistics = alone.forward(kernel, x, how, residual)
         else:
@@ -97,9 +100,9 @@ class SyncBatchNormFunction(torch.autograd.Function):
             y, statistics = kernel.normalize(x, message, how, residual)
         _refuse_one_value(x, statistics, call)
 
-        masks = call.relu and residual is not None
-        ctx.save_for_backward(x, weight, bias, statistics, y if masks else None)
-        ctx.call = call
+        kept = y if masks and gate is None else gate
+        ctx.save_for_backward(x, weight, bias, statistics, kept)
+        ctx.call, ctx.view = call, None if gate is None else view_of(x)
         return y
 
     @staticmethod
@@ -109,17 +112,21 @@ class SyncBatchNormFunction(torch.autograd.Function):
         With ``create_graph=True`` by :class:`SyncBatchNormBackward`, which has a backward pass.
         """
         references = None if torch.compiler.is_compiling() else sys.getrefcount(dy)
-        x, weight, bias, statistics, y = ctx.saved_tensors
+        x, weight, bias, statistics, kept = ctx.saved_tensors
         call: Call = ctx.call
-        needs = ctx.needs_input_grad
+        needs, kernel = ctx.needs_input_grad, call.kernel
+        # Hooks of saved tensors may have changed how x lies.
+        x = x if ctx.view is None else seen_as(x, ctx.view)
         if torch.is_grad_enabled():
-            saved = x, weight, bias, statistics, y
+            if ctx.view is not None and gated.is_gated(kernel):
+                kept = kernel.opened(kept, x)
+            saved = x, weight, bias, statistics, kept
             return *SyncBatchNormBackward.apply(dy, *saved, call, needs), None
         mine = references is not None and is_unshared(dy, references)
-        transform = Transform(statistics, weight, bias, call.relu and y is None)
-        if y is not None and not gated.is_gated(call.kernel):
-            dy, mine, y = gated.through_relu(dy, y, mine), True, None
-        found = first_order(dy, x, transform, call, needs, mine, y)
+        transform = Transform(statistics, weight, bias, call.relu and kept is None)
+        if kept is not None and ctx.view is None:
+            dy, mine, kept = gated.through_relu(dy, kept, mine), True, None
+        found = first_order(dy, x, transform, call, needs, mine, kept)
         return found.dx, found.dweight, found.dbias, found.dy if needs[3] else None, None
 
 

@@ -1,4 +1,7 @@
-"""The backward pass through a ReLU that followed a residual: its output says where it was open."""
+"""Kernels that note what came through the ReLU after a residual, a bit for each value.
+
+Others read the output for it, in a pass of its own.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +14,23 @@ from syncbn.kernels import Kernel, Transform, Wanted
 
 
 class Gated(Kernel, Protocol):
-    """What a kernel module may have besides: both steps of a gradient in one."""
+    """What a kernel module may have besides.
+
+    The bits are a gate: the kernel's own business, and written by :meth:`Kernel.normalize` to where
+    :attr:`Forward.gate` says. They mean something to inputs of the same
+    :func:`~syncbn.kernels.samples.view_of`.
+    """
+
+    def new_gate(self, x: Tensor) -> Tensor:
+        """Return an uninitialized gate for x, uint8."""
+
+    def opened(self, gate: Tensor, x: Tensor) -> Tensor:
+        """Return where the output was positive or NaN: bool, shape of x."""
 
     def backward_reduce_gated(
         self,
         dy: Tensor,
-        y: Tensor,
+        gate: Tensor,
         x: Tensor,
         transform: Transform,
         wanted: Wanted = (None, None),
@@ -24,11 +38,11 @@ class Gated(Kernel, Protocol):
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Return what comes through the ReLU, and :meth:`Kernel.backward_reduce` of it.
 
-        That is dy where y is positive or NaN, and zero elsewhere.
+        That is dy where the gate is open, and zero elsewhere.
 
         Args:
             dy: gradient of the output, shape and dtype of x.
-            y: the output, shape and dtype of x.
+            gate: of the forward pass.
             x: shape ``[N, C, *]``.
             transform: of the forward pass, without residual and ReLU.
             wanted: weight and bias; None for each whose gradient is not.

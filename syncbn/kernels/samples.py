@@ -43,12 +43,12 @@ class Samples(NamedTuple):
         """Return what x is, shape ``[N, C, *]``; None if it cannot be seen so."""
         return _samples(x.shape, x.stride())
 
-    def empty_like(self, x: Tensor) -> Tensor:
+    def empty_like(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return an uninitialized tensor that is seen as x is, but without gaps."""
         shape = x.shape
         if self.batch == shape[0]:
-            return x.new_empty(shape)
-        return x.new_empty(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+            return x.new_empty(shape, dtype=dtype)
+        return x.new_empty(shape[0], *shape[2:], shape[1], dtype=dtype).movedim(-1, 1)
 
 
 def readable(x: Tensor) -> tuple[Tensor, Samples]:
@@ -59,6 +59,18 @@ def readable(x: Tensor) -> tuple[Tensor, Samples]:
         x = x.contiguous()
         samples = Samples.dense(x.shape)
     return x, samples
+
+
+def view_of(x: Tensor) -> tuple[int, int, int]:
+    """Return how many samples, channels and values of a channel kernels see in x."""
+    return (Samples.of(x) or Samples.dense(x.shape))[:3]
+
+
+def seen_as(x: Tensor, view: tuple[int, int, int]) -> Tensor:
+    """Return x, or a copy if it has to be, of which kernels have this view."""
+    if view_of(x) == view:
+        return x
+    return Samples(*view, 0, 0).empty_like(x, x.dtype).copy_(x)
 
 
 def alike(t: Tensor, x: Tensor, samples: Samples) -> tuple[Tensor, int]:
@@ -74,11 +86,11 @@ def alike(t: Tensor, x: Tensor, samples: Samples) -> tuple[Tensor, int]:
     return t, found.stride
 
 
-def empty_like(x: Tensor, samples: Samples) -> Tensor:
-    """Return an uninitialized tensor of x's layout, without gaps."""
+def empty_like(x: Tensor, samples: Samples, dtype: torch.dtype | None = None) -> Tensor:
+    """Return an uninitialized tensor of x's layout, without gaps; of its dtype, or another."""
     if samples.stride == samples.dense_stride:
-        return torch.empty_like(x)
-    return samples.empty_like(x)
+        return torch.empty_like(x, dtype=dtype)
+    return samples.empty_like(x, dtype or x.dtype)
 
 
 # Layers see the same few shapes again and again.

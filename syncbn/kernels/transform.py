@@ -75,6 +75,7 @@ class Forward(NamedTuple):
         bias: any floating dtype, shape ``[C]``, or None for zeros.
         relu: whether a ReLU comes last.
         running: averages to move, or None.
+        gate: where to note what comes through the ReLU; None, but of a gated kernel.
     """
 
     eps: float
@@ -82,6 +83,7 @@ class Forward(NamedTuple):
     bias: Tensor | None = None
     relu: bool = False
     running: Running | None = None
+    gate: Tensor | None = None
 
 
 class Normalize(NamedTuple):

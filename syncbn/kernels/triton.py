@@ -22,11 +22,13 @@ from triton.runtime.interpreter import InterpretedFunction
 from syncbn.kernels import reference, triton_kernels
 from syncbn.kernels.samples import Samples, alike, empty_like, readable
 from syncbn.kernels.transform import Forward, Running, Transform, Wanted
-from syncbn.kernels.triton_tiles import COMPUTE, OF_A_WARP, Tiles, cdiv, tiles_of
+from syncbn.kernels.triton_tiles import AT_A_TIME, COMPUTE, OF_A_WARP, Tiles, cdiv, tiles_of
 
 IS_INTERPRETED = isinstance(triton_kernels.combine, InterpretedFunction)
 # Numbers that a program adds up at a time, and at most how many of those of a channel.
-_COMBINED, _TOGETHER = 2048, 256
+_COMBINED, _TOGETHER = 2048, 512
+# Of the interpreter, which has one.
+_MULTIPROCESSORS = 132
 # Of GPUs that Triton compiles for.
 _LEAST_CAPABILITY = (8, 0)
 
@@ -47,7 +49,7 @@ def why_not(x: Tensor) -> str | None:
 def moments(x: Tensor) -> Tensor:
     """See :func:`syncbn.kernels.reference.moments`."""
     x, samples = readable(x)
-    tiles = tiles_of(samples, x.dtype)
+    tiles = _tiles(x, samples)
     found = x.new_empty(2 * samples.channels + 1, dtype=torch.float64)
     count = samples.batch * samples.space
     parts = _parts(found, tiles)
@@ -56,8 +58,7 @@ def moments(x: Tensor) -> Tensor:
         triton_kernels.moments,
         tiles.blocks * tiles.splits,
         *(x, parts, *numbers),
-        UNIT=tiles.unit(samples.stride),
-        **tiles.constants,
+        **tiles.reduction([x], samples.stride),
     )
     if parts is not found:
         _combine(parts, found, tiles, count=count)
@@ -69,7 +70,7 @@ def normalize(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`syncbn.kernels.reference.normalize`."""
     x, samples = readable(x)
-    tiles = tiles_of(samples, x.dtype)
+    tiles = _tiles(x, samples)
     running = how.running or Running(None, None, None, 0.0)
     if not _can_move(running, x):
         reference.move_running(message, running)
@@ -83,18 +84,45 @@ def normalize(
     _run(
         triton_kernels.normalize,
         tiles.programs,
-        *(x, added, y, message, statistics, _dense_numbers(how.weight), _dense_numbers(how.bias)),
+        *(
+            x,
+            added,
+            y,
+            how.gate,
+            message,
+            statistics,
+            _dense_numbers(how.weight),
+            _dense_numbers(how.bias),
+        ),
         *(*running[:3], how.eps, running.momentum or 0.0),
-        *(*tiles.size, samples.stride, samples.dense_stride),
-        UNIT=tiles.unit(samples.stride, samples.dense_stride),
+        *(*tiles.size, samples.stride, samples.dense_stride, tiles.number),
         RELU=how.relu,
         CUMULATIVE=cumulative,
-        TILES=tiles.each,
-        **tiles.constants,
+        **tiles.elementwise(samples.stride, samples.dense_stride),
     )
     # As a call of torch would: autograd must notice if it still needs what was there.
     increment_version([t for t in running[:3] if t is not None])
     return y, statistics
+
+
+def new_gate(x: Tensor) -> Tensor:
+    """See :meth:`syncbn.kernels.gated.Gated.new_gate`."""
+    x, samples = readable(x)
+    return torch.empty(_tiles(x, samples).gate, dtype=torch.uint8, device=x.device)
+
+
+def opened(gate: Tensor, x: Tensor) -> Tensor:
+    """See :meth:`syncbn.kernels.gated.Gated.opened`."""
+    x, samples = readable(x)
+    tiles = _tiles(x, samples)
+    found = empty_like(x, samples, torch.bool)
+    _run(
+        triton_kernels.unpack,
+        tiles.programs,
+        *(gate, found.view(torch.int8), *tiles.size, samples.dense_stride, tiles.number),
+        **tiles.elementwise(samples.dense_stride),
+    )
+    return found
 
 
 def backward_reduce(
@@ -106,33 +134,30 @@ def backward_reduce(
 
 def backward_reduce_gated(
     dy: Tensor,
-    y: Tensor,
+    gate: Tensor,
     x: Tensor,
     transform: Transform,
     wanted: Wanted = (None, None),
     may_overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """See :meth:`syncbn.kernels.gated.Gated.backward_reduce_gated`."""
-    return _reduce(dy, y, x, transform, wanted, may_overwrite)
+    return _reduce(dy, gate, x, transform, wanted, may_overwrite)
 
 
 def _reduce(
     dy: Tensor,
-    y: Tensor | None,
+    gate: Tensor | None,
     x: Tensor,
     transform: Transform,
     wanted: Wanted,
     may_overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return what comes through the ReLU of y, or dy, and :func:`backward_reduce` of it."""
+    """Return what comes through the gate, or dy, and :func:`backward_reduce` of it."""
     x, samples = readable(x)
     dy, dy_stride = alike(dy, x, samples)
-    tiles = tiles_of(samples, x.dtype)
-    gated, read = dy, None
-    if y is not None:
-        read = _dense(y, x, samples)
-        over = may_overwrite and dy_stride == samples.dense_stride
-        gated = dy if over else empty_like(x, samples)
+    tiles = _tiles(x, samples)
+    over = may_overwrite and dy_stride == samples.dense_stride
+    gated = dy if gate is None or over else empty_like(x, samples)
     sums = x.new_empty(2 * samples.channels, dtype=torch.float64)
     dweight, dbias = (None if t is None else torch.empty_like(t).contiguous() for t in wanted)
     parts = _parts(sums, tiles)
@@ -140,11 +165,10 @@ def _reduce(
     _run(
         triton_kernels.backward_reduce,
         tiles.blocks * tiles.splits,
-        *(dy, read, gated, x, parts, *_numbers(transform), *gradients, *tiles.size),
+        *(dy, gate, gated, x, parts, *_numbers(transform), *gradients, *tiles.size),
         *(dy_stride, samples.stride, samples.dense_stride, tiles.number, tiles.splits),
-        UNIT=tiles.unit(dy_stride, samples.stride, samples.dense_stride),
         RELU=transform.relu,
-        **tiles.constants,
+        **tiles.reduction([dy, x], dy_stride, samples.stride, samples.dense_stride),
     )
     if parts is not sums:
         _combine(parts, sums, tiles, dbias, dweight)
@@ -157,7 +181,7 @@ def backward_elemt(
     """See :func:`syncbn.kernels.reference.backward_elemt`."""
     x, samples = readable(x)
     dy, dy_stride = alike(dy, x, samples)
-    tiles = tiles_of(samples, x.dtype)
+    tiles = _tiles(x, samples)
     over = may_overwrite and dy_stride == samples.dense_stride
     dx = dy if over else empty_like(x, samples)
     _run(
@@ -165,10 +189,8 @@ def backward_elemt(
         tiles.programs,
         *(dy, x, dx, sums, *_numbers(transform)),
         *(*tiles.size, dy_stride, samples.stride, samples.dense_stride),
-        UNIT=tiles.unit(dy_stride, samples.stride, samples.dense_stride),
         RELU=transform.relu,
-        TILES=tiles.each,
-        **tiles.constants,
+        **tiles.elementwise(dy_stride, samples.stride, samples.dense_stride),
     )
     return dx
 
@@ -176,6 +198,19 @@ def backward_elemt(
 @cache
 def _capability(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
+
+
+@cache
+def _slots(device: torch.device) -> int:
+    """Return how many programs run at a time."""
+    if device.type == "cpu":
+        return AT_A_TIME * _MULTIPROCESSORS
+    properties = torch.cuda.get_device_properties(device)
+    return AT_A_TIME * int(properties.multi_processor_count)
+
+
+def _tiles(x: Tensor, samples: Samples) -> Tiles:
+    return tiles_of(samples, x.dtype, _slots(x.device))
 
 
 def _parts(sums: Tensor, tiles: Tiles) -> Tensor:

@@ -22,6 +22,17 @@ import triton
 import triton.language as tl
 
 from syncbn.kernels.triton_addresses import channels_of, dense_of, multiple, offsets, size_of, tile
+from syncbn.kernels.triton_gates import load_gate, opens, store_gate
+from syncbn.kernels.triton_numbers import (
+    affine,
+    count_a_batch,
+    move,
+    numbers_of,
+    statistics,
+    store_count,
+    store_sums,
+    through_relu,
+)
 from syncbn.moments import ROUNDING
 
 _ROUNDING = tl.constexpr(ROUNDING)
@@ -30,7 +41,8 @@ _ROUNDING = tl.constexpr(ROUNDING)
 @triton.jit
 def moments(
     x_ptr, sums_ptr, samples, channels, space, x_stride, tiles, splits, count,
-    UNIT: tl.constexpr, LAST: tl.constexpr,
+    AHEAD: tl.constexpr,
+    UNIT: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, PACK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
 ):
     """Write ``[sum | sum_sq]`` of a split of some channels; the count, too, if there is one split.
@@ -46,31 +58,32 @@ def moments(
     pivot = tl.sum(first, 0) / tl.maximum(tl.sum(here.to(COMPUTE), 0), 1.0)
     sum_, sum_sq, size = _sums_around(
         pivot, x_ptr, c, split, samples, channels, space, x_stride, tiles, splits,
-        LAST, BLOCK_N, BLOCK_S, BLOCK_C, COMPUTE,
+        LAST, AHEAD, BLOCK_N, BLOCK_S, BLOCK_C, COMPUTE,
     )
-    off = sum_ / size
-    is_far = off * off > 4 * (sum_sq / size - off * off)
+    share = 1.0 / size.to(tl.float64)
+    off = sum_ * share
+    is_far = off * off > 4 * (sum_sq * share - off * off)
     if tl.max(is_far.to(tl.int32), 0) > 0:
         pivot = (pivot + off).to(COMPUTE)
         sum_, sum_sq, size = _sums_around(
             pivot, x_ptr, c, split, samples, channels, space, x_stride, tiles, splits,
-            LAST, BLOCK_N, BLOCK_S, BLOCK_C, COMPUTE,
+            LAST, AHEAD, BLOCK_N, BLOCK_S, BLOCK_C, COMPUTE,
         )
     wide = pivot.to(tl.float64)
     total = sum_ + wide * size
     total_sq = sum_sq + wide * (sum_ + total)
-    _store_sums(total, total_sq, sums_ptr, None, None, split, channels, c, here_c)
+    store_sums(total, total_sq, sums_ptr, None, None, split, channels, c, here_c)
     if splits == 1:
-        _store_count(count, sums_ptr, channels)
+        store_count(count, sums_ptr, channels)
 
 
 @triton.jit
 def normalize(
-    x_ptr, residual_ptr, y_ptr, message_ptr, statistics_ptr, weight_ptr, bias_ptr,
+    x_ptr, residual_ptr, y_ptr, gate_ptr, message_ptr, statistics_ptr, weight_ptr, bias_ptr,
     running_mean_ptr, running_var_ptr, tracked_ptr, eps: "fp64", momentum: "fp64",
-    samples, channels, space, x_stride, stride,
+    samples, channels, space, x_stride, stride, tiles,
     RELU: tl.constexpr, CUMULATIVE: tl.constexpr, TILES: tl.constexpr,
-    UNIT: tl.constexpr, LAST: tl.constexpr,
+    UNIT: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, PACK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
 ):
     """Write y of some tiles; the first programs of channels write statistics and averages, too."""
@@ -78,12 +91,13 @@ def normalize(
     x_stride, stride = multiple(x_stride, UNIT), multiple(stride, UNIT)
     c, here_c, group = channels_of(channels, BLOCK_C)
     count = tl.load(message_ptr + 2 * channels)
-    total = tl.load(message_ptr + c, here_c, 0.0)
-    total_sq = tl.load(message_ptr + channels + c, here_c, 0.0)
-    mean = total / tl.maximum(count, 1.0)
+    total = numbers_of(message_ptr + c, here_c, ROWS)
+    total_sq = numbers_of(message_ptr + channels + c, here_c, ROWS)
+    share_of_one = 1.0 / tl.maximum(count, 1.0)
+    mean = total * share_of_one
     squares = total_sq - total * mean
-    squares = squares * (squares > _ROUNDING * total_sq).to(tl.float64)
-    invstd = 1.0 / tl.sqrt(squares / tl.maximum(count, 1.0) + eps)
+    squares = tl.where(squares > _ROUNDING * total_sq, squares, 0.0)
+    invstd = tl.rsqrt(squares * share_of_one + eps)
     if group == 0:
         tl.store(statistics_ptr + c, mean, here_c)
         tl.store(statistics_ptr + channels + c, invstd, here_c)
@@ -93,14 +107,15 @@ def normalize(
             if CUMULATIVE:
                 share = 1.0 / tl.maximum(tl.load(tracked_ptr).to(tl.float64), 1.0)
             unbiased = squares / (count - 1.0)
-            _move(running_mean_ptr, mean, share, c, here_c)
-            _move(running_var_ptr, unbiased, share, c, here_c)
+            move(running_mean_ptr, mean, share, c, here_c)
+            move(running_var_ptr, unbiased, share, c, here_c)
             if tracked_ptr is not None and not CUMULATIVE:
-                _count_a_batch(tracked_ptr)
+                count_a_batch(tracked_ptr)
 
-    pivot, _, scale, shift = _affine(mean, invstd, weight_ptr, bias_ptr, c, here_c, COMPUTE)
+    pivot, _, scale, shift = affine(mean, invstd, weight_ptr, bias_ptr, c, here_c, COMPUTE)
     for i in range(TILES):
-        n, s, here = tile(group * TILES + i, c, samples, channels, space, BLOCK_N, BLOCK_S)
+        t = group * TILES + i
+        n, s, here = tile(t, c, samples, channels, space, BLOCK_N, BLOCK_S)
         dense = offsets(n, c, s, stride, space, LAST)
         x = tl.load(x_ptr + offsets(n, c, s, x_stride, space, LAST), here, 0.0).to(COMPUTE)
         y = (x - pivot[None, :]) * scale[None, :] + shift[None, :]
@@ -108,46 +123,57 @@ def normalize(
             y += tl.load(residual_ptr + dense, here, 0.0).to(COMPUTE)
         if RELU:
             y = tl.where(y <= 0, 0.0, y)
-        tl.store(y_ptr + dense, y.to(y_ptr.dtype.element_ty), here)
+        rounded = y.to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + dense, rounded, here)
+        if gate_ptr is not None:
+            is_open = opens(rounded, COMPUTE)
+            store_gate(
+                gate_ptr, is_open, t, tiles, channels, LAST, PACK, BLOCK_N * BLOCK_S, BLOCK_C
+            )
 
 
 @triton.jit
 def backward_reduce(
-    dy_ptr, y_ptr, gated_ptr, x_ptr, sums_ptr, statistics_ptr, weight_ptr, bias_ptr,
+    dy_ptr, gate_ptr, gated_ptr, x_ptr, sums_ptr, statistics_ptr, weight_ptr, bias_ptr,
     dbias_ptr, dweight_ptr, samples, channels, space, dy_stride, x_stride, stride, tiles, splits,
-    RELU: tl.constexpr,
-    UNIT: tl.constexpr, LAST: tl.constexpr,
+    RELU: tl.constexpr, AHEAD: tl.constexpr,
+    UNIT: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, PACK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
 ):
     """Write ``[sum(dy) | sum(dy xhat)]`` of a split; dbias and dweight, if these are given.
 
-    If the output is, dy counts where that is positive or NaN, and is written as such; there may be
-    dy itself.
+    If a gate is, dy counts where that is open, and is written as such; there may be dy itself.
     """
     channels, space = dense_of(channels, space, UNIT, LAST)
     dy_stride, x_stride = multiple(dy_stride, UNIT), multiple(x_stride, UNIT)
     stride = multiple(stride, UNIT)
     c, here_c, split = channels_of(channels, BLOCK_C)
-    mean, invstd = _statistics(statistics_ptr, channels, c, here_c)
-    pivot, rest, scale, shift = _affine(mean, invstd, weight_ptr, bias_ptr, c, here_c, COMPUTE)
+    mean, invstd = statistics(statistics_ptr, channels, c, here_c, ROWS)
+    pivot, _, scale, shift = affine(mean, invstd, weight_ptr, bias_ptr, c, here_c, COMPUTE)
     sum_dy = tl.zeros([BLOCK_N * BLOCK_S, BLOCK_C], COMPUTE)
     sum_dy_xmu = tl.zeros([BLOCK_N * BLOCK_S, BLOCK_C], COMPUTE)
-    for t in range(split, tiles, splits):
+    for t in tl.range(split, tiles, splits, num_stages=AHEAD + 1):
         n, s, here = tile(t, c, samples, channels, space, BLOCK_N, BLOCK_S)
         x = tl.load(x_ptr + offsets(n, c, s, x_stride, space, LAST), here, 0.0).to(COMPUTE)
         dy = tl.load(dy_ptr + offsets(n, c, s, dy_stride, space, LAST), here, 0.0).to(COMPUTE)
         xmu = x - pivot[None, :]
         if RELU:
-            dy = _through_relu(dy, xmu, scale, shift)
-        if y_ptr is not None:
-            dense = offsets(n, c, s, stride, space, LAST)
-            dy = tl.where(tl.load(y_ptr + dense, here, 0.0).to(COMPUTE) <= 0, 0.0, dy)
-            tl.store(gated_ptr + dense, dy.to(gated_ptr.dtype.element_ty), here)
+            dy = through_relu(dy, xmu, scale, shift)
+        if gate_ptr is not None:
+            is_open = load_gate(
+                gate_ptr, t, tiles, channels, LAST, PACK, BLOCK_N * BLOCK_S, BLOCK_C
+            )
+            dy = tl.where(is_open, dy, 0.0)
+            gated = gated_ptr + offsets(n, c, s, stride, space, LAST)
+            tl.store(gated, dy.to(gated_ptr.dtype.element_ty), here)
         sum_dy += dy
         sum_dy_xmu += dy * xmu
+    # Read again, rather than kept in registers all the while.
+    mean, invstd = statistics(statistics_ptr, channels, c, here_c, ROWS, AGAIN=True)
+    rest = mean - mean.to(COMPUTE).to(tl.float64)
     first = tl.sum(sum_dy.to(tl.float64), 0)
     second = (tl.sum(sum_dy_xmu.to(tl.float64), 0) - rest * first) * invstd
-    _store_sums(first, second, sums_ptr, dbias_ptr, dweight_ptr, split, channels, c, here_c)
+    store_sums(first, second, sums_ptr, dbias_ptr, dweight_ptr, split, channels, c, here_c)
 
 
 @triton.jit
@@ -155,7 +181,7 @@ def backward_elemt(
     dy_ptr, x_ptr, dx_ptr, sums_ptr, statistics_ptr, weight_ptr, bias_ptr,
     samples, channels, space, dy_stride, x_stride, stride,
     RELU: tl.constexpr, TILES: tl.constexpr,
-    UNIT: tl.constexpr, LAST: tl.constexpr,
+    UNIT: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, PACK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
 ):
     """Write dx of some tiles; dx may be dy."""
@@ -163,11 +189,11 @@ def backward_elemt(
     dy_stride, x_stride = multiple(dy_stride, UNIT), multiple(x_stride, UNIT)
     stride = multiple(stride, UNIT)
     c, here_c, group = channels_of(channels, BLOCK_C)
-    mean, invstd = _statistics(statistics_ptr, channels, c, here_c)
-    pivot, rest, scale, shift = _affine(mean, invstd, weight_ptr, bias_ptr, c, here_c, COMPUTE)
-    values = tl.maximum(tl.load(statistics_ptr + 2 * channels), 1.0)
-    slope = invstd * tl.load(sums_ptr + channels + c, here_c, 0.0) / values
-    offset = (tl.load(sums_ptr + c, here_c, 0.0) / values - rest * slope).to(COMPUTE)
+    mean, invstd = statistics(statistics_ptr, channels, c, here_c, ROWS)
+    pivot, rest, scale, shift = affine(mean, invstd, weight_ptr, bias_ptr, c, here_c, COMPUTE)
+    share = 1.0 / tl.maximum(tl.load(statistics_ptr + 2 * channels), 1.0)
+    slope = invstd * tl.load(sums_ptr + channels + c, here_c, 0.0) * share
+    offset = (tl.load(sums_ptr + c, here_c, 0.0) * share - rest * slope).to(COMPUTE)
     slope = slope.to(COMPUTE)
     for i in range(TILES):
         n, s, here = tile(group * TILES + i, c, samples, channels, space, BLOCK_N, BLOCK_S)
@@ -175,10 +201,28 @@ def backward_elemt(
         dy = tl.load(dy_ptr + offsets(n, c, s, dy_stride, space, LAST), here, 0.0).to(COMPUTE)
         xmu = x - pivot[None, :]
         if RELU:
-            dy = _through_relu(dy, xmu, scale, shift)
+            dy = through_relu(dy, xmu, scale, shift)
         dx = (dy - offset[None, :] - xmu * slope[None, :]) * scale[None, :]
         dense = offsets(n, c, s, stride, space, LAST)
         tl.store(dx_ptr + dense, dx.to(dx_ptr.dtype.element_ty), here)
+
+
+@triton.jit
+def unpack(
+    gate_ptr, open_ptr, samples, channels, space, stride, tiles,
+    TILES: tl.constexpr,
+    UNIT: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, PACK: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
+):
+    """Write a byte for each bit of some tiles of a gate."""
+    channels, space = dense_of(channels, space, UNIT, LAST)
+    stride = multiple(stride, UNIT)
+    c, _, group = channels_of(channels, BLOCK_C)
+    for i in range(TILES):
+        t = group * TILES + i
+        n, s, here = tile(t, c, samples, channels, space, BLOCK_N, BLOCK_S)
+        is_open = load_gate(gate_ptr, t, tiles, channels, LAST, PACK, BLOCK_N * BLOCK_S, BLOCK_C)
+        tl.store(open_ptr + offsets(n, c, s, stride, space, LAST), is_open.to(tl.int8), here)
 
 
 @triton.jit
@@ -196,22 +240,22 @@ def combine(
         at = splits_ptr + k[:, None].to(tl.int64) * (2 * channels) + c[None, :]
         first += tl.sum(tl.load(at, here, 0.0), 0)
         second += tl.sum(tl.load(at + channels, here, 0.0), 0)
-    _store_sums(first, second, sums_ptr, dbias_ptr, dweight_ptr, 0, channels, c, here_c)
+    store_sums(first, second, sums_ptr, dbias_ptr, dweight_ptr, 0, channels, c, here_c)
     if count is not None:
-        _store_count(count, sums_ptr, channels)
+        store_count(count, sums_ptr, channels)
 
 
 @triton.jit
 def _sums_around(
     pivot, x_ptr, c, split, samples, channels, space, x_stride, tiles, splits,
-    LAST: tl.constexpr,
+    LAST: tl.constexpr, AHEAD: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
 ):
     """Return the sums of ``x - pivot`` and of its square, float64, and of how many values."""
     sum_ = tl.zeros([BLOCK_N * BLOCK_S, BLOCK_C], COMPUTE)
     sum_sq = tl.zeros([BLOCK_N * BLOCK_S, BLOCK_C], COMPUTE)
     size = tl.full((), 0, tl.int32)
-    for t in range(split, tiles, splits):
+    for t in tl.range(split, tiles, splits, num_stages=AHEAD + 1):
         n, s, here = tile(t, c, samples, channels, space, BLOCK_N, BLOCK_S)
         x = tl.load(x_ptr + offsets(n, c, s, x_stride, space, LAST), here, 0.0).to(COMPUTE)
         centred = tl.where(here, x - pivot[None, :], 0.0)
@@ -219,71 +263,3 @@ def _sums_around(
         sum_sq += centred * centred
         size += size_of(t, samples, space, BLOCK_N, BLOCK_S)
     return tl.sum(sum_.to(tl.float64), 0), tl.sum(sum_sq.to(tl.float64), 0), size
-
-
-@triton.jit
-def _statistics(statistics_ptr, channels, c, here_c):
-    """Return mean and invstd."""
-    mean = tl.load(statistics_ptr + c, here_c, 0.0)
-    return mean, tl.load(statistics_ptr + channels + c, here_c, 0.0)
-
-
-@triton.jit
-def _affine(mean, invstd, weight_ptr, bias_ptr, c, here_c, COMPUTE: tl.constexpr):
-    """Return pivot, rest (float64), scale and shift: y = (x - pivot) * scale + shift."""
-    pivot = mean.to(COMPUTE)
-    rest = mean - pivot.to(tl.float64)
-    scale = invstd
-    if weight_ptr is not None:
-        scale = invstd * tl.load(weight_ptr + c, here_c, 0.0).to(tl.float64)
-    shift = -rest * scale
-    if bias_ptr is not None:
-        shift += tl.load(bias_ptr + c, here_c, 0.0).to(tl.float64)
-    return pivot, rest, scale.to(COMPUTE), shift.to(COMPUTE)
-
-
-@triton.jit
-def _through_relu(dy, xmu, scale, shift):
-    """Return dy where the output is positive or NaN, else zero."""
-    return tl.where(xmu * scale[None, :] + shift[None, :] <= 0, 0.0, dy)
-
-
-@triton.jit
-def _move(running_ptr, batch, share, c, here_c):
-    """Move a running average, if there is one, towards a batch."""
-    if running_ptr is not None:
-        old = tl.load(running_ptr + c, here_c, 0.0).to(tl.float64)
-        new = old + (batch - old) * share
-        _store_rounded(running_ptr + c, new, here_c)
-
-
-@triton.jit
-def _count_a_batch(tracked_ptr):
-    # By one program of all: else every block of channels would count it.
-    if tl.program_id(0) == 0:
-        tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
-
-
-@triton.jit
-def _store_sums(first, second, sums_ptr, dbias_ptr, dweight_ptr, split, channels, c, here_c):
-    """Store two numbers a channel as a split's, and rounded as gradients of parameters."""
-    at = sums_ptr + split * 2 * channels + c
-    tl.store(at, first, here_c)
-    tl.store(at + channels, second, here_c)
-    if dbias_ptr is not None:
-        _store_rounded(dbias_ptr + c, first, here_c)
-    if dweight_ptr is not None:
-        _store_rounded(dweight_ptr + c, second, here_c)
-
-
-@triton.jit
-def _store_rounded(ptr, values, here):
-    """Store float64 values as torch rounds them: halves by way of float32."""
-    if ptr.dtype.element_ty.primitive_bitwidth == 16:
-        values = values.to(tl.float32)
-    tl.store(ptr, values.to(ptr.dtype.element_ty), here)
-
-
-@triton.jit
-def _store_count(count, sums_ptr, channels):
-    tl.store(sums_ptr + 2 * channels, tl.full((), count, tl.float64))

@@ -1,0 +1,95 @@
+"""Arithmetic on the numbers of channels, in :mod:`syncbn.kernels.triton_kernels`."""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# fmt: off
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def numbers_of(ptr, here_c, ROWS: tl.constexpr, AGAIN: tl.constexpr = False):
+    """Return the numbers of channels, read by the first of ROWS rows, which are summed.
+
+    With a row's value for each thread, the compiler reads once, and does what follows once. Fewer
+    it takes for cheap, and repeats all that in every thread that needs the result: where channels
+    are dense, for eight channels in each thread, a thousand instructions before the first value.
+    """
+    if ROWS == 1:
+        numbers = tl.load(ptr, here_c, 0.0, volatile=AGAIN)
+    else:
+        rows = tl.arange(0, ROWS)[:, None]
+        once = (rows == 0) & here_c[None, :]
+        numbers = tl.sum(tl.load(ptr[None, :] + 0 * rows, once, 0.0, volatile=AGAIN), 0)
+    return numbers
+
+
+@triton.jit
+def statistics(
+    statistics_ptr, channels, c, here_c, ROWS: tl.constexpr, AGAIN: tl.constexpr = False
+):
+    """Return mean and invstd."""
+    mean = numbers_of(statistics_ptr + c, here_c, ROWS, AGAIN)
+    return mean, numbers_of(statistics_ptr + channels + c, here_c, ROWS, AGAIN)
+
+
+@triton.jit
+def affine(mean, invstd, weight_ptr, bias_ptr, c, here_c, COMPUTE: tl.constexpr):
+    """Return pivot, rest (float64), scale and shift: y = (x - pivot) * scale + shift."""
+    pivot = mean.to(COMPUTE)
+    rest = mean - pivot.to(tl.float64)
+    scale = invstd
+    if weight_ptr is not None:
+        scale = invstd * tl.load(weight_ptr + c, here_c, 0.0).to(tl.float64)
+    shift = -rest * scale
+    if bias_ptr is not None:
+        shift += tl.load(bias_ptr + c, here_c, 0.0).to(tl.float64)
+    return pivot, rest, scale.to(COMPUTE), shift.to(COMPUTE)
+
+
+@triton.jit
+def through_relu(dy, xmu, scale, shift):
+    """Return dy where the output is positive or NaN, else zero."""
+    return tl.where(xmu * scale[None, :] + shift[None, :] <= 0, 0.0, dy)
+
+
+@triton.jit
+def move(running_ptr, batch, share, c, here_c):
+    """Move a running average, if there is one, towards a batch."""
+    if running_ptr is not None:
+        old = tl.load(running_ptr + c, here_c, 0.0).to(tl.float64)
+        new = old + (batch - old) * share
+        store_rounded(running_ptr + c, new, here_c)
+
+
+@triton.jit
+def count_a_batch(tracked_ptr):
+    """Count a batch, by one program of all: else every block of channels would."""
+    if tl.program_id(0) == 0:
+        tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
+
+
+@triton.jit
+def store_sums(first, second, sums_ptr, dbias_ptr, dweight_ptr, split, channels, c, here_c):
+    """Store two numbers a channel as a split's, and rounded as gradients of parameters."""
+    at = sums_ptr + split * 2 * channels + c
+    tl.store(at, first, here_c)
+    tl.store(at + channels, second, here_c)
+    if dbias_ptr is not None:
+        store_rounded(dbias_ptr + c, first, here_c)
+    if dweight_ptr is not None:
+        store_rounded(dweight_ptr + c, second, here_c)
+
+
+@triton.jit
+def store_rounded(ptr, values, here):
+    """Store float64 values as torch rounds them: halves by way of float32."""
+    if ptr.dtype.element_ty.primitive_bitwidth == 16:
+        values = values.to(tl.float32)
+    tl.store(ptr, values.to(ptr.dtype.element_ty), here)
+
+
+@triton.jit
+def store_count(count, sums_ptr, channels):
+    """Store how many values of a channel a message is of."""
+    tl.store(sums_ptr + 2 * channels, tl.full((), count, tl.float64))
