@@ -60,17 +60,29 @@ def build_compute(cfg: TrainConfig, device: torch.device) -> Compute:
     """Translate the configuration.
 
     Args:
-        cfg: ``dtype``, ``amp`` and ``memory_format``.
+        cfg: ``dtype``, ``amp`` and ``memory_format``, which may leave the choice to the device.
         device: of this rank.
     """
     channels_last = cfg.memory_format is MemoryFormat.channels_last or (
         # Tensor cores take NHWC; on a CPU the default layout is the faster one for small images.
         cfg.memory_format is MemoryFormat.auto and device.type == "cuda"
     )
-    autocast = {Amp.off: None, Amp.bfloat16: torch.bfloat16, Amp.float16: torch.float16}
     return Compute(
         device,
         torch.float64 if cfg.dtype is Precision.float64 else torch.float32,
         torch.channels_last if channels_last else torch.contiguous_format,
-        autocast[cfg.amp],
+        _autocast_dtype(cfg, device),
     )
+
+
+def _autocast_dtype(cfg: TrainConfig, device: torch.device) -> torch.dtype | None:
+    match cfg.amp:
+        case Amp.off:
+            return None
+        case Amp.bfloat16:
+            return torch.bfloat16
+        case Amp.float16:
+            return torch.float16
+    fits = device.type == "cuda" and cfg.dtype is Precision.float32
+    has_it = fits and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_it else None

@@ -41,8 +41,9 @@ class NormKind(str, Enum):
 
 
 class Amp(str, Enum):
-    """Type of `torch.autocast`."""
+    """Type of `torch.autocast`; `auto` is bfloat16 on GPUs that have it, off elsewhere."""
 
+    auto = "auto"
     off = "off"
     bfloat16 = "bfloat16"
     float16 = "float16"
@@ -184,7 +185,8 @@ class TrainConfig:
         _at_least("epochs", self.epochs, 1)
         _at_least("max_steps", self.max_steps, 1)
         _at_least("log_every", self.log_every, 1)
-        if self.amp is not Amp.off and self.dtype is not Precision.float32:
+        chosen = self.amp not in (Amp.auto, Amp.off)
+        if chosen and self.dtype is not Precision.float32:
             raise ValueError(
                 f"amp={self.amp.value} with dtype={self.dtype.value}: expected dtype=float32, "
                 "autocast leaves float64 tensors as they are"

@@ -16,8 +16,8 @@ from syncbn.bench import resnet20, resnet50
 from syncbn.bench.layer_cases import DTYPES, LAYOUTS
 from syncbn.bench.memory import peak_bytes
 from syncbn.bench.mpirun import slowest
-from syncbn.bench.ranks import begin
-from syncbn.bench.report import Benchmark, Report, Table, at_least, machine_facts, one_of
+from syncbn.bench.ranks import begin, is_gpu
+from syncbn.bench.report import Benchmark, Report, Table, at_least, given, machine_facts, one_of
 from syncbn.bench.sgd import training_step
 from syncbn.bench.timing import Spread, finished, take_turns
 from syncbn.convert import convert_sync_batchnorm
@@ -59,31 +59,35 @@ class Model(Benchmark):
     Attributes:
         device: "cpu" or "cuda"; None for what there is.
         network: "resnet20" or "resnet50".
-        batch: images a rank.
+        batch: images a rank; None for what the device is used with, as below.
         size: height and width of the images.
-        layout: "contiguous" or "channels_last".
-        dtype: of the computation: "float32", or a half type for autocast.
+        layout: "contiguous" or "channels_last", or None.
+        dtype: of the computation: "float32", or a half type for autocast, or None.
         kernel: of ours.
         steps: training steps with each norm.
     """
 
     device: str | None
     network: str
-    batch: int
+    batch: int | None
     size: int
-    layout: str
-    dtype: str
+    layout: str | None
+    dtype: str | None
     kernel: str
     steps: int
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("device", [self.device], ["cpu", "cuda", None])
+        on_gpu = is_gpu(self.device)
+        self._images = given(self.batch, 64 if on_gpu else 4)
+        self._layout = given(self.layout, "channels_last" if on_gpu else "contiguous")
+        self._dtype = given(self.dtype, "bfloat16" if on_gpu else "float32")
         one_of("network", [self.network], _NETWORKS)
-        at_least("batch", self.batch, 2)
+        at_least("batch", self._images, 2)
         at_least("size", self.size, 32)
-        one_of("layout", [self.layout], LAYOUTS)
-        one_of("dtype", [self.dtype], ["float32", "bfloat16", "float16"])
+        one_of("layout", [self._layout], LAYOUTS)
+        one_of("dtype", [self._dtype], ["float32", "bfloat16", "float16"])
         one_of("kernel", [self.kernel], kernels.NAMES)
         at_least("steps", self.steps, 1)
 
@@ -94,10 +98,10 @@ class Model(Benchmark):
         torch.manual_seed(0)
         make, classes = _NETWORKS[self.network]
         network = make()
-        images = torch.randn(self.batch, 3, self.size, self.size, device=world.device)
-        images = images.contiguous(memory_format=LAYOUTS[self.layout])
-        labels = torch.randint(classes, (self.batch,), device=world.device)
-        half = None if self.dtype == "float32" else DTYPES[self.dtype]
+        images = torch.randn(self._images, 3, self.size, self.size, device=world.device)
+        images = images.contiguous(memory_format=LAYOUTS[self._layout])
+        labels = torch.randint(classes, (self._images,), device=world.device)
+        half = None if self._dtype == "float32" else DTYPES[self._dtype]
         steps = {
             name: training_step(self._parallel(net, world.device), images, labels, half)
             for name, net in self._networks(network, world.size).items()
@@ -136,7 +140,7 @@ class Model(Benchmark):
         return found
 
     def _parallel(self, network: nn.Module, device: torch.device) -> nn.Module:
-        layout: Any = {"memory_format": LAYOUTS[self.layout]}
+        layout: Any = {"memory_format": LAYOUTS[self._layout]}
         network = network.to(device, **layout)
         return DistributedDataParallel(network) if dist.get_world_size() > 1 else network
 
@@ -152,8 +156,8 @@ class Model(Benchmark):
             for cost in found
         ]
         return Table(
-            f"Training step of {self.network}, {self.batch} images of {self.size}x{self.size} a "
-            f"rank, {self.layout}, {self.dtype}",
+            f"Training step of {self.network}, {self._images} images of {self.size}x{self.size} a "
+            f"rank, {self._layout}, {self._dtype}",
             ["", "step, ms", f"/ {_BASELINE}", "batch norm, ms", "MiB"],
             rows,
             [

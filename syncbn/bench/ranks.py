@@ -35,6 +35,11 @@ class World:
     facts: dict[str, str]
 
 
+def is_gpu(device: str | None) -> bool:
+    """Return whether a benchmark runs on a GPU; ``device`` as for :func:`begin`."""
+    return device == "cuda" or (device is None and torch.cuda.is_available())
+
+
 def begin(device: str | None) -> World:
     """Initialize torch.distributed for what started this process.
 

@@ -8,12 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from syncbn.kernels import cpu
 
+T = TypeVar("T")
 _MODEL_NAME = "model name"
 
 
@@ -93,6 +94,11 @@ def one_of(name: str, values: Iterable[object], known: Iterable[object]) -> None
     for value in values:
         if value not in known:
             raise ValueError(f"{name}: got {value}; expected one of {', '.join(map(str, known))}")
+
+
+def given(value: T | None, default: T) -> T:
+    """Return a setting, or what stands for none."""
+    return default if value is None else value
 
 
 def in_a_folder(name: str, path: str | None) -> None:
