@@ -49,11 +49,14 @@ def normalized(layer: syncbn.SyncBatchNorm, x: Tensor, group: dist.ProcessGroup 
     return y
 
 
-def step(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+def step(
+    layer: nn.Module, x: Tensor, dy: Tensor, residual: bool = False
+) -> Callable[[], tuple[Tensor, ...]]:
     """Return a call that runs forward and backward."""
 
     def run() -> tuple[Tensor, ...]:
-        y = layer(x)
+        # A residual that has other values when a graph is replayed, too.
+        y = layer(x, *([x * 2 - 1] if residual else []))
         return y, *torch.autograd.grad(y, [x, *layer.parameters()], dy)
 
     return run
@@ -71,9 +74,10 @@ def test_auto_is_triton() -> None:
     assert choose("auto", torch.empty(1, 1, device=CUDA)) is triton
 
 
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("samples", [4, 0])
-def test_nothing_waits_for_the_device(samples: int) -> None:
-    run = step(*case(samples))
+def test_nothing_waits_for_the_device(samples: int, residual: bool) -> None:
+    run = step(*case(samples), residual)
     run()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -98,10 +102,11 @@ def test_no_message_waits_for_the_device(group: dist.ProcessGroup) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("samples", [4, 0])
-def test_a_graph_is_captured_and_replayed(samples: int) -> None:
+def test_a_graph_is_captured_and_replayed(samples: int, residual: bool) -> None:
     layer, x, dy = case(samples)
-    run = step(layer, x, dy)
+    run = step(layer, x, dy, residual)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -184,7 +189,7 @@ def test_more_than_2_to_the_31_elements() -> None:
 
 
 def test_results_are_the_same_every_time() -> None:
-    run = step(*case(64))
+    run = step(*case(64), residual=True)
     wanted = run()
     for _ in range(10):
         assert all(torch.equal(*pair) for pair in zip(run(), wanted, strict=True))

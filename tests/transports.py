@@ -14,7 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 #: One row of every distributed test each. The layer's tests take the first of each backend.
-TRANSPORTS = ("gloo", "openmpi", "mpich", *(["nccl"] if torch.cuda.device_count() >= 3 else []))
+TRANSPORTS = ("gloo", "openmpi", "mpich", *(["nccl"] if torch.cuda.device_count() >= 2 else []))
 
 
 def backend_of(transport: str) -> str:

@@ -42,6 +42,8 @@ CASES = {
     "a multiple of eight NHWC": ((16, 24, 14, 14), True),
     "odd NCHW": ((64, 512, 7, 7), False),
     "odd NHWC": ((3, 5, 7, 7), True),
+    "one channel": ((1, 1, 64, 64), False),
+    "one value a sample": ((2, 1), False),
 }
 
 

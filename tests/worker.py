@@ -37,7 +37,8 @@ def _join(transport: str, folder: str, timeout: timedelta) -> int:
         return syncbn.init_process_group(backend, timeout).rank
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if backend == "nccl":
-        torch.set_default_device(f"cuda:{rank}")
+        torch.cuda.set_device(rank)
+        torch.set_default_device("cuda")
     store = dist.FileStore(f"{folder}/store", size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return rank

@@ -24,7 +24,7 @@ from rich.table import Table
 import syncbn
 from syncbn.cli import config_path
 from syncbn.distributed.launcher import launcher
-from syncbn.kernels import cpu
+from syncbn.kernels import cpu, missing_triton
 
 # Numbers in the message of a layer with 512 channels.
 _MESSAGE = 1025
@@ -46,6 +46,7 @@ def installation() -> dict[str, str]:
         "GPUs": str(torch.cuda.device_count()),
         "torch.distributed backends": ", ".join(name for name, has in backends.items() if has),
         "C++ kernels": cpu.describe(),
+        "Triton kernels": missing_triton() or f"Triton {_version('triton')}",
         "mpi4py": _version("mpi4py") or "not installed",
     }
 

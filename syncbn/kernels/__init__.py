@@ -86,7 +86,7 @@ def choose(name: str, x: Tensor, *others: Tensor | None) -> Kernel:
             found = cpu.load()
             return found if _is_plain(x, others) and not isinstance(found, str) else reference
         case "auto", "cuda":
-            if not _is_plain(x, others) or _triton_is_missing() or _triton().why_not(x):
+            if not _is_plain(x, others) or missing_triton() or _triton().why_not(x):
                 return aten_cuda
             return _triton()
         case (("auto" | "reference"), _):
@@ -101,7 +101,7 @@ def choose(name: str, x: Tensor, *others: Tensor | None) -> Kernel:
                 raise RuntimeError(f"kernel 'cpu': {found}; 'auto' takes another one")
             return found
         case "triton", _:
-            if reason := _triton_is_missing():
+            if reason := missing_triton():
                 raise RuntimeError(f"kernel 'triton': {reason}; 'auto' takes another one")
             if reason := _triton().why_not(x):
                 raise ValueError(f"kernel 'triton' {reason}; use 'auto'")
@@ -113,19 +113,20 @@ def choose(name: str, x: Tensor, *others: Tensor | None) -> Kernel:
     raise ValueError(f"unknown kernel {name!r}; expected one of {', '.join(NAMES)}")
 
 
-def _is_plain(x: Tensor, others: tuple[Tensor | None, ...]) -> bool:
-    # Of subclasses of tensors, and where calls of torch are recorded or replaced, calls of torch
-    # are what is sure to work.
-    return type(x) in _PLAIN and _PLAIN.issuperset(map(type, others)) and not is_watched()
-
-
 @cache
-def _triton_is_missing() -> str | None:
+def missing_triton() -> str | None:
+    """Return what the kernels in Triton lack here; None if they can be compiled."""
     if find_spec("triton") is None:
         return "triton is not installed: pip install 'syncbn[cuda]'"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton needs a C compiler: install gcc or clang, or set CC"
     return None
+
+
+def _is_plain(x: Tensor, others: tuple[Tensor | None, ...]) -> bool:
+    # Of subclasses of tensors, and where calls of torch are recorded or replaced, calls of torch
+    # are what is sure to work.
+    return type(x) in _PLAIN and _PLAIN.issuperset(map(type, others)) and not is_watched()
 
 
 def _triton() -> TritonKernels:
