@@ -204,6 +204,22 @@ def test_kernel_propagates_nan_in_its_channel_only(kernel: str, bad: float) -> N
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+def test_relu_is_closed_at_zero_and_open_at_nan(kernel: str) -> None:
+    """As torch's is, to gradients."""
+    x, dy = torch.randn(2, 4, 3, 5, device=device_of(kernel))
+    x[:, 0], x[0, 1, 0] = 3.0, float("nan")
+    chosen = kernels.choose(kernel, x)
+    _, statistics = chosen.normalize(x, chosen.moments(x), Forward(EPS))
+    transform = Transform(statistics, relu=True)
+    sums, _, _ = chosen.backward_reduce(dy, x, transform)
+    assert torch.equal(sums[:4:3], torch.zeros(2, device=x.device).double())
+    torch.testing.assert_close(sums[1], dy[:, 1].double().sum())
+    dx = chosen.backward_elemt(dy, x, transform, torch.zeros_like(sums))
+    assert torch.equal(dx[:, 0], torch.zeros_like(dx[:, 0]))
+    assert dx[:, 1].isnan().all()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("gradient", ["expanded", "other layout"])
 def test_kernel_takes_any_gradient_layout(kernel: str, gradient: str) -> None:
     x = torch.randn(4, 5, 6, 7, device=device_of(kernel)).to(memory_format=torch.channels_last)

@@ -23,7 +23,7 @@ COMPUTE = {
 _TILE, OF_A_WARP = 4096, 512
 # Channels of a tile where these are dense: 128 bytes of a half type.
 _DENSE_CHANNELS = 64
-# Of blocks of dense positions, but where there are fewer.
+# Of blocks of dense positions: but where there are fewer; and of a sample of one channel.
 _SHORTEST, _LONGEST = 64, 1024
 # What a program of a reduction asks for ahead of what it adds up, in bytes.
 _AHEAD = 16384
@@ -109,7 +109,7 @@ def tiles_of(samples: Samples, dtype: torch.dtype, slots: int) -> Tiles:
         block_c = min(_DENSE_CHANNELS, all_channels)
         block_n, block_s = 1, min(_TILE // block_c, next_power_of_2(space))
     else:
-        block_s = _along(space)
+        block_s = _along(space, _TILE // min(next_power_of_2(batch) * all_channels, _LONGEST))
         block_n = min(_TILE // block_s, next_power_of_2(batch))
     block_c = min(_TILE // (block_n * block_s), all_channels)
     values = block_n * block_s * block_c
@@ -129,6 +129,8 @@ def tiles_of(samples: Samples, dtype: torch.dtype, slots: int) -> Tiles:
     number = cdiv(batch, block_n) * cdiv(space, block_s)
     size = (batch if some else 0, channels, space)
     blocks = cdiv(channels, block_c)
+    # Smaller programs have room for more beside them.
+    slots *= _TILE // (OF_A_WARP * warps)
     return Tiles(size, constants, blocks, number, _splits(blocks, number, slots))
 
 
@@ -142,9 +144,9 @@ def _splits(blocks: int, number: int, slots: int) -> int:
     return min(range(1, min(number, cdiv(4 * slots, blocks)) + 1), key=time)
 
 
-def _along(space: int) -> int:
+def _along(space: int, longest: int) -> int:
     """Return the block for dense positions: the largest of those that pad by an eighth at most."""
-    most: int = min(_LONGEST, next_power_of_2(space))
+    most: int = min(max(longest, _LONGEST), next_power_of_2(space))
     blocks = [most >> i for i in range(most.bit_length()) if most >> i >= min(_SHORTEST, most)]
     padded = {block: cdiv(space, block) * block for block in blocks}
     bound = max(min(padded.values()), space * 9 // 8)
