@@ -94,7 +94,7 @@ def test_without_mpi4py(monkeypatch: pytest.MonkeyPatch) -> None:
         raise metadata.PackageNotFoundError(package)
 
     assert "mpi4py" in doctor.installation()["torch.distributed backends"]
-    assert doctor.installation()["Triton kernels"] == f"Triton {version('triton')}"
+    assert doctor.installation()["Triton kernels"] == f"Triton {metadata.version('triton')}"
     monkeypatch.setattr(metadata, "version", version)
     found = doctor.installation()
     assert found["mpi4py"] == "not installed"

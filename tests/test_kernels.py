@@ -204,6 +204,15 @@ def test_kernel_propagates_nan_in_its_channel_only(kernel: str, bad: float) -> N
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("value", [0.1, 1e3 + 0.1, 1e6 + 0.3])
+def test_a_constant_channel_has_no_variance(kernel: str, value: float) -> None:
+    x = torch.full((7, 2, 11, 5), value, device=device_of(kernel))
+    chosen = kernels.choose(kernel, x)
+    _, statistics = chosen.normalize(x, chosen.moments(x), Forward(EPS))
+    torch.testing.assert_close(statistics[2:4].cpu(), torch.full((2,), EPS**-0.5).double())
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_relu_is_closed_at_zero_and_open_at_nan(kernel: str) -> None:
     """As torch's is, to gradients."""
     x, dy = torch.randn(2, 4, 3, 5, device=device_of(kernel))
