@@ -89,6 +89,14 @@ def test_kernels_compile_for_gpus(architecture: int, tmp_path: Path) -> None:
                 assert sum(single) <= 4, about
 
 
+@pytest.fixture(params=[1, 4])
+def each(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many tiles programs of elementwise passes take, which for large tensors are several."""
+    if request.param > 1:
+        monkeypatch.setattr("syncbn.kernels.triton_tiles._MANY", 0)
+
+
+@pytest.mark.usefixtures("each")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_layouts(shape: tuple[int, ...], layout: str) -> None:
@@ -146,13 +154,17 @@ def test_running_averages(momentum: float | None, dtype: torch.dtype, samples: i
         torch.testing.assert_close(found, wanted)
 
 
+@pytest.mark.usefixtures("each")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("may_overwrite", [False, True])
-def test_a_gradient_goes_through_the_relu_of_an_output(layout: str, may_overwrite: bool) -> None:
+@pytest.mark.parametrize("shape", [(4, 6, 5, 3), (40, 130, 11, 2), (7, 3)], ids=str)
+def test_a_gradient_goes_through_the_relu_of_an_output(
+    shape: tuple[int, ...], layout: str, may_overwrite: bool
+) -> None:
     from syncbn.kernels import triton
 
-    x, dy, residual = (tensor((4, 6, 5, 3), layout) for _ in range(3))
-    weight = torch.randn(6, device=DEVICE)
+    x, dy, residual = (tensor(shape, layout) for _ in range(3))
+    weight = torch.randn(shape[1], device=DEVICE)
     message = triton.moments(x)
     gate = triton.new_gate(x)
     how = Forward(EPS, weight, None, True, gate=gate)
@@ -164,6 +176,7 @@ def test_a_gradient_goes_through_the_relu_of_an_output(layout: str, may_overwrit
     found = triton.backward_reduce_gated(given, gate, x, transform, (weight, None), may_overwrite)
     gated, sums, dweight, dbias = found
     assert torch.equal(gated, wanted)
+    assert torch.equal(triton.opened(gate, x), y > 0)
     assert (gated.data_ptr() == given.data_ptr()) == may_overwrite
     torch.testing.assert_close(sums, wanted_sums, rtol=1e-5, atol=1e-5)
     assert dweight is not None
