@@ -8,8 +8,8 @@ the compiler sees which dimension is dense, and lays threads along it.
 
 Tiles are added up in the compute dtype, around a pivot of the program's own. What is in the result,
 and then what programs found, is summed in float64, in the same order every time and never
-atomically: results depend on sizes alone. Arithmetic on C numbers is float64, and repeated by every
-program that needs it: some dozens of operations for each of thousands of values. Offsets are int64.
+atomically. Arithmetic on C numbers is float64, and repeated by every program that needs it: some
+dozens of operations for each of thousands of values. Offsets are int64.
 
 Names are those of :mod:`syncbn.kernels.transform`; ``here`` says what exists. Calls give arguments
 their types, but for "fp64": else a float would be rounded to float32.
