@@ -19,7 +19,7 @@ from syncbn.bench.memory import peak_bytes
 from syncbn.bench.resnet20 import resnet20
 from syncbn.bench.resnet50 import resnet50
 from tests.commands import run
-from tests.kernels import needs_cpp
+from tests.kernels import device_of, needs_cpp
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 
@@ -71,6 +71,18 @@ def test_layers(launcher: str, kernel: str, tmp_path: Path) -> None:
         assert (overhead["all_reduce"]["median"] > 0) == (ranks > 1)
     assert f"{kernel}, {ranks} ranks" in output or ranks == 1
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_kernel_that_notes_what_came_through(tmp_path: Path) -> None:
+    settings = ["shapes=[3x9x9]", "batch=3", "rounds=1", "kernels=[triton]"]
+    settings += [f"device={device_of('triton')}", "dtypes=[float32]"]
+    output, results = run(tmp_path, "syncbn.cli.bench", "layers", *settings)
+    assert [costs["after"] for costs in results["kernels"][::2]] == [
+        "",
+        "ReLU",
+        "addition and ReLU",
+    ]
+    assert "Kernel triton with addition and ReLU, channels_last, float32: share of" in output
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float16"])

@@ -15,6 +15,8 @@ DTYPES = {
     "float16": torch.float16,
 }
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+#: What follows a layer; ours does it in the same pass.
+NOTHING, RELU, ADDITION = "", "ReLU", "addition and ReLU"
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from syncbn.bench.kernel_times import TRAFFIC, KernelCost
+from syncbn.bench.layer_cases import NOTHING
 from syncbn.bench.layer_tables import title
-from syncbn.bench.layer_times import NOTHING, CaseCosts
+from syncbn.bench.layer_times import CaseCosts
 
 _COLORS = ("#9ca3af", "#1d4ed8", "#60a5fa", "#d97706", "#fbbf24", "#059669")
 _ROOF = "#111827"
@@ -34,7 +35,7 @@ def draw(layers: list[CaseCosts], functions: list[KernelCost], target: Path) -> 
         axes[0].set_title(f"forward + backward, {layout}, {dtype}", loc="left")
         kernel = functions[0].kernel
         costs = [c for c in functions if _layout(c) == (layout, dtype) and c.kernel == kernel]
-        _draw_functions(axes[1], [c for c in costs if not c.relu])
+        _draw_functions(axes[1], [c for c in costs if c.after == NOTHING])
         axes[1].set_title(f"functions of kernel {kernel}, {layout}, {dtype}", loc="left")
     figure.savefig(target)
 

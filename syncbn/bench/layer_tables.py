@@ -10,15 +10,8 @@ import torch
 from syncbn.bench import host_overhead
 from syncbn.bench.host_overhead import Overhead
 from syncbn.bench.kernel_times import TRAFFIC, KernelCost
-from syncbn.bench.layer_times import (
-    ADDITION,
-    BASELINE,
-    NOTHING,
-    RELU,
-    SYNCHRONIZED,
-    CaseCosts,
-    LayerCost,
-)
+from syncbn.bench.layer_cases import ADDITION, NOTHING, RELU
+from syncbn.bench.layer_times import BASELINE, SYNCHRONIZED, CaseCosts, LayerCost
 from syncbn.bench.report import Table
 from syncbn.bench.timing import Spread
 
@@ -78,12 +71,12 @@ def geometric_mean(layers: list[LayerCost]) -> float:
 
 def bandwidth(found: list[KernelCost], reused: bool) -> list[Table]:
     """Return, for each kernel, layout and dtype, what its functions reach of a copy's bandwidth."""
-    notes = ["Each number that must be read or written counts once."]
+    notes = ["Each byte that must be read or written counts once."]
     if not reused:
         notes.append("malloc gives memory back here: page faults are in the last columns.")
     tables = []
-    by_kernel = groupby(found, lambda c: (c.kernel, c.case.layout, c.case.dtype, c.relu))
-    for (kernel, layout, dtype, relu), group in by_kernel:
+    by_kernel = groupby(found, lambda c: (c.kernel, c.case.layout, c.case.dtype, c.after))
+    for (kernel, layout, dtype, after), group in by_kernel:
         rows = [
             [
                 cost.case.shape,
@@ -93,10 +86,10 @@ def bandwidth(found: list[KernelCost], reused: bool) -> list[Table]:
             ]
             for cost in group
         ]
-        after = " with ReLU" if relu else ""
+        with_it = f" with {after}" if after else ""
         tables.append(
             Table(
-                f"Kernel {kernel}{after}, {layout}, {dtype}: share of a copy's bandwidth",
+                f"Kernel {kernel}{with_it}, {layout}, {dtype}: share of a copy's bandwidth",
                 ["", "MiB", "copy, GB/s", *TRAFFIC],
                 rows,
                 notes,
@@ -114,7 +107,7 @@ def speedup(found: list[KernelCost], threads: int) -> list[Table]:
             *(cost.speedup[name].text(digits=2) for name in TRAFFIC),
         ]
         for cost in found
-        if cost.speedup and not cost.relu
+        if cost.speedup and cost.after == NOTHING
     ]
     title = f"Time with one thread over that with {threads}: {_SPREAD}"
     return [Table(title, ["", "MiB", *TRAFFIC], rows)] if rows else []

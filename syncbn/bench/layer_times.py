@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncbn.bench.launches import Launches, count
-from syncbn.bench.layer_cases import Case
+from syncbn.bench.layer_cases import ADDITION, NOTHING, RELU, Case
 from syncbn.bench.memory import peak_bytes
 from syncbn.bench.mpirun import slowest
 from syncbn.bench.timing import Spread, clock_of, take_turns
@@ -23,8 +23,6 @@ from syncbn.functional import sync_batch_norm
 from syncbn.module import SyncBatchNorm2d
 
 BASELINE, SYNCHRONIZED, COPY = "nn.BatchNorm2d", "nn.SyncBatchNorm", "copy"
-#: What follows a layer; ours does it in the same pass.
-NOTHING, RELU, ADDITION = "", "ReLU", "addition and ReLU"
 
 
 @dataclass(frozen=True)

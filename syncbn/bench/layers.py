@@ -90,8 +90,9 @@ class Layers(Benchmark):
         # From here on what is freed stays, for what kernels write to be there already.
         reused = on_gpu or keep_freed_memory()
         functions = [
-            kernel_times.measure(case, name, relu, self.rounds, device, meet)
-            for name, relu in product(self._kernels, (False, True))
+            kernel_times.measure(case, name, after, self.rounds, device, meet)
+            for name in self._kernels
+            for after in kernel_times.follows(name, device)
             for case in cases
         ]
         if world.size > 1:

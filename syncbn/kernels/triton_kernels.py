@@ -55,7 +55,8 @@ def moments(
     c, here_c, split = channels_of(channels, BLOCK_C)
     n, s, here = tile(split, c, samples, channels, space, BLOCK_N, BLOCK_S)
     first = tl.load(x_ptr + offsets(n, c, s, x_stride, space, LAST), here, 0.0).to(COMPUTE)
-    pivot = tl.sum(first, 0) / tl.maximum(tl.sum(here.to(COMPUTE), 0), 1.0)
+    values = tl.maximum(size_of(split, samples, space, BLOCK_N, BLOCK_S), 1)
+    pivot = tl.sum(first, 0) / values.to(COMPUTE)
     sum_, sum_sq, size = _sums_around(
         pivot, x_ptr, c, split, samples, channels, space, x_stride, tiles, splits,
         LAST, AHEAD, BLOCK_N, BLOCK_S, BLOCK_C, COMPUTE,
