@@ -16,7 +16,8 @@ from tests import interpreter
 
 ON_TRITON = os.environ.get("SYNCBN_TEST_TRITON") == "1"
 ON_GPU = ON_TRITON and torch.cuda.is_available()
-on_cpu = pytest.mark.skipif(ON_GPU, reason="on the CPU alone, where nothing stalls, it is an error")
+# Errors that would make a GPU wait, and memory that others can see.
+on_cpu = pytest.mark.skipif(ON_GPU, reason="of the CPU alone")
 
 
 def begin() -> None:

@@ -58,7 +58,8 @@ def train_on_a_rank(rank: int, fused: bool, sharded: bool) -> dict[str, Any]:
     if fused:
         assert len(syncbn.fuse(model).fused) == 5
     if sharded:
-        fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        device = torch.get_default_device().type
+        fully_shard(model, mesh=init_device_mesh(device, (dist.get_world_size(),)))
     generator = seeded(rank)
     x = torch.randn([4, 0, 3][rank], 3, generator=generator, dtype=torch.float64)
     y = model(x)

@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -184,7 +185,7 @@ def test_every_setting_is_explained_where_help_shows_it(
     monkeypatch.setattr(sys, "argv", ["syncbn-bench", benchmark, "--help"])
     main()
     lines = capsys.readouterr().out.splitlines()
-    settings = vars(settle(benchmark, []))
+    settings = asdict(settle(benchmark, []))
     for name in settings:
         (line,) = (line for line in lines if line.startswith(f"{name}: "))
         assert " # " in line

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import syncbn
-from tests.device import seeded
+from tests.device import on_cpu, seeded
 from tests.kernels import tolerance
 from tests.ranks import Ranks
 
@@ -164,11 +164,13 @@ def _one_value(rank: int) -> str:
     return str(caught.value)
 
 
+@on_cpu
 def test_one_value_that_counts_is_an_error_on_every_rank(two_ranks: Ranks) -> None:
     """A rank with more values, none of which counts, went on, and waited in its backward pass."""
     assert len(two_ranks.run(_one_value)) == 2
 
 
+@on_cpu
 def test_one_value_that_counts_alone() -> None:
     mask = torch.zeros(2, 4, dtype=torch.bool)
     mask[1, 2] = True

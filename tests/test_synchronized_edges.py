@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import syncbn
+from tests.device import on_cpu
 from tests.ranks import Ranks
 
 
@@ -57,6 +58,7 @@ def _one_value(rank: int) -> str:
     return "no error"
 
 
+@on_cpu
 def test_one_value_in_the_group_is_an_error_on_every_rank(ranks: Ranks) -> None:
     for message in ranks.run(_one_value):
         assert "single value per channel in the whole group" in message

@@ -57,7 +57,7 @@ def test_every_choice_of_the_schema_has_a_file() -> None:
 def test_defaults() -> None:
     cfg = composed()
     assert cfg.name == "digits_resnet20_sync"
-    assert (cfg.model.name, cfg.norm.kind, cfg.amp) == (Arch.resnet20, NormKind.sync, Amp.off)
+    assert (cfg.model.name, cfg.norm.kind, cfg.amp) == (Arch.resnet20, NormKind.sync, Amp.auto)
 
 
 def test_override_wins_over_experiment() -> None:
@@ -76,7 +76,10 @@ def test_saved_configuration_reads_back_as_the_same_job(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("amp=foo", r"'amp': Invalid value 'foo', expected one of \[off, bfloat16, float16\]"),
+        (
+            "amp=foo",
+            r"'amp': Invalid value 'foo', expected one of \[auto, off, bfloat16, float16\]",
+        ),
         ("dtype=int8", r"'dtype': Invalid value 'int8', expected one of \[float32, float64\]"),
         ("norm.kind=foo", r"'norm.kind': Invalid value 'foo', expected one of \[local, sync"),
         ("epochs=many", r"'epochs': Value 'many' .* could not be converted to Integer"),
