@@ -84,7 +84,7 @@ def store_sums(first, second, sums_ptr, dbias_ptr, dweight_ptr, split, channels,
 @triton.jit
 def store_rounded(ptr, values, here):
     """Store float64 values as torch rounds them: halves by way of float32."""
-    if ptr.dtype.element_ty.primitive_bitwidth == 16:
+    if ptr.dtype.element_ty != tl.float64:
         values = values.to(tl.float32)
     tl.store(ptr, values.to(ptr.dtype.element_ty), here)
 
