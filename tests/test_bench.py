@@ -175,6 +175,14 @@ def test_wrong_use_ends_with_a_message(
     assert re.search(message, printed)
 
 
+@pytest.mark.parametrize("benchmark", ["layers", "model"])
+def test_a_gpu_that_is_not_there(benchmark: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was a traceback, from every rank."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="got cuda; expected cpu, since torch sees no GPU"):
+        settle(benchmark, ["device=cuda"])
+
+
 @pytest.mark.parametrize(
     ("benchmark", "ranks"),
     [("collectives", 2), ("calibration", 1), ("layers", 1), ("model", 1), ("compile", 1)],

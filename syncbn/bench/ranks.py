@@ -36,12 +36,7 @@ class World:
 
 
 def is_gpu(device: str | None) -> bool:
-    """Return whether a benchmark runs on a GPU; ``device`` as for :func:`begin`."""
-    return device == "cuda" or (device is None and torch.cuda.is_available())
-
-
-def begin(device: str | None) -> World:
-    """Initialize torch.distributed for what started this process.
+    """Return whether a benchmark runs on a GPU.
 
     Args:
         device: "cpu", "cuda", or None for what there is.
@@ -51,10 +46,23 @@ def begin(device: str | None) -> World:
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: got cuda; expected cpu, since torch sees no GPU here")
+    return device == "cuda" or (device is None and torch.cuda.is_available())
+
+
+def begin(device: str | None) -> World:
+    """Initialize torch.distributed for what started this process.
+
+    Args:
+        device: as for :func:`is_gpu`.
+
+    Raises:
+        ValueError: there is no GPU, and one is asked for.
+    """
+    on_gpu = is_gpu(device)
     place = init_process_group()
     backend = dist.get_backend()
     facts = {"ranks": f"{place.world_size}, {backend}, started by: {launcher(os.environ)}"}
-    on = torch.device("cpu") if device == "cpu" else place.device
+    on = place.device if on_gpu else torch.device("cpu")
     if on.type == "cuda":
         facts["GPU"] = torch.cuda.get_device_name(on)
         facts["CUDA"] = f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
