@@ -148,7 +148,7 @@ def test_results_do_not_depend_on_the_stream() -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("shape", [(64, 64, 56, 56), (64, 2048, 7, 7), (2, 8, 3, 3)], ids=str)
-def test_three_launches_forward_and_three_backward(
+def test_two_launches_forward_and_two_backward(
     shape: tuple[int, ...], layout: torch.memory_format
 ) -> None:
     layer = syncbn.SyncBatchNorm2d(shape[1], activation="relu").to(CUDA)
@@ -162,7 +162,7 @@ def test_three_launches_forward_and_three_backward(
         run()
         torch.cuda.synchronize()
     kernels = [e.name for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    assert len(kernels) <= 6, kernels
+    assert len(kernels) <= 4, kernels
 
 
 def test_the_device_is_that_of_the_tensor() -> None:

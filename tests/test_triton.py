@@ -80,7 +80,7 @@ def test_kernels_compile_for_gpus(architecture: int, tmp_path: Path) -> None:
         for kernel in kernels:
             about = f"{name}: {kernel}"
             assert kernel["spilled"] <= 32, about
-            if name.startswith("ResNet-50") and kernel["kernel"] not in ("combine", "unpack"):
+            if name.startswith("ResNet-50") and kernel["kernel"] != "unpack":
                 assert {"ld.global.v4.b32", "cp.async 16"} & set(kernel["accesses"]), about
                 assert kernel["registers"] <= 128, about
             if "bfloat16" in name and not name.startswith(("odd", "one")):
@@ -90,10 +90,15 @@ def test_kernels_compile_for_gpus(architecture: int, tmp_path: Path) -> None:
 
 
 @pytest.fixture(params=[1, 4])
-def each(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def each(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """How many tiles programs of elementwise passes take, which for large tensors are several."""
+    from syncbn.kernels.triton_tiles import for_elements
+
     if request.param > 1:
         monkeypatch.setattr("syncbn.kernels.triton_tiles._MANY", 0)
+    for_elements.cache_clear()
+    yield
+    for_elements.cache_clear()
 
 
 @pytest.mark.usefixtures("each")
@@ -104,7 +109,9 @@ def test_layouts(shape: tuple[int, ...], layout: str) -> None:
     x, dy, residual = (tensor(shape, layout) for _ in range(3))
     weight, bias = torch.randn(2, shape[1], 2, device=DEVICE)[..., 0]
     message = kernel.moments(x)
-    torch.testing.assert_close(message, reference.moments(x.double()), rtol=1e-6, atol=1e-5)
+    # A sum may cancel: its rounding is of what is added up.
+    added = reference.moments(x.double().abs())
+    assert ((message - reference.moments(x.double())).abs() <= 5e-7 * added).all()
     how = Forward(EPS, weight, bias, True)
     y, statistics = kernel.normalize(x, message, how, residual)
     wanted, _ = reference.normalize(x.double(), message, how, residual.double())
@@ -125,7 +132,7 @@ def test_a_program_may_begin_far_from_the_rest(monkeypatch: pytest.MonkeyPatch) 
     """In padding, say: around its mean, float32 would lose the variance."""
     from syncbn.kernels import triton
 
-    monkeypatch.setattr(triton, "_slots", lambda _: 1)
+    monkeypatch.setattr(triton, "_multiprocessors", lambda _: 1)
     x = torch.full((200, 1, 2048), 1000.1, device=DEVICE)
     x[:2] = 0
     found = Moments.unpack(triton.moments(x))
@@ -185,17 +192,16 @@ def test_a_gradient_goes_through_the_relu_of_an_output(
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("samples", [2, 3000])
-def test_three_launches_forward_and_three_backward(
+def test_two_launches_forward_and_two_backward(
     launches: list[str], residual: bool, samples: int
 ) -> None:
     layer = syncbn.SyncBatchNorm2d(4, activation="relu").to(DEVICE)
     layer.sync_kernel = "triton"
     x, r = torch.randn(2, samples, 4, 5, 5, device=DEVICE)
     y = layer(x.requires_grad_(), r.requires_grad_() if residual else None)
-    adds_up = ["combine"] if samples > 2 else []
-    assert launches == ["moments", *adds_up, "normalize"]
+    assert launches == ["moments", "normalize"]
     y.sum().backward()
-    assert launches[len(adds_up) + 2 :] == ["backward_reduce", *adds_up, "backward_elemt"]
+    assert launches[2:] == ["backward_reduce", "backward_elemt"]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -30,6 +30,7 @@ _TYPES = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",
+    torch.int32: "*i32",
     torch.int8: "*i8",
     torch.uint8: "*u8",
 }
@@ -48,7 +49,8 @@ CASES = {
 
 def compiled(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], arch: int) -> Any:
     """Compile a launch as it would be where it is launched."""
-    names = ("num_warps", "enable_fp_fusion", "maxnreg")
+    constants = constants | {"PDL": arch >= 90, "launch_pdl": arch >= 90}
+    names = ("num_warps", "enable_fp_fusion", "maxnreg", "launch_pdl")
     options = {name: constants.pop(name) for name in names if name in constants}
     given = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
     signature, fixed, attributes = {}, {}, {}
@@ -60,8 +62,8 @@ def compiled(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any],
             signature[parameter.name] = _TYPES[value.dtype]
             attributes[(i,)] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
+            assert parameter.do_not_specialize_on_alignment, parameter.name
             signature[parameter.name] = "i32" if value < 2**31 else "i64"
-            attributes[(i,)] = [["tt.divisibility", 16]] if value % 16 == 0 else []
         else:
             signature[parameter.name] = parameter.annotation_type
             assert parameter.annotation_type == "fp64", parameter.name

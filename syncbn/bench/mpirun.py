@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -68,9 +69,11 @@ def meeting() -> Callable[[], None]:
 
 def slowest(times: Tensor) -> Tensor:
     """Return the largest over all ranks, element by element; every rank must call this."""
-    times = times.clone()
-    dist.all_reduce(times, dist.ReduceOp.MAX)
-    return times
+    # NCCL takes tensors of its GPU alone.
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    largest = times.to(device, copy=True)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.cpu()
 
 
 def _cores() -> int:

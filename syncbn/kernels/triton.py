@@ -1,8 +1,8 @@
 """The kernels on CUDA, in Triton: how programs share a tensor, and what they are told.
 
-Three launches forward, three backward: sums of splits, their sum, and the elementwise pass, which
-does the arithmetic on C numbers by the way. Where a channel needs no splitting, there are two.
-Nothing waits for the device, and memory is that of the current stream.
+Two launches forward, two backward: sums, which the last program of a channel adds up, and the
+elementwise pass, which does the arithmetic on C numbers by the way. Nothing waits for the device,
+and memory is that of the current stream.
 
 With ``TRITON_INTERPRET=1`` in the environment before this is imported, kernels run in Triton's
 interpreter, which takes tensors of the CPU: slowly, and with the same arithmetic.
@@ -16,21 +16,28 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from triton import next_power_of_2
+from triton.language.extra import cuda
 from triton.runtime.interpreter import InterpretedFunction
 
 from syncbn.kernels import reference, triton_kernels
 from syncbn.kernels.samples import Samples, alike, empty_like, readable
 from syncbn.kernels.transform import Forward, Running, Transform, Wanted
-from syncbn.kernels.triton_tiles import AT_A_TIME, COMPUTE, OF_A_WARP, Tiles, cdiv, tiles_of
+from syncbn.kernels.triton_tiles import (
+    COMPUTE,
+    Tiles,
+    elementwise,
+    for_elements,
+    for_sums,
+    gate_bytes,
+    most_shared,
+    reduction,
+)
 
-IS_INTERPRETED = isinstance(triton_kernels.combine, InterpretedFunction)
-# Numbers that a program adds up at a time, and at most how many of those of a channel.
-_COMBINED, _TOGETHER = 2048, 512
+IS_INTERPRETED = isinstance(triton_kernels.moments, InterpretedFunction)
 # Of the interpreter, which has one.
 _MULTIPROCESSORS = 132
-# Of GPUs that Triton compiles for.
-_LEAST_CAPABILITY = (8, 0)
+# Of GPUs that Triton compiles for, and of those that prepare a launch during the one before.
+_LEAST_CAPABILITY, _OVERLAPPING = (8, 0), (9, 0)
 
 
 def why_not(x: Tensor) -> str | None:
@@ -49,19 +56,16 @@ def why_not(x: Tensor) -> str | None:
 def moments(x: Tensor) -> Tensor:
     """See :func:`syncbn.kernels.reference.moments`."""
     x, samples = readable(x)
-    tiles = _tiles(x, samples)
+    tiles = _for_sums(x, samples)
     found = x.new_empty(2 * samples.channels + 1, dtype=torch.float64)
     count = samples.batch * samples.space
-    parts = _parts(found, tiles)
-    numbers = (*tiles.size, samples.stride, tiles.number, tiles.splits, count)
     _run(
         triton_kernels.moments,
         tiles.blocks * tiles.splits,
-        *(x, parts, *numbers),
-        **tiles.reduction([x], samples.stride),
+        *(x, *_shared(found, tiles), found),
+        *(*tiles.size, samples.stride, tiles.number, tiles.along, tiles.splits, count),
+        **reduction(tiles, x.itemsize, samples.stride),
     )
-    if parts is not found:
-        _combine(parts, found, tiles, count=count)
     return found
 
 
@@ -70,7 +74,7 @@ def normalize(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`syncbn.kernels.reference.normalize`."""
     x, samples = readable(x)
-    tiles = _tiles(x, samples)
+    tiles = for_elements(samples, x.dtype)
     running = how.running or Running(None, None, None, 0.0)
     if not _can_move(running, x):
         reference.move_running(message, running)
@@ -81,24 +85,16 @@ def normalize(
         running.tracked.add_(message[-1] > 1)
     added = None if residual is None else _dense(residual, x, samples)
     statistics, y = torch.empty_like(message), empty_like(x, samples)
+    numbers = message, statistics, _dense_numbers(how.weight), _dense_numbers(how.bias)
     _run(
         triton_kernels.normalize,
         tiles.programs,
-        *(
-            x,
-            added,
-            y,
-            how.gate,
-            message,
-            statistics,
-            _dense_numbers(how.weight),
-            _dense_numbers(how.bias),
-        ),
+        *(x, added, y, how.gate, *numbers),
         *(*running[:3], how.eps, running.momentum or 0.0),
-        *(*tiles.size, samples.stride, samples.dense_stride, tiles.number),
+        *(*tiles.size, samples.stride, samples.dense_stride, tiles.number, tiles.along),
         RELU=how.relu,
         CUMULATIVE=cumulative,
-        **tiles.elementwise(samples.stride, samples.dense_stride),
+        **elementwise(tiles, samples.stride, samples.dense_stride),
     )
     # As a call of torch would: autograd must notice if it still needs what was there.
     increment_version([t for t in running[:3] if t is not None])
@@ -108,19 +104,20 @@ def normalize(
 def new_gate(x: Tensor) -> Tensor:
     """See :meth:`syncbn.kernels.gated.Gated.new_gate`."""
     x, samples = readable(x)
-    return torch.empty(_tiles(x, samples).gate, dtype=torch.uint8, device=x.device)
+    return torch.empty(gate_bytes(samples, x.dtype), dtype=torch.uint8, device=x.device)
 
 
 def opened(gate: Tensor, x: Tensor) -> Tensor:
     """See :meth:`syncbn.kernels.gated.Gated.opened`."""
     x, samples = readable(x)
-    tiles = _tiles(x, samples)
+    tiles = for_elements(samples, x.dtype)
     found = empty_like(x, samples, torch.bool)
     _run(
         triton_kernels.unpack,
         tiles.programs,
-        *(gate, found.view(torch.int8), *tiles.size, samples.dense_stride, tiles.number),
-        **tiles.elementwise(samples.dense_stride),
+        *(gate, found.view(torch.int8)),
+        *(*tiles.size, samples.dense_stride, tiles.number, tiles.along),
+        **elementwise(tiles, samples.dense_stride),
     )
     return found
 
@@ -155,23 +152,20 @@ def _reduce(
     """Return what comes through the gate, or dy, and :func:`backward_reduce` of it."""
     x, samples = readable(x)
     dy, dy_stride = alike(dy, x, samples)
-    tiles = _tiles(x, samples)
+    tiles = _for_sums(x, samples)
     over = may_overwrite and dy_stride == samples.dense_stride
     gated = dy if gate is None or over else empty_like(x, samples)
     sums = x.new_empty(2 * samples.channels, dtype=torch.float64)
     dweight, dbias = (None if t is None else torch.empty_like(t).contiguous() for t in wanted)
-    parts = _parts(sums, tiles)
-    gradients = (dbias, dweight) if parts is sums else (None, None)
+    strides = dy_stride, samples.stride, samples.dense_stride
     _run(
         triton_kernels.backward_reduce,
         tiles.blocks * tiles.splits,
-        *(dy, gate, gated, x, parts, *_numbers(transform), *gradients, *tiles.size),
-        *(dy_stride, samples.stride, samples.dense_stride, tiles.number, tiles.splits),
+        *(dy, gate, gated, x, *_shared(sums, tiles), sums, dbias, dweight, *_numbers(transform)),
+        *(*tiles.size, *strides, tiles.number, tiles.along, tiles.splits),
         RELU=transform.relu,
-        **tiles.reduction([dy, x], dy_stride, samples.stride, samples.dense_stride),
+        **reduction(tiles, 2 * x.itemsize, *strides),
     )
-    if parts is not sums:
-        _combine(parts, sums, tiles, dbias, dweight)
     return gated, sums, dweight, dbias
 
 
@@ -181,16 +175,17 @@ def backward_elemt(
     """See :func:`syncbn.kernels.reference.backward_elemt`."""
     x, samples = readable(x)
     dy, dy_stride = alike(dy, x, samples)
-    tiles = _tiles(x, samples)
+    tiles = for_elements(samples, x.dtype)
     over = may_overwrite and dy_stride == samples.dense_stride
     dx = dy if over else empty_like(x, samples)
+    strides = dy_stride, samples.stride, samples.dense_stride
     _run(
         triton_kernels.backward_elemt,
         tiles.programs,
         *(dy, x, dx, sums, *_numbers(transform)),
-        *(*tiles.size, dy_stride, samples.stride, samples.dense_stride),
+        *(*tiles.size, *strides, tiles.number, tiles.along),
         RELU=transform.relu,
-        **tiles.elementwise(dy_stride, samples.stride, samples.dense_stride),
+        **elementwise(tiles, *strides),
     )
     return dx
 
@@ -201,55 +196,56 @@ def _capability(device: int) -> tuple[int, int]:
 
 
 @cache
-def _slots(device: torch.device) -> int:
-    """Return how many programs run at a time."""
+def _multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":
-        return AT_A_TIME * _MULTIPROCESSORS
-    properties = torch.cuda.get_device_properties(device)
-    return AT_A_TIME * int(properties.multi_processor_count)
+        return _MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _tiles(x: Tensor, samples: Samples) -> Tiles:
-    return tiles_of(samples, x.dtype, _slots(x.device))
+def _for_sums(x: Tensor, samples: Samples) -> Tiles:
+    return for_sums(samples, x.dtype, _multiprocessors(x.device))
 
 
-def _parts(sums: Tensor, tiles: Tiles) -> Tensor:
-    """Return where programs write: to the result if they are alone with their channels."""
+def _shared(sums: Tensor, tiles: Tiles) -> tuple[Tensor | None, Tensor | None]:
+    """Return what programs that share channels leave to the last, and how many have come: zeros."""
     if tiles.splits == 1:
-        return sums
-    return sums.new_empty(tiles.splits, 2 * tiles.size[1])
+        return None, None
+    return sums.new_empty(tiles.parts), _arrivals(sums.device)
 
 
-def _combine(
-    parts: Tensor,
-    sums: Tensor,
-    tiles: Tiles,
-    dbias: Tensor | None = None,
-    dweight: Tensor | None = None,
-    count: int | None = None,
-) -> None:
-    channels = tiles.size[1]
-    block_k = min(next_power_of_2(tiles.splits), _TOGETHER)
-    block_c = min(next_power_of_2(channels), _COMBINED // block_k)
-    _run(
-        triton_kernels.combine,
-        cdiv(channels, block_c),
-        *(parts, sums, dbias, dweight, channels, tiles.splits, count),
-        BLOCK_K=block_k,
-        BLOCK_C=block_c,
-        num_warps=_COMBINED // OF_A_WARP,
-        enable_fp_fusion=True,
-    )
+def _arrivals(device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return _zeros(device, 0)
+    if torch.cuda.is_current_stream_capturing():
+        # A graph may be replayed beside whatever else runs then, and has its own.
+        return _zeros.__wrapped__(device, 0)
+    return _zeros(device, torch.cuda.current_stream(device).cuda_stream)
+
+
+@cache
+def _zeros(device: torch.device, stream: int) -> Tensor:
+    """Return zeros for launches on a stream, which leave them so, one after the other."""
+    return torch.zeros(most_shared(_multiprocessors(device)), dtype=torch.int32, device=device)
 
 
 def _run(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
     device = arguments[0].device
+    constants |= _overlap(device)
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         # Triton launches on the current device.
         with torch.cuda.device(device):
             kernel[(programs,)](*arguments, **constants)
     else:
         kernel[(programs,)](*arguments, **constants)
+
+
+@cache
+def _overlap(device: torch.device) -> dict[str, bool]:
+    """Return how launches begin: while the one before ends, where GPU and Triton can."""
+    can = device.type == "cuda" and _capability(device.index) >= _OVERLAPPING
+    if can and hasattr(cuda, "gdc_wait"):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
 
 
 def _numbers(t: Transform) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -6,10 +6,10 @@ positions are a ``stride`` apart. A program has a block of channels and some til
 ``BLOCK_N`` samples of ``BLOCK_S`` positions each. Its arrays are ``[BLOCK_N * BLOCK_S, BLOCK_C]``;
 the compiler sees which dimension is dense, and lays threads along it.
 
-Tiles are added up in the compute dtype, around a pivot of the program's own. What is in the result,
-and then what programs found, is summed in float64, in the same order every time and never
-atomically. Arithmetic on C numbers is float64, and repeated by every program that needs it: some
-dozens of operations for each of thousands of values. Offsets are int64.
+Tiles are added up in the compute dtype, around a pivot if need be; what is in the result, and then
+what programs found, in float64, in the same order every time and never atomically. Arithmetic on C
+numbers is float64, and repeated by every program that needs it: some dozens of operations for each
+of thousands of values.
 
 Names are those of :mod:`syncbn.kernels.transform`; ``here`` says what exists. Calls give arguments
 their types, but for "fp64": else a float would be rounded to float32.
@@ -18,10 +18,25 @@ their types, but for "fp64": else a float would be rounded to float32.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, name-defined"
 # fmt: off
 
+from functools import partial
+
 import triton
 import triton.language as tl
 
-from syncbn.kernels.triton_addresses import channels_of, dense_of, multiple, offsets, size_of, tile
+from syncbn.kernels.triton_addresses import (
+    begin,
+    channels_of,
+    dense_of,
+    exists,
+    last_first,
+    multiple,
+    read,
+    size_of,
+    start_of,
+    tile_at,
+    values_at,
+    write,
+)
 from syncbn.kernels.triton_gates import load_gate, opens, store_gate
 from syncbn.kernels.triton_numbers import (
     affine,
@@ -29,68 +44,84 @@ from syncbn.kernels.triton_numbers import (
     move,
     numbers_of,
     statistics,
-    store_count,
-    store_sums,
+    summed,
     through_relu,
 )
+from syncbn.kernels.triton_splits import store_totals
 from syncbn.moments import ROUNDING
 
 _ROUNDING = tl.constexpr(ROUNDING)
+# Square of a mean over the variance.
+_FAR = tl.constexpr(16.0)
+# Their alignment is what UNIT says, not one more reason to compile.
+_SIZES = [
+    *("samples", "channels", "space", "x_stride", "dy_stride", "stride"),
+    *("tiles", "along", "splits", "count"),
+]
+_jit = partial(triton.jit, do_not_specialize_on_alignment=_SIZES)
 
 
-@triton.jit
+@_jit
 def moments(
-    x_ptr, sums_ptr, samples, channels, space, x_stride, tiles, splits, count,
-    AHEAD: tl.constexpr,
-    UNIT: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, PACK: tl.constexpr,
+    x_ptr, parts_ptr, arrivals_ptr, sums_ptr,
+    samples, channels, space, x_stride, tiles, along, splits, count,
+    AHEAD: tl.constexpr, BLOCK_K: tl.constexpr,
+    UNIT: tl.constexpr, SAME: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
+    LAST: tl.constexpr, ROWS: tl.constexpr, PACK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Write ``[sum | sum_sq]`` of a split of some channels; the count, too, if there is one split.
+    """Write ``[sum | sum_sq | count]`` of some channels, or add a split of them to it.
 
-    The pivot is the mean of the first tile. Where that is more than two standard deviations off
-    (padding, say), float32 would lose the variance: values are summed again, around a better one.
+    Where the mean is more than four standard deviations from zero, digits of the variance would be
+    lost in rounding: values are summed again, around a pivot. To look for one first would have
+    every program wait for memory.
     """
+    begin(PDL)
     channels, space = dense_of(channels, space, UNIT, LAST)
     x_stride = multiple(x_stride, UNIT)
-    c, here_c, split = channels_of(channels, BLOCK_C)
-    n, s, here = tile(split, c, samples, channels, space, BLOCK_N, BLOCK_S)
-    first = tl.load(x_ptr + offsets(n, c, s, x_stride, space, LAST), here, 0.0).to(COMPUTE)
-    values = tl.maximum(size_of(split, samples, space, BLOCK_N, BLOCK_S), 1)
-    pivot = tl.sum(first, 0) / values.to(COMPUTE)
+    first_c, c, split = channels_of(channels, BLOCK_C)
+    here_c = c < channels
+    pivot = tl.zeros([BLOCK_C], COMPUTE)
     sum_, sum_sq, size = _sums_around(
-        pivot, x_ptr, c, split, samples, channels, space, x_stride, tiles, splits,
-        LAST, AHEAD, BLOCK_N, BLOCK_S, BLOCK_C, COMPUTE,
+        pivot, False, x_ptr, first_c, c, split, samples, channels, space, x_stride,
+        tiles, along, splits, FULL, WIDE, LAST, AHEAD, BLOCK_N, BLOCK_S, BLOCK_C, COMPUTE,
     )
-    share = 1.0 / size.to(tl.float64)
-    off = sum_ * share
-    is_far = off * off > 4 * (sum_sq * share - off * off)
+    share = 1.0 / size.to(COMPUTE)
+    off = sum_.to(COMPUTE) * share
+    is_far = off * off > _FAR * (sum_sq.to(COMPUTE) * share - off * off)
     if tl.max(is_far.to(tl.int32), 0) > 0:
-        pivot = (pivot + off).to(COMPUTE)
+        pivot = off
         sum_, sum_sq, size = _sums_around(
-            pivot, x_ptr, c, split, samples, channels, space, x_stride, tiles, splits,
-            LAST, AHEAD, BLOCK_N, BLOCK_S, BLOCK_C, COMPUTE,
+            pivot, True, x_ptr, first_c, c, split, samples, channels, space, x_stride,
+            tiles, along, splits, FULL, WIDE, LAST, AHEAD, BLOCK_N, BLOCK_S, BLOCK_C, COMPUTE,
         )
     wide = pivot.to(tl.float64)
-    total = sum_ + wide * size
-    total_sq = sum_sq + wide * (sum_ + total)
-    store_sums(total, total_sq, sums_ptr, None, None, split, channels, c, here_c)
-    if splits == 1:
-        store_count(count, sums_ptr, channels)
+    raw = sum_ + wide * size
+    raw_sq = sum_sq + wide * (sum_ + raw)
+    store_totals(
+        raw, raw_sq, parts_ptr, arrivals_ptr, sums_ptr, None, None, count,
+        split, splits, channels, c, here_c, BLOCK_K, BLOCK_C,
+    )
 
 
-@triton.jit
+@_jit
 def normalize(
     x_ptr, residual_ptr, y_ptr, gate_ptr, message_ptr, statistics_ptr, weight_ptr, bias_ptr,
     running_mean_ptr, running_var_ptr, tracked_ptr, eps: "fp64", momentum: "fp64",
-    samples, channels, space, x_stride, stride, tiles,
+    samples, channels, space, x_stride, stride, tiles, along,
     RELU: tl.constexpr, CUMULATIVE: tl.constexpr, TILES: tl.constexpr,
-    UNIT: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, PACK: tl.constexpr,
+    UNIT: tl.constexpr, SAME: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
+    LAST: tl.constexpr, ROWS: tl.constexpr, PACK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Write y of some tiles; the first programs of channels write statistics and averages, too."""
+    begin(PDL)
     channels, space = dense_of(channels, space, UNIT, LAST)
     x_stride, stride = multiple(x_stride, UNIT), multiple(stride, UNIT)
-    c, here_c, group = channels_of(channels, BLOCK_C)
+    first_c, c, group = channels_of(channels, BLOCK_C)
+    here_c = c < channels
     count = tl.load(message_ptr + 2 * channels)
     total = numbers_of(message_ptr + c, here_c, ROWS)
     total_sq = numbers_of(message_ptr + channels + c, here_c, ROWS)
@@ -114,153 +145,182 @@ def normalize(
                 count_a_batch(tracked_ptr)
 
     pivot, _, scale, shift = affine(mean, invstd, weight_ptr, bias_ptr, c, here_c, COMPUTE)
+    more = values_at(stride, space, LAST, WIDE, BLOCK_N, BLOCK_S, BLOCK_C)
+    more_x = more
+    if not SAME:
+        more_x = values_at(x_stride, space, LAST, WIDE, BLOCK_N, BLOCK_S, BLOCK_C)
     for i in range(TILES):
-        t = group * TILES + i
-        n, s, here = tile(t, c, samples, channels, space, BLOCK_N, BLOCK_S)
-        dense = offsets(n, c, s, stride, space, LAST)
-        x = tl.load(x_ptr + offsets(n, c, s, x_stride, space, LAST), here, 0.0).to(COMPUTE)
+        n, s = start_of(last_first(group * TILES + i, tiles, TILES), along, LAST, BLOCK_N, BLOCK_S)
+        here = exists(n, s, c, samples, channels, space, BLOCK_N, BLOCK_S)
+        at = tile_at(n, s, first_c, stride, space, LAST)
+        x_at = tile_at(n, s, first_c, x_stride, space, LAST)
+        x = read(x_ptr + x_at + more_x, here, FULL, COMPUTE)
         y = (x - pivot[None, :]) * scale[None, :] + shift[None, :]
         if residual_ptr is not None:
-            y += tl.load(residual_ptr + dense, here, 0.0).to(COMPUTE)
+            y += read(residual_ptr + at + more, here, FULL, COMPUTE)
         if RELU:
             y = tl.where(y <= 0, 0.0, y)
-        rounded = y.to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + dense, rounded, here)
+        write(y_ptr + at + more, y, here, FULL)
         if gate_ptr is not None:
-            is_open = opens(rounded, COMPUTE)
+            is_open = opens(y.to(y_ptr.dtype.element_ty), COMPUTE)
             store_gate(
-                gate_ptr, is_open, t, tiles, channels, LAST, PACK, BLOCK_N * BLOCK_S, BLOCK_C
+                gate_ptr, is_open, n, s, first_c, samples, channels, space,
+                LAST, WIDE, PACK, BLOCK_N, BLOCK_S, BLOCK_C,
             )
 
 
-@triton.jit
+@_jit
 def backward_reduce(
-    dy_ptr, gate_ptr, gated_ptr, x_ptr, sums_ptr, statistics_ptr, weight_ptr, bias_ptr,
-    dbias_ptr, dweight_ptr, samples, channels, space, dy_stride, x_stride, stride, tiles, splits,
-    RELU: tl.constexpr, AHEAD: tl.constexpr,
-    UNIT: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, PACK: tl.constexpr,
+    dy_ptr, gate_ptr, gated_ptr, x_ptr, parts_ptr, arrivals_ptr, sums_ptr, dbias_ptr, dweight_ptr,
+    statistics_ptr, weight_ptr, bias_ptr,
+    samples, channels, space, dy_stride, x_stride, stride, tiles, along, splits,
+    RELU: tl.constexpr, AHEAD: tl.constexpr, BLOCK_K: tl.constexpr,
+    UNIT: tl.constexpr, SAME: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
+    LAST: tl.constexpr, ROWS: tl.constexpr, PACK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Write ``[sum(dy) | sum(dy xhat)]`` of a split; dbias and dweight, if these are given.
+    """Write ``[sum(dy) | sum(dy xhat)]``, or add a split; dbias and dweight, if these are given.
 
     If a gate is, dy counts where that is open, and is written as such; there may be dy itself.
     """
+    begin(PDL)
     channels, space = dense_of(channels, space, UNIT, LAST)
     dy_stride, x_stride = multiple(dy_stride, UNIT), multiple(x_stride, UNIT)
     stride = multiple(stride, UNIT)
-    c, here_c, split = channels_of(channels, BLOCK_C)
-    mean, invstd = statistics(statistics_ptr, channels, c, here_c, ROWS)
+    first_c, c, split = channels_of(channels, BLOCK_C)
+    here_c = c < channels
+    mean, invstd = statistics(statistics_ptr, channels, c, here_c, 1)
     pivot, _, scale, shift = affine(mean, invstd, weight_ptr, bias_ptr, c, here_c, COMPUTE)
     sum_dy = tl.zeros([BLOCK_N * BLOCK_S, BLOCK_C], COMPUTE)
     sum_dy_xmu = tl.zeros([BLOCK_N * BLOCK_S, BLOCK_C], COMPUTE)
+    more = values_at(stride, space, LAST, WIDE, BLOCK_N, BLOCK_S, BLOCK_C)
+    more_x, more_dy = more, more
+    if not SAME:
+        more_x = values_at(x_stride, space, LAST, WIDE, BLOCK_N, BLOCK_S, BLOCK_C)
+        more_dy = values_at(dy_stride, space, LAST, WIDE, BLOCK_N, BLOCK_S, BLOCK_C)
     for t in tl.range(split, tiles, splits, num_stages=AHEAD + 1):
-        n, s, here = tile(t, c, samples, channels, space, BLOCK_N, BLOCK_S)
-        x = tl.load(x_ptr + offsets(n, c, s, x_stride, space, LAST), here, 0.0).to(COMPUTE)
-        dy = tl.load(dy_ptr + offsets(n, c, s, dy_stride, space, LAST), here, 0.0).to(COMPUTE)
+        n, s = start_of(t, along, LAST, BLOCK_N, BLOCK_S)
+        here = exists(n, s, c, samples, channels, space, BLOCK_N, BLOCK_S)
+        x_at = tile_at(n, s, first_c, x_stride, space, LAST)
+        dy_at = tile_at(n, s, first_c, dy_stride, space, LAST)
+        x = read(x_ptr + x_at + more_x, here, FULL, COMPUTE)
+        dy = read(dy_ptr + dy_at + more_dy, here, FULL, COMPUTE)
         xmu = x - pivot[None, :]
         if RELU:
             dy = through_relu(dy, xmu, scale, shift)
         if gate_ptr is not None:
             is_open = load_gate(
-                gate_ptr, t, tiles, channels, LAST, PACK, BLOCK_N * BLOCK_S, BLOCK_C
+                gate_ptr, n, s, first_c, samples, channels, space,
+                LAST, WIDE, PACK, BLOCK_N, BLOCK_S, BLOCK_C,
             )
             dy = tl.where(is_open, dy, 0.0)
-            gated = gated_ptr + offsets(n, c, s, stride, space, LAST)
-            tl.store(gated, dy.to(gated_ptr.dtype.element_ty), here)
+            at = tile_at(n, s, first_c, stride, space, LAST)
+            write(gated_ptr + at + more, dy, here, FULL)
         sum_dy += dy
         sum_dy_xmu += dy * xmu
     # Read again, rather than kept in registers all the while.
-    mean, invstd = statistics(statistics_ptr, channels, c, here_c, ROWS, AGAIN=True)
+    mean, invstd = statistics(statistics_ptr, channels, c, here_c, 1, AGAIN=True)
     rest = mean - mean.to(COMPUTE).to(tl.float64)
-    first = tl.sum(sum_dy.to(tl.float64), 0)
-    second = (tl.sum(sum_dy_xmu.to(tl.float64), 0) - rest * first) * invstd
-    store_sums(first, second, sums_ptr, dbias_ptr, dweight_ptr, split, channels, c, here_c)
+    first = summed(sum_dy)
+    second = (summed(sum_dy_xmu) - rest * first) * invstd
+    store_totals(
+        first, second, parts_ptr, arrivals_ptr, sums_ptr, dbias_ptr, dweight_ptr, None,
+        split, splits, channels, c, here_c, BLOCK_K, BLOCK_C,
+    )
 
 
-@triton.jit
+@_jit
 def backward_elemt(
     dy_ptr, x_ptr, dx_ptr, sums_ptr, statistics_ptr, weight_ptr, bias_ptr,
-    samples, channels, space, dy_stride, x_stride, stride,
+    samples, channels, space, dy_stride, x_stride, stride, tiles, along,
     RELU: tl.constexpr, TILES: tl.constexpr,
-    UNIT: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, PACK: tl.constexpr,
+    UNIT: tl.constexpr, SAME: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
+    LAST: tl.constexpr, ROWS: tl.constexpr, PACK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Write dx of some tiles; dx may be dy."""
+    begin(PDL)
     channels, space = dense_of(channels, space, UNIT, LAST)
     dy_stride, x_stride = multiple(dy_stride, UNIT), multiple(x_stride, UNIT)
     stride = multiple(stride, UNIT)
-    c, here_c, group = channels_of(channels, BLOCK_C)
+    first_c, c, group = channels_of(channels, BLOCK_C)
+    here_c = c < channels
     mean, invstd = statistics(statistics_ptr, channels, c, here_c, ROWS)
     pivot, rest, scale, shift = affine(mean, invstd, weight_ptr, bias_ptr, c, here_c, COMPUTE)
     share = 1.0 / tl.maximum(tl.load(statistics_ptr + 2 * channels), 1.0)
-    slope = invstd * tl.load(sums_ptr + channels + c, here_c, 0.0) * share
-    offset = (tl.load(sums_ptr + c, here_c, 0.0) * share - rest * slope).to(COMPUTE)
-    slope = slope.to(COMPUTE)
+    slope = invstd * numbers_of(sums_ptr + channels + c, here_c, ROWS) * share
+    offset = numbers_of(sums_ptr + c, here_c, ROWS) * share - rest * slope
+    wide = scale.to(tl.float64)
+    slope, offset = (slope * wide).to(COMPUTE), (offset * wide).to(COMPUTE)
+    more = values_at(stride, space, LAST, WIDE, BLOCK_N, BLOCK_S, BLOCK_C)
+    more_x, more_dy = more, more
+    if not SAME:
+        more_x = values_at(x_stride, space, LAST, WIDE, BLOCK_N, BLOCK_S, BLOCK_C)
+        more_dy = values_at(dy_stride, space, LAST, WIDE, BLOCK_N, BLOCK_S, BLOCK_C)
     for i in range(TILES):
-        n, s, here = tile(group * TILES + i, c, samples, channels, space, BLOCK_N, BLOCK_S)
-        x = tl.load(x_ptr + offsets(n, c, s, x_stride, space, LAST), here, 0.0).to(COMPUTE)
-        dy = tl.load(dy_ptr + offsets(n, c, s, dy_stride, space, LAST), here, 0.0).to(COMPUTE)
+        n, s = start_of(last_first(group * TILES + i, tiles, TILES), along, LAST, BLOCK_N, BLOCK_S)
+        here = exists(n, s, c, samples, channels, space, BLOCK_N, BLOCK_S)
+        x_at = tile_at(n, s, first_c, x_stride, space, LAST)
+        dy_at = tile_at(n, s, first_c, dy_stride, space, LAST)
+        x = read(x_ptr + x_at + more_x, here, FULL, COMPUTE)
+        dy = read(dy_ptr + dy_at + more_dy, here, FULL, COMPUTE)
         xmu = x - pivot[None, :]
         if RELU:
             dy = through_relu(dy, xmu, scale, shift)
-        dx = (dy - offset[None, :] - xmu * slope[None, :]) * scale[None, :]
-        dense = offsets(n, c, s, stride, space, LAST)
-        tl.store(dx_ptr + dense, dx.to(dx_ptr.dtype.element_ty), here)
+        dx = dy * scale[None, :] - (xmu * slope[None, :] + offset[None, :])
+        at = tile_at(n, s, first_c, stride, space, LAST)
+        write(dx_ptr + at + more, dx, here, FULL)
 
 
-@triton.jit
+@_jit
 def unpack(
-    gate_ptr, open_ptr, samples, channels, space, stride, tiles,
+    gate_ptr, open_ptr, samples, channels, space, stride, tiles, along,
     TILES: tl.constexpr,
-    UNIT: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr, PACK: tl.constexpr,
+    UNIT: tl.constexpr, SAME: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
+    LAST: tl.constexpr, ROWS: tl.constexpr, PACK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Write a byte for each bit of some tiles of a gate."""
+    begin(PDL)
     channels, space = dense_of(channels, space, UNIT, LAST)
     stride = multiple(stride, UNIT)
-    c, _, group = channels_of(channels, BLOCK_C)
+    first_c, c, group = channels_of(channels, BLOCK_C)
+    more = values_at(stride, space, LAST, WIDE, BLOCK_N, BLOCK_S, BLOCK_C)
     for i in range(TILES):
-        t = group * TILES + i
-        n, s, here = tile(t, c, samples, channels, space, BLOCK_N, BLOCK_S)
-        is_open = load_gate(gate_ptr, t, tiles, channels, LAST, PACK, BLOCK_N * BLOCK_S, BLOCK_C)
-        tl.store(open_ptr + offsets(n, c, s, stride, space, LAST), is_open.to(tl.int8), here)
-
-
-@triton.jit
-def combine(
-    splits_ptr, sums_ptr, dbias_ptr, dweight_ptr, channels, splits, count,
-    BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
-):
-    """Add up the sums of splits; write the count, dbias and dweight, if these are given."""
-    c, here_c, _ = channels_of(channels, BLOCK_C)
-    first = tl.zeros([BLOCK_C], tl.float64)
-    second = tl.zeros([BLOCK_C], tl.float64)
-    for start in range(0, splits, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        here = (k < splits)[:, None] & here_c[None, :]
-        at = splits_ptr + k[:, None].to(tl.int64) * (2 * channels) + c[None, :]
-        first += tl.sum(tl.load(at, here, 0.0), 0)
-        second += tl.sum(tl.load(at + channels, here, 0.0), 0)
-    store_sums(first, second, sums_ptr, dbias_ptr, dweight_ptr, 0, channels, c, here_c)
-    if count is not None:
-        store_count(count, sums_ptr, channels)
+        n, s = start_of(last_first(group * TILES + i, tiles, TILES), along, LAST, BLOCK_N, BLOCK_S)
+        here = exists(n, s, c, samples, channels, space, BLOCK_N, BLOCK_S)
+        is_open = load_gate(
+            gate_ptr, n, s, first_c, samples, channels, space,
+            LAST, WIDE, PACK, BLOCK_N, BLOCK_S, BLOCK_C,
+        )
+        write(open_ptr + tile_at(n, s, first_c, stride, space, LAST) + more, is_open, here, FULL)
 
 
 @triton.jit
 def _sums_around(
-    pivot, x_ptr, c, split, samples, channels, space, x_stride, tiles, splits,
-    LAST: tl.constexpr, AHEAD: tl.constexpr,
+    pivot, CENTRED: tl.constexpr, x_ptr, first_c, c, split, samples, channels, space, x_stride,
+    tiles, along, splits, FULL: tl.constexpr, WIDE: tl.constexpr, LAST: tl.constexpr,
+    AHEAD: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
 ):
     """Return the sums of ``x - pivot`` and of its square, float64, and of how many values."""
     sum_ = tl.zeros([BLOCK_N * BLOCK_S, BLOCK_C], COMPUTE)
     sum_sq = tl.zeros([BLOCK_N * BLOCK_S, BLOCK_C], COMPUTE)
     size = tl.full((), 0, tl.int32)
+    more = values_at(x_stride, space, LAST, WIDE, BLOCK_N, BLOCK_S, BLOCK_C)
     for t in tl.range(split, tiles, splits, num_stages=AHEAD + 1):
-        n, s, here = tile(t, c, samples, channels, space, BLOCK_N, BLOCK_S)
-        x = tl.load(x_ptr + offsets(n, c, s, x_stride, space, LAST), here, 0.0).to(COMPUTE)
-        centred = tl.where(here, x - pivot[None, :], 0.0)
-        sum_ += centred
-        sum_sq += centred * centred
-        size += size_of(t, samples, space, BLOCK_N, BLOCK_S)
-    return tl.sum(sum_.to(tl.float64), 0), tl.sum(sum_sq.to(tl.float64), 0), size
+        n, s = start_of(t, along, LAST, BLOCK_N, BLOCK_S)
+        here = exists(n, s, c, samples, channels, space, BLOCK_N, BLOCK_S)
+        at = tile_at(n, s, first_c, x_stride, space, LAST)
+        x = read(x_ptr + at + more, here, FULL, COMPUTE)
+        if CENTRED:
+            x -= pivot[None, :]
+            if not FULL:
+                x = tl.where(here, x, 0.0)
+        sum_ += x
+        sum_sq += x * x
+        size += size_of(n, s, samples, space, BLOCK_N, BLOCK_S)
+    return summed(sum_), summed(sum_sq), size

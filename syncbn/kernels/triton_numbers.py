@@ -48,6 +48,18 @@ def affine(mean, invstd, weight_ptr, bias_ptr, c, here_c, COMPUTE: tl.constexpr)
 
 
 @triton.jit
+def summed(values):
+    """Return the sums over rows, float64.
+
+    The halves are added as they are: each thread has values of both.
+    """
+    rows: tl.constexpr = values.shape[0]
+    if rows > 1:
+        values = tl.sum(tl.reshape(values, [2, rows // 2, values.shape[1]]), 0)
+    return tl.sum(values.to(tl.float64), 0)
+
+
+@triton.jit
 def through_relu(dy, xmu, scale, shift):
     """Return dy where the output is positive or NaN, else zero."""
     return tl.where(xmu * scale[None, :] + shift[None, :] <= 0, 0.0, dy)
@@ -70,11 +82,10 @@ def count_a_batch(tracked_ptr):
 
 
 @triton.jit
-def store_sums(first, second, sums_ptr, dbias_ptr, dweight_ptr, split, channels, c, here_c):
-    """Store two numbers a channel as a split's, and rounded as gradients of parameters."""
-    at = sums_ptr + split * 2 * channels + c
-    tl.store(at, first, here_c)
-    tl.store(at + channels, second, here_c)
+def store_sums(first, second, sums_ptr, dbias_ptr, dweight_ptr, channels, c, here_c):
+    """Store two numbers a channel, and rounded as gradients of parameters."""
+    tl.store(sums_ptr + c, first, here_c)
+    tl.store(sums_ptr + channels + c, second, here_c)
     if dbias_ptr is not None:
         store_rounded(dbias_ptr + c, first, here_c)
     if dweight_ptr is not None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton.language as tl
-from torch import Tensor
 from triton import next_power_of_2
 
 from syncbn.kernels.samples import Samples
@@ -19,24 +19,48 @@ COMPUTE = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
-# Values of a tile, and of a warp of those that share it: 16 a thread.
-_TILE, OF_A_WARP = 4096, 512
-# Channels of a tile where these are dense: 128 bytes of a half type.
-_DENSE_CHANNELS = 64
+# A warp has 16 values a thread.
+_OF_A_WARP = 512
 # Of blocks of dense positions: but where there are fewer; and of a sample of one channel.
 _SHORTEST, _LONGEST = 64, 1024
-# What a program of a reduction asks for ahead of what it adds up, in bytes.
-_AHEAD = 16384
-# What a program of a reduction does once, and what adding up splits takes, in tiles.
-_ONCE, _COMBINING = 6, 8
-# Programs of reductions that a multiprocessor runs at a time, and its registers, which allow it.
-AT_A_TIME, _REGISTERS = 2, 65536
-_MOST_REGISTERS = 255
 # Where an elementwise pass has many programs, each takes several tiles.
 _MANY, _TILES = 2048, 4
+# What all programs of a reduction that a multiprocessor runs at a time ask for ahead of what they
+# add up, in bytes.
+_AHEAD = 65536
+# What a program of a reduction does once, and what adding up splits takes, in tiles.
+_ONCE, _COMBINING = 4, 4
+# Programs in turn that may share channels; and numbers that the last of them adds up at a time.
+_WAVES, _COMBINED = 4, 4096
+# Registers of a multiprocessor, and of a thread.
+_REGISTERS, _MOST_REGISTERS = 65536, 255
+# Where the offsets within a tile need 64 bits.
+_WIDE = 2**31
 
 
-class Tiles(NamedTuple):
+@dataclass(frozen=True)
+class Shape:
+    """Of the tiles of a pass.
+
+    Attributes:
+        tile: values.
+        dense_channels: of a tile at most, where channels are dense.
+        at_a_time: programs on a multiprocessor.
+    """
+
+    tile: int
+    dense_channels: int
+    at_a_time: int = 1
+
+
+# 128 bytes of a half type in a row.
+_ELEMENTWISE = Shape(4096, 64)
+# The fewer channels in a tile, the fewer programs share them.
+_SUMS_LAST, _SUMS = Shape(4096, 32, 2), Shape(2048, 1, 4)
+
+
+@dataclass(frozen=True, eq=False)
+class Tiles:
     """How programs share a tensor; see :mod:`syncbn.kernels.triton_kernels`.
 
     Attributes:
@@ -44,60 +68,120 @@ class Tiles(NamedTuple):
         constants: of all kernels.
         blocks: of channels.
         number: of tiles that a channel has.
+        along: of these, in a sample.
+        each: how many of them a program of an elementwise pass takes.
         splits: in how many parts a channel is summed.
+        at_a_time: programs on a multiprocessor.
     """
 
     size: tuple[int, int, int]
     constants: dict[str, Any]
     blocks: int
     number: int
-    splits: int
-
-    def elementwise(self, *strides: int) -> dict[str, Any]:
-        """Return the constants of an elementwise kernel."""
-        return {"TILES": self.each, "UNIT": self.unit(*strides), **self.constants}
-
-    def unit(self, *strides: int) -> int:
-        """Return the power of two, 16 at most, that all rows of what is dense are multiples of."""
-        _, channels, space = self.size
-        return math.gcd(16, channels if self.constants["LAST"] else space, *strides)
-
-    def reduction(self, tensors: list[Tensor], *strides: int) -> dict[str, Any]:
-        """Return the constants of a kernel that reads and sums up tensors."""
-        unit = self.unit(*strides)
-        # Tiles that are read a value at a time are in flight as it is.
-        ahead = 0
-        if unit > 1:
-            ahead = max(_AHEAD // (_TILE * sum(t.itemsize for t in tensors)), 1)
-        registers = _REGISTERS // (AT_A_TIME * 32 * self.constants["num_warps"])
-        most = min(registers, _MOST_REGISTERS)
-        return {"AHEAD": ahead, "maxnreg": most, "UNIT": unit, **self.constants}
+    along: int
+    each: int = 1
+    splits: int = 1
+    at_a_time: int = 1
 
     @property
-    def gate(self) -> int:
-        """Bytes of a bit for each value, see :mod:`syncbn.kernels.triton_gates`."""
-        of = self.constants
-        values = of["BLOCK_N"] * of["BLOCK_S"] * of["BLOCK_C"]
-        found: int = self.blocks * self.number * values // of["PACK"]
-        return found
-
-    @property
-    def each(self) -> int:
-        """How many tiles a program of an elementwise pass takes."""
-        return _TILES if self.blocks * self.number > _MANY else 1
+    def parts(self) -> int:
+        """How many numbers programs leave to the last one of their channels."""
+        return self.blocks * self.splits * 2 * int(self.constants["BLOCK_C"])
 
     @property
     def programs(self) -> int:
         """Programs of an elementwise pass."""
         return self.blocks * cdiv(self.number, self.each)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether all values of all tiles exist."""
+        blocks = (self.constants[name] for name in ("BLOCK_N", "BLOCK_C", "BLOCK_S"))
+        full = (size % block == 0 for size, block in zip(self.size, blocks, strict=True))
+        return self.size[0] > 0 and all(full)
+
 
 @lru_cache(maxsize=1024)
-def tiles_of(samples: Samples, dtype: torch.dtype, slots: int) -> Tiles:
-    """Return how programs share a tensor, of which ``slots`` run at a time.
+def for_elements(samples: Samples, dtype: torch.dtype) -> Tiles:
+    """Return how programs of an elementwise pass share a tensor."""
+    found = _tiles(samples, dtype, _ELEMENTWISE)
+    if found.blocks * found.number <= _MANY:
+        return found
+    # Where all are full, so are all that programs take.
+    return replace(found, each=math.gcd(_TILES, found.number) if found.is_full else _TILES)
+
+
+@lru_cache(maxsize=1024)
+def for_sums(samples: Samples, dtype: torch.dtype, multiprocessors: int) -> Tiles:
+    """Return how programs of a reduction share a tensor."""
+    shape = _SUMS_LAST if samples.space == 1 else _SUMS
+    found = _tiles(samples, dtype, shape)
+    # Smaller programs have room for more beside them.
+    slots = shape.at_a_time * multiprocessors * shape.tile
+    slots //= _OF_A_WARP * found.constants["num_warps"]
+    splits = _splits(found.blocks, found.number, slots)
+    return replace(found, splits=splits, at_a_time=shape.at_a_time)
+
+
+# Layers launch the same few kernels again and again.
+@lru_cache(maxsize=1024)
+def elementwise(tiles: Tiles, *strides: int) -> dict[str, Any]:
+    """Return the constants of an elementwise kernel.
+
+    Args:
+        tiles: from :func:`for_elements`.
+        strides: of samples, in what it reads and writes.
+    """
+    return {"TILES": tiles.each, **_common(tiles, strides)}
+
+
+@lru_cache(maxsize=1024)
+def reduction(tiles: Tiles, itemsize: int, *strides: int) -> dict[str, Any]:
+    """Return the constants of a kernel that reads and sums up tensors.
+
+    Args:
+        tiles: from :func:`for_sums`.
+        itemsize: of a value in all of them together.
+        strides: of samples, in what it reads and writes.
+    """
+    found = _common(tiles, strides)
+    # Tiles that are read a value at a time are in flight as it is.
+    ahead, block_c = 0, found["BLOCK_C"]
+    if found["UNIT"] > 1:
+        tile = itemsize * found["BLOCK_N"] * found["BLOCK_S"] * block_c
+        ahead = max(_AHEAD // (tiles.at_a_time * tile), 1)
+    threads = tiles.at_a_time * 32 * found["num_warps"]
+    return {
+        "AHEAD": ahead,
+        "BLOCK_K": max(min(next_power_of_2(tiles.splits), _COMBINED // block_c), 1),
+        "maxnreg": min(_REGISTERS // threads, _MOST_REGISTERS),
+        **found,
+    }
+
+
+def gate_bytes(samples: Samples, dtype: torch.dtype) -> int:
+    """Return how many bytes a bit for each value takes, see :mod:`syncbn.kernels.triton_gates`."""
+    dense = samples.channels if samples.space == 1 else samples.space
+    rows = samples.batch * (1 if samples.space == 1 else samples.channels)
+    return rows * cdiv(dense, _pack(dense, dtype))
+
+
+def most_shared(multiprocessors: int) -> int:
+    """Return how many blocks of channels there are at most, where several programs share one."""
+    most = max(shape.at_a_time * shape.tile for shape in (_SUMS, _SUMS_LAST))
+    return _WAVES * multiprocessors * most // _OF_A_WARP
+
+
+def cdiv(a: int, b: int) -> int:
+    """Return a / b, rounded up."""
+    return -(-a // b)
+
+
+def _tiles(samples: Samples, dtype: torch.dtype, shape: Shape) -> Tiles:
+    """Return tiles.
 
     Dense positions are taken in blocks that pad little, up to 64 samples of them; dense channels in
-    blocks of 128 bytes or more, for positions one after the other.
+    rows of 64 bytes or more, for positions one after the other.
     """
     channels = samples.channels
     # Where there are no values, one is looked for in no samples.
@@ -106,17 +190,18 @@ def tiles_of(samples: Samples, dtype: torch.dtype, slots: int) -> Tiles:
     all_channels = next_power_of_2(channels)
     if last := space == 1:
         batch, space = 1, batch
-        block_c = min(_DENSE_CHANNELS, all_channels)
-        block_n, block_s = 1, min(_TILE // block_c, next_power_of_2(space))
+        block_c = min(shape.dense_channels, all_channels)
+        block_n, block_s = 1, min(shape.tile // block_c, next_power_of_2(space))
     else:
-        block_s = _along(space, _TILE // min(next_power_of_2(batch) * all_channels, _LONGEST))
-        block_n = min(_TILE // block_s, next_power_of_2(batch))
-    block_c = min(_TILE // (block_n * block_s), all_channels)
+        longest = shape.tile // min(next_power_of_2(batch) * all_channels, _LONGEST)
+        block_s = min(_along(space, longest), shape.tile)
+        block_n = min(shape.tile // block_s, next_power_of_2(batch))
+    block_c = min(shape.tile // (block_n * block_s), all_channels)
     values = block_n * block_s * block_c
-    warps = min(max(values // OF_A_WARP, 1), _TILE // OF_A_WARP)
+    warps = max(values // _OF_A_WARP, 1)
     constants = {
         "LAST": last,
-        "PACK": min(16 // dtype.itemsize, block_c if last else block_n * block_s),
+        "PACK": _pack(channels if last else space, dtype),
         "ROWS": max(32 * warps // block_c, 1) if last else 1,
         "BLOCK_N": block_n,
         "BLOCK_S": block_s,
@@ -126,12 +211,26 @@ def tiles_of(samples: Samples, dtype: torch.dtype, slots: int) -> Tiles:
         "enable_fp_fusion": True,
         "num_warps": warps,
     }
-    number = cdiv(batch, block_n) * cdiv(space, block_s)
+    along = cdiv(space, block_s)
     size = (batch if some else 0, channels, space)
-    blocks = cdiv(channels, block_c)
-    # Smaller programs have room for more beside them.
-    slots *= _TILE // (OF_A_WARP * warps)
-    return Tiles(size, constants, blocks, number, _splits(blocks, number, slots))
+    return Tiles(size, constants, cdiv(channels, block_c), cdiv(batch, block_n) * along, along)
+
+
+def _common(tiles: Tiles, strides: tuple[int, ...]) -> dict[str, Any]:
+    _, channels, space = tiles.size
+    of, furthest = tiles.constants, max(strides)
+    # UNIT: the power of two, 16 at most, that all rows of what is dense are multiples of.
+    if of["LAST"]:
+        unit, extent = channels, of["BLOCK_S"] * furthest + of["BLOCK_C"]
+    else:
+        unit, extent = space, of["BLOCK_N"] * furthest + of["BLOCK_C"] * space + of["BLOCK_S"]
+    return {
+        "UNIT": math.gcd(16, unit, *strides),
+        "SAME": len({*strides}) == 1,
+        "FULL": tiles.is_full,
+        "WIDE": extent >= _WIDE,
+        **of,
+    }
 
 
 def _splits(blocks: int, number: int, slots: int) -> int:
@@ -141,7 +240,7 @@ def _splits(blocks: int, number: int, slots: int) -> int:
         waves = cdiv(blocks * splits, slots)
         return waves * (cdiv(number, splits) + _ONCE) + (_COMBINING if splits > 1 else 0)
 
-    return min(range(1, min(number, cdiv(4 * slots, blocks)) + 1), key=time)
+    return min(range(1, min(number, cdiv(_WAVES * slots, blocks)) + 1), key=time)
 
 
 def _along(space: int, longest: int) -> int:
@@ -153,6 +252,5 @@ def _along(space: int, longest: int) -> int:
     return max(block for block in blocks if padded[block] <= bound)
 
 
-def cdiv(a: int, b: int) -> int:
-    """Return a / b, rounded up."""
-    return -(-a // b)
+def _pack(dense: int, dtype: torch.dtype) -> int:
+    return int(min(16 // dtype.itemsize, next_power_of_2(dense)))
