@@ -156,14 +156,15 @@ def check_parameters(
         ValueError: a length that is not C, another device than the input's, another dtype (float32
             goes with half inputs, too), or a DTensor.
     """
-    channels, dtype, device = input.shape[1], input.dtype, input.device
-    for name, tensor in zip(_PER_CHANNEL, (running_mean, running_var, weight, bias), strict=True):
+    size, dtype, device = (input.shape[1],), input.dtype, input.device
+    other = torch.float32 if dtype in _HALVES else dtype
+    tensors = running_mean, running_var, weight, bias
+    for i, tensor in enumerate(tensors):
         if tensor is None:
             continue
-        fits = tensor.dtype == dtype or (dtype in _HALVES and tensor.dtype == torch.float32)
-        is_vector = tensor.ndim == 1 and tensor.numel() == channels
-        if not fits or not is_vector or tensor.device != device or _is_sharded(tensor):
-            raise ValueError(_misfit(input, name, tensor))
+        fits = tensor.dtype is other or tensor.dtype is dtype
+        if not fits or tensor.shape != size or tensor.device != device or _is_sharded(tensor):
+            raise ValueError(_misfit(input, _PER_CHANNEL[i], tensor))
 
 
 def _is_sharded(tensor: Tensor) -> bool:

@@ -13,8 +13,9 @@ from syncbn.modes import is_watched
 
 # Not in every version of torch.
 _COUNT = "_use_count"
-# Bytes. What is smaller lies in the cache, as new memory does: nothing is gained by asking.
-_SMALL = 1 << 16
+# Bytes. What is smaller lies in the cache, as new memory does: nothing is gained by asking. On a GPU
+# it is memory that is gained, no time, and asking takes the host longer than a small layer.
+_SMALL, _SMALL_ON_GPU = 1 << 16, 1 << 26
 
 
 class Owners(NamedTuple):
@@ -57,7 +58,8 @@ def is_unshared(gradient: Tensor, references: int) -> bool:
         gradient: the argument ``dy`` of a ``backward(ctx, dy)``.
         references: `sys.getrefcount` of it, called there.
     """
-    if gradient.nbytes < _SMALL or not hasattr(gradient, _COUNT):
+    least = _SMALL if gradient.device.type == "cpu" else _SMALL_ON_GPU
+    if gradient.nbytes < least or not hasattr(gradient, _COUNT):
         return False
     if gradient.requires_grad or _is_seen():
         return False

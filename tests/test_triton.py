@@ -30,15 +30,15 @@ LAYOUTS = ["contiguous", "channels_last", "gaps between samples", "channels of m
 @pytest.fixture
 def launches() -> Iterator[list[str]]:
     """Return the names of kernels that are launched."""
-    from syncbn.kernels import triton
+    from syncbn.kernels.triton_launch import Launch
 
-    run, seen = triton._run, []
+    run, seen = Launch.__call__, []
 
-    def noted(kernel: Any, *arguments: Any, **constants: Any) -> None:
-        seen.append(kernel.__name__)
-        run(kernel, *arguments, **constants)
+    def noted(self: Any, *tensors: Any, **floats: Any) -> None:
+        seen.append(self.kernel.__name__)
+        run(self, *tensors, **floats)
 
-    with patch.object(triton, "_run", noted):
+    with patch.object(Launch, "__call__", noted):
         yield seen
 
 
@@ -92,13 +92,16 @@ def test_kernels_compile_for_gpus(architecture: int, tmp_path: Path) -> None:
 @pytest.fixture(params=[1, 4])
 def each(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """How many tiles programs of elementwise passes take, which for large tensors are several."""
-    from syncbn.kernels.triton_tiles import for_elements
+    from syncbn.kernels import triton
 
+    kept = triton._normalize_launch, triton._elemt_launch, triton._unpack_launch
     if request.param > 1:
         monkeypatch.setattr("syncbn.kernels.triton_tiles._MANY", 0)
-    for_elements.cache_clear()
+    for launch in kept:
+        launch.cache_clear()
     yield
-    for_elements.cache_clear()
+    for launch in kept:
+        launch.cache_clear()
 
 
 @pytest.mark.usefixtures("each")
@@ -225,3 +228,18 @@ def test_hooks_of_saved_tensors_may_change_how_they_lie(layout: str, twice: bool
     with torch.autograd.graph.saved_tensors_hooks(turned, lambda t: t):
         found = gradient()
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 3, 0, 5)], ids=str)
+def test_nothing_is_noted_where_there_are_no_values(shape: tuple[int, ...]) -> None:
+    """A byte was written for a position that is not there: on a GPU, to address zero."""
+    from syncbn.kernels import triton
+
+    x = torch.empty(shape, device=DEVICE)
+    assert triton.new_gate(x).numel() == 0
+    gate = torch.full((64,), 7, dtype=torch.uint8, device=DEVICE)
+    message = triton.moments(x)
+    y, statistics = triton.normalize(x, message, Forward(EPS, relu=True, gate=gate), x)
+    found = triton.backward_reduce_gated(x, gate, x, Transform(statistics))
+    assert y.shape == found[0].shape == triton.opened(gate, x).shape == shape
+    assert torch.equal(gate, torch.full_like(gate, 7))

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from functools import partial
+from functools import partialmethod
 from typing import Any
 from unittest.mock import patch
 
@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from syncbn.kernels import Forward, Running, Transform, triton
+from syncbn.kernels.triton_launch import Launch
 
 _TYPES = {
     torch.float64: "*fp64",
@@ -47,9 +48,10 @@ CASES = {
 }
 
 
-def compiled(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any], arch: int) -> Any:
+def compiled(launch: Launch, arguments: tuple[Any, ...], arch: int) -> Any:
     """Compile a launch as it would be where it is launched."""
-    constants = constants | {"PDL": arch >= 90, "launch_pdl": arch >= 90}
+    kernel = launch.kernel
+    constants = launch.constants | {"PDL": arch >= 90, "launch_pdl": arch >= 90}
     names = ("num_warps", "enable_fp_fusion", "maxnreg", "launch_pdl")
     options = {name: constants.pop(name) for name in names if name in constants}
     given = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
@@ -119,22 +121,21 @@ def main() -> None:
     others += [(torch.float16, "one value a sample"), (torch.float64, "odd NHWC")]
     for dtype, name in [*cases, *others] if architecture == 90 else cases[:2]:
         launches = found[f"{name}, {dtype}"] = []
-        with patch.object(triton, "_run", partial(note, launches, architecture)):
+        with patch.object(Launch, "__call__", partialmethod(note, launches, architecture)):
             passes(*CASES[name], dtype)
     json.dump(found, sys.stdout)
 
 
 def note(
+    launch: Launch,
     launches: list[dict[str, Any]],
     architecture: int,
-    kernel: Any,
-    _: int,
-    *arguments: Any,
-    **constants: Any,
+    *tensors: Tensor | None,
+    floats: tuple[float, ...] = (),
 ) -> None:
     """Add what a launch is compiled to."""
-    about = facts(compiled(kernel, arguments, constants, architecture))
-    launches.append({"kernel": kernel.__name__, **about})
+    about = facts(compiled(launch, (*tensors, *floats, *launch.sizes), architecture))
+    launches.append({"kernel": launch.kernel.__name__, **about})
 
 
 if __name__ == "__main__":

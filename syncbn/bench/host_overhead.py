@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -70,10 +71,11 @@ def measure(
     waits: list[float] = []
     all_reduce, clock = dist.all_reduce, time.perf_counter
 
-    def timed(vector: Tensor, group: dist.ProcessGroup) -> None:
+    def timed(*arguments: Any, **options: Any) -> Any:
         start = clock()
-        all_reduce(vector, group=group)
+        found = all_reduce(*arguments, **options)
         waits.append(clock() - start)
+        return found
 
     run = _step if backward else _forward
     x.requires_grad_()

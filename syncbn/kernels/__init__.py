@@ -86,7 +86,7 @@ def choose(name: str, x: Tensor, *others: Tensor | None) -> Kernel:
             found = cpu.load()
             return found if _is_plain(x, others) and not isinstance(found, str) else reference
         case "auto", "cuda":
-            if not _is_plain(x, others) or missing_triton() or _triton().why_not(x):
+            if missing_triton() or not _is_plain(x, others) or _triton().why_not(x):
                 return aten_cuda
             return _triton()
         case (("auto" | "reference"), _):
@@ -129,6 +129,7 @@ def _is_plain(x: Tensor, others: tuple[Tensor | None, ...]) -> bool:
     return type(x) in _PLAIN and _PLAIN.issuperset(map(type, others)) and not is_watched()
 
 
+@cache
 def _triton() -> TritonKernels:
     # Importing triton takes a third of a second, and most who import syncbn's CPU side have none.
     from syncbn.kernels import triton

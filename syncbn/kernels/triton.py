@@ -10,21 +10,18 @@ interpreter, which takes tensors of the CPU: slowly, and with the same arithmeti
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from triton.language.extra import cuda
-from triton.runtime.interpreter import InterpretedFunction
 
 from syncbn.kernels import reference, triton_kernels
 from syncbn.kernels.samples import Samples, alike, empty_like, readable
 from syncbn.kernels.transform import Forward, Running, Transform, Wanted
+from syncbn.kernels.triton_launch import Launch, arrivals, capability, is_interpreted
 from syncbn.kernels.triton_tiles import (
     COMPUTE,
-    Tiles,
     elementwise,
     for_elements,
     for_sums,
@@ -33,72 +30,48 @@ from syncbn.kernels.triton_tiles import (
     reduction,
 )
 
-IS_INTERPRETED = isinstance(triton_kernels.moments, InterpretedFunction)
+IS_INTERPRETED = is_interpreted(triton_kernels.moments)
 # Of the interpreter, which has one.
 _MULTIPROCESSORS = 132
-# Of GPUs that Triton compiles for, and of those that prepare a launch during the one before.
-_LEAST_CAPABILITY, _OVERLAPPING = (8, 0), (9, 0)
+# Of GPUs that Triton compiles for.
+_LEAST_CAPABILITY = (8, 0)
+_NOTHING = Running(None, None, None, 0.0)
 
 
 def why_not(x: Tensor) -> str | None:
     """Return what of x these kernels do not serve; None if they serve it."""
-    if x.device.type != ("cpu" if IS_INTERPRETED else "cuda"):
-        return f"does not serve {x.device.type!r} tensors"
-    if x.dtype not in COMPUTE:
-        return f"does not serve {x.dtype}"
     if x.numel() >= 2**31 and x.numel() >= 2**31 * x.shape[1]:
         return "does not serve 2^31 values a channel"
-    if x.device.type == "cuda" and _capability(x.device.index) < _LEAST_CAPABILITY:
+    return _why_none(x.device, x.dtype)
+
+
+@cache
+def _why_none(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != ("cpu" if IS_INTERPRETED else "cuda"):
+        return f"does not serve {device.type!r} tensors"
+    if dtype not in COMPUTE:
+        return f"does not serve {dtype}"
+    if device.type == "cuda" and capability(device) < _LEAST_CAPABILITY:
         return f"does not serve GPUs of a capability below {_LEAST_CAPABILITY}"
     return None
 
 
 def moments(x: Tensor) -> Tensor:
     """See :func:`syncbn.kernels.reference.moments`."""
-    x, samples = readable(x)
-    tiles = _for_sums(x, samples)
-    found = x.new_empty(2 * samples.channels + 1, dtype=torch.float64)
-    count = samples.batch * samples.space
-    _run(
-        triton_kernels.moments,
-        tiles.blocks * tiles.splits,
-        *(x, *_shared(found, tiles), found),
-        *(*tiles.size, samples.stride, tiles.number, tiles.along, tiles.splits, count),
-        **reduction(tiles, x.itemsize, samples.stride),
-    )
-    return found
+    return _moments(*readable(x))
 
 
 def normalize(
     x: Tensor, message: Tensor, how: Forward, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See :func:`syncbn.kernels.reference.normalize`."""
+    return _normalize(*readable(x), message, how, residual)
+
+
+def forward_alone(x: Tensor, how: Forward, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See :func:`syncbn.kernels.alone.forward`."""
     x, samples = readable(x)
-    tiles = for_elements(samples, x.dtype)
-    running = how.running or Running(None, None, None, 0.0)
-    if not _can_move(running, x):
-        reference.move_running(message, running)
-        running = Running(None, None, None, 0.0)
-    cumulative = running.momentum is None and running.tracked is not None
-    if running.tracked is not None and cumulative:
-        # By itself: all programs read what one of them would write.
-        running.tracked.add_(message[-1] > 1)
-    added = None if residual is None else _dense(residual, x, samples)
-    statistics, y = torch.empty_like(message), empty_like(x, samples)
-    numbers = message, statistics, _dense_numbers(how.weight), _dense_numbers(how.bias)
-    _run(
-        triton_kernels.normalize,
-        tiles.programs,
-        *(x, added, y, how.gate, *numbers),
-        *(*running[:3], how.eps, running.momentum or 0.0),
-        *(*tiles.size, samples.stride, samples.dense_stride, tiles.number, tiles.along),
-        RELU=how.relu,
-        CUMULATIVE=cumulative,
-        **elementwise(tiles, samples.stride, samples.dense_stride),
-    )
-    # As a call of torch would: autograd must notice if it still needs what was there.
-    increment_version([t for t in running[:3] if t is not None])
-    return y, statistics
+    return _normalize(x, samples, _moments(x, samples), how, residual)
 
 
 def new_gate(x: Tensor) -> Tensor:
@@ -110,15 +83,8 @@ def new_gate(x: Tensor) -> Tensor:
 def opened(gate: Tensor, x: Tensor) -> Tensor:
     """See :meth:`syncbn.kernels.gated.Gated.opened`."""
     x, samples = readable(x)
-    tiles = for_elements(samples, x.dtype)
     found = empty_like(x, samples, torch.bool)
-    _run(
-        triton_kernels.unpack,
-        tiles.programs,
-        *(gate, found.view(torch.int8)),
-        *(*tiles.size, samples.dense_stride, tiles.number, tiles.along),
-        **elementwise(tiles, samples.dense_stride),
-    )
+    _unpack_launch(samples, x.dtype, x.device)(gate, found.view(torch.int8))
     return found
 
 
@@ -126,7 +92,8 @@ def backward_reduce(
     dy: Tensor, x: Tensor, transform: Transform, wanted: Wanted = (None, None)
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See :func:`syncbn.kernels.reference.backward_reduce`."""
-    return _reduce(dy, None, x, transform, wanted)[1:]
+    x, samples = readable(x)
+    return _reduce(*alike(dy, x, samples), None, x, samples, transform, wanted)[1:]
 
 
 def backward_reduce_gated(
@@ -138,35 +105,8 @@ def backward_reduce_gated(
     may_overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """See :meth:`syncbn.kernels.gated.Gated.backward_reduce_gated`."""
-    return _reduce(dy, gate, x, transform, wanted, may_overwrite)
-
-
-def _reduce(
-    dy: Tensor,
-    gate: Tensor | None,
-    x: Tensor,
-    transform: Transform,
-    wanted: Wanted,
-    may_overwrite: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return what comes through the gate, or dy, and :func:`backward_reduce` of it."""
     x, samples = readable(x)
-    dy, dy_stride = alike(dy, x, samples)
-    tiles = _for_sums(x, samples)
-    over = may_overwrite and dy_stride == samples.dense_stride
-    gated = dy if gate is None or over else empty_like(x, samples)
-    sums = x.new_empty(2 * samples.channels, dtype=torch.float64)
-    dweight, dbias = (None if t is None else torch.empty_like(t).contiguous() for t in wanted)
-    strides = dy_stride, samples.stride, samples.dense_stride
-    _run(
-        triton_kernels.backward_reduce,
-        tiles.blocks * tiles.splits,
-        *(dy, gate, gated, x, *_shared(sums, tiles), sums, dbias, dweight, *_numbers(transform)),
-        *(*tiles.size, *strides, tiles.number, tiles.along, tiles.splits),
-        RELU=transform.relu,
-        **reduction(tiles, 2 * x.itemsize, *strides),
-    )
-    return gated, sums, dweight, dbias
+    return _reduce(*alike(dy, x, samples), gate, x, samples, transform, wanted, may_overwrite)
 
 
 def backward_elemt(
@@ -174,25 +114,151 @@ def backward_elemt(
 ) -> Tensor:
     """See :func:`syncbn.kernels.reference.backward_elemt`."""
     x, samples = readable(x)
-    dy, dy_stride = alike(dy, x, samples)
-    tiles = for_elements(samples, x.dtype)
+    return _elemt(*alike(dy, x, samples), x, samples, transform, sums, may_overwrite)
+
+
+def backward_alone(
+    dy: Tensor, x: Tensor, transform: Transform, wanted: Wanted, may_overwrite: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """See :func:`syncbn.kernels.alone.backward`."""
+    x, samples = readable(x)
+    dy, stride = alike(dy, x, samples)
+    _, sums, dweight, dbias = _reduce(dy, stride, None, x, samples, transform, wanted)
+    dx = _elemt(dy, stride, x, samples, transform, sums, may_overwrite)
+    return sums, dx, dweight, dbias
+
+
+def _moments(x: Tensor, samples: Samples) -> Tensor:
+    launch, parts = _moments_launch(samples, x.dtype, x.device)
+    found = x.new_empty(2 * samples.channels + 1, dtype=torch.float64)
+    launch(x, *_shared(found, parts), found)
+    return found
+
+
+def _normalize(
+    x: Tensor, samples: Samples, message: Tensor, how: Forward, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    running = how.running or _NOTHING
+    if running is not _NOTHING and not _can_move(running, x.device):
+        reference.move_running(message, running)
+        running = _NOTHING
+    mean, var, tracked, momentum = running
+    cumulative = momentum is None and tracked is not None
+    if tracked is not None and cumulative:
+        # By itself: all programs read what one of them would write.
+        tracked.add_(message[-1] > 1)
+    added = None if residual is None else _dense(residual, x, samples)
+    statistics, y = torch.empty_like(message), empty_like(x, samples)
+    _normalize_launch(samples, x.dtype, x.device, how.relu, cumulative)(
+        *(x, added, y, how.gate, message, statistics),
+        *(_dense_numbers(how.weight), _dense_numbers(how.bias), mean, var, tracked),
+        floats=(how.eps, momentum or 0.0),
+    )
+    if running is not _NOTHING:
+        # As a call of torch would: autograd must notice if it still needs what was there.
+        increment_version([t for t in running[:3] if t is not None])
+    return y, statistics
+
+
+def _reduce(
+    dy: Tensor,
+    dy_stride: int,
+    gate: Tensor | None,
+    x: Tensor,
+    samples: Samples,
+    transform: Transform,
+    wanted: Wanted,
+    may_overwrite: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return what comes through the gate, or dy, and :func:`backward_reduce` of it."""
+    over = may_overwrite and dy_stride == samples.dense_stride
+    gated = dy if gate is None or over else empty_like(x, samples)
+    sums = x.new_empty(2 * samples.channels, dtype=torch.float64)
+    dweight, dbias = (None if t is None else _new_gradient(t) for t in wanted)
+    launch, parts = _reduce_launch(samples, dy_stride, x.dtype, x.device, transform.relu)
+    launch(
+        *(dy, gate, gated, x, *_shared(sums, parts), sums, dbias, dweight),
+        *(transform.statistics, _dense_numbers(transform.weight), _dense_numbers(transform.bias)),
+    )
+    return gated, sums, dweight, dbias
+
+
+def _elemt(
+    dy: Tensor,
+    dy_stride: int,
+    x: Tensor,
+    samples: Samples,
+    transform: Transform,
+    sums: Tensor,
+    may_overwrite: bool,
+) -> Tensor:
     over = may_overwrite and dy_stride == samples.dense_stride
     dx = dy if over else empty_like(x, samples)
-    strides = dy_stride, samples.stride, samples.dense_stride
-    _run(
-        triton_kernels.backward_elemt,
-        tiles.programs,
-        *(dy, x, dx, sums, *_numbers(transform)),
-        *(*tiles.size, *strides, tiles.number, tiles.along),
-        RELU=transform.relu,
-        **elementwise(tiles, *strides),
+    _elemt_launch(samples, dy_stride, x.dtype, x.device, transform.relu)(
+        *(dy, x, dx, sums, transform.statistics),
+        *(_dense_numbers(transform.weight), _dense_numbers(transform.bias)),
     )
     return dx
 
 
-@cache
-def _capability(device: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+# Layers see the same few shapes again and again. The sums' launches come with how many numbers
+# their programs leave to the last of a channel: none, if they are alone with it.
+_kept = lru_cache(maxsize=4096)
+
+
+@_kept
+def _moments_launch(
+    samples: Samples, dtype: torch.dtype, device: torch.device
+) -> tuple[Launch, int]:
+    tiles = for_sums(samples, dtype, _multiprocessors(device))
+    strides = (samples.stride,)
+    sizes = *tiles.size, *strides, tiles.number, tiles.along, tiles.splits
+    constants = reduction(tiles, dtype.itemsize, *strides)
+    programs, count = tiles.blocks * tiles.splits, samples.batch * samples.space
+    kernel = triton_kernels.moments
+    return Launch(kernel, device, programs, (*sizes, count), constants), tiles.parts
+
+
+@_kept
+def _normalize_launch(
+    samples: Samples, dtype: torch.dtype, device: torch.device, relu: bool, cumulative: bool
+) -> Launch:
+    tiles = for_elements(samples, dtype)
+    strides = samples.stride, samples.dense_stride
+    sizes = *tiles.size, *strides, tiles.number, tiles.along
+    constants = elementwise(tiles, *strides) | {"RELU": relu, "CUMULATIVE": cumulative}
+    return Launch(triton_kernels.normalize, device, tiles.programs, sizes, constants)
+
+
+@_kept
+def _reduce_launch(
+    samples: Samples, dy_stride: int, dtype: torch.dtype, device: torch.device, relu: bool
+) -> tuple[Launch, int]:
+    tiles = for_sums(samples, dtype, _multiprocessors(device))
+    strides = dy_stride, samples.stride, samples.dense_stride
+    sizes = *tiles.size, *strides, tiles.number, tiles.along, tiles.splits
+    constants = reduction(tiles, 2 * dtype.itemsize, *strides) | {"RELU": relu}
+    programs = tiles.blocks * tiles.splits
+    return Launch(triton_kernels.backward_reduce, device, programs, sizes, constants), tiles.parts
+
+
+@_kept
+def _elemt_launch(
+    samples: Samples, dy_stride: int, dtype: torch.dtype, device: torch.device, relu: bool
+) -> Launch:
+    tiles = for_elements(samples, dtype)
+    strides = dy_stride, samples.stride, samples.dense_stride
+    sizes = *tiles.size, *strides, tiles.number, tiles.along
+    constants = elementwise(tiles, *strides) | {"RELU": relu}
+    return Launch(triton_kernels.backward_elemt, device, tiles.programs, sizes, constants)
+
+
+@_kept
+def _unpack_launch(samples: Samples, dtype: torch.dtype, device: torch.device) -> Launch:
+    tiles = for_elements(samples, dtype)
+    sizes = *tiles.size, samples.dense_stride, tiles.number, tiles.along
+    constants = elementwise(tiles, samples.dense_stride)
+    return Launch(triton_kernels.unpack, device, tiles.programs, sizes, constants)
 
 
 @cache
@@ -202,58 +268,22 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _for_sums(x: Tensor, samples: Samples) -> Tiles:
-    return for_sums(samples, x.dtype, _multiprocessors(x.device))
-
-
-def _shared(sums: Tensor, tiles: Tiles) -> tuple[Tensor | None, Tensor | None]:
+def _shared(sums: Tensor, parts: int) -> tuple[Tensor | None, Tensor | None]:
     """Return what programs that share channels leave to the last, and how many have come: zeros."""
-    if tiles.splits == 1:
+    if parts == 0:
         return None, None
-    return sums.new_empty(tiles.parts), _arrivals(sums.device)
+    device = sums.device
+    return sums.new_empty(parts), arrivals(device, most_shared(_multiprocessors(device)))
 
 
-def _arrivals(device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return _zeros(device, 0)
-    if torch.cuda.is_current_stream_capturing():
-        # A graph may be replayed beside whatever else runs then, and has its own.
-        return _zeros.__wrapped__(device, 0)
-    return _zeros(device, torch.cuda.current_stream(device).cuda_stream)
-
-
-@cache
-def _zeros(device: torch.device, stream: int) -> Tensor:
-    """Return zeros for launches on a stream, which leave them so, one after the other."""
-    return torch.zeros(most_shared(_multiprocessors(device)), dtype=torch.int32, device=device)
-
-
-def _run(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    device = arguments[0].device
-    constants |= _overlap(device)
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        # Triton launches on the current device.
-        with torch.cuda.device(device):
-            kernel[(programs,)](*arguments, **constants)
-    else:
-        kernel[(programs,)](*arguments, **constants)
-
-
-@cache
-def _overlap(device: torch.device) -> dict[str, bool]:
-    """Return how launches begin: while the one before ends, where GPU and Triton can."""
-    can = device.type == "cuda" and _capability(device.index) >= _OVERLAPPING
-    if can and hasattr(cuda, "gdc_wait"):
-        return {"PDL": True, "launch_pdl": True}
-    return {"PDL": False}
-
-
-def _numbers(t: Transform) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    return t.statistics, _dense_numbers(t.weight), _dense_numbers(t.bias)
+def _new_gradient(t: Tensor) -> Tensor:
+    return torch.empty_like(t, memory_format=torch.contiguous_format)
 
 
 def _dense_numbers(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.resolve_neg().contiguous()
+    if t is None or (t.is_contiguous() and not t.is_neg()):
+        return t
+    return t.resolve_neg().contiguous()
 
 
 def _dense(t: Tensor, x: Tensor, samples: Samples) -> Tensor:
@@ -262,11 +292,10 @@ def _dense(t: Tensor, x: Tensor, samples: Samples) -> Tensor:
     return t if stride == samples.dense_stride else empty_like(x, samples).copy_(t)
 
 
-def _can_move(running: Running, x: Tensor) -> bool:
-    """Return whether the kernel can move these averages."""
+def _can_move(running: Running, device: torch.device) -> bool:
+    """Return whether the kernel can move these averages; mean and var are on the device."""
     mean, var, tracked, _ = running
-    plain = all(
-        t is None or (t.device == x.device and t.is_contiguous() and not t.is_neg())
-        for t in (mean, var, tracked)
-    )
-    return plain and (tracked is None or tracked.dtype is torch.int64)
+    for t in (mean, var):
+        if t is not None and (t.is_neg() or not t.is_contiguous()):
+            return False
+    return tracked is None or (tracked.dtype is torch.int64 and tracked.device == device)

@@ -68,7 +68,7 @@ def _bytes_at(
         row = tl.cdiv(channels, PACK)
         more_s = tl.arange(0, BLOCK_S)[:, None]
         byte = c // PACK + tl.arange(0, BLOCK_C // PACK)[None, :]
-        here = (s + more_s < space) & (byte < row)
+        here = (n + 0 * more_s < samples) & (s + more_s < space) & (byte < row)
         more = (more_s.to(tl.int64) if WIDE else more_s) * row
         at = tl.cast(s, tl.int64) * row + (more + byte)
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -59,7 +58,7 @@ _ELEMENTWISE = Shape(4096, 64)
 _SUMS_LAST, _SUMS = Shape(4096, 32, 2), Shape(2048, 1, 4)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Tiles:
     """How programs share a tensor; see :mod:`syncbn.kernels.triton_kernels`.
 
@@ -85,8 +84,8 @@ class Tiles:
 
     @property
     def parts(self) -> int:
-        """How many numbers programs leave to the last one of their channels."""
-        return self.blocks * self.splits * 2 * int(self.constants["BLOCK_C"])
+        """How many numbers programs leave to the last one of their channels, if they share them."""
+        return (self.splits > 1) * self.blocks * self.splits * 2 * int(self.constants["BLOCK_C"])
 
     @property
     def programs(self) -> int:
@@ -101,7 +100,6 @@ class Tiles:
         return self.size[0] > 0 and all(full)
 
 
-@lru_cache(maxsize=1024)
 def for_elements(samples: Samples, dtype: torch.dtype) -> Tiles:
     """Return how programs of an elementwise pass share a tensor."""
     found = _tiles(samples, dtype, _ELEMENTWISE)
@@ -111,7 +109,6 @@ def for_elements(samples: Samples, dtype: torch.dtype) -> Tiles:
     return replace(found, each=math.gcd(_TILES, found.number) if found.is_full else _TILES)
 
 
-@lru_cache(maxsize=1024)
 def for_sums(samples: Samples, dtype: torch.dtype, multiprocessors: int) -> Tiles:
     """Return how programs of a reduction share a tensor."""
     shape = _SUMS_LAST if samples.space == 1 else _SUMS
@@ -123,8 +120,6 @@ def for_sums(samples: Samples, dtype: torch.dtype, multiprocessors: int) -> Tile
     return replace(found, splits=splits, at_a_time=shape.at_a_time)
 
 
-# Layers launch the same few kernels again and again.
-@lru_cache(maxsize=1024)
 def elementwise(tiles: Tiles, *strides: int) -> dict[str, Any]:
     """Return the constants of an elementwise kernel.
 
@@ -135,7 +130,6 @@ def elementwise(tiles: Tiles, *strides: int) -> dict[str, Any]:
     return {"TILES": tiles.each, **_common(tiles, strides)}
 
 
-@lru_cache(maxsize=1024)
 def reduction(tiles: Tiles, itemsize: int, *strides: int) -> dict[str, Any]:
     """Return the constants of a kernel that reads and sums up tensors.
 
@@ -161,6 +155,8 @@ def reduction(tiles: Tiles, itemsize: int, *strides: int) -> dict[str, Any]:
 
 def gate_bytes(samples: Samples, dtype: torch.dtype) -> int:
     """Return how many bytes a bit for each value takes, see :mod:`syncbn.kernels.triton_gates`."""
+    if samples.batch * samples.space == 0:
+        return 0
     dense = samples.channels if samples.space == 1 else samples.space
     rows = samples.batch * (1 if samples.space == 1 else samples.channels)
     return rows * cdiv(dense, _pack(dense, dtype))

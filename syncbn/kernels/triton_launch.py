@@ -1,0 +1,135 @@
+"""Launches of the Triton kernels: what is compiled is kept, and called with addresses.
+
+Triton looks at every argument of every call, to find what it has compiled for such: 20 us a launch,
+several times what the launch itself takes the host. What changes between calls here are tensors, of
+which dtypes and alignment count, and floats, which do not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.language.extra import cuda
+from triton.runtime import driver
+from triton.runtime.interpreter import InterpretedFunction
+
+# Bytes; Triton compiles for addresses that are multiples, or for any.
+_ALIGNMENT = 16
+# Of GPUs that prepare a launch during the one before.
+_OVERLAPPING = (9, 0)
+# Compiled kernels are called with constants, too; before, without.
+_TAKES_CONSTANTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+
+Key = tuple[torch.dtype | None, ...]
+
+
+@dataclass(eq=False)
+class Launch:
+    """A kernel with all that it is told besides tensors and floats.
+
+    Attributes:
+        kernel: of :mod:`syncbn.kernels.triton_kernels`.
+        device: of the tensors.
+        programs: how many.
+        sizes: the integers, in the order of the kernel's arguments.
+        constants: by name, and Triton's options.
+    """
+
+    kernel: Any
+    device: torch.device
+    programs: int
+    sizes: tuple[int, ...]
+    constants: dict[str, Any]
+    _compiled: dict[Key, Any] = field(default_factory=dict)
+    _rest: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.constants |= _overlap(self.device)
+        names = [p.name for p in _parameters(self.kernel) if p.name in self.constants]
+        self._rest = self.sizes
+        if _TAKES_CONSTANTS:
+            self._rest += tuple(self.constants[name] for name in names)
+
+    def __call__(self, *tensors: Tensor | None, floats: tuple[float, ...] = ()) -> None:
+        """Launch on the current stream of the device.
+
+        Args:
+            tensors: in the order of the kernel's arguments.
+            floats: which follow them.
+        """
+        index = self.device.index
+        if index is not None and index != torch.cuda.current_device():
+            # Triton launches on the current device.
+            with torch.cuda.device(self.device):
+                self._launch(tensors, floats)
+        else:
+            self._launch(tensors, floats)
+
+    def _launch(self, tensors: tuple[Tensor | None, ...], floats: tuple[float, ...]) -> None:
+        addresses = [None if t is None else t.data_ptr() for t in tensors]
+        key = tuple([None if t is None else t.dtype for t in tensors])
+        compiled = self._compiled.get(key)
+        bits = 0
+        for address in addresses:
+            bits |= address or 0
+        is_aligned = bits % _ALIGNMENT == 0
+        if compiled is None or not is_aligned:
+            grid = (self.programs, 1, 1)
+            compiled = self.kernel[grid](*tensors, *floats, *self.sizes, **self.constants)
+            if is_aligned and not is_interpreted(self.kernel):
+                self._compiled[key] = compiled
+            return
+        # As Triton does itself, but for hooks of its profiler.
+        stream = driver.active.get_current_stream(self.device.index)
+        about = compiled.function, compiled.packed_metadata, None, None, None
+        compiled.run(self.programs, 1, 1, stream, *about, *addresses, *floats, *self._rest)
+
+
+def is_interpreted(kernel: Any) -> bool:
+    """Return whether a kernel runs in Triton's interpreter."""
+    return isinstance(kernel, InterpretedFunction)
+
+
+def arrivals(device: torch.device, number: int) -> Tensor:
+    """Return zeros for launches on the current stream, which leave them so.
+
+    Args:
+        device: where.
+        number: how many; the same in every call.
+    """
+    if device.type == "cpu":
+        return _zeros(device, 0, number)
+    if torch.cuda.is_current_stream_capturing():
+        # A graph may be replayed beside whatever else runs then, and has its own.
+        return torch.zeros(number, dtype=torch.int32, device=device)
+    return _zeros(device, driver.active.get_current_stream(device.index), number)
+
+
+@cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Return what a GPU can do, as CUDA numbers it."""
+    return torch.cuda.get_device_capability(device)
+
+
+@cache
+def _zeros(device: torch.device, stream: int, number: int) -> Tensor:
+    # For each stream, on which launches follow one another.
+    return torch.zeros(number, dtype=torch.int32, device=device)
+
+
+@cache
+def _overlap(device: torch.device) -> dict[str, bool]:
+    """Return how launches begin: while the one before ends, where GPU and Triton can."""
+    can = device.type == "cuda" and capability(device) >= _OVERLAPPING
+    if can and hasattr(cuda, "gdc_wait"):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
+def _parameters(kernel: Any) -> list[Any]:
+    return [] if is_interpreted(kernel) else list(kernel.params)
