@@ -13,8 +13,8 @@ from syncbn.modes import is_watched
 
 # Not in every version of torch.
 _COUNT = "_use_count"
-# Bytes. What is smaller lies in the cache, as new memory does: nothing is gained by asking. On a GPU
-# it is memory that is gained, no time, and asking takes the host longer than a small layer.
+# Bytes. What is smaller lies in the cache, as new memory does: nothing is gained by asking. On a
+# GPU it is memory that is gained, no time, and asking takes the host longer than a small layer.
 _SMALL, _SMALL_ON_GPU = 1 << 16, 1 << 26
 
 

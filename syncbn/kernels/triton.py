@@ -19,14 +19,13 @@ from torch.autograd.graph import increment_version
 from syncbn.kernels import reference, triton_kernels
 from syncbn.kernels.samples import Samples, alike, empty_like, readable
 from syncbn.kernels.transform import Forward, Running, Transform, Wanted
-from syncbn.kernels.triton_launch import Launch, arrivals, capability, is_interpreted
+from syncbn.kernels.triton_launch import Launch, capability, is_interpreted, scratch
 from syncbn.kernels.triton_tiles import (
     COMPUTE,
     elementwise,
     for_elements,
     for_sums,
     gate_bytes,
-    most_shared,
     reduction,
 )
 
@@ -35,6 +34,7 @@ IS_INTERPRETED = is_interpreted(triton_kernels.moments)
 _MULTIPROCESSORS = 132
 # Of GPUs that Triton compiles for.
 _LEAST_CAPABILITY = (8, 0)
+Shared = tuple[int, int] | None
 _NOTHING = Running(None, None, None, 0.0)
 
 
@@ -129,9 +129,9 @@ def backward_alone(
 
 
 def _moments(x: Tensor, samples: Samples) -> Tensor:
-    launch, parts = _moments_launch(samples, x.dtype, x.device)
+    launch, shared = _moments_launch(samples, x.dtype, x.device)
     found = x.new_empty(2 * samples.channels + 1, dtype=torch.float64)
-    launch(x, *_shared(found, parts), found)
+    launch(x, *_scratch(x.device, shared), found)
     return found
 
 
@@ -175,9 +175,9 @@ def _reduce(
     gated = dy if gate is None or over else empty_like(x, samples)
     sums = x.new_empty(2 * samples.channels, dtype=torch.float64)
     dweight, dbias = (None if t is None else _new_gradient(t) for t in wanted)
-    launch, parts = _reduce_launch(samples, dy_stride, x.dtype, x.device, transform.relu)
+    launch, shared = _reduce_launch(samples, dy_stride, x.dtype, x.device, transform.relu)
     launch(
-        *(dy, gate, gated, x, *_shared(sums, parts), sums, dbias, dweight),
+        *(dy, gate, gated, x, *_scratch(x.device, shared), sums, dbias, dweight),
         *(transform.statistics, _dense_numbers(transform.weight), _dense_numbers(transform.bias)),
     )
     return gated, sums, dweight, dbias
@@ -201,22 +201,22 @@ def _elemt(
     return dx
 
 
-# Layers see the same few shapes again and again. The sums' launches come with how many numbers
-# their programs leave to the last of a channel: none, if they are alone with it.
+# Layers see the same few shapes again and again. The sums' launches come with how much programs
+# tell each other.
 _kept = lru_cache(maxsize=4096)
 
 
 @_kept
 def _moments_launch(
     samples: Samples, dtype: torch.dtype, device: torch.device
-) -> tuple[Launch, int]:
+) -> tuple[Launch, Shared]:
     tiles = for_sums(samples, dtype, _multiprocessors(device))
     strides = (samples.stride,)
     sizes = *tiles.size, *strides, tiles.number, tiles.along, tiles.splits
     constants = reduction(tiles, dtype.itemsize, *strides)
     programs, count = tiles.blocks * tiles.splits, samples.batch * samples.space
     kernel = triton_kernels.moments
-    return Launch(kernel, device, programs, (*sizes, count), constants), tiles.parts
+    return Launch(kernel, device, programs, (*sizes, count), constants), tiles.shared
 
 
 @_kept
@@ -233,13 +233,13 @@ def _normalize_launch(
 @_kept
 def _reduce_launch(
     samples: Samples, dy_stride: int, dtype: torch.dtype, device: torch.device, relu: bool
-) -> tuple[Launch, int]:
+) -> tuple[Launch, Shared]:
     tiles = for_sums(samples, dtype, _multiprocessors(device))
     strides = dy_stride, samples.stride, samples.dense_stride
     sizes = *tiles.size, *strides, tiles.number, tiles.along, tiles.splits
     constants = reduction(tiles, 2 * dtype.itemsize, *strides) | {"RELU": relu}
     programs = tiles.blocks * tiles.splits
-    return Launch(triton_kernels.backward_reduce, device, programs, sizes, constants), tiles.parts
+    return Launch(triton_kernels.backward_reduce, device, programs, sizes, constants), tiles.shared
 
 
 @_kept
@@ -268,12 +268,9 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _shared(sums: Tensor, parts: int) -> tuple[Tensor | None, Tensor | None]:
+def _scratch(device: torch.device, shared: Shared) -> tuple[Tensor | None, Tensor | None]:
     """Return what programs that share channels leave to the last, and how many have come: zeros."""
-    if parts == 0:
-        return None, None
-    device = sums.device
-    return sums.new_empty(parts), arrivals(device, most_shared(_multiprocessors(device)))
+    return (None, None) if shared is None else scratch(device, *shared)
 
 
 def _new_gradient(t: Tensor) -> Tensor:

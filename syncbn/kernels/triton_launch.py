@@ -95,19 +95,22 @@ def is_interpreted(kernel: Any) -> bool:
     return isinstance(kernel, InterpretedFunction)
 
 
-def arrivals(device: torch.device, number: int) -> Tensor:
-    """Return zeros for launches on the current stream, which leave them so.
+def scratch(device: torch.device, numbers: int, zeros: int) -> tuple[Tensor, Tensor]:
+    """Return memory for what programs of a launch tell each other, on the current stream.
+
+    Launches on a stream follow one another, and share it.
 
     Args:
         device: where.
-        number: how many; the same in every call.
+        numbers: how many float64 to write and read in a launch; the same in every call.
+        zeros: how many int32, zero, and left so; the same in every call.
     """
     if device.type == "cpu":
-        return _zeros(device, 0, number)
+        return _scratch(device, 0, numbers, zeros)
     if torch.cuda.is_current_stream_capturing():
         # A graph may be replayed beside whatever else runs then, and has its own.
-        return torch.zeros(number, dtype=torch.int32, device=device)
-    return _zeros(device, driver.active.get_current_stream(device.index), number)
+        return _new_scratch(device, numbers, zeros)
+    return _scratch(device, driver.active.get_current_stream(device.index), numbers, zeros)
 
 
 @cache
@@ -117,9 +120,15 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 @cache
-def _zeros(device: torch.device, stream: int, number: int) -> Tensor:
-    # For each stream, on which launches follow one another.
-    return torch.zeros(number, dtype=torch.int32, device=device)
+def _scratch(device: torch.device, stream: int, numbers: int, zeros: int) -> tuple[Tensor, Tensor]:
+    return _new_scratch(device, numbers, zeros)
+
+
+def _new_scratch(device: torch.device, numbers: int, zeros: int) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty(numbers, dtype=torch.float64, device=device),
+        torch.zeros(zeros, dtype=torch.int32, device=device),
+    )
 
 
 @cache

@@ -22,15 +22,17 @@ COMPUTE = {
 _OF_A_WARP = 512
 # Of blocks of dense positions: but where there are fewer; and of a sample of one channel.
 _SHORTEST, _LONGEST = 64, 1024
-# Where an elementwise pass has many programs, each takes several tiles.
-_MANY, _TILES = 2048, 4
+# Where an elementwise pass has many tiles, programs take several.
+_MANY = 2048
 # What all programs of a reduction that a multiprocessor runs at a time ask for ahead of what they
 # add up, in bytes.
 _AHEAD = 65536
-# What a program of a reduction does once, and what adding up splits takes, in tiles.
-_ONCE, _COMBINING = 4, 4
+# What a program of a reduction does once, what it takes to have splits, and to add up as many as
+# are added up at a time: in tiles.
+_ONCE, _SPLITTING, _COMBINING = 4, 3, 2
 # Programs in turn that may share channels; and numbers that the last of them adds up at a time.
 _WAVES, _COMBINED = 4, 4096
+_LEAST_SHARED = 1 << 16, 1 << 10
 # Registers of a multiprocessor, and of a thread.
 _REGISTERS, _MOST_REGISTERS = 65536, 255
 # Where the offsets within a tile need 64 bits.
@@ -45,17 +47,19 @@ class Shape:
         tile: values.
         dense_channels: of a tile at most, where channels are dense.
         at_a_time: programs on a multiprocessor.
+        tiles: that a program takes, of many.
     """
 
     tile: int
-    dense_channels: int
+    dense_channels: int = 1
     at_a_time: int = 1
+    tiles: int = 1
 
 
-# 128 bytes of a half type in a row.
-_ELEMENTWISE = Shape(4096, 64)
-# The fewer channels in a tile, the fewer programs share them.
-_SUMS_LAST, _SUMS = Shape(4096, 32, 2), Shape(2048, 1, 4)
+# Measured on an H200. 128 bytes of a half type are a row; the fewer channels a tile of sums has, the
+# fewer programs share them.
+_ELEMENTWISE_LAST, _ELEMENTWISE = Shape(2048, 64, tiles=4), Shape(4096, tiles=2)
+_SUMS_LAST, _SUMS = Shape(4096, 32, at_a_time=2), Shape(1024, at_a_time=8)
 
 
 @dataclass(frozen=True)
@@ -83,9 +87,20 @@ class Tiles:
     at_a_time: int = 1
 
     @property
-    def parts(self) -> int:
-        """How many numbers programs leave to the last one of their channels, if they share them."""
-        return (self.splits > 1) * self.blocks * self.splits * 2 * int(self.constants["BLOCK_C"])
+    def shared(self) -> tuple[int, int] | None:
+        """How much programs tell each other, if they share channels.
+
+        At least as many numbers as they leave to the last, and as there are blocks of channels:
+        of few different sizes, for memory to serve again.
+        """
+        if self.splits == 1:
+            return None
+        numbers = self.blocks * self.splits * 2 * int(self.constants["BLOCK_C"])
+        least_numbers, least_blocks = _LEAST_SHARED
+        return (
+            max(next_power_of_2(numbers), least_numbers),
+            max(next_power_of_2(self.blocks), least_blocks),
+        )
 
     @property
     def programs(self) -> int:
@@ -102,11 +117,14 @@ class Tiles:
 
 def for_elements(samples: Samples, dtype: torch.dtype) -> Tiles:
     """Return how programs of an elementwise pass share a tensor."""
-    found = _tiles(samples, dtype, _ELEMENTWISE)
+    shape = _ELEMENTWISE_LAST if samples.space == 1 else _ELEMENTWISE
+    found = _tiles(samples, dtype, shape)
     if found.blocks * found.number <= _MANY:
         return found
     # Where all are full, so are all that programs take.
-    return replace(found, each=math.gcd(_TILES, found.number) if found.is_full else _TILES)
+    return replace(
+        found, each=math.gcd(shape.tiles, found.number) if found.is_full else shape.tiles
+    )
 
 
 def for_sums(samples: Samples, dtype: torch.dtype, multiprocessors: int) -> Tiles:
@@ -116,7 +134,8 @@ def for_sums(samples: Samples, dtype: torch.dtype, multiprocessors: int) -> Tile
     # Smaller programs have room for more beside them.
     slots = shape.at_a_time * multiprocessors * shape.tile
     slots //= _OF_A_WARP * found.constants["num_warps"]
-    splits = _splits(found.blocks, found.number, slots)
+    at_once = _COMBINED // found.constants["BLOCK_C"]
+    splits = _splits(found.blocks, found.number, slots, at_once)
     return replace(found, splits=splits, at_a_time=shape.at_a_time)
 
 
@@ -160,12 +179,6 @@ def gate_bytes(samples: Samples, dtype: torch.dtype) -> int:
     dense = samples.channels if samples.space == 1 else samples.space
     rows = samples.batch * (1 if samples.space == 1 else samples.channels)
     return rows * cdiv(dense, _pack(dense, dtype))
-
-
-def most_shared(multiprocessors: int) -> int:
-    """Return how many blocks of channels there are at most, where several programs share one."""
-    most = max(shape.at_a_time * shape.tile for shape in (_SUMS, _SUMS_LAST))
-    return _WAVES * multiprocessors * most // _OF_A_WARP
 
 
 def cdiv(a: int, b: int) -> int:
@@ -229,12 +242,13 @@ def _common(tiles: Tiles, strides: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-def _splits(blocks: int, number: int, slots: int) -> int:
+def _splits(blocks: int, number: int, slots: int, at_once: int) -> int:
     """Return in how many parts channels are summed, for the least time."""
 
     def time(splits: int) -> int:
         waves = cdiv(blocks * splits, slots)
-        return waves * (cdiv(number, splits) + _ONCE) + (_COMBINING if splits > 1 else 0)
+        combining = _SPLITTING + _COMBINING * cdiv(splits, at_once) if splits > 1 else 0
+        return waves * (cdiv(number, splits) + _ONCE) + combining
 
     return min(range(1, min(number, cdiv(_WAVES * slots, blocks)) + 1), key=time)
 
