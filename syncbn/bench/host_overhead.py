@@ -71,9 +71,9 @@ def measure(
     waits: list[float] = []
     all_reduce, clock = dist.all_reduce, time.perf_counter
 
-    def timed(vector: Tensor, **how: Any) -> Any:
+    def timed(*arguments: Any, **how: Any) -> Any:
         start = clock()
-        found = all_reduce(vector, **how)
+        found = all_reduce(*arguments, **how)
         # torch's layer asks for more than a group.
         if how.keys() == {"group"}:
             waits.append(clock() - start)

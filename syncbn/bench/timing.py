@@ -16,10 +16,10 @@ Clock: TypeAlias = Callable[[Callable[[], object]], tuple[float, float]]
 
 # The first rounds pay for memory, connections and DDP's buckets.
 _WARM_UP_ROUNDS = 2
-# Bytes, several times the L2 cache of any GPU, read often enough to take it a millisecond: by then
-# the host has launched what is to be measured. Written, they would have to leave the cache for what
-# is measured, at its expense.
-_FILLING, _FILLINGS = 1 << 29, 8
+# Bytes, several times the L2 cache of any GPU, read often enough to take it four milliseconds: by
+# then the host has launched what is to be measured, unless that waits for the GPU. Written, they
+# would have to leave the cache for what is measured, at its expense.
+_FILLING, _FILLINGS = 1 << 29, 32
 
 
 @dataclass(frozen=True)

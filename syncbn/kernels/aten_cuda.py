@@ -99,6 +99,9 @@ def _gradient_sums(dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
     pivot, rest = split_mean(transform.mean, x.dtype)
     invstd = transform.invstd
     gradient = _through_relu(dy, x, transform)
+    if x.dtype != pivot.dtype:
+        # Of contiguous half types this kernel's sums come out as rounded as its inputs.
+        gradient, x = gradient.to(pivot.dtype), x.to(pivot.dtype)
     sum_dy, sum_dy_xmu, _, _ = torch.batch_norm_backward_reduce(
         gradient, x, pivot, invstd.to(pivot.dtype), None, True, False, False
     )

@@ -31,7 +31,6 @@ from syncbn.kernels.triton_addresses import (
     last_first,
     multiple,
     read,
-    size_of,
     start_of,
     tile_at,
     values_at,
@@ -44,10 +43,9 @@ from syncbn.kernels.triton_numbers import (
     move,
     numbers_of,
     statistics,
-    summed,
     through_relu,
 )
-from syncbn.kernels.triton_splits import store_totals
+from syncbn.kernels.triton_sums import store_totals, summed, sums_around
 from syncbn.moments import ROUNDING
 
 _ROUNDING = tl.constexpr(ROUNDING)
@@ -83,7 +81,7 @@ def moments(
     first_c, c, split = channels_of(channels, BLOCK_C)
     here_c = c < channels
     pivot = tl.zeros([BLOCK_C], COMPUTE)
-    sum_, sum_sq, size = _sums_around(
+    sum_, sum_sq, size = sums_around(
         pivot, False, x_ptr, first_c, c, split, samples, channels, space, x_stride,
         tiles, along, splits, FULL, WIDE, LAST, AHEAD, BLOCK_N, BLOCK_S, BLOCK_C, COMPUTE,
     )
@@ -92,7 +90,7 @@ def moments(
     is_far = off * off > _FAR * (sum_sq.to(COMPUTE) * share - off * off)
     if tl.max(is_far.to(tl.int32), 0) > 0:
         pivot = off
-        sum_, sum_sq, size = _sums_around(
+        sum_, sum_sq, size = sums_around(
             pivot, True, x_ptr, first_c, c, split, samples, channels, space, x_stride,
             tiles, along, splits, FULL, WIDE, LAST, AHEAD, BLOCK_N, BLOCK_S, BLOCK_C, COMPUTE,
         )
@@ -252,8 +250,7 @@ def backward_elemt(
     share = 1.0 / tl.maximum(tl.load(statistics_ptr + 2 * channels), 1.0)
     slope = invstd * numbers_of(sums_ptr + channels + c, here_c, ROWS) * share
     offset = numbers_of(sums_ptr + c, here_c, ROWS) * share - rest * slope
-    wide = scale.to(tl.float64)
-    slope, offset = (slope * wide).to(COMPUTE), (offset * wide).to(COMPUTE)
+    slope, offset = slope.to(COMPUTE), offset.to(COMPUTE)
     more = values_at(stride, space, LAST, WIDE, BLOCK_N, BLOCK_S, BLOCK_C)
     more_x, more_dy = more, more
     if not SAME:
@@ -269,7 +266,8 @@ def backward_elemt(
         xmu = x - pivot[None, :]
         if RELU:
             dy = through_relu(dy, xmu, scale, shift)
-        dx = dy * scale[None, :] - (xmu * slope[None, :] + offset[None, :])
+        # Not two multiplications and additions, which round before they cancel.
+        dx = (dy - (xmu * slope[None, :] + offset[None, :])) * scale[None, :]
         at = tile_at(n, s, first_c, stride, space, LAST)
         write(dx_ptr + at + more, dx, here, FULL)
 
@@ -297,30 +295,3 @@ def unpack(
             LAST, WIDE, PACK, BLOCK_N, BLOCK_S, BLOCK_C,
         )
         write(open_ptr + tile_at(n, s, first_c, stride, space, LAST) + more, is_open, here, FULL)
-
-
-@triton.jit
-def _sums_around(
-    pivot, CENTRED: tl.constexpr, x_ptr, first_c, c, split, samples, channels, space, x_stride,
-    tiles, along, splits, FULL: tl.constexpr, WIDE: tl.constexpr, LAST: tl.constexpr,
-    AHEAD: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
-):
-    """Return the sums of ``x - pivot`` and of its square, float64, and of how many values."""
-    sum_ = tl.zeros([BLOCK_N * BLOCK_S, BLOCK_C], COMPUTE)
-    sum_sq = tl.zeros([BLOCK_N * BLOCK_S, BLOCK_C], COMPUTE)
-    size = tl.full((), 0, tl.int32)
-    more = values_at(x_stride, space, LAST, WIDE, BLOCK_N, BLOCK_S, BLOCK_C)
-    for t in tl.range(split, tiles, splits, num_stages=AHEAD + 1):
-        n, s = start_of(t, along, LAST, BLOCK_N, BLOCK_S)
-        here = exists(n, s, c, samples, channels, space, BLOCK_N, BLOCK_S)
-        at = tile_at(n, s, first_c, x_stride, space, LAST)
-        x = read(x_ptr + at + more, here, FULL, COMPUTE)
-        if CENTRED:
-            x -= pivot[None, :]
-            if not FULL:
-                x = tl.where(here, x, 0.0)
-        sum_ += x
-        sum_sq += x * x
-        size += size_of(n, s, samples, space, BLOCK_N, BLOCK_S)
-    return summed(sum_), summed(sum_sq), size

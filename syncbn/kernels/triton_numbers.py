@@ -48,18 +48,6 @@ def affine(mean, invstd, weight_ptr, bias_ptr, c, here_c, COMPUTE: tl.constexpr)
 
 
 @triton.jit
-def summed(values):
-    """Return the sums over rows, float64.
-
-    The halves are added as they are: each thread has values of both.
-    """
-    rows: tl.constexpr = values.shape[0]
-    if rows > 1:
-        values = tl.sum(tl.reshape(values, [2, rows // 2, values.shape[1]]), 0)
-    return tl.sum(values.to(tl.float64), 0)
-
-
-@triton.jit
 def through_relu(dy, xmu, scale, shift):
     """Return dy where the output is positive or NaN, else zero."""
     return tl.where(xmu * scale[None, :] + shift[None, :] <= 0, 0.0, dy)

@@ -56,8 +56,8 @@ class Shape:
     tiles: int = 1
 
 
-# Measured on an H200. 128 bytes of a half type are a row; the fewer channels a tile of sums has, the
-# fewer programs share them.
+# Measured on an H200. 128 bytes of a half type are a row; the fewer channels a tile of sums has,
+# the fewer programs share them.
 _ELEMENTWISE_LAST, _ELEMENTWISE = Shape(2048, 64, tiles=4), Shape(4096, tiles=2)
 _SUMS_LAST, _SUMS = Shape(4096, 32, at_a_time=2), Shape(1024, at_a_time=8)
 

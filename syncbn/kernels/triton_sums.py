@@ -1,6 +1,7 @@
-"""Sums of channels that several programs share: the last to come adds up what all have found.
+"""Sums over the values of a channel: those of a program, and those of all that share it.
 
-Others are not waited for, and which is the last does not matter: parts are added in their order.
+Of programs that share channels, the last to come adds up what all have found. Others are not waited
+for, and which is the last does not matter: parts are added in their order.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
@@ -9,7 +10,47 @@ Others are not waited for, and which is the last does not matter: parts are adde
 import triton
 import triton.language as tl
 
+from syncbn.kernels.triton_addresses import exists, read, size_of, start_of, tile_at, values_at
 from syncbn.kernels.triton_numbers import store_count, store_sums
+
+
+@triton.jit
+def sums_around(
+    pivot, CENTRED: tl.constexpr, x_ptr, first_c, c, split, samples, channels, space, x_stride,
+    tiles, along, splits, FULL: tl.constexpr, WIDE: tl.constexpr, LAST: tl.constexpr,
+    AHEAD: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
+):
+    """Return the sums of ``x - pivot`` and of its square, float64, and of how many values."""
+    sum_ = tl.zeros([BLOCK_N * BLOCK_S, BLOCK_C], COMPUTE)
+    sum_sq = tl.zeros([BLOCK_N * BLOCK_S, BLOCK_C], COMPUTE)
+    size = tl.full((), 0, tl.int32)
+    more = values_at(x_stride, space, LAST, WIDE, BLOCK_N, BLOCK_S, BLOCK_C)
+    for t in tl.range(split, tiles, splits, num_stages=AHEAD + 1):
+        n, s = start_of(t, along, LAST, BLOCK_N, BLOCK_S)
+        here = exists(n, s, c, samples, channels, space, BLOCK_N, BLOCK_S)
+        at = tile_at(n, s, first_c, x_stride, space, LAST)
+        x = read(x_ptr + at + more, here, FULL, COMPUTE)
+        if CENTRED:
+            x -= pivot[None, :]
+            if not FULL:
+                x = tl.where(here, x, 0.0)
+        sum_ += x
+        sum_sq += x * x
+        size += size_of(n, s, samples, space, BLOCK_N, BLOCK_S)
+    return summed(sum_), summed(sum_sq), size
+
+
+@triton.jit
+def summed(values):
+    """Return the sums over rows, float64.
+
+    The halves are added as they are: each thread has values of both.
+    """
+    rows: tl.constexpr = values.shape[0]
+    if rows > 1:
+        values = tl.sum(tl.reshape(values, [2, rows // 2, values.shape[1]]), 0)
+    return tl.sum(values.to(tl.float64), 0)
 
 
 @triton.jit
