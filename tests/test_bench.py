@@ -156,6 +156,7 @@ def test_alone_it_lists_the_benchmarks(
         (["layers", "shapes=[]"], "got none of one; expected one or more of each"),
         (["model", "network=vgg"], "network: got vgg; expected one of resnet20, resnet50"),
         (["model", "batch=1"], "batch: got 1; expected at least 2"),
+        (["model", "device=cpu", "graph=true"], "graph: got true; expected false"),
         (["compile", "ranks=2"], "ranks: got 2; expected 1: compilers would share the CPUs"),
         (["compile", "backend=eager"], "backend: got eager; expected one of inductor, aot_eager"),
     ],

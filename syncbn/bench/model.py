@@ -19,7 +19,7 @@ from syncbn.bench.mpirun import slowest
 from syncbn.bench.ranks import begin, is_gpu
 from syncbn.bench.report import Benchmark, Report, Table, at_least, given, machine_facts, one_of
 from syncbn.bench.sgd import training_step
-from syncbn.bench.timing import Spread, finished, take_turns
+from syncbn.bench.timing import Spread, captured, finished, take_turns
 from syncbn.convert import convert_sync_batchnorm
 from syncbn.distributed.groups import GroupLike
 from syncbn.fusion import fuse
@@ -64,6 +64,7 @@ class Model(Benchmark):
         layout: "contiguous" or "channels_last", or None.
         dtype: of the computation: "float32", or a half type for autocast, or None.
         kernel: of ours.
+        graph: whether steps are captured in CUDA graphs, and replayed.
         steps: training steps with each norm.
     """
 
@@ -74,6 +75,7 @@ class Model(Benchmark):
     layout: str | None
     dtype: str | None
     kernel: str
+    graph: bool
     steps: int
 
     def __post_init__(self) -> None:
@@ -89,6 +91,8 @@ class Model(Benchmark):
         one_of("layout", [self._layout], LAYOUTS)
         one_of("dtype", [self._dtype], ["float32", "bfloat16", "float16"])
         one_of("kernel", [self.kernel], kernels.NAMES)
+        if self.graph and not on_gpu:
+            raise ValueError("graph: got true; expected false, since steps do not run on a GPU")
         at_least("steps", self.steps, 1)
 
     def run(self) -> Report:
@@ -106,7 +110,8 @@ class Model(Benchmark):
             name: training_step(self._parallel(net, world.device), images, labels, half)
             for name, net in self._networks(network, world.size).items()
         }
-        timed = {name: finished(step, world.device) for name, step in steps.items()}
+        launched = {name: captured(step) if self.graph else step for name, step in steps.items()}
+        timed = {name: finished(step, world.device) for name, step in launched.items()}
         times = take_turns(timed, self.steps, meet=world.meet)
         walls = {name: slowest(taken.wall) for name, taken in times.items()}
         found = [
@@ -155,9 +160,10 @@ class Model(Benchmark):
             ]
             for cost in found
         ]
+        how = ", in a CUDA graph" if self.graph else ""
         return Table(
             f"Training step of {self.network}, {self._images} images of {self.size}x{self.size} a "
-            f"rank, {self._layout}, {self._dtype}",
+            f"rank, {self._layout}, {self._dtype}{how}",
             ["", "step, ms", f"/ {_BASELINE}", "batch norm, ms", "MiB"],
             rows,
             [

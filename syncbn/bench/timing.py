@@ -139,6 +139,24 @@ def take_turns(
     }
 
 
+def captured(call: Callable[[], object]) -> Callable[[], None]:
+    """Return a replay of what a call does on the current GPU, without what it does on the host.
+
+    Args:
+        call: must not wait for the GPU; is called some times to warm up.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(_WARM_UP_ROUNDS):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def finished(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
     """Return a call that ends when the device is done with it."""
 
