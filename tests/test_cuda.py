@@ -171,6 +171,34 @@ def test_results_do_not_depend_on_the_stream() -> None:
         del noise
 
 
+def test_streams_at_the_same_time_do_not_disturb_each_other() -> None:
+    """Programs that share a channel tell each other what they found, in memory of the stream."""
+    runs = [step(*case(64)) for _ in range(2)]
+    wanted = [run() for run in runs]
+    sides = [torch.cuda.Stream() for _ in runs]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        found = []
+        for side, run in zip(sides, runs, strict=True):
+            with torch.cuda.stream(side):
+                found.append(run())
+        torch.cuda.synchronize()
+        for one, other in zip(found, wanted, strict=True):
+            assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+def test_tensors_may_lie_anywhere(offset: int) -> None:
+    """What has been compiled for addresses that are multiples of 16 bytes reads no others."""
+    layer, x, dy = case()
+    wanted = step(layer, x, dy)()
+    moved = torch.empty(x.numel() + 4, device=CUDA)[offset : offset + x.numel()].view_as(x)
+    moved.copy_(x.detach())
+    found = step(layer, moved.detach().requires_grad_(), dy)()
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("shape", [(64, 64, 56, 56), (64, 2048, 7, 7), (2, 8, 3, 3)], ids=str)
 def test_two_launches_forward_and_two_backward(

@@ -142,6 +142,28 @@ def test_a_program_may_begin_far_from_the_rest(monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(found.variance()[0], x.double().var(correction=0), rtol=1e-6, atol=0)
 
 
+def test_counters_are_left_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the next launch would have no last program, or two."""
+    from syncbn.kernels import triton
+
+    used: list[Tensor] = []
+    scratch = triton.scratch
+
+    def noted(*arguments: Any) -> tuple[Tensor, Tensor]:
+        found = scratch(*arguments)
+        used.append(found[1])
+        return found
+
+    monkeypatch.setattr(triton, "scratch", noted)
+    x = torch.randn(3000, 4, 5, 5, device=DEVICE)
+    wanted = reference.moments(x.double())
+    for _ in range(2):
+        torch.testing.assert_close(triton.moments(x), wanted, rtol=1e-6, atol=1e-2)
+    assert len(used) == 2
+    assert used[0] is used[1]
+    assert not used[0].any()
+
+
 @pytest.mark.parametrize("momentum", [0.1, 1.0, None])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("samples", [0, 1, 5])
