@@ -145,9 +145,9 @@ def test_a_program_may_begin_far_from_the_rest(monkeypatch: pytest.MonkeyPatch) 
 def test_counters_are_left_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the next launch would have no last program, or two."""
     from syncbn.kernels import triton
+    from syncbn.kernels.triton_launch import scratch
 
     used: list[Tensor] = []
-    scratch = triton.scratch
 
     def noted(*arguments: Any) -> tuple[Tensor, Tensor]:
         found = scratch(*arguments)
