@@ -238,12 +238,17 @@ def test_spread() -> None:
 
 
 def test_calls_take_turns_in_changing_order() -> None:
+    """Of many, the first few always had the same before them."""
     seen: list[str] = []
-    calls = {name: partial(seen.append, name) for name in "ab"}
-    times = take_turns(calls, rounds=3, burst=2, meet=partial(seen.append, "|"))
+    calls = {name: partial(seen.append, name) for name in "abcd"}
+    times = take_turns(calls, rounds=30, burst=2, meet=partial(seen.append, "|"))
     # Two rounds more than are counted, to warm up.
-    assert "".join(seen) == "|aa|bb" + "|bb|aa" + "|aa|bb" + "|bb|aa" + "|aa|bb"
-    assert all(len(taken.wall) == len(taken.cpu) == 3 * 2 for taken in times.values())
+    turns = "".join(seen).split("|")[1:]
+    rounds = [turns[i : i + 4] for i in range(0, len(turns), 4)]
+    assert len(rounds) == 2 + 30
+    assert all(sorted(one) == ["aa", "bb", "cc", "dd"] for one in rounds)
+    assert all(len(set(column)) == 4 for column in zip(*rounds, strict=True))
+    assert all(len(taken.wall) == len(taken.cpu) == 30 * 2 for taken in times.values())
 
 
 def test_times_with_and_without_a_cpu() -> None:

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncbn
 from syncbn import kernels
-from syncbn.kernels import Forward, Kernel, Transform, alone, cpu, reference
+from syncbn.kernels import Forward, Kernel, Running, Transform, alone, cpu, reference
 from syncbn.moments import Moments
 from tests.kernels import EPS, KERNELS, device_of, normalize, tolerance
 
@@ -201,6 +201,36 @@ def test_kernel_propagates_nan_in_its_channel_only(kernel: str, bad: float) -> N
     assert not clean[2].any() or bad == float("inf")
     assert clean[[0, 1, 3]].all()
     assert not found.variance()[2].isfinite()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("what", ["NaN", "infinity", "a variance beyond float32"])
+def test_what_is_not_finite_reaches_the_averages(kernel: str, what: str) -> None:
+    """A step that diverged left averages as if there had been no variance."""
+    x = torch.randn(6, 3, 5, 7, device=device_of(kernel))
+    match what:
+        case "NaN":
+            x[1, 2, 3, 4] = float("nan")
+        case "infinity":
+            x[1, 2, 3, 4] = float("inf")
+        case _:
+            x[:, 2] *= 1e20
+    mean, var = torch.stack([torch.zeros(3), torch.ones(3)]).to(x.device)
+    chosen = kernels.choose(kernel, x)
+    how = Forward(EPS, running=Running(mean, var, None, 0.1))
+    chosen.normalize(x, chosen.moments(x), how)
+    assert var.isfinite().tolist() == [True, True, False]
+    assert mean[:2].isfinite().all()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_values_may_be_larger_than_the_root_of_the_largest(kernel: str) -> None:
+    """Their squares are not in float32."""
+    x = 1e20 * (1 + 1e-3 * torch.randn(6, 3, 5, 7, device=device_of(kernel)))
+    chosen = kernels.choose(kernel, x)
+    y, _ = chosen.normalize(x, chosen.moments(x), Forward(EPS))
+    std = y.double().movedim(1, 0).flatten(1).std(1, correction=0)
+    torch.testing.assert_close(std.cpu(), torch.ones(3).double(), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

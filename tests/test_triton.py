@@ -57,7 +57,7 @@ def tensor(shape: tuple[int, ...], layout: str, dtype: torch.dtype = torch.float
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_kernels_compile_for_gpus(architecture: int, tmp_path: Path) -> None:
-    """Needs none: accesses of 16 bytes where rows allow, registers for two programs, no spills."""
+    """Needs none: accesses of 16 bytes where rows allow, registers for what runs at a time."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.triton_compile", str(architecture)],
@@ -89,14 +89,19 @@ def test_kernels_compile_for_gpus(architecture: int, tmp_path: Path) -> None:
                 assert sum(single) <= 4, about
 
 
-@pytest.fixture(params=[1, 4])
-def each(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """How many tiles programs of elementwise passes take, which for large tensors are several."""
+@pytest.fixture(params=["small", "large"])
+def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have tensors taken for what they are, and for large ones.
+
+    Of these, programs of elementwise passes take several tiles, and offsets may need 64 bits.
+    """
     from syncbn.kernels import triton
 
-    kept = triton._normalize_launch, triton._elemt_launch, triton._unpack_launch
-    if request.param > 1:
+    kept = [f for name, f in vars(triton).items() if name.endswith("_launch")]
+    assert len(kept) == 5
+    if request.param == "large":
         monkeypatch.setattr("syncbn.kernels.triton_tiles._MANY", 0)
+        monkeypatch.setattr("syncbn.kernels.triton_tiles._WIDE", 0)
     for launch in kept:
         launch.cache_clear()
     yield
@@ -104,7 +109,7 @@ def each(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         launch.cache_clear()
 
 
-@pytest.mark.usefixtures("each")
+@pytest.mark.usefixtures("sizes")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_layouts(shape: tuple[int, ...], layout: str) -> None:
@@ -186,7 +191,7 @@ def test_running_averages(momentum: float | None, dtype: torch.dtype, samples: i
         torch.testing.assert_close(found, wanted)
 
 
-@pytest.mark.usefixtures("each")
+@pytest.mark.usefixtures("sizes")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("may_overwrite", [False, True])
 @pytest.mark.parametrize("shape", [(40, 3, 12, 9), (10, 70, 11, 2), (7, 3)], ids=str)

@@ -65,7 +65,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
     one multiply-add away from x. With a residual that is a bit for each value, or y, which the next
     layer keeps (:mod:`syncbn.kernels.gated`); r is not saved.
 
-    dx is written over dy where nobody else has dy: half the memory, and no page faults.
+    dx is written over dy where nobody else has dy and it is worth asking: half the memory, and on a
+    CPU no page faults.
 
     A rank without values takes part in both messages with zeros; n = 0 on all ranks gives mean 0
     and empty outputs. No number is read back to the host.

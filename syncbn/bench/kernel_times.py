@@ -102,8 +102,10 @@ def measure(
 def _with_one_thread(call: Callable[[], object]) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    call()
-    torch.set_num_threads(threads)
+    try:
+        call()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _functions(

@@ -98,6 +98,8 @@ class Model(Benchmark):
     def run(self) -> Report:
         """Measure; every rank calls this."""
         world = begin(self.device)
+        if self.graph and world.size > 1:
+            raise ValueError(f"graph: got true; expected false, for {world.size} ranks")
         torch.set_num_threads(self.threads)
         torch.manual_seed(0)
         make, classes = _NETWORKS[self.network]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
-from itertools import cycle, islice, permutations
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -116,7 +116,7 @@ def take_turns(
 
     Args:
         calls: what to measure, by name.
-        rounds: how often each gets its turn; their order changes from turn to turn.
+        rounds: how often each gets its turn, in an order that is drawn anew, the same on all ranks.
         burst: calls a turn, in a row.
         meet: called before each turn, and not measured; ranks that measure together wait for each
             other here.
@@ -127,8 +127,10 @@ def take_turns(
         The times of each call. The i-th time of one belongs to the i-th of another.
     """
     clocks: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    for order in islice(cycle(permutations(calls)), warm_up + rounds):
-        for name in order:
+    names, order = list(calls), random.Random(0)
+    for _ in range(warm_up + rounds):
+        order.shuffle(names)
+        for name in names:
             call, times = calls[name], clocks[name]
             meet()
             times += [clock(call) for _ in range(burst)]

@@ -1,4 +1,4 @@
-"""The kernels on CUDA: ATen's own batch-norm kernels, which exist for CUDA alone.
+"""The kernels on CUDA without Triton: ATen's own batch-norm kernels, which exist there alone.
 
 ATen computes with a float32 mean. Passing it the pivot of :mod:`syncbn.kernels.transform` as
 "mean" and correcting the C numbers around it keeps the precision of the split mean. The
@@ -36,10 +36,12 @@ def moments(x: Tensor) -> Tensor:
         first = x[0].reshape(channels, -1).mean(1)
         values = x - first.view(-1, *(1,) * (x.ndim - 2))
         pivot = first.double()
-    # eps = 0 so that the variance comes back whole; ATen returns invstd = 0 for a constant channel.
+    # eps = 0 so that the variance comes back whole; ATen returns invstd = 0 for a constant channel,
+    # and of course for one whose variance is infinite.
     mean, invstd = torch.batch_norm_stats(values, 0.0)
     rest = mean.double()
-    variance = torch.where(invstd == 0, 0.0, invstd.double().square().reciprocal())
+    low, high = torch.aminmax(values.movedim(1, 0).reshape(channels, -1), dim=1)
+    variance = torch.where(low == high, 0.0, invstd.double().square().reciprocal())
     mean = pivot + rest
     tail = mean.new_full((1,), count)
     return torch.cat([mean * count, (variance + mean.square()) * count, tail])

@@ -30,7 +30,7 @@ from syncbn.kernels.triton_tiles import (
 )
 
 IS_INTERPRETED = is_interpreted(triton_kernels.moments)
-# Of the interpreter, which has one.
+# For the interpreter: as many as GPUs have.
 _MULTIPROCESSORS = 132
 # Of GPUs that Triton compiles for.
 _LEAST_CAPABILITY = (8, 0)
@@ -51,6 +51,8 @@ def _why_none(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"does not serve {device.type!r} tensors"
     if dtype not in COMPUTE:
         return f"does not serve {dtype}"
+    if torch.version.hip is not None:
+        return "does not serve GPUs of AMD"
     if device.type == "cuda" and capability(device) < _LEAST_CAPABILITY:
         return f"does not serve GPUs of a capability below {_LEAST_CAPABILITY}"
     return None

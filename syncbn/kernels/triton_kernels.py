@@ -64,12 +64,11 @@ def moments(
     x_ptr, parts_ptr, arrivals_ptr, sums_ptr,
     samples, channels, space, x_stride, tiles, along, splits, count,
     AHEAD: tl.constexpr, BLOCK_K: tl.constexpr,
-    UNIT: tl.constexpr, SAME: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
-    LAST: tl.constexpr, ROWS: tl.constexpr, PACK: tl.constexpr,
+    UNIT: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, LAST: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Write ``[sum | sum_sq | count]`` of some channels, or add a split of them to it.
+    """Write ``[sum | sum_sq | count]`` of some channels: of a split, if it is the last to come.
 
     Where the mean is more than four standard deviations from zero, digits of the variance would be
     lost in rounding: values are summed again, around a pivot. To look for one first would have
@@ -85,9 +84,11 @@ def moments(
         pivot, False, x_ptr, first_c, c, split, samples, channels, space, x_stride,
         tiles, along, splits, FULL, WIDE, LAST, AHEAD, BLOCK_N, BLOCK_S, BLOCK_C, COMPUTE,
     )
-    share = 1.0 / size.to(COMPUTE)
+    share = 1.0 / tl.maximum(size, 1).to(COMPUTE)
     off = sum_.to(COMPUTE) * share
-    is_far = off * off > _FAR * (sum_sq.to(COMPUTE) * share - off * off)
+    variance = sum_sq.to(COMPUTE) * share - off * off
+    # Also where squares are beyond float32, which around a pivot they may not be.
+    is_far = ((off * off <= _FAR * variance) & (variance < float("inf"))) == 0
     if tl.max(is_far.to(tl.int32), 0) > 0:
         pivot = off
         sum_, sum_sq, size = sums_around(
@@ -126,7 +127,8 @@ def normalize(
     share_of_one = 1.0 / tl.maximum(count, 1.0)
     mean = total * share_of_one
     squares = total_sq - total * mean
-    squares = tl.where(squares > _ROUNDING * total_sq, squares, 0.0)
+    # By a product, which keeps NaN.
+    squares *= (squares > _ROUNDING * total_sq).to(tl.float64)
     invstd = tl.rsqrt(squares * share_of_one + eps)
     if group == 0:
         tl.store(statistics_ptr + c, mean, here_c)
@@ -174,11 +176,11 @@ def backward_reduce(
     samples, channels, space, dy_stride, x_stride, stride, tiles, along, splits,
     RELU: tl.constexpr, AHEAD: tl.constexpr, BLOCK_K: tl.constexpr,
     UNIT: tl.constexpr, SAME: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
-    LAST: tl.constexpr, ROWS: tl.constexpr, PACK: tl.constexpr,
+    LAST: tl.constexpr, PACK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Write ``[sum(dy) | sum(dy xhat)]``, or add a split; dbias and dweight, if these are given.
+    """Write ``[sum(dy) | sum(dy xhat)]`` as moments does; dbias and dweight, if these are given.
 
     If a gate is, dy counts where that is open, and is written as such; there may be dy itself.
     """
@@ -188,7 +190,7 @@ def backward_reduce(
     stride = multiple(stride, UNIT)
     first_c, c, split = channels_of(channels, BLOCK_C)
     here_c = c < channels
-    mean, invstd = statistics(statistics_ptr, channels, c, here_c, 1)
+    mean, invstd = statistics(statistics_ptr, channels, c, here_c)
     pivot, _, scale, shift = affine(mean, invstd, weight_ptr, bias_ptr, c, here_c, COMPUTE)
     sum_dy = tl.zeros([BLOCK_N * BLOCK_S, BLOCK_C], COMPUTE)
     sum_dy_xmu = tl.zeros([BLOCK_N * BLOCK_S, BLOCK_C], COMPUTE)
@@ -218,7 +220,7 @@ def backward_reduce(
         sum_dy += dy
         sum_dy_xmu += dy * xmu
     # Read again, rather than kept in registers all the while.
-    mean, invstd = statistics(statistics_ptr, channels, c, here_c, 1, AGAIN=True)
+    mean, invstd = statistics(statistics_ptr, channels, c, here_c, AGAIN=True)
     rest = mean - mean.to(COMPUTE).to(tl.float64)
     first = summed(sum_dy)
     second = (summed(sum_dy_xmu) - rest * first) * invstd
@@ -234,7 +236,7 @@ def backward_elemt(
     samples, channels, space, dy_stride, x_stride, stride, tiles, along,
     RELU: tl.constexpr, TILES: tl.constexpr,
     UNIT: tl.constexpr, SAME: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
-    LAST: tl.constexpr, ROWS: tl.constexpr, PACK: tl.constexpr,
+    LAST: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -245,7 +247,8 @@ def backward_elemt(
     stride = multiple(stride, UNIT)
     first_c, c, group = channels_of(channels, BLOCK_C)
     here_c = c < channels
-    mean, invstd = statistics(statistics_ptr, channels, c, here_c, ROWS)
+    mean = numbers_of(statistics_ptr + c, here_c, ROWS)
+    invstd = numbers_of(statistics_ptr + channels + c, here_c, ROWS)
     pivot, rest, scale, shift = affine(mean, invstd, weight_ptr, bias_ptr, c, here_c, COMPUTE)
     share = 1.0 / tl.maximum(tl.load(statistics_ptr + 2 * channels), 1.0)
     slope = invstd * numbers_of(sums_ptr + channels + c, here_c, ROWS) * share
@@ -276,8 +279,8 @@ def backward_elemt(
 def unpack(
     gate_ptr, open_ptr, samples, channels, space, stride, tiles, along,
     TILES: tl.constexpr,
-    UNIT: tl.constexpr, SAME: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
-    LAST: tl.constexpr, ROWS: tl.constexpr, PACK: tl.constexpr,
+    UNIT: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, LAST: tl.constexpr,
+    PACK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
     PDL: tl.constexpr,
 ):

@@ -7,6 +7,7 @@ which dtypes and alignment count, and floats, which do not.
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -20,12 +21,12 @@ from triton.runtime.interpreter import InterpretedFunction
 
 # Bytes; Triton compiles for addresses that are multiples, or for any.
 _ALIGNMENT = 16
-# Of GPUs that prepare a launch during the one before.
-_OVERLAPPING = (9, 0)
-# Compiled kernels are called with constants, too; before, without.
-_TAKES_CONSTANTS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
+# Of GPUs that prepare a launch during the one before, and of drivers that capture such launches.
+_OVERLAPPING, _CAPTURING = (9, 0), 12030
+# Of Triton that wants constants where it is called with addresses, too.
+_CONSTANTS_TOO = (3, 3)
 
-Key = tuple[torch.dtype | None, ...]
+Key = tuple[torch.dtype | bool | None, ...]
 
 
 @dataclass(eq=False)
@@ -37,7 +38,8 @@ class Launch:
         device: of the tensors.
         programs: how many.
         sizes: the integers, in the order of the kernel's arguments.
-        constants: by name, and Triton's options.
+        constants: by name, in capitals; and Triton's options. Those that the kernel has not are
+            left out.
     """
 
     kernel: Any
@@ -49,10 +51,12 @@ class Launch:
     _rest: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
-        self.constants |= _overlap(self.device)
-        names = [p.name for p in _parameters(self.kernel) if p.name in self.constants]
+        constants = self.constants | _overlap(self.device)
+        names = [name for name in self.kernel.arg_names if name in constants]
+        options = {name: value for name, value in constants.items() if name.islower()}
+        self.constants = {name: constants[name] for name in names} | options
         self._rest = self.sizes
-        if _TAKES_CONSTANTS:
+        if _version(triton.__version__) >= _CONSTANTS_TOO:
             self._rest += tuple(self.constants[name] for name in names)
 
     def __call__(self, *tensors: Tensor | None, floats: tuple[float, ...] = ()) -> None:
@@ -72,16 +76,17 @@ class Launch:
 
     def _launch(self, tensors: tuple[Tensor | None, ...], floats: tuple[float, ...]) -> None:
         addresses = [None if t is None else t.data_ptr() for t in tensors]
-        key = tuple([None if t is None else t.dtype for t in tensors])
-        compiled = self._compiled.get(key)
+        key: Key = tuple([None if t is None else t.dtype for t in tensors])
         bits = 0
         for address in addresses:
             bits |= address or 0
-        is_aligned = bits % _ALIGNMENT == 0
-        if compiled is None or not is_aligned:
+        if bits % _ALIGNMENT:
+            key += tuple([(address or 0) % _ALIGNMENT == 0 for address in addresses])
+        compiled = self._compiled.get(key)
+        if compiled is None:
             grid = (self.programs, 1, 1)
             compiled = self.kernel[grid](*tensors, *floats, *self.sizes, **self.constants)
-            if is_aligned and not is_interpreted(self.kernel):
+            if not is_interpreted(self.kernel):
                 self._compiled[key] = compiled
             return
         # As Triton does itself, but for hooks of its profiler.
@@ -102,8 +107,8 @@ def scratch(device: torch.device, numbers: int, zeros: int) -> tuple[Tensor, Ten
 
     Args:
         device: where.
-        numbers: how many float64 to write and read in a launch; the same in every call.
-        zeros: how many int32, zero, and left so; the same in every call.
+        numbers: how many float64 to write and read in a launch.
+        zeros: how many int32, zero, and left so.
     """
     if device.type == "cpu":
         return _scratch(device, 0, numbers, zeros)
@@ -135,10 +140,19 @@ def _new_scratch(device: torch.device, numbers: int, zeros: int) -> tuple[Tensor
 def _overlap(device: torch.device) -> dict[str, bool]:
     """Return how launches begin: while the one before ends, where GPU and Triton can."""
     can = device.type == "cuda" and capability(device) >= _OVERLAPPING
-    if can and hasattr(cuda, "gdc_wait"):
+    if can and _driver_version() >= _CAPTURING and hasattr(cuda, "gdc_wait"):
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
 
 
-def _parameters(kernel: Any) -> list[Any]:
-    return [] if is_interpreted(kernel) else list(kernel.params)
+def _driver_version() -> int:
+    """Return the CUDA that the driver is of: 12030 for 12.3."""
+    found = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(found))
+    return found.value
+
+
+def _version(text: str) -> tuple[int, int]:
+    """Return the first two numbers of a version."""
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 
 @triton.jit
-def numbers_of(ptr, here_c, ROWS: tl.constexpr, AGAIN: tl.constexpr = False):
+def numbers_of(ptr, here_c, ROWS: tl.constexpr):
     """Return the numbers of channels, read by the first of ROWS rows, which are summed.
 
     With a row's value for each thread, the compiler reads once, and does what follows once. Fewer
@@ -16,21 +16,23 @@ def numbers_of(ptr, here_c, ROWS: tl.constexpr, AGAIN: tl.constexpr = False):
     are dense, for eight channels in each thread, a thousand instructions before the first value.
     """
     if ROWS == 1:
-        numbers = tl.load(ptr, here_c, 0.0, volatile=AGAIN)
+        numbers = tl.load(ptr, here_c, 0.0)
     else:
         rows = tl.arange(0, ROWS)[:, None]
         once = (rows == 0) & here_c[None, :]
-        numbers = tl.sum(tl.load(ptr[None, :] + 0 * rows, once, 0.0, volatile=AGAIN), 0)
+        numbers = tl.sum(tl.load(ptr[None, :] + 0 * rows, once, 0.0), 0)
     return numbers
 
 
 @triton.jit
-def statistics(
-    statistics_ptr, channels, c, here_c, ROWS: tl.constexpr, AGAIN: tl.constexpr = False
-):
-    """Return mean and invstd."""
-    mean = numbers_of(statistics_ptr + c, here_c, ROWS, AGAIN)
-    return mean, numbers_of(statistics_ptr + channels + c, here_c, ROWS, AGAIN)
+def statistics(statistics_ptr, channels, c, here_c, AGAIN: tl.constexpr = False):
+    """Return mean and invstd, read by each thread for its channels; AGAIN, if they have been.
+
+    In a loop that sums, the compiler would lay out a tile as the result of :func:`numbers_of` lies,
+    and read it a value at a time.
+    """
+    mean = tl.load(statistics_ptr + c, here_c, 0.0, volatile=AGAIN)
+    return mean, tl.load(statistics_ptr + channels + c, here_c, 0.0, volatile=AGAIN)
 
 
 @triton.jit

@@ -60,9 +60,10 @@ def store_totals(
 ):
     """Store two sums a channel; and as gradients of parameters, and with the count, if these are.
 
-    ``parts`` is ``[blocks, splits, 2, BLOCK_C]``; ``arrivals`` has zeros by block, and is left so.
+    ``parts`` is ``[blocks, splits, 2, BLOCK_C]``, or None where programs share no channels;
+    ``arrivals`` has zeros by block, and is left so.
     """
-    if splits == 1:
+    if parts_ptr is None:
         store_sums(first, second, sums_ptr, dbias_ptr, dweight_ptr, channels, c, here_c)
         if count is not None:
             store_count(count, sums_ptr, channels)

@@ -163,6 +163,8 @@ def reduction(tiles: Tiles, itemsize: int, *strides: int) -> dict[str, Any]:
     if found["UNIT"] > 1:
         tile = itemsize * found["BLOCK_N"] * found["BLOCK_S"] * block_c
         ahead = max(_AHEAD // (tiles.at_a_time * tile), 1)
+        # No further than a program goes: each stage is compiled.
+        ahead = min(ahead, cdiv(tiles.number, tiles.splits) - 1)
     threads = tiles.at_a_time * 32 * found["num_warps"]
     return {
         "AHEAD": ahead,
@@ -189,8 +191,8 @@ def cdiv(a: int, b: int) -> int:
 def _tiles(samples: Samples, dtype: torch.dtype, shape: Shape) -> Tiles:
     """Return tiles.
 
-    Dense positions are taken in blocks that pad little, up to 64 samples of them; dense channels in
-    rows of 64 bytes or more, for positions one after the other.
+    Dense positions are taken in blocks that pad little, of as many samples as there is room for;
+    dense channels in rows of as many as the shape says, for positions one after the other.
     """
     channels = samples.channels
     # Where there are no values, one is looked for in no samples.
