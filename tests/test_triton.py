@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import syncbn
+from syncbn import kernels
 from syncbn.kernels import Forward, Running, Transform, choose, reference
 from syncbn.moments import Moments
 from tests.kernels import EPS, device_of
@@ -70,14 +71,14 @@ def test_kernels_compile_for_gpus(architecture: int, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr, done.stderr
     found: dict[str, list[dict[str, Any]]] = json.loads(done.stdout)
-    for name, kernels in found.items():
-        assert {k["kernel"] for k in kernels} >= {
+    for name, launched in found.items():
+        assert {k["kernel"] for k in launched} >= {
             "moments",
             "normalize",
             "backward_reduce",
             "backward_elemt",
         }
-        for kernel in kernels:
+        for kernel in launched:
             about = f"{name}: {kernel}"
             assert kernel["spilled"] <= 32, about
             if name.startswith("ResNet-50") and kernel["kernel"] != "unpack":
@@ -167,6 +168,25 @@ def test_counters_are_left_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(used) == 2
     assert used[0] is used[1]
     assert not used[0].any()
+
+
+@pytest.mark.parametrize("what", ["triton is not installed", "a C compiler", "headers of Python"])
+def test_what_compiling_needs_is_said(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the first launch on a GPU would be where it is missed."""
+    match what:
+        case "triton is not installed":
+            monkeypatch.setattr(kernels, "find_spec", lambda _: None)
+        case "a C compiler":
+            monkeypatch.delenv("CC", raising=False)
+            monkeypatch.setenv("PATH", "")
+        case _:
+            monkeypatch.setattr("sysconfig.get_path", lambda _: "/nowhere")
+    kernels.missing_triton.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match=f"kernel 'triton': .*{what}"):
+            choose("triton", torch.empty(1, 1, device=DEVICE))
+    finally:
+        kernels.missing_triton.cache_clear()
 
 
 @pytest.mark.parametrize("momentum", [0.1, 1.0, None])

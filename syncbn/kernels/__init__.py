@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -120,6 +122,8 @@ def missing_triton() -> str | None:
         return "triton is not installed: pip install 'syncbn[cuda]'"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton needs a C compiler: install gcc or clang, or set CC"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "Triton needs the headers of Python: install python3-dev, or what has them here"
     return None
 
 
