@@ -9,14 +9,26 @@ and small: so a loop has one addition of 64 bits for each 16 bytes.
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
+# Triton has it from 3.4 on; before, it refuses what names it, also where it is not compiled.
+HAS_PDL = hasattr(cuda, "gdc_wait")
 
-@triton.jit
-def begin(PDL: tl.constexpr):
-    """Wait for the launch before, and let the next be prepared, where launches overlap."""
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+if HAS_PDL:
+
+    @triton.jit
+    def begin(PDL: tl.constexpr):
+        """Wait for the launch before, and let the next be prepared, where launches overlap."""
+        if PDL:
+            cuda.gdc_wait()
+            cuda.gdc_launch_dependents()
+
+else:
+
+    @triton.jit
+    def begin(PDL: tl.constexpr):
+        """Do nothing: launches do not overlap."""
+        tl.static_assert(not PDL)
 
 
 @triton.jit

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.language.extra import cuda
 from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
+
+from syncbn.kernels.triton_addresses import HAS_PDL
 
 # Bytes; Triton compiles for addresses that are multiples, or for any.
 _ALIGNMENT = 16
@@ -140,7 +141,7 @@ def _new_scratch(device: torch.device, numbers: int, zeros: int) -> tuple[Tensor
 def _overlap(device: torch.device) -> dict[str, bool]:
     """Return how launches begin: while the one before ends, where GPU and Triton can."""
     can = device.type == "cuda" and capability(device) >= _OVERLAPPING
-    if can and _driver_version() >= _CAPTURING and hasattr(cuda, "gdc_wait"):
+    if can and HAS_PDL and _driver_version() >= _CAPTURING:
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
 
