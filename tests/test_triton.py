@@ -90,6 +90,24 @@ def test_kernels_compile_for_gpus(architecture: int, tmp_path: Path) -> None:
                 assert sum(single) <= 4, about
 
 
+@pytest.mark.timeout(120)
+def test_kept_launches_are_those_of_triton(tmp_path: Path) -> None:
+    """What is compiled is called with addresses, in Triton's own order; the interpreter is not."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.triton_launches"],
+        cwd=ROOT,
+        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, bool] = json.loads(done.stdout)
+    assert len(found) == 7 * 6
+    assert all(found.values()), found
+
+
 @pytest.fixture(params=["small", "large"])
 def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Have tensors taken for what they are, and for large ones.
