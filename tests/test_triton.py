@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -16,15 +11,12 @@ import torch
 from torch import Tensor
 
 import syncbn
-from syncbn import kernels
 from syncbn.kernels import Forward, Running, Transform, choose, reference
 from syncbn.moments import Moments
 from tests.kernels import EPS, device_of
-from tests.transports import ROOT
 
 DEVICE = device_of("triton")
 SHAPES = [(2, 5), (3, 16, 7), (4, 6, 5, 3), (40, 3, 12, 9), (1, 70, 1, 1)]
-SINGLE = {"ld.global.b16", "st.global.b16", "cp.async 4"}
 LAYOUTS = ["contiguous", "channels_last", "gaps between samples", "channels of more"]
 
 
@@ -53,59 +45,6 @@ def tensor(shape: tuple[int, ...], layout: str, dtype: torch.dtype = torch.float
     if layout != "contiguous" and layout != "gaps between samples":
         x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     return x[:: 2 if layout == "gaps between samples" else 1, : shape[1]]
-
-
-@pytest.mark.timeout(180)
-@pytest.mark.parametrize("architecture", [80, 90, 100])
-def test_kernels_compile_for_gpus(architecture: int, tmp_path: Path) -> None:
-    """Needs none: accesses of 16 bytes where rows allow, registers for what runs at a time."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.triton_compile", str(architecture)],
-        cwd=ROOT,
-        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Warning" not in done.stderr, done.stderr
-    found: dict[str, list[dict[str, Any]]] = json.loads(done.stdout)
-    for name, launched in found.items():
-        assert {k["kernel"] for k in launched} >= {
-            "moments",
-            "normalize",
-            "backward_reduce",
-            "backward_elemt",
-        }
-        for kernel in launched:
-            about = f"{name}: {kernel}"
-            assert kernel["spilled"] <= 32, about
-            if name.startswith("ResNet-50") and kernel["kernel"] != "unpack":
-                assert {"ld.global.v4.b32", "cp.async 16"} & set(kernel["accesses"]), about
-                assert kernel["registers"] <= 128, about
-            if "bfloat16" in name and not name.startswith(("odd", "one")):
-                # One value at a time is an eighth of what a thread can ask for; a gate has no more.
-                single = [n for access, n in kernel["accesses"].items() if access in SINGLE]
-                assert sum(single) <= 4, about
-
-
-@pytest.mark.timeout(120)
-def test_kept_launches_are_those_of_triton(tmp_path: Path) -> None:
-    """What is compiled is called with addresses, in Triton's own order; the interpreter is not."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.triton_launches"],
-        cwd=ROOT,
-        env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, bool] = json.loads(done.stdout)
-    assert len(found) == 7 * 6
-    assert all(found.values()), found
 
 
 @pytest.fixture(params=["small", "large"])
@@ -186,25 +125,6 @@ def test_counters_are_left_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(used) == 2
     assert used[0] is used[1]
     assert not used[0].any()
-
-
-@pytest.mark.parametrize("what", ["triton is not installed", "a C compiler", "headers of Python"])
-def test_what_compiling_needs_is_said(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else the first launch on a GPU would be where it is missed."""
-    match what:
-        case "triton is not installed":
-            monkeypatch.setattr(kernels, "find_spec", lambda _: None)
-        case "a C compiler":
-            monkeypatch.delenv("CC", raising=False)
-            monkeypatch.setenv("PATH", "")
-        case _:
-            monkeypatch.setattr("sysconfig.get_path", lambda _: "/nowhere")
-    kernels.missing_triton.cache_clear()
-    try:
-        with pytest.raises(RuntimeError, match=f"kernel 'triton': .*{what}"):
-            choose("triton", torch.empty(1, 1, device=DEVICE))
-    finally:
-        kernels.missing_triton.cache_clear()
 
 
 @pytest.mark.parametrize("momentum", [0.1, 1.0, None])
