@@ -1,6 +1,6 @@
 """Launches of the Triton kernels: what is compiled is kept, and called with addresses.
 
-Triton looks at every argument of every call, to find what it has compiled for such: 20 us a launch,
+Triton looks at every argument of every call, to find what it has compiled for such: 15 us a launch,
 several times what the launch itself takes the host. What changes between calls here are tensors, of
 which dtypes and alignment count, and floats, which do not.
 """
