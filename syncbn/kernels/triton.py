@@ -1,4 +1,4 @@
-"""The kernels on CUDA, in Triton: how programs share a tensor, and what they are told.
+"""The kernels on CUDA, in Triton: what they are told, and what is launched.
 
 Two launches forward, two backward: sums, which the last program of a channel adds up, and the
 elementwise pass, which does the arithmetic on C numbers by the way. Nothing waits for the device,

@@ -39,8 +39,7 @@ from syncbn.kernels.triton_addresses import (
 from syncbn.kernels.triton_gates import load_gate, opens, store_gate
 from syncbn.kernels.triton_numbers import (
     affine,
-    count_a_batch,
-    move,
+    move_averages,
     numbers_of,
     statistics,
     through_relu,
@@ -135,14 +134,10 @@ def normalize(
         tl.store(statistics_ptr + channels + c, invstd, here_c)
         tl.store(statistics_ptr + 2 * channels, count)
         if count > 1.0:
-            share = tl.full((), momentum, tl.float64)
-            if CUMULATIVE:
-                share = 1.0 / tl.maximum(tl.load(tracked_ptr).to(tl.float64), 1.0)
-            unbiased = squares / (count - 1.0)
-            move(running_mean_ptr, mean, share, c, here_c)
-            move(running_var_ptr, unbiased, share, c, here_c)
-            if tracked_ptr is not None and not CUMULATIVE:
-                count_a_batch(tracked_ptr)
+            move_averages(
+                running_mean_ptr, running_var_ptr, tracked_ptr, mean, squares / (count - 1.0),
+                momentum, c, here_c, CUMULATIVE,
+            )
 
     pivot, _, scale, shift = affine(mean, invstd, weight_ptr, bias_ptr, c, here_c, COMPUTE)
     more = values_at(stride, space, LAST, WIDE, BLOCK_N, BLOCK_S, BLOCK_C)

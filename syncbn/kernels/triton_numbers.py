@@ -56,6 +56,24 @@ def through_relu(dy, xmu, scale, shift):
 
 
 @triton.jit
+def move_averages(
+    running_mean_ptr, running_var_ptr, tracked_ptr, mean, unbiased, momentum, c, here_c,
+    CUMULATIVE: tl.constexpr,
+):
+    """Move the running averages there are towards a batch's mean and unbiased variance.
+
+    If they are CUMULATIVE, the batch has been counted, and the counter says what its share is.
+    """
+    share = tl.full((), momentum, tl.float64)
+    if CUMULATIVE:
+        share = 1.0 / tl.maximum(tl.load(tracked_ptr).to(tl.float64), 1.0)
+    move(running_mean_ptr, mean, share, c, here_c)
+    move(running_var_ptr, unbiased, share, c, here_c)
+    if tracked_ptr is not None and not CUMULATIVE:
+        count_a_batch(tracked_ptr)
+
+
+@triton.jit
 def move(running_ptr, batch, share, c, here_c):
     """Move a running average, if there is one, towards a batch."""
     if running_ptr is not None:
