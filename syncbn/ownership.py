@@ -77,7 +77,7 @@ def _is_of_torch(gradient: Tensor) -> bool:
 
 def _is_seen() -> bool:
     # Modes, debuggers and profilers have references of their own, and may keep them.
-    return is_watched() or sys.gettrace() is not None or sys.getprofile() is not None
+    return is_watched() > 0 or sys.gettrace() is not None or sys.getprofile() is not None
 
 
 @cache

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -75,11 +76,11 @@ def case(samples: int = 4) -> tuple[syncbn.SyncBatchNorm, Tensor, Tensor]:
 
 def test_programs_share_channels() -> None:
     """Of 64 samples, in what follows: they tell each other what they found."""
-    from syncbn.kernels.triton import _moments_launch
+    from syncbn.kernels import triton_passes
 
     _, x, _ = case(64)
-    _, shared = _moments_launch(Samples.dense(x.shape), x.dtype, x.device)
-    assert shared is not None
+    launch = triton_passes.moments(Samples.dense(x.shape), x.device, x.dtype)
+    assert "arrivals_ptr" in launch.shared
 
 
 def test_auto_is_triton() -> None:
@@ -195,6 +196,19 @@ def test_streams_at_the_same_time_do_not_disturb_each_other() -> None:
         torch.cuda.synchronize()
         for one, other in zip(found, wanted, strict=True):
             assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+
+
+def test_threads_may_share_a_stream() -> None:
+    """What the second launch of a pass reads of the first is in memory of the stream, too."""
+    runs = [step(*case(64)) for _ in range(2)]
+    wanted = [run() for run in runs]
+
+    def again(i: int) -> bool:
+        found = [runs[i]() for _ in range(50)]
+        return all(torch.equal(*pair) for y in found for pair in zip(y, wanted[i], strict=True))
+
+    with ThreadPoolExecutor(len(runs)) as pool:
+        assert all(pool.map(again, range(len(runs))))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

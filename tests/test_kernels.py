@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncbn
 from syncbn import kernels
-from syncbn.kernels import Forward, Kernel, Running, Transform, alone, cpu, reference
+from syncbn.kernels import Forward, Kernel, Running, Transform, cpu, reference
 from syncbn.moments import Moments
 from tests.kernels import EPS, KERNELS, device_of, normalize, tolerance
 
@@ -163,9 +163,15 @@ def test_parameter_gradients(
             for dtype in dtypes
         )
         transform = Transform(statistics.to(device), weight, bias)
-        apart, _, dweight, dbias = alone.backward(chosen, dy, x, transform, (weight, bias))
-        both = [chosen.backward_reduce(dy, x, transform, (weight, bias)), (apart, dweight, dbias)]
-        for sums, dweight, dbias in both:
+        given = dy, x, transform, (weight, bias)
+        apart, _, dweight, dbias = chosen.backward_alone(*given, keep_sums=True)
+        assert apart is not None
+        every = [
+            chosen.backward_reduce(dy, x, transform, (weight, bias)),
+            (apart, dweight, dbias),
+            (apart, *chosen.backward_alone(*given)[2:]),
+        ]
+        for sums, dweight, dbias in every:
             for gradient, part, like in ((dweight, sums[channels:], weight), (dbias, sums, bias)):
                 if like is None or gradient is None:
                     assert gradient is like

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import _lru_cache_wrapper
 from typing import Any
 from unittest.mock import patch
 
@@ -27,11 +28,12 @@ def launches() -> Iterator[list[str]]:
     """Return the names of kernels that are launched."""
     from syncbn.kernels.triton_launch import Launch
 
-    run, seen = Launch.__call__, []
+    run = Launch.__call__
+    seen: list[str] = []
 
-    def noted(self: Any, *tensors: Any, **floats: Any) -> None:
-        seen.append(self.kernel.__name__)
-        run(self, *tensors, **floats)
+    def noted(self: Launch, *given: Any) -> None:
+        seen.extend(step.kernel.__name__ for step in self.steps)
+        run(self, *given)
 
     with patch.object(Launch, "__call__", noted):
         yield seen
@@ -55,10 +57,10 @@ def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
     Of these, programs of elementwise passes take several tiles, and offsets may need 64 bits.
     """
-    from syncbn.kernels import triton
+    from syncbn.kernels import triton_passes
 
-    kept = [f for name, f in vars(triton).items() if name.endswith("_launch")]
-    assert len(kept) == 5
+    kept = [f for f in vars(triton_passes).values() if isinstance(f, _lru_cache_wrapper)]
+    assert len(kept) == 7
     if request.param == "large":
         monkeypatch.setattr("syncbn.kernels.triton_tiles._MANY", 0)
         monkeypatch.setattr("syncbn.kernels.triton_tiles._WIDE", 0)
@@ -98,9 +100,9 @@ def test_layouts(shape: tuple[int, ...], layout: str) -> None:
 
 def test_a_program_may_begin_far_from_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """In padding, say: around its mean, float32 would lose the variance."""
-    from syncbn.kernels import triton
+    from syncbn.kernels import triton, triton_passes
 
-    monkeypatch.setattr(triton, "_multiprocessors", lambda _: 1)
+    monkeypatch.setattr(triton_passes, "_multiprocessors", lambda _: 1)
     x = torch.full((200, 1, 2048), 1000.1, device=DEVICE)
     x[:2] = 0
     found = Moments.unpack(triton.moments(x))
@@ -109,23 +111,24 @@ def test_a_program_may_begin_far_from_the_rest(monkeypatch: pytest.MonkeyPatch) 
 
 def test_counters_are_left_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the next launch would have no last program, or two."""
-    from syncbn.kernels import triton
-    from syncbn.kernels.triton_launch import scratch
+    from syncbn.kernels import triton, triton_passes
+    from syncbn.kernels.triton_launch import Shared, _Memory
 
+    triton_passes.moments.cache_clear()
     used: list[Tensor] = []
+    memory, of = _Memory(DEVICE), _Memory.of
 
-    def noted(*arguments: Any) -> tuple[Tensor, Tensor]:
-        found = scratch(*arguments)
-        used.append(found[1])
+    def noted(_: _Memory, shared: Shared) -> dict[str, Tensor]:
+        found = of(memory, shared)
+        used.append(found["arrivals_ptr"])
         return found
 
-    monkeypatch.setattr(triton, "scratch", noted)
+    monkeypatch.setattr(_Memory, "of", noted)
     x = torch.randn(SHARED, device=DEVICE)
     wanted = reference.moments(x.double())
     for _ in range(2):
         torch.testing.assert_close(triton.moments(x), wanted, rtol=1e-6, atol=1e-2)
-    assert len(used) == 2
-    assert used[0] is used[1]
+    assert used
     assert not used[0].any()
 
 

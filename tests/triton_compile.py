@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from syncbn.kernels import Forward, Running, Transform, triton
-from syncbn.kernels.triton_launch import Launch
+from syncbn.kernels.triton_launch import Launch, Step, _Memory
 
 _TYPES = {
     torch.float64: "*fp64",
@@ -51,16 +51,15 @@ CASES = {
 }
 
 
-def compiled(launch: Launch, arguments: tuple[Any, ...], arch: int) -> Any:
-    """Compile a launch as it would be where it is launched."""
-    kernel = launch.kernel
-    constants = launch.constants | {"PDL": arch >= 90, "launch_pdl": arch >= 90}
-    names = ("num_warps", "enable_fp_fusion", "maxnreg", "launch_pdl")
-    options = {name: constants.pop(name) for name in names if name in constants}
-    given = dict(zip(kernel.arg_names, arguments, strict=False)) | constants
+def compiled(step: Step, given: dict[str, Any], arch: int) -> Any:
+    """Compile a kernel as it would be where it is launched."""
+    kernel = step.kernel
+    constants = step.constants | {"PDL": arch >= 90, "launch_pdl": arch >= 90}
+    options = {name: constants.pop(name) for name in [*constants] if name.islower()}
+    known = given | step.sizes | constants
     signature, fixed, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        value = given[parameter.name]
+    for i, (name, parameter) in enumerate(zip(step.names.values(), kernel.params, strict=True)):
+        value = known.get(name)
         if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
             signature[parameter.name], fixed[(i,)] = "constexpr", value
         elif isinstance(value, Tensor):
@@ -133,12 +132,16 @@ def note(
     launch: Launch,
     launches: list[dict[str, Any]],
     architecture: int,
-    *tensors: Tensor | None,
+    tensors: tuple[Tensor | None, ...],
     floats: tuple[float, ...] = (),
 ) -> None:
-    """Add what a launch is compiled to."""
-    about = facts(compiled(launch, (*tensors, *floats, *launch.sizes), architecture))
-    launches.append({"kernel": launch.kernel.__name__, **about})
+    """Add what the kernels of a launch are compiled to."""
+    given: dict[str, Any] = dict(zip(launch.tensors, tensors, strict=True))
+    given |= zip(launch.floats, floats, strict=True)
+    given |= _Memory(launch.device).of(launch.shared)
+    for step in launch.steps:
+        about = facts(compiled(step, given, architecture))
+        launches.append({"kernel": step.kernel.__name__, **about})
 
 
 if __name__ == "__main__":

@@ -1,137 +1,219 @@
-"""Compare launches of kept kernels with Triton's own, by a driver that launches nothing.
+"""Compare launches by the driver with Triton's own, on a driver that launches nothing.
 
-``python -m tests.triton_launches`` prints as JSON, for each function and case, whether a second
-call passes the driver what the first did, which Triton itself had prepared.
+``python -m tests.triton_launches`` compiles that driver, with a compiler and what Triton has of
+CUDA's headers; and prints as JSON, for each case, whether it is told the same by both: arguments,
+addresses among them, and how many programs, threads and bytes of shared memory there are.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
+import os
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-import triton as triton_package
 from torch import Tensor
+from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
-from triton.runtime import driver
+from triton.runtime import driver as active
 
-from syncbn.kernels import Forward, Running, Transform, triton
+from syncbn.kernels import Forward, Running, Transform, triton, triton_launch
+from syncbn.kernels.triton_addresses import HAS_PDL
+from syncbn.kernels.triton_launch import Launch
 
-LAUNCHED: list[list[Any]] = []
-
-
-class Utilities:
-    def load_binary(self, *_: Any) -> tuple[int, ...]:
-        # Handles, registers, spills; and from 3.3 on threads.
-        found = 1, 2, 32, 0, 1024
-        return found[:4] if triton_package.__version__.startswith("3.2.") else found
-
-    def get_device_properties(self, _: int) -> dict[str, int]:
-        return {"max_shared_mem": 232448}
+SOURCE = Path(__file__).with_name("recording_driver.c")
+MOST = 64
+# What a kernel's arguments are in PTX, and their bytes.
+PARAMETER = re.compile(r"\.param \.([ubf])(\d+)[^,)]*_param_\d+")
 
 
-class Launcher:
-    def __init__(self, source: Any, _: Any) -> None:
-        self.name = source.fn.__name__
+class Record(ctypes.Structure):
+    """Of recording_driver.c."""
 
-    def __call__(self, *arguments: Any) -> None:
-        # Between the grid and what is the kernel's are stream, function, and hooks of profilers.
-        own = [*arguments[:3], *arguments[9:]]
-        plain = [a.data_ptr() if isinstance(a, Tensor) else a for a in own]
-        LAUNCHED.append([self.name, *plain])
+    _fields_ = (
+        ("name", ctypes.c_char * MOST),
+        ("numbers", ctypes.c_uint64 * 12),
+        ("arguments", ctypes.c_uint64 * MOST),
+    )
 
 
-class Driver(DriverBase):  # type: ignore[misc]
-    launcher_cls, utils = Launcher, Utilities()
+def build(folder: Path) -> ctypes.CDLL:
+    """Compile the driver, and load it before anybody looks for another."""
+    library = folder / "libcuda.so.1"
+    include = Path(nvidia.__file__).parent / "include"
+    compiler = os.environ.get("CC", "gcc")
+    command = [compiler, "-shared", "-fPIC", "-Wall", "-Wextra", f"-I{include}", str(SOURCE)]
+    subprocess.run([*command, f"-Wl,-soname,{library.name}", "-o", str(library)], check=True)
+    # What Triton links its launchers with.
+    (folder / "libcuda.so").symlink_to(library)
+    os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+    return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
-    def __init__(self) -> None:
-        """Do without what a GPU has."""
 
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
+def activate(stream: int) -> None:
+    """Have Triton launch on a stream, by the driver that has been loaded."""
+    from triton.backends.nvidia.driver import CudaDriver
 
-    def map_python_to_cpp_type(self, kind: str) -> str:
-        return kind
+    class OnStream(CudaDriver):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.get_current_stream = lambda _=None: stream
+            self.get_current_device = lambda: 0
 
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
 
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cpu")
 
-    def get_current_device(self) -> int:
-        return 0
+    active.set_active(OnStream())
 
-    def get_current_stream(self, _: Any = None) -> int:
-        return 0
 
-    def get_benchmarker(self) -> None: ...
+class Driver:
+    """The driver that has been loaded, as tests see it."""
 
-    def get_empty_cache_for_benchmark(self) -> None: ...
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self._records = (Record * MOST).in_dll(library, "records")
 
-    def clear_cache(self, _: Any) -> None: ...
+    def refuse(self, launches: int, error: int = 1) -> None:
+        """Have the next launches refused with an error."""
+        self._number("errors").value = launches
+        self._number("error").value = error
+
+    def told(self, call: Callable[[], object]) -> list[tuple[Any, ...]]:
+        """Return what the driver is told to launch during a call."""
+        recorded = self._number("recorded")
+        recorded.value = 0
+        call()
+        return [(r.name, *r.numbers, *r.arguments) for r in self._records[: recorded.value]]
+
+    def _number(self, name: str) -> ctypes.c_int:
+        return ctypes.c_int.in_dll(self._library, name)
+
+    def is_told_the_same(self, call: Callable[[], object]) -> bool:
+        """Return whether launches of a call are those that Triton makes of them."""
+        seen: list[tuple[Any, ...]] = []
+        run = Launch.__call__
+
+        def noted(launch: Launch, *given: Any) -> None:
+            seen.append((launch, *given))
+            run(launch, *given)
+
+        with patch.object(Launch, "__call__", noted):
+            call()
+        return bool(seen) and all(self._is_same(*each) for each in seen)
+
+    def _is_same(
+        self, launch: Launch, tensors: tuple[Tensor | None, ...], floats: tuple[float, ...] = ()
+    ) -> bool:
+        stream = active.active.get_current_stream()
+        shared = triton_launch._memory(launch.device, stream).of(launch.shared)
+        for kernel in launch._by_triton(tensors, floats, shared):
+            entry = kernel.asm["ptx"].partition(".entry")[2].partition("{")[0]
+            for i, (_, bits) in enumerate(PARAMETER.findall(entry)):
+                # Of recording_driver.c's Function.
+                sizes = (ctypes.c_int * MOST).from_address(kernel.function + MOST)
+                sizes[i] = int(bits) // 8
+        assert launch._calls
+        by_triton = self.told(lambda: launch._by_triton(tensors, floats, shared))
+        by_us = self.told(lambda: launch(tensors, floats))
+        return len(by_us) == len(launch.steps) and by_us == by_triton
 
 
 def functions(x: Tensor, weight: Tensor) -> dict[str, Callable[[], object]]:
-    """Return calls that write to the same memory each time, but for what they return."""
-    mean, var = weight.clone(), weight.clone()
-    running = Running(mean, var, torch.tensor(3), 0.1)
+    """Return calls of all functions."""
+    running = Running(weight.clone(), weight.clone(), torch.tensor(3), 0.1)
     gate, message = triton.new_gate(x), triton.moments(x)
     how = Forward(1e-5, weight, None, True, running, gate)
     _, statistics = triton.normalize(x, message, how, x)
     transform, sums = Transform(statistics, weight, weight), message[:-1].clone()
+    given = x, gate, x, transform, (weight, None)
     return {
         "moments": lambda: triton.moments(x),
         "normalize": lambda: triton.normalize(x, message, how, x),
+        "forward_alone": lambda: triton.forward_alone(x, how, x),
         "backward_reduce": lambda: triton.backward_reduce(x, x, transform, (weight, weight)),
-        "backward_reduce_gated": lambda: triton.backward_reduce_gated(x, gate, x, transform),
+        "backward_reduce_gated": lambda: triton.backward_reduce_gated(*given),
         "backward_elemt": lambda: triton.backward_elemt(x, x, transform, sums),
+        "backward_alone": lambda: triton.backward_alone(x, x, transform, (weight, weight)),
+        "backward_alone_gated": lambda: triton.backward_alone_gated(*given),
         "opened": lambda: triton.opened(gate, x),
     }
 
 
-def is_alike(call: Callable[[], object]) -> bool:
-    """Return whether a call launches the same, kept or by Triton; but for addresses of outputs."""
+def refusals(driver: Driver, call: Callable[[], object]) -> dict[str, bool]:
+    """Return whether Triton launches what the driver has refused, or says why not."""
     call()
-    LAUNCHED.clear()
-    call()
-    for name, kept in vars(triton).items():
-        if name.endswith("_launch"):
-            kept.cache_clear()
-    call()
-    one, other = LAUNCHED
-    same = [type(a) is type(b) for a, b in zip(one, other, strict=True)]
-    numbers = [a == b for a, b in zip(one, other, strict=True) if not _is_address(a)]
-    return all(same) and all(numbers)
+    wanted = driver.told(call)
+    driver.refuse(1)
+    found = driver.told(call)
+    driver.refuse(2)
+    said = ""
+    try:
+        call()
+    except RuntimeError as error:
+        said = str(error)
+    driver.refuse(0)
+    return {
+        "refused once": [told[0] for told in found] == [told[0] for told in wanted],
+        "refused": "an error of the tests" in said,
+        "refused no more": driver.told(call)[0][0] == wanted[0][0],
+    }
 
 
-def _is_address(argument: Any) -> bool:
-    return isinstance(argument, int) and argument > 2**32
+def captures(driver: Driver, call: Callable[[], object]) -> dict[str, bool]:
+    """Return whether a graph that is captured has memory of its own for what programs share."""
+    (plain,) = driver.told(call)
+    with patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):
+        (captured,) = driver.told(call)
+    differ = [a != b for a, b in zip(plain, captured, strict=True)]
+    # What they share, and what they return: parts, arrivals, message.
+    return {"captured": plain[0] == captured[0] and sum(differ) >= 2}
 
 
 def main() -> None:
     """Compare all functions: for vectors, single values, other dtypes and unaligned memory."""
-    driver.set_active(Driver())
-    flat = torch.randn(2 * 64 * 14 * 14 * 8 + 1)
-    large = flat[:-1].view(16, 64, 14, 14)
-    cases = {
-        "contiguous": (large, torch.ones(64)),
-        "channels_last": (large.to(memory_format=torch.channels_last), torch.ones(64)),
-        "bfloat16": (large.bfloat16(), torch.ones(64)),
-        "bfloat16 weights": (large.bfloat16(), torch.ones(64).bfloat16()),
-        "unaligned": (flat[1:].view(16, 64, 14, 14), torch.ones(64)),
-        "odd": (torch.randn(3, 5, 7, 7), torch.ones(5)),
-        "no values": (torch.randn(0, 5, 7, 7), torch.ones(5)),
-    }
-    found = {
-        f"{case}: {name}": is_alike(call)
-        for case, (x, weight) in cases.items()
-        for name, call in functions(x, weight).items()
-    }
+    with tempfile.TemporaryDirectory() as folder:
+        driver = Driver(build(Path(folder)))
+        activate(stream=7)
+        flat = torch.randn(2 * 64 * 14 * 14 * 8 + 1)
+        large = flat[:-1].view(16, 64, 14, 14)
+        last = large.to(memory_format=torch.channels_last)
+        cases = {
+            "contiguous": (large, torch.ones(64)),
+            "channels_last": (last, torch.ones(64)),
+            "bfloat16": (large.bfloat16(), torch.ones(64)),
+            "bfloat16 weights": (large.bfloat16(), torch.ones(64).bfloat16()),
+            "unaligned": (flat[1:].view(16, 64, 14, 14), torch.ones(64)),
+            "odd": (torch.randn(3, 5, 7, 7), torch.ones(5)),
+            "no values": (torch.randn(0, 5, 7, 7), torch.ones(5)),
+        }
+        with patch.object(torch.cuda, "is_current_stream_capturing", lambda: False):
+            found = {
+                f"{case}: {name}": driver.is_told_the_same(call)
+                for case, (x, weight) in cases.items()
+                for name, call in functions(x, weight).items()
+            }
+            few_channels = torch.randn(64, 4, 32, 32)
+            shared = driver.is_told_the_same(lambda: triton.moments(few_channels))
+            found["shared channels"] = shared
+            found |= refusals(driver, lambda: triton.moments(large))
+            found |= captures(driver, lambda: triton.moments(few_channels))
+            activate(stream=8)
+            found["another stream"] = driver.is_told_the_same(lambda: triton.moments(large))
+            overlapping = {"PDL": True, "launch_pdl": True} if HAS_PDL else {"PDL": False}
+            with patch.object(triton_launch, "_overlap", lambda _: overlapping):
+                call = functions(large.double(), torch.ones(64).double())["backward_alone"]
+                found["overlapping"] = driver.is_told_the_same(call)
     json.dump(found, sys.stdout)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from syncbn.autograd import any_order
 from syncbn.autograd.call import Call
 from syncbn.distributed import collectives
-from syncbn.kernels import Transform, alone, gated
+from syncbn.kernels import Transform, Wanted, gated
 from syncbn.kernels.reference import affine
 from syncbn.kernels.second_order import second_elemt, second_reduce
 
@@ -31,8 +31,8 @@ class FirstOrder(NamedTuple):
     dx: Tensor | None
     dweight: Tensor | None
     dbias: Tensor | None
-    mine: Tensor
-    sums: Tensor
+    mine: Tensor | None = None
+    sums: Tensor | None = None
 
 
 def first_order(
@@ -57,29 +57,51 @@ def first_order(
         gate: of a gated kernel, if dy has yet to go through the ReLU after a residual.
         keep_mine: whether the sums of this rank are wanted.
     """
-    kernel = call.kernel
     needs_x, needs_weight, needs_bias, needs_residual = needs[:4]
     wanted = transform.weight if needs_weight else None, transform.bias if needs_bias else None
-    over = may_overwrite and not needs_residual
-    dx = None
+    if call.group is None and needs_x:
+        given = dy, x, transform, call, wanted, may_overwrite, needs_residual, gate, keep_mine
+        return _alone(*given)
+    kernel = call.kernel
     if gate is not None:
         assert gated.is_gated(kernel)
         found = kernel.backward_reduce_gated(dy, gate, x, transform, wanted, may_overwrite)
         dy, mine, dweight, dbias = found
-        over = not needs_residual
-    elif call.group is None and needs_x:
-        mine, dx, dweight, dbias = alone.backward(kernel, dy, x, transform, wanted, over)
+        may_overwrite = True
     else:
         mine, dweight, dbias = kernel.backward_reduce(dy, x, transform, wanted)
-    # The all-reduce works in place.
+    # The all-reduce works in place. It is also for ranks that need no dx: others wait for theirs.
     message = mine.clone() if keep_mine and call.group is not None else mine
-    sums = message
-    if call.group is not None:
-        # Also when this rank needs no dx: the others wait for its share.
-        sums = collectives.all_reduce(message, call.group, call.about("backward", x))
-    if needs_x and dx is None:
+    sums = collectives.all_reduce(message, call.group, call.about("backward", x))
+    dx = None
+    if needs_x:
+        over = may_overwrite and not needs_residual
         dx = kernel.backward_elemt(dy, x, transform, sums, over)
     return FirstOrder(dy, dx, dweight, dbias, mine, sums)
+
+
+def _alone(
+    dy: Tensor,
+    x: Tensor,
+    transform: Transform,
+    call: Call,
+    wanted: Wanted,
+    may_overwrite: bool,
+    keep_dy: bool,
+    gate: Tensor | None,
+    keep_sums: bool,
+) -> FirstOrder:
+    """Return the gradients in a group of one."""
+    kernel, sums = call.kernel, None
+    if gate is not None:
+        assert gated.is_gated(kernel)
+        given = dy, gate, x, transform, wanted, may_overwrite, keep_dy
+        dy, dx, dweight, dbias = kernel.backward_alone_gated(*given)
+    else:
+        over = may_overwrite and not keep_dy
+        found = kernel.backward_alone(dy, x, transform, wanted, over, keep_sums)
+        sums, dx, dweight, dbias = found
+    return FirstOrder(dy, dx, dweight, dbias, sums, sums)
 
 
 class SyncBatchNormBackward(torch.autograd.Function):

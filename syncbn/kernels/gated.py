@@ -49,6 +49,28 @@ class Gated(Kernel, Protocol):
             may_overwrite: nobody needs dy any more; the result may be written there.
         """
 
+    def backward_alone_gated(
+        self,
+        dy: Tensor,
+        gate: Tensor,
+        x: Tensor,
+        transform: Transform,
+        wanted: Wanted,
+        may_overwrite: bool = False,
+        keep_gated: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Return what comes through the ReLU, dx of that, dweight and dbias, in a group of one.
+
+        Args:
+            dy: as for :meth:`backward_reduce_gated`, and so are those that follow.
+            gate: of the forward pass.
+            x: shape ``[N, C, *]``.
+            transform: of the forward pass, without residual and ReLU.
+            wanted: weight and bias; None for each whose gradient is not.
+            may_overwrite: nobody needs dy any more.
+            keep_gated: whether what comes through is wanted; else dx may be written there.
+        """
+
 
 def is_gated(kernel: Kernel) -> TypeGuard[Gated]:
     """Return whether a kernel module can."""

@@ -54,7 +54,7 @@ class Samples(NamedTuple):
 def readable(x: Tensor) -> tuple[Tensor, Samples]:
     """Return x, or a copy if it has to be, and what kernels see in it."""
     x = x.resolve_neg() if x.is_neg() else x
-    samples = Samples.of(x)
+    samples = _samples(x.shape, x.stride())
     if samples is None:
         x = x.contiguous()
         samples = Samples.dense(x.shape)
@@ -78,7 +78,7 @@ def alike(t: Tensor, x: Tensor, samples: Samples) -> tuple[Tensor, int]:
     t = t.resolve_neg() if t.is_neg() else t
     if t._is_zerotensor():
         t = torch.zeros_like(x)
-    found = Samples.of(t)
+    found = _samples(t.shape, t.stride())
     if found == samples:
         return t, samples.stride
     if found is None or found[:3] != samples[:3]:

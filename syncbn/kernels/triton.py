@@ -10,31 +10,24 @@ interpreter, which takes tensors of the CPU: slowly, and with the same arithmeti
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from triton.runtime.interpreter import InterpretedFunction
 
 from syncbn.kernels import reference, triton_kernels
+from syncbn.kernels import triton_passes as passes
 from syncbn.kernels.samples import Samples, alike, empty_like, readable
 from syncbn.kernels.transform import Forward, Running, Transform, Wanted
-from syncbn.kernels.triton_launch import Launch, capability, is_interpreted, scratch
-from syncbn.kernels.triton_tiles import (
-    COMPUTE,
-    elementwise,
-    for_elements,
-    for_sums,
-    gate_bytes,
-    reduction,
-)
+from syncbn.kernels.triton_launch import Launch, capability
+from syncbn.kernels.triton_tiles import COMPUTE, gate_bytes
 
-IS_INTERPRETED = is_interpreted(triton_kernels.moments)
-# For the interpreter: as many as GPUs have.
-_MULTIPROCESSORS = 132
+IS_INTERPRETED = isinstance(triton_kernels.moments, InterpretedFunction)
 # Of GPUs that Triton compiles for.
 _LEAST_CAPABILITY = (8, 0)
-Shared = tuple[int, int] | None
 _NOTHING = Running(None, None, None, 0.0)
 
 
@@ -60,20 +53,56 @@ def _why_none(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def moments(x: Tensor) -> Tensor:
     """See :func:`syncbn.kernels.reference.moments`."""
-    return _moments(*readable(x))
+    x, samples = readable(x)
+    found = x.new_empty(2 * samples.channels + 1, dtype=torch.float64)
+    passes.moments(samples, x.device, x.dtype)((x, found))
+    return found
 
 
 def normalize(
     x: Tensor, message: Tensor, how: Forward, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See :func:`syncbn.kernels.reference.normalize`."""
-    return _normalize(*readable(x), message, how, residual)
+    return forward_alone(x, how, residual, message)
 
 
-def forward_alone(x: Tensor, how: Forward, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """See :func:`syncbn.kernels.alone.forward`."""
+def forward_alone(
+    x: Tensor, how: Forward, residual: Tensor | None = None, message: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See :func:`syncbn.kernels.reference.forward_alone`; or of a message that is there."""
     x, samples = readable(x)
-    return _normalize(x, samples, _moments(x, samples), how, residual)
+    mean, var, tracked, momentum = running = how.running or _NOTHING
+    if running is not _NOTHING and not _can_move(running, x.device):
+        message = moments(x) if message is None else message
+        reference.move_running(message, running)
+        mean, var, tracked, momentum = running = _NOTHING
+    if cumulative := momentum is None and tracked is not None:
+        # By itself: all programs read what one of them would write.
+        count = samples.batch * samples.space if message is None else message[-1]
+        tracked.add_(count > 1)
+    weight, bias = _numbers(how.weight, how.bias)
+    added = None if residual is None else _dense(residual, x, samples)
+    statistics = x.new_empty(2 * samples.channels + 1, dtype=torch.float64)
+    y, gate = empty_like(x, samples), how.gate
+    launch = passes.forward(
+        *(samples, x.device, x.dtype, how.relu, cumulative, message is None),
+        *(
+            residual is None,
+            gate is None,
+            tracked is None,
+            getattr(weight, "dtype", None),
+            getattr(bias, "dtype", None),
+        ),
+        *(getattr(mean, "dtype", None), getattr(var, "dtype", None)),
+    )
+    launch(
+        (x, message, added, y, gate, statistics, weight, bias, mean, var, tracked),
+        (how.eps, momentum or 0.0),
+    )
+    if running is not _NOTHING:
+        # As a call of torch would: autograd must notice if it still needs what was there.
+        increment_version([t for t in running[:3] if t is not None])
+    return y, statistics
 
 
 def new_gate(x: Tensor) -> Tensor:
@@ -86,7 +115,7 @@ def opened(gate: Tensor, x: Tensor) -> Tensor:
     """See :meth:`syncbn.kernels.gated.Gated.opened`."""
     x, samples = readable(x)
     found = empty_like(x, samples, torch.bool)
-    _unpack_launch(samples, x.dtype, x.device)(gate, found.view(torch.int8))
+    passes.unpack(samples, x.device, x.dtype)((gate, found.view(torch.int8)))
     return found
 
 
@@ -94,21 +123,25 @@ def backward_reduce(
     dy: Tensor, x: Tensor, transform: Transform, wanted: Wanted = (None, None)
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See :func:`syncbn.kernels.reference.backward_reduce`."""
-    x, samples = readable(x)
-    return _reduce(*alike(dy, x, samples), None, x, samples, transform, wanted)[1:]
+    return backward_reduce_gated(dy, None, x, transform, wanted)[1:]
 
 
 def backward_reduce_gated(
     dy: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     x: Tensor,
     transform: Transform,
     wanted: Wanted = (None, None),
     may_overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """See :meth:`syncbn.kernels.gated.Gated.backward_reduce_gated`."""
+    """See :meth:`syncbn.kernels.gated.Gated.backward_reduce_gated`; or dy is plain."""
     x, samples = readable(x)
-    return _reduce(*alike(dy, x, samples), gate, x, samples, transform, wanted, may_overwrite)
+    dy, stride = alike(dy, x, samples)
+    over = may_overwrite and stride == samples.dense_stride
+    gated = dy if gate is None or over else empty_like(x, samples)
+    sums = x.new_empty(2 * samples.channels, dtype=torch.float64)
+    given = x, sums, dy, gate, gated, None
+    return gated, sums, *_launch(passes.backward_reduce, samples, stride, transform, wanted, given)
 
 
 def backward_elemt(
@@ -116,173 +149,92 @@ def backward_elemt(
 ) -> Tensor:
     """See :func:`syncbn.kernels.reference.backward_elemt`."""
     x, samples = readable(x)
-    return _elemt(*alike(dy, x, samples), x, samples, transform, sums, may_overwrite)
-
-
-def backward_alone(
-    dy: Tensor, x: Tensor, transform: Transform, wanted: Wanted, may_overwrite: bool = False
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """See :func:`syncbn.kernels.alone.backward`."""
-    x, samples = readable(x)
     dy, stride = alike(dy, x, samples)
-    _, sums, dweight, dbias = _reduce(dy, stride, None, x, samples, transform, wanted)
-    dx = _elemt(dy, stride, x, samples, transform, sums, may_overwrite)
-    return sums, dx, dweight, dbias
-
-
-def _moments(x: Tensor, samples: Samples) -> Tensor:
-    launch, shared = _moments_launch(samples, x.dtype, x.device)
-    found = x.new_empty(2 * samples.channels + 1, dtype=torch.float64)
-    launch(x, *_scratch(x.device, shared), found)
-    return found
-
-
-def _normalize(
-    x: Tensor, samples: Samples, message: Tensor, how: Forward, residual: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    running = how.running or _NOTHING
-    if running is not _NOTHING and not _can_move(running, x.device):
-        reference.move_running(message, running)
-        running = _NOTHING
-    mean, var, tracked, momentum = running
-    cumulative = momentum is None and tracked is not None
-    if tracked is not None and cumulative:
-        # By itself: all programs read what one of them would write.
-        tracked.add_(message[-1] > 1)
-    added = None if residual is None else _dense(residual, x, samples)
-    statistics, y = torch.empty_like(message), empty_like(x, samples)
-    _normalize_launch(samples, x.dtype, x.device, how.relu, cumulative)(
-        *(x, added, y, how.gate, message, statistics),
-        *(_dense_numbers(how.weight), _dense_numbers(how.bias), mean, var, tracked),
-        floats=(how.eps, momentum or 0.0),
-    )
-    if running is not _NOTHING:
-        # As a call of torch would: autograd must notice if it still needs what was there.
-        increment_version([t for t in running[:3] if t is not None])
-    return y, statistics
-
-
-def _reduce(
-    dy: Tensor,
-    dy_stride: int,
-    gate: Tensor | None,
-    x: Tensor,
-    samples: Samples,
-    transform: Transform,
-    wanted: Wanted,
-    may_overwrite: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return what comes through the gate, or dy, and :func:`backward_reduce` of it."""
-    over = may_overwrite and dy_stride == samples.dense_stride
-    gated = dy if gate is None or over else empty_like(x, samples)
-    sums = x.new_empty(2 * samples.channels, dtype=torch.float64)
-    dweight, dbias = (None if t is None else _new_gradient(t) for t in wanted)
-    launch, shared = _reduce_launch(samples, dy_stride, x.dtype, x.device, transform.relu)
-    launch(
-        *(dy, gate, gated, x, *_scratch(x.device, shared), sums, dbias, dweight),
-        *(transform.statistics, _dense_numbers(transform.weight), _dense_numbers(transform.bias)),
-    )
-    return gated, sums, dweight, dbias
-
-
-def _elemt(
-    dy: Tensor,
-    dy_stride: int,
-    x: Tensor,
-    samples: Samples,
-    transform: Transform,
-    sums: Tensor,
-    may_overwrite: bool,
-) -> Tensor:
-    over = may_overwrite and dy_stride == samples.dense_stride
-    dx = dy if over else empty_like(x, samples)
-    _elemt_launch(samples, dy_stride, x.dtype, x.device, transform.relu)(
-        *(dy, x, dx, sums, transform.statistics),
-        *(_dense_numbers(transform.weight), _dense_numbers(transform.bias)),
-    )
+    dx = dy if may_overwrite and stride == samples.dense_stride else empty_like(x, samples)
+    given = x, sums, dy, None, None, dx
+    _launch(passes.backward_elemt, samples, stride, transform, (None, None), given)
     return dx
 
 
-# Layers see the same few shapes again and again. The sums' launches come with how much programs
-# tell each other.
-_kept = lru_cache(maxsize=4096)
+def backward_alone(
+    dy: Tensor,
+    x: Tensor,
+    transform: Transform,
+    wanted: Wanted,
+    may_overwrite: bool = False,
+    keep_sums: bool = False,
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """See :func:`syncbn.kernels.reference.backward_alone`."""
+    if keep_sums:
+        sums, dweight, dbias = backward_reduce(dy, x, transform, wanted)
+        return sums, backward_elemt(dy, x, transform, sums, may_overwrite), dweight, dbias
+    found = backward_alone_gated(dy, None, x, transform, wanted, may_overwrite)
+    return None, *found[1:]
 
 
-@_kept
-def _moments_launch(
-    samples: Samples, dtype: torch.dtype, device: torch.device
-) -> tuple[Launch, Shared]:
-    tiles = for_sums(samples, dtype, _multiprocessors(device))
-    strides = (samples.stride,)
-    sizes = *tiles.size, *strides, tiles.number, tiles.along, tiles.splits
-    constants = reduction(tiles, dtype.itemsize, *strides)
-    programs, count = tiles.blocks * tiles.splits, samples.batch * samples.space
-    kernel = triton_kernels.moments
-    return Launch(kernel, device, programs, (*sizes, count), constants), tiles.shared
+def backward_alone_gated(
+    dy: Tensor,
+    gate: Tensor | None,
+    x: Tensor,
+    transform: Transform,
+    wanted: Wanted,
+    may_overwrite: bool = False,
+    keep_gated: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """See :meth:`syncbn.kernels.gated.Gated.backward_alone_gated`; or dy is plain."""
+    x, samples = readable(x)
+    dy, stride = alike(dy, x, samples)
+    over = may_overwrite and stride == samples.dense_stride
+    gated = dy if gate is None or over else empty_like(x, samples)
+    is_ours = over or gate is not None
+    dx = gated if is_ours and not keep_gated else empty_like(x, samples)
+    given = x, None, dy, gate, gated, dx
+    return gated, dx, *_launch(passes.backward, samples, stride, transform, wanted, given)
 
 
-@_kept
-def _normalize_launch(
-    samples: Samples, dtype: torch.dtype, device: torch.device, relu: bool, cumulative: bool
-) -> Launch:
-    tiles = for_elements(samples, dtype)
-    strides = samples.stride, samples.dense_stride
-    sizes = *tiles.size, *strides, tiles.number, tiles.along
-    constants = elementwise(tiles, *strides) | {"RELU": relu, "CUMULATIVE": cumulative}
-    return Launch(triton_kernels.normalize, device, tiles.programs, sizes, constants)
+def _launch(
+    launches: Callable[..., Launch],
+    samples: Samples,
+    dy_stride: int,
+    transform: Transform,
+    wanted: Wanted,
+    given: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Launch a pass backward, and return dweight and dbias.
+
+    Args:
+        launches: of :mod:`syncbn.kernels.triton_passes`.
+        samples: what kernels see in x.
+        dy_stride: of the samples of dy.
+        transform: of the forward pass.
+        wanted: weight and bias; None for each whose gradient is not.
+        given: tensors, as far as :data:`passes.BACKWARD` has others than those of the transform.
+    """
+    x, _, _, gate, *_ = given
+    assert x is not None
+    weight, bias = _numbers(transform.weight, transform.bias)
+    of_weight, of_bias = wanted
+    dweight = None if of_weight is None else torch.empty_like(of_weight)
+    dbias = None if of_bias is None else torch.empty_like(of_bias)
+    launch = launches(
+        *(samples, x.device, x.dtype, dy_stride, transform.relu, gate is None),
+        *(dweight is None, dbias is None, getattr(weight, "dtype", None)),
+        getattr(bias, "dtype", None),
+    )
+    launch((*given, transform.statistics, weight, bias, dweight, dbias))
+    return dweight, dbias
 
 
-@_kept
-def _reduce_launch(
-    samples: Samples, dy_stride: int, dtype: torch.dtype, device: torch.device, relu: bool
-) -> tuple[Launch, Shared]:
-    tiles = for_sums(samples, dtype, _multiprocessors(device))
-    strides = dy_stride, samples.stride, samples.dense_stride
-    sizes = *tiles.size, *strides, tiles.number, tiles.along, tiles.splits
-    constants = reduction(tiles, 2 * dtype.itemsize, *strides) | {"RELU": relu}
-    programs = tiles.blocks * tiles.splits
-    return Launch(triton_kernels.backward_reduce, device, programs, sizes, constants), tiles.shared
-
-
-@_kept
-def _elemt_launch(
-    samples: Samples, dy_stride: int, dtype: torch.dtype, device: torch.device, relu: bool
-) -> Launch:
-    tiles = for_elements(samples, dtype)
-    strides = dy_stride, samples.stride, samples.dense_stride
-    sizes = *tiles.size, *strides, tiles.number, tiles.along
-    constants = elementwise(tiles, *strides) | {"RELU": relu}
-    return Launch(triton_kernels.backward_elemt, device, tiles.programs, sizes, constants)
-
-
-@_kept
-def _unpack_launch(samples: Samples, dtype: torch.dtype, device: torch.device) -> Launch:
-    tiles = for_elements(samples, dtype)
-    sizes = *tiles.size, samples.dense_stride, tiles.number, tiles.along
-    constants = elementwise(tiles, samples.dense_stride)
-    return Launch(triton_kernels.unpack, device, tiles.programs, sizes, constants)
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return _MULTIPROCESSORS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _scratch(device: torch.device, shared: Shared) -> tuple[Tensor | None, Tensor | None]:
-    """Return what programs that share channels leave to the last, and how many have come: zeros."""
-    return (None, None) if shared is None else scratch(device, *shared)
-
-
-def _new_gradient(t: Tensor) -> Tensor:
-    return torch.empty_like(t, memory_format=torch.contiguous_format)
+def _numbers(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return weight and bias as kernels read them: one number after the other."""
+    for t in (weight, bias):
+        if t is not None and (t.is_neg() or not t.is_contiguous()):
+            return _dense_numbers(weight), _dense_numbers(bias)
+    return weight, bias
 
 
 def _dense_numbers(t: Tensor | None) -> Tensor | None:
-    if t is None or (t.is_contiguous() and not t.is_neg()):
-        return t
-    return t.resolve_neg().contiguous()
+    return None if t is None else t.resolve_neg().contiguous()
 
 
 def _dense(t: Tensor, x: Tensor, samples: Samples) -> Tensor:

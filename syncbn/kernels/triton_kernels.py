@@ -60,7 +60,7 @@ _jit = partial(triton.jit, do_not_specialize_on_alignment=_SIZES)
 
 @_jit
 def moments(
-    x_ptr, parts_ptr, arrivals_ptr, sums_ptr,
+    x_ptr, parts_ptr, arrivals_ptr, message_ptr,
     samples, channels, space, x_stride, tiles, along, splits, count,
     AHEAD: tl.constexpr, BLOCK_K: tl.constexpr,
     UNIT: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, LAST: tl.constexpr,
@@ -98,7 +98,7 @@ def moments(
     raw = sum_ + wide * size
     raw_sq = sum_sq + wide * (sum_ + raw)
     store_totals(
-        raw, raw_sq, parts_ptr, arrivals_ptr, sums_ptr, None, None, count,
+        raw, raw_sq, parts_ptr, arrivals_ptr, message_ptr, None, None, count,
         split, splits, channels, c, here_c, BLOCK_K, BLOCK_C,
     )
 

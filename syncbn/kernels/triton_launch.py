@@ -1,122 +1,185 @@
-"""Launches of the Triton kernels: what is compiled is kept, and called with addresses.
+"""Launches of the Triton kernels: those of a pass, one after the other.
 
-Triton looks at every argument of every call, to find what it has compiled for such: 15 us a launch,
-several times what the launch itself takes the host. What changes between calls here are tensors, of
-which dtypes and alignment count, and floats, which do not.
+Triton compiles at the first launch, for addresses that are multiples of 16 or any, and what it has
+compiled is called by :mod:`syncbn.kernels.triton_driver` from then on.
 """
 
 from __future__ import annotations
 
-import ctypes
+import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from math import gcd
+from typing import Any, TypeAlias
 
 import torch
-import triton
 from torch import Tensor
 from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
 
+from syncbn.kernels import triton_driver
 from syncbn.kernels.triton_addresses import HAS_PDL
+from syncbn.kernels.triton_driver import Calls, Compiled
 
 # Bytes; Triton compiles for addresses that are multiples, or for any.
 _ALIGNMENT = 16
 # Of GPUs that prepare a launch during the one before, and of drivers that capture such launches.
 _OVERLAPPING, _CAPTURING = (9, 0), 12030
-# Of Triton that wants constants where it is called with addresses, too.
-_CONSTANTS_TOO = (3, 3)
 
-Key = tuple[torch.dtype | bool | None, ...]
+# torch.cuda.current_device() asks first whether CUDA has been started, which takes longer.
+_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+
+#: Memory that launches of a stream share, by name: how many numbers of which dtype. Launches find
+#: it as the ones before left it, zeros at first.
+Shared: TypeAlias = "Mapping[str, tuple[int, torch.dtype]]"
+_Key = tuple[int | bool, ...] | int
+
+
+@dataclass(frozen=True)
+class Step:
+    """A kernel with what it is told besides tensors and floats.
+
+    Attributes:
+        kernel: of :mod:`syncbn.kernels.triton_kernels`.
+        programs: how many.
+        sizes: the integers, by name.
+        constants: by name, in capitals; and Triton's options. Those that the kernel has not are
+            left out.
+        standing_for: arguments that a pass knows by other names.
+    """
+
+    kernel: Any
+    programs: int
+    sizes: dict[str, int]
+    constants: dict[str, Any]
+    standing_for: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Names of the kernel's arguments, and what the pass knows them by."""
+        return {name: self.standing_for.get(name, name) for name in self.kernel.arg_names}
+
+    def options(self, device: torch.device) -> dict[str, Any]:
+        """Return the constants that the kernel has, and what Triton is told."""
+        found = self.constants | _overlap(device)
+        return {k: v for k, v in found.items() if k.islower() or k in self.kernel.arg_names}
 
 
 @dataclass(eq=False)
 class Launch:
-    """A kernel with all that it is told besides tensors and floats.
+    """The launches of a pass.
 
     Attributes:
-        kernel: of :mod:`syncbn.kernels.triton_kernels`.
         device: of the tensors.
-        programs: how many.
-        sizes: the integers, in the order of the kernel's arguments.
-        constants: by name, in capitals; and Triton's options. Those that the kernel has not are
-            left out.
+        steps: kernels, in their order.
+        tensors: names of those that a call gives, in its order.
+        floats: names of the floats that follow.
+        shared: what the steps, and programs of a step, tell each other.
     """
 
-    kernel: Any
     device: torch.device
-    programs: int
-    sizes: tuple[int, ...]
-    constants: dict[str, Any]
-    _compiled: dict[Key, Any] = field(default_factory=dict)
-    _rest: tuple[Any, ...] = ()
+    steps: Sequence[Step]
+    tensors: Sequence[str]
+    floats: Sequence[str] = ()
+    shared: Shared = field(default_factory=dict)
+    _calls: dict[_Key, Calls] = field(default_factory=dict)
+    _is_interpreted: bool = False
 
     def __post_init__(self) -> None:
-        constants = self.constants | _overlap(self.device)
-        names = [name for name in self.kernel.arg_names if name in constants]
-        options = {name: value for name, value in constants.items() if name.islower()}
-        self.constants = {name: constants[name] for name in names} | options
-        self._rest = self.sizes
-        if _version(triton.__version__) >= _CONSTANTS_TOO:
-            self._rest += tuple(self.constants[name] for name in names)
+        self._is_interpreted = isinstance(self.steps[0].kernel, InterpretedFunction)
 
-    def __call__(self, *tensors: Tensor | None, floats: tuple[float, ...] = ()) -> None:
+    def __call__(self, tensors: Sequence[Tensor | None], floats: Sequence[float] = ()) -> None:
         """Launch on the current stream of the device.
 
         Args:
-            tensors: in the order of the kernel's arguments.
-            floats: which follow them.
+            tensors: by the names that the launch has been made with, always of the same dtypes,
+                and None where they were.
+            floats: as well.
         """
-        index = self.device.index
-        if index is not None and index != torch.cuda.current_device():
-            # Triton launches on the current device.
-            with torch.cuda.device(self.device):
-                self._launch(tensors, floats)
-        else:
-            self._launch(tensors, floats)
-
-    def _launch(self, tensors: tuple[Tensor | None, ...], floats: tuple[float, ...]) -> None:
-        addresses = [None if t is None else t.data_ptr() for t in tensors]
-        key: Key = tuple([None if t is None else t.dtype for t in tensors])
-        bits = 0
-        for address in addresses:
-            bits |= address or 0
-        if bits % _ALIGNMENT:
-            key += tuple([(address or 0) % _ALIGNMENT == 0 for address in addresses])
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            grid = (self.programs, 1, 1)
-            compiled = self.kernel[grid](*tensors, *floats, *self.sizes, **self.constants)
-            if not is_interpreted(self.kernel):
-                self._compiled[key] = compiled
+        if self._is_interpreted:
+            self._by_triton(tensors, floats, _new(self.shared, self.device))
             return
-        # As Triton does itself, but for hooks of its profiler.
-        stream = driver.active.get_current_stream(self.device.index)
-        about = compiled.function, compiled.packed_metadata, None, None, None
-        compiled.run(self.programs, 1, 1, stream, *about, *addresses, *floats, *self._rest)
+        index = self.device.index
+        if index is not None and index != _current_device():
+            with torch.cuda.device(self.device):
+                self(tensors, floats)
+            return
+        if self.shared and torch.cuda.is_current_stream_capturing():
+            # A graph may be replayed beside whatever else runs then, and has memory of its own.
+            self._by_triton(tensors, floats, _new(self.shared, self.device))
+            return
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        stream = driver.active.get_current_stream(index)
+        key: _Key = stream
+        if gcd(_ALIGNMENT, *addresses) != _ALIGNMENT:
+            key = stream, *[address % _ALIGNMENT == 0 for address in addresses]
+        calls = self._calls.get(key)
+        # Where the driver refuses, Triton will say why.
+        if calls is None or calls(addresses, floats):
+            self._calls[key] = self._first(tensors, floats, stream)
+
+    def _first(
+        self, tensors: Sequence[Tensor | None], floats: Sequence[float], stream: int
+    ) -> Calls:
+        """Launch, and return how to do it again."""
+        memory = _memory(self.device, stream)
+        with memory.lock:
+            shared = memory.of(self.shared)
+            kernels = self._by_triton(tensors, floats, shared)
+        fixed = {name: t.data_ptr() for name, t in shared.items()}
+        compiled = [
+            Compiled(kernel, step.names, step.programs, fixed | step.sizes)
+            for step, kernel in zip(self.steps, kernels, strict=True)
+        ]
+        return Calls(compiled, self.tensors, self.floats, stream, memory.lock)
+
+    def _by_triton(
+        self,
+        tensors: Sequence[Tensor | None],
+        floats: Sequence[float],
+        shared: Mapping[str, Tensor],
+    ) -> list[Any]:
+        """Launch as Triton does it; return what it has compiled."""
+        given: dict[str, Any] = dict(zip(self.tensors, tensors, strict=True))
+        given |= dict(zip(self.floats, floats, strict=True)) | dict(shared)
+        found = []
+        for step in self.steps:
+            options = step.options(self.device)
+            known = given | step.sizes
+            names = {own: name for own, name in step.names.items() if own not in options}
+            arguments = {own: known.get(name) for own, name in names.items()}
+            found.append(step.kernel[step.programs, 1, 1](**arguments, **options))
+        return found
 
 
-def is_interpreted(kernel: Any) -> bool:
-    """Return whether a kernel runs in Triton's interpreter."""
-    return isinstance(kernel, InterpretedFunction)
+class _Memory:
+    """What launches of a stream share. They follow one another.
 
-
-def scratch(device: torch.device, numbers: int, zeros: int) -> tuple[Tensor, Tensor]:
-    """Return memory for what programs of a launch tell each other, on the current stream.
-
-    Launches on a stream follow one another, and share it.
-
-    Args:
-        device: where.
-        numbers: how many float64 to write and read in a launch.
-        zeros: how many int32, zero, and left so.
+    Attributes:
+        lock: held while a pass is launched, whose steps share it.
     """
-    if device.type == "cpu":
-        return _scratch(device, 0, numbers, zeros)
-    if torch.cuda.is_current_stream_capturing():
-        # A graph may be replayed beside whatever else runs then, and has its own.
-        return _new_scratch(device, numbers, zeros)
-    return _scratch(device, driver.active.get_current_stream(device.index), numbers, zeros)
+
+    def __init__(self, device: torch.device) -> None:
+        self.lock = threading.Lock()
+        self._device = device
+        self._tensors: dict[tuple[str, int], Tensor] = {}
+
+    def of(self, shared: Shared) -> dict[str, Tensor]:
+        """Return tensors by name, the same each time."""
+        for name, (size, dtype) in shared.items():
+            if (name, size) not in self._tensors:
+                self._tensors[name, size] = torch.zeros(size, dtype=dtype, device=self._device)
+        return {name: self._tensors[name, size] for name, (size, _) in shared.items()}
+
+
+@cache
+def _memory(device: torch.device, stream: int) -> _Memory:
+    return _Memory(device)
+
+
+def _new(shared: Shared, device: torch.device) -> dict[str, Tensor]:
+    return _Memory(device).of(shared)
 
 
 @cache
@@ -126,34 +189,9 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 
 @cache
-def _scratch(device: torch.device, stream: int, numbers: int, zeros: int) -> tuple[Tensor, Tensor]:
-    return _new_scratch(device, numbers, zeros)
-
-
-def _new_scratch(device: torch.device, numbers: int, zeros: int) -> tuple[Tensor, Tensor]:
-    return (
-        torch.empty(numbers, dtype=torch.float64, device=device),
-        torch.zeros(zeros, dtype=torch.int32, device=device),
-    )
-
-
-@cache
 def _overlap(device: torch.device) -> dict[str, bool]:
     """Return how launches begin: while the one before ends, where GPU and Triton can."""
     can = device.type == "cuda" and capability(device) >= _OVERLAPPING
-    if can and HAS_PDL and _driver_version() >= _CAPTURING:
+    if can and HAS_PDL and triton_driver.version() >= _CAPTURING:
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
-
-
-def _driver_version() -> int:
-    """Return the CUDA that the driver is of: 12030 for 12.3."""
-    found = ctypes.c_int()
-    ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(found))
-    return found.value
-
-
-def _version(text: str) -> tuple[int, int]:
-    """Return the first two numbers of a version."""
-    major, minor = text.split(".")[:2]
-    return int(major), int(minor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -174,6 +175,7 @@ def reduction(tiles: Tiles, itemsize: int, *strides: int) -> dict[str, Any]:
     }
 
 
+@lru_cache(maxsize=1024)
 def gate_bytes(samples: Samples, dtype: torch.dtype) -> int:
     """Return how many bytes a bit for each value takes, see :mod:`syncbn.kernels.triton_gates`."""
     if samples.batch * samples.space == 0:
