@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from functools import _lru_cache_wrapper
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import syncbn
 from syncbn.kernels import Forward, Running, Transform, choose, reference
+from syncbn.kernels.samples import Samples
 from syncbn.moments import Moments
 from tests.kernels import EPS, device_of
 
@@ -233,3 +235,25 @@ def test_nothing_is_noted_where_there_are_no_values(shape: tuple[int, ...]) -> N
     found = triton.backward_reduce_gated(x, gate, x, Transform(statistics))
     assert y.shape == found[0].shape == triton.opened(gate, x).shape == shape
     assert torch.equal(gate, torch.full_like(gate, 7))
+
+
+@pytest.mark.parametrize(("last", "most"), [(False, 70), (True, 35)])
+def test_images_of_many_sizes_share_what_is_compiled(last: bool, most: int) -> None:
+    """To compile a kernel takes a second."""
+    from syncbn.kernels import triton_passes
+
+    sizes = torch.randint(12, 200, (100, 2), generator=torch.Generator().manual_seed(0))
+    compiled = set()
+    for space in sizes.prod(1).tolist():
+        samples = Samples(4 * space, 256, 1, 256, 256) if last else Samples.dense((4, 256, space))
+        shared = samples, DEVICE, torch.bfloat16
+        passes = [
+            triton_passes.forward(*shared, False, False, True),
+            triton_passes.backward(*shared, samples.dense_stride, False, True),
+        ]
+        for step in itertools.chain(*(launch.steps for launch in passes)):
+            names = {*step.kernel.arg_names, "num_warps", "maxnreg"}
+            constants = tuple(str(v) for k, v in step.constants.items() if k in names)
+            ones = tuple(name for name, size in step.sizes.items() if size == 1)
+            compiled.add((step.kernel.__name__, constants, ones))
+    assert len(compiled) <= most

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from syncbn.kernels import Forward, Running, Transform, triton
+from syncbn.kernels import Forward, Running, Transform, triton, triton_tiles
 from syncbn.kernels.triton_launch import Launch, Step, _Memory
 
 _TYPES = {
@@ -46,6 +46,8 @@ CASES = {
     "one channel": ((1, 1, 64, 64), False),
     "small NCHW": ((1, 64, 1, 1), False),
     "small NHWC": ((2, 8, 3, 3), True),
+    "wide NCHW": ((62, 64, 56, 56), False),
+    "wide NHWC": ((62, 64, 56, 56), True),
     "no values": ((0, 32, 9, 7), False),
     "one value a sample": ((2, 1), False),
 }
@@ -123,7 +125,12 @@ def main() -> None:
     others += [(torch.float16, "one value a sample"), (torch.float64, "odd NHWC")]
     for dtype, name in [*cases, *others] if architecture == 90 else cases[:2]:
         launches = found[f"{name}, {dtype}"] = []
-        with patch.object(Launch, "__call__", partialmethod(note, launches, architecture)):
+        # The same shapes as elsewhere, but for a size of their own: launches are kept.
+        widest = 0 if name.startswith("wide") else triton_tiles._WIDE
+        with (
+            patch.object(triton_tiles, "_WIDE", widest),
+            patch.object(Launch, "__call__", partialmethod(note, launches, architecture)),
+        ):
             passes(*CASES[name], dtype)
     json.dump(found, sys.stdout)
 

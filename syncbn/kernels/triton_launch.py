@@ -109,7 +109,7 @@ class Launch:
             # A graph may be replayed beside whatever else runs then, and has memory of its own.
             self._by_triton(tensors, floats, _new(self.shared, self.device))
             return
-        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        addresses = [t.data_ptr() for t in tensors if t is not None]
         stream = driver.active.get_current_stream(index)
         key: _Key = stream
         if gcd(_ALIGNMENT, *addresses) != _ALIGNMENT:
@@ -127,12 +127,13 @@ class Launch:
         with memory.lock:
             shared = memory.of(self.shared)
             kernels = self._by_triton(tensors, floats, shared)
+        there = [name for name, t in zip(self.tensors, tensors, strict=True) if t is not None]
         fixed = {name: t.data_ptr() for name, t in shared.items()}
         compiled = [
             Compiled(kernel, step.names, step.programs, fixed | step.sizes)
             for step, kernel in zip(self.steps, kernels, strict=True)
         ]
-        return Calls(compiled, self.tensors, self.floats, stream, memory.lock)
+        return Calls(compiled, there, self.floats, stream, memory.lock)
 
     def _by_triton(
         self,

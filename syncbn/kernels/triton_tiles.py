@@ -19,10 +19,12 @@ COMPUTE = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
+# Of a thread.
+_BYTES_AT_A_TIME = 16
 # A warp has 16 values a thread.
 _OF_A_WARP = 512
-# Of blocks of dense positions: but where there are fewer; and of a sample of one channel.
-_SHORTEST, _LONGEST = 64, 1024
+# Of dense positions: few, since each is compiled; and the longest, but of a sample of one channel.
+_BLOCKS, _LONGEST = (256, 64), 1024
 # Where an elementwise pass has many tiles, programs take several.
 _MANY = 2048
 # What all programs of a reduction that a multiprocessor runs at a time ask for ahead of what they
@@ -73,6 +75,7 @@ class Tiles:
         blocks: of channels.
         number: of tiles that a channel has.
         along: of these, in a sample.
+        unit: values that are read at a time, if rows allow it: 16 bytes.
         each: how many of them a program of an elementwise pass takes.
         splits: in how many parts a channel is summed.
         at_a_time: programs on a multiprocessor.
@@ -83,6 +86,7 @@ class Tiles:
     blocks: int
     number: int
     along: int
+    unit: int
     each: int = 1
     splits: int = 1
     at_a_time: int = 1
@@ -226,19 +230,20 @@ def _tiles(samples: Samples, dtype: torch.dtype, shape: Shape) -> Tiles:
     }
     along = cdiv(space, block_s)
     size = (batch if some else 0, channels, space)
-    return Tiles(size, constants, cdiv(channels, block_c), cdiv(batch, block_n) * along, along)
+    number, blocks = cdiv(batch, block_n) * along, cdiv(channels, block_c)
+    return Tiles(size, constants, blocks, number, along, _BYTES_AT_A_TIME // dtype.itemsize)
 
 
 def _common(tiles: Tiles, strides: tuple[int, ...]) -> dict[str, Any]:
     _, channels, space = tiles.size
     of, furthest = tiles.constants, max(strides)
-    # UNIT: the power of two, 16 at most, that all rows of what is dense are multiples of.
+    # UNIT: the power of two that all rows of what is dense are multiples of, up to 16 bytes.
     if of["LAST"]:
         unit, extent = channels, of["BLOCK_S"] * furthest + of["BLOCK_C"]
     else:
         unit, extent = space, of["BLOCK_N"] * furthest + of["BLOCK_C"] * space + of["BLOCK_S"]
     return {
-        "UNIT": math.gcd(16, unit, *strides),
+        "UNIT": math.gcd(tiles.unit, unit, *strides),
         "SAME": len({*strides}) == 1,
         "FULL": tiles.is_full,
         "WIDE": extent >= _WIDE,
@@ -260,11 +265,11 @@ def _splits(blocks: int, number: int, slots: int, at_once: int) -> int:
 def _along(space: int, longest: int) -> int:
     """Return the block for dense positions: the largest of those that pad by an eighth at most."""
     most: int = min(max(longest, _LONGEST), next_power_of_2(space))
-    blocks = [most >> i for i in range(most.bit_length()) if most >> i >= min(_SHORTEST, most)]
+    blocks = [most, *(block for block in _BLOCKS if block < most)]
     padded = {block: cdiv(space, block) * block for block in blocks}
     bound = max(min(padded.values()), space * 9 // 8)
     return max(block for block in blocks if padded[block] <= bound)
 
 
 def _pack(dense: int, dtype: torch.dtype) -> int:
-    return int(min(16 // dtype.itemsize, next_power_of_2(dense)))
+    return int(min(_BYTES_AT_A_TIME // dtype.itemsize, next_power_of_2(dense)))
