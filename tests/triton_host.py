@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from syncbn import SyncBatchNorm2d, kernels, module
 from syncbn.bench.timing import take_turns
 from syncbn.kernels import Kernel, triton
-from tests.triton_launches import activate, build
+from tests.triton_launches import active, build
 
 SHAPE, LAYERS, ROUNDS, BURST = (2, 16, 4, 4), 20, 30, 10
 # Of a ResNet-50, by what follows: nothing, a ReLU, an addition and a ReLU.
@@ -66,10 +66,9 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder))
-        activate(stream=0)
         calls = {f"{name}{after}": chain(name == "ours", after) for after in PLACES for name in BY}
         with (
-            patch.object(torch.cuda, "is_current_stream_capturing", lambda: False),
+            active(),
             patch.object(triton, "_why_none", lambda *_: None),
             patch.object(module, "choose", choose),
         ):

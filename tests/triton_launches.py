@@ -14,7 +14,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,14 +24,14 @@ import torch
 from torch import Tensor
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
-from triton.runtime import driver as active
+from triton.runtime import driver
 
 from syncbn.kernels import Forward, Running, Transform, triton, triton_launch
 from syncbn.kernels.triton_addresses import HAS_PDL
 from syncbn.kernels.triton_launch import Launch
 
 SOURCE = Path(__file__).with_name("recording_driver.c")
-MOST = 64
+MOST, STREAM = 64, 7
 # What a kernel's arguments are in PTX, and their bytes.
 PARAMETER = re.compile(r"\.param \.([ubf])(\d+)[^,)]*_param_\d+")
 
@@ -58,14 +59,15 @@ def build(folder: Path) -> ctypes.CDLL:
     return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
-def activate(stream: int) -> None:
-    """Have Triton launch on a stream, by the driver that has been loaded."""
+@contextmanager
+def active(stream: int = 0, is_capturing: bool = False) -> Iterator[None]:
+    """Have everything launched on a stream, by the driver that has been loaded."""
     from triton.backends.nvidia.driver import CudaDriver
 
     class OnStream(CudaDriver):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
-            self.get_current_stream = lambda _=None: stream
+            self.get_current_stream = lambda _: stream
             self.get_current_device = lambda: 0
 
         def get_current_target(self) -> GPUTarget:
@@ -74,10 +76,16 @@ def activate(stream: int) -> None:
         def get_active_torch_device(self) -> torch.device:
             return torch.device("cpu")
 
-    active.set_active(OnStream())
+    driver.set_active(OnStream())
+    with (
+        patch.object(triton_launch, "_current_device", lambda: None),
+        patch.object(triton_launch, "_current_stream", lambda _: stream),
+        patch.object(triton_launch, "_is_capturing", lambda: is_capturing),
+    ):
+        yield
 
 
-class Driver:
+class Recorder:
     """The driver that has been loaded, as tests see it."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -115,7 +123,7 @@ class Driver:
     def _is_same(
         self, launch: Launch, tensors: tuple[Tensor | None, ...], floats: tuple[float, ...] = ()
     ) -> bool:
-        stream = active.active.get_current_stream()
+        stream = triton_launch._current_stream(None)
         shared = triton_launch._memory(launch.device, stream).of(launch.shared)
         for kernel in launch._by_triton(tensors, floats, shared):
             entry = kernel.asm["ptx"].partition(".entry")[2].partition("{")[0]
@@ -150,31 +158,31 @@ def functions(x: Tensor, weight: Tensor) -> dict[str, Callable[[], object]]:
     }
 
 
-def refusals(driver: Driver, call: Callable[[], object]) -> dict[str, bool]:
+def refusals(recorder: Recorder, call: Callable[[], object]) -> dict[str, bool]:
     """Return whether Triton launches what the driver has refused, or says why not."""
     call()
-    wanted = driver.told(call)
-    driver.refuse(1)
-    found = driver.told(call)
-    driver.refuse(2)
+    wanted = recorder.told(call)
+    recorder.refuse(1)
+    found = recorder.told(call)
+    recorder.refuse(2)
     said = ""
     try:
         call()
     except RuntimeError as error:
         said = str(error)
-    driver.refuse(0)
+    recorder.refuse(0)
     return {
         "refused once": [told[0] for told in found] == [told[0] for told in wanted],
         "refused": "an error of the tests" in said,
-        "refused no more": driver.told(call)[0][0] == wanted[0][0],
+        "refused no more": recorder.told(call)[0][0] == wanted[0][0],
     }
 
 
-def captures(driver: Driver, call: Callable[[], object]) -> dict[str, bool]:
+def captures(recorder: Recorder, call: Callable[[], object]) -> dict[str, bool]:
     """Return whether a graph that is captured has memory of its own for what programs share."""
-    (plain,) = driver.told(call)
-    with patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):
-        (captured,) = driver.told(call)
+    (plain,) = recorder.told(call)
+    with active(STREAM, is_capturing=True):
+        (captured,) = recorder.told(call)
     differ = [a != b for a, b in zip(plain, captured, strict=True)]
     # What they share, and what they return: parts, arrivals, message.
     return {"captured": plain[0] == captured[0] and sum(differ) >= 2}
@@ -182,38 +190,35 @@ def captures(driver: Driver, call: Callable[[], object]) -> dict[str, bool]:
 
 def main() -> None:
     """Compare all functions: for vectors, single values, other dtypes and unaligned memory."""
+    flat = torch.randn(2 * 64 * 14 * 14 * 8 + 1)
+    large, few_channels = flat[:-1].view(16, 64, 14, 14), torch.randn(64, 4, 32, 32)
+    last = large.to(memory_format=torch.channels_last)
+    cases = {
+        "contiguous": (large, torch.ones(64)),
+        "channels_last": (last, torch.ones(64)),
+        "bfloat16": (large.bfloat16(), torch.ones(64)),
+        "bfloat16 weights": (large.bfloat16(), torch.ones(64).bfloat16()),
+        "unaligned": (flat[1:].view(16, 64, 14, 14), torch.ones(64)),
+        "odd": (torch.randn(3, 5, 7, 7), torch.ones(5)),
+        "no values": (torch.randn(0, 5, 7, 7), torch.ones(5)),
+        "shared channels": (few_channels, torch.ones(4)),
+    }
+    overlapping = {"PDL": True, "launch_pdl": True} if HAS_PDL else {"PDL": False}
     with tempfile.TemporaryDirectory() as folder:
-        driver = Driver(build(Path(folder)))
-        activate(stream=7)
-        flat = torch.randn(2 * 64 * 14 * 14 * 8 + 1)
-        large = flat[:-1].view(16, 64, 14, 14)
-        last = large.to(memory_format=torch.channels_last)
-        cases = {
-            "contiguous": (large, torch.ones(64)),
-            "channels_last": (last, torch.ones(64)),
-            "bfloat16": (large.bfloat16(), torch.ones(64)),
-            "bfloat16 weights": (large.bfloat16(), torch.ones(64).bfloat16()),
-            "unaligned": (flat[1:].view(16, 64, 14, 14), torch.ones(64)),
-            "odd": (torch.randn(3, 5, 7, 7), torch.ones(5)),
-            "no values": (torch.randn(0, 5, 7, 7), torch.ones(5)),
-        }
-        with patch.object(torch.cuda, "is_current_stream_capturing", lambda: False):
+        recorder = Recorder(build(Path(folder)))
+        with active(STREAM):
             found = {
-                f"{case}: {name}": driver.is_told_the_same(call)
+                f"{case}: {name}": recorder.is_told_the_same(call)
                 for case, (x, weight) in cases.items()
                 for name, call in functions(x, weight).items()
             }
-            few_channels = torch.randn(64, 4, 32, 32)
-            shared = driver.is_told_the_same(lambda: triton.moments(few_channels))
-            found["shared channels"] = shared
-            found |= refusals(driver, lambda: triton.moments(large))
-            found |= captures(driver, lambda: triton.moments(few_channels))
-            activate(stream=8)
-            found["another stream"] = driver.is_told_the_same(lambda: triton.moments(large))
-            overlapping = {"PDL": True, "launch_pdl": True} if HAS_PDL else {"PDL": False}
-            with patch.object(triton_launch, "_overlap", lambda _: overlapping):
-                call = functions(large.double(), torch.ones(64).double())["backward_alone"]
-                found["overlapping"] = driver.is_told_the_same(call)
+            found |= refusals(recorder, lambda: triton.moments(large))
+            found |= captures(recorder, lambda: triton.moments(few_channels))
+        with active(STREAM + 1):
+            found["another stream"] = recorder.is_told_the_same(lambda: triton.moments(large))
+        with active(STREAM), patch.object(triton_launch, "_overlap", lambda _: overlapping):
+            call = functions(large.double(), torch.ones(64).double())["backward_alone"]
+            found["overlapping"] = recorder.is_told_the_same(call)
     json.dump(found, sys.stdout)
 
 

@@ -15,7 +15,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from triton.runtime import driver
 from triton.runtime.interpreter import InterpretedFunction
 
 from syncbn.kernels import triton_driver
@@ -27,11 +26,14 @@ _ALIGNMENT = 16
 # Of GPUs that prepare a launch during the one before, and of drivers that capture such launches.
 _OVERLAPPING, _CAPTURING = (9, 0), 12030
 
-# torch.cuda.current_device() asks first whether CUDA has been started, which takes longer.
-_current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+# What functions of torch.cuda call, once they have seen that CUDA is there and has been started.
+# CPU builds of torch have none of them.
+_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_is_capturing: Any = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
 
 #: Memory that launches of a stream share, by name: how many numbers of which dtype. Launches find
-#: it as the ones before left it, zeros at first.
+#: it as the ones before left it; integers are zeros at first.
 Shared: TypeAlias = "Mapping[str, tuple[int, torch.dtype]]"
 _Key = tuple[int | bool, ...] | int
 
@@ -101,16 +103,16 @@ class Launch:
             self._by_triton(tensors, floats, _new(self.shared, self.device))
             return
         index = self.device.index
-        if index is not None and index != _current_device():
+        if index != _current_device():
             with torch.cuda.device(self.device):
                 self(tensors, floats)
             return
-        if self.shared and torch.cuda.is_current_stream_capturing():
+        if self.shared and _is_capturing():
             # A graph may be replayed beside whatever else runs then, and has memory of its own.
             self._by_triton(tensors, floats, _new(self.shared, self.device))
             return
         addresses = [t.data_ptr() for t in tensors if t is not None]
-        stream = driver.active.get_current_stream(index)
+        stream = _current_stream(index)
         key: _Key = stream
         if gcd(_ALIGNMENT, *addresses) != _ALIGNMENT:
             key = stream, *[address % _ALIGNMENT == 0 for address in addresses]
@@ -170,7 +172,9 @@ class _Memory:
         """Return tensors by name, the same each time."""
         for name, (size, dtype) in shared.items():
             if (name, size) not in self._tensors:
-                self._tensors[name, size] = torch.zeros(size, dtype=dtype, device=self._device)
+                # No more launches in a graph than it takes.
+                make = torch.empty if dtype.is_floating_point else torch.zeros
+                self._tensors[name, size] = make(size, dtype=dtype, device=self._device)
         return {name: self._tensors[name, size] for name, (size, _) in shared.items()}
 
 
