@@ -22,7 +22,7 @@ from syncbn.functional import (
     check_parameters,
     evaluate,
 )
-from syncbn.kernels import Running, choose, traced
+from syncbn.kernels import Running, choose
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -162,7 +162,7 @@ class SyncBatchNorm(_BatchNorm):
                 running = Running(mean, var, tracked, self.momentum)
         relu = self.activation is not None
         # A name would make a graph of its own for each of many layers that are compiled alike.
-        label = "" if kernel is traced else self._label()
+        label = "" if torch.compiler.is_compiling() else self._label()
         call = Call(self.eps, relu, running, group, kernel, label, None, pending)
         return normalize(input, weight, bias, residual, mask, call)
 

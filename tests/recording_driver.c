@@ -2,6 +2,7 @@
 
 #include <stdint.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "cuda.h"
 
@@ -14,9 +15,10 @@ typedef struct {
   uint64_t arguments[MOST];
 } Record;
 
-// What tests read, and set: an error for the launches that follow, and how many get it.
+// What tests read, and set: how many launches are noted, less than zero for none to be; an error for
+// those that follow, and how many get it; and how many microseconds a launch takes.
 Record records[MOST];
-int recorded, error, errors;
+int recorded = -1, error, errors, delay;
 
 // A function's handle is its address here. Tests set how many bytes its arguments have.
 typedef struct {
@@ -34,8 +36,11 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
     --errors;
     return (CUresult)error;
   }
+  if (delay > 0) usleep(delay);
+  if (recorded < 0) return CUDA_SUCCESS;
+  if (recorded == MOST) return CUDA_ERROR_OUT_OF_MEMORY;
   const Function* launched = (const Function*)function;
-  Record* record = &records[recorded++ % MOST];
+  Record* record = &records[recorded++];
   memset(record, 0, sizeof *record);
   strcpy(record->name, launched->name);
   record->function = (uint64_t)function;

@@ -122,11 +122,14 @@ def test_in_a_group_of_some_ranks(three_ranks: Ranks) -> None:
 
 # Of torch, where inputs are not leaves.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_layers_of_one_shape_share_a_graph() -> None:
+@pytest.mark.parametrize("kernel", ["auto", "reference"])
+def test_layers_of_one_shape_share_a_graph(kernel: str) -> None:
     """As repeated blocks do that are compiled one by one; their names differ."""
     blocks = syncbn.convert_sync_batchnorm(nn.Sequential(*(_ConvNorm() for _ in range(10))))
     counters.clear()
     for block in blocks:
+        (norm,) = (m for m in block.modules() if isinstance(m, syncbn.SyncBatchNorm))
+        norm.sync_kernel = kernel
         block.compile(fullgraph=True, backend="aot_eager")
     blocks(torch.randn(2, 3, 4, 4)).sum().backward()
     assert counters["stats"]["unique_graphs"] <= 2

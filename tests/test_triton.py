@@ -62,7 +62,7 @@ def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     from syncbn.kernels import triton_passes
 
     kept = [f for f in vars(triton_passes).values() if isinstance(f, _lru_cache_wrapper)]
-    assert len(kept) == 7
+    assert len(kept) == 5
     if request.param == "large":
         monkeypatch.setattr("syncbn.kernels.triton_tiles._MANY", 0)
         monkeypatch.setattr("syncbn.kernels.triton_tiles._WIDE", 0)
@@ -184,6 +184,19 @@ def test_a_gradient_goes_through_the_relu_of_an_output(
     assert dweight is not None
     assert dbias is None
 
+    wanted_dx = reference.backward_elemt(wanted.double(), x.double(), transform, wanted_sums)
+    for keep in (False, True):
+        given = dy.clone(memory_format=torch.preserve_format)
+        kept, dx, again, dbias = triton.backward_alone_gated(
+            given, gate, x, transform, (weight, None), may_overwrite, keep
+        )
+        torch.testing.assert_close(dx.double(), wanted_dx, rtol=1e-5, atol=1e-5)
+        assert again is not None
+        assert torch.equal(again, dweight)
+        assert dbias is None
+        assert (kept is not None) == keep
+        assert kept is None or torch.equal(kept, wanted)
+
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("shape", [(2, 4, 5, 5), SHARED], ids=str)
@@ -246,11 +259,11 @@ def test_images_of_many_sizes_share_what_is_compiled(last: bool, most: int) -> N
     compiled = set()
     for space in sizes.prod(1).tolist():
         samples = Samples(4 * space, 256, 1, 256, 256) if last else Samples.dense((4, 256, space))
-        shared = samples, DEVICE, torch.bfloat16
-        passes = [
-            triton_passes.forward(*shared, False, False, True),
-            triton_passes.backward(*shared, samples.dense_stride, False, True),
-        ]
+        kinds: list[torch.dtype | None] = [torch.bfloat16, *[None] * 10]
+        forward = triton_passes.forward(samples, DEVICE, tuple(kinds), False, False)
+        kinds[triton_passes.BACKWARD.index("dx_ptr")] = torch.bfloat16
+        given = samples, DEVICE, tuple(kinds), samples.dense_stride, False
+        passes = [forward, triton_passes.backward(*given)]
         for step in itertools.chain(*(launch.steps for launch in passes)):
             names = {*step.kernel.arg_names, "num_warps", "maxnreg"}
             constants = tuple(str(v) for k, v in step.constants.items() if k in names)

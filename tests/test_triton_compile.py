@@ -65,7 +65,7 @@ def test_kernels_compile_for_gpus(architecture: int, tmp_path: Path) -> None:
 def test_kept_launches_are_those_of_triton(tmp_path: Path) -> None:
     """The driver is told what Triton's launcher tells it; what it refuses, Triton is asked for."""
     found = printed_by("triton_launches", cache=tmp_path)
-    assert len(found) == 8 * 9 + 6
+    assert len(found) == 9 * 9 + 11
     assert all(found.values()), found
 
 

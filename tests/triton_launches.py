@@ -8,17 +8,22 @@ addresses among them, and how many programs, threads and bytes of shared memory 
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 from unittest.mock import patch
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -28,10 +33,11 @@ from triton.runtime import driver
 
 from syncbn.kernels import Forward, Running, Transform, triton, triton_launch
 from syncbn.kernels.triton_addresses import HAS_PDL
+from syncbn.kernels.triton_driver import Calls
 from syncbn.kernels.triton_launch import Launch
 
 SOURCE = Path(__file__).with_name("recording_driver.c")
-MOST, STREAM = 64, 7
+MOST, STREAM, OF_A_THREAD = 64, 7, 2
 # What a kernel's arguments are in PTX, and their bytes.
 PARAMETER = re.compile(r"\.param \.([ubf])(\d+)[^,)]*_param_\d+")
 
@@ -94,17 +100,20 @@ class Recorder:
 
     def refuse(self, launches: int, error: int = 1) -> None:
         """Have the next launches refused with an error."""
-        self._number("errors").value = launches
-        self._number("error").value = error
+        self.number("errors").value = launches
+        self.number("error").value = error
 
     def told(self, call: Callable[[], object]) -> list[tuple[Any, ...]]:
         """Return what the driver is told to launch during a call."""
-        recorded = self._number("recorded")
+        recorded = self.number("recorded")
         recorded.value = 0
         call()
-        return [(r.name, *r.numbers, *r.arguments) for r in self._records[: recorded.value]]
+        found = self._records[: recorded.value]
+        recorded.value = -1
+        return [(r.name, *r.numbers, *r.arguments) for r in found]
 
-    def _number(self, name: str) -> ctypes.c_int:
+    def number(self, name: str) -> ctypes.c_int:
+        """Return a variable of the driver."""
         return ctypes.c_int.in_dll(self._library, name)
 
     def is_told_the_same(self, call: Callable[[], object]) -> bool:
@@ -178,6 +187,40 @@ def refusals(recorder: Recorder, call: Callable[[], object]) -> dict[str, bool]:
     }
 
 
+def threads(recorder: Recorder, call: Callable[[], object], passes: int) -> dict[str, bool]:
+    """Return whether two threads that come to a stream first share it, a pass after the other."""
+    together, make = Barrier(2), triton_launch._Memory.__init__
+    made: list[Any] = []
+
+    def slowly(memory: Any, device: torch.device) -> None:
+        made.append(memory)
+        time.sleep(0.01)
+        make(memory, device)
+
+    def run(_: int) -> None:
+        together.wait()
+        for _ in range(passes):
+            call()
+
+    with patch.object(triton_launch._Memory, "__init__", slowly), ThreadPoolExecutor(2) as pool:
+        recorder.number("delay").value = 300
+        told = recorder.told(lambda: list(pool.map(run, range(2))))
+        recorder.number("delay").value = 0
+    names = [launch[0] for launch in told]
+    pair = names[:2] * 2 * passes
+    return {"threads take turns": names[0] != names[1] and names == pair, "one": len(made) == 1}
+
+
+def owned(call: Callable[[], object], stream: int) -> dict[str, bool]:
+    """Return whether launches that are kept keep what their addresses are of."""
+    with active(stream):
+        call()
+    memory = ref(triton_launch._memory(torch.device("cpu"), stream))
+    triton_launch._memory_of.cache_clear()
+    gc.collect()
+    return {"memory is owned": memory() is not None}
+
+
 def captures(recorder: Recorder, call: Callable[[], object]) -> dict[str, bool]:
     """Return whether a graph that is captured has memory of its own for what programs share."""
     (plain,) = recorder.told(call)
@@ -185,7 +228,37 @@ def captures(recorder: Recorder, call: Callable[[], object]) -> dict[str, bool]:
         (captured,) = recorder.told(call)
     differ = [a != b for a, b in zip(plain, captured, strict=True)]
     # What they share, and what they return: parts, arrivals, message.
-    return {"captured": plain[0] == captured[0] and sum(differ) >= 2}
+    is_own = plain[0] == captured[0] and sum(differ) >= 2
+    kept = triton_launch._memory_of.cache_info()
+    with active(OF_A_THREAD):
+        call()
+    return {"captured": is_own, "a thread's": triton_launch._memory_of.cache_info() == kept}
+
+
+def devices(recorder: Recorder, call: Callable[[], object]) -> dict[str, bool]:
+    """Return whether launches are on the tensors' device, whichever is the current one."""
+    current: list[int | None] = [1]
+
+    @contextmanager
+    def switched(device: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], device.index
+        yield
+        current[0] = before
+
+    seen: list[int | None] = []
+    run = Calls.__call__
+
+    def noted(*given: Any) -> int:
+        seen.append(current[0])
+        return run(*given)
+
+    with (
+        patch.object(triton_launch, "_current_device", lambda: current[0]),
+        patch.object(torch.cuda, "device", switched),
+        patch.object(Calls, "__call__", noted),
+    ):
+        told = recorder.told(call)
+    return {"another device": len(told) == 1 and seen == [None] and current == [1]}
 
 
 def main() -> None:
@@ -199,6 +272,7 @@ def main() -> None:
         "bfloat16": (large.bfloat16(), torch.ones(64)),
         "bfloat16 weights": (large.bfloat16(), torch.ones(64).bfloat16()),
         "unaligned": (flat[1:].view(16, 64, 14, 14), torch.ones(64)),
+        "unaligned weights": (large, flat[1:65]),
         "odd": (torch.randn(3, 5, 7, 7), torch.ones(5)),
         "no values": (torch.randn(0, 5, 7, 7), torch.ones(5)),
         "shared channels": (few_channels, torch.ones(4)),
@@ -214,8 +288,13 @@ def main() -> None:
             }
             found |= refusals(recorder, lambda: triton.moments(large))
             found |= captures(recorder, lambda: triton.moments(few_channels))
+            found |= devices(recorder, lambda: triton.moments(large))
         with active(STREAM + 1):
             found["another stream"] = recorder.is_told_the_same(lambda: triton.moments(large))
+            call = functions(few_channels, torch.ones(4))["forward_alone"]
+        with active(STREAM + 3):
+            found |= threads(recorder, call, 15)
+        found |= owned(lambda: triton.moments(few_channels), STREAM + 2)
         with active(STREAM), patch.object(triton_launch, "_overlap", lambda _: overlapping):
             call = functions(large.double(), torch.ones(64).double())["backward_alone"]
             found["overlapping"] = recorder.is_told_the_same(call)

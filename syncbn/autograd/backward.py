@@ -19,18 +19,18 @@ class FirstOrder(NamedTuple):
     """What the backward pass finds.
 
     Attributes:
-        dy: what came through the ReLU after a residual; else the gradient of the output.
         dx: shape and dtype of x; None if it is not needed.
         dweight: this rank's, of the weight's dtype; None if it is not needed.
         dbias: this rank's, of the bias's dtype; None if it is not needed.
-        mine: ``[sum(dy) | sum(dy xhat)]`` over this rank, float64 ``[2C]``; if it is kept.
-        sums: the same over the group.
+        dresidual: shape and dtype of x; None if it is not needed.
+        mine: ``[sum(dy) | sum(dy xhat)]`` over this rank, float64 ``[2C]``; None unless it is kept.
+        sums: the same over the group; None unless it is kept.
     """
 
-    dy: Tensor
     dx: Tensor | None
     dweight: Tensor | None
     dbias: Tensor | None
+    dresidual: Tensor | None
     mine: Tensor | None = None
     sums: Tensor | None = None
 
@@ -43,9 +43,9 @@ def first_order(
     needs: tuple[bool, ...],
     may_overwrite: bool = False,
     gate: Tensor | None = None,
-    keep_mine: bool = False,
+    keep_sums: bool = False,
 ) -> FirstOrder:
-    """Return the gradients of x, weight and bias.
+    """Return the gradients of x, weight, bias and residual.
 
     Args:
         dy: gradient of the output, shape and dtype of x.
@@ -55,29 +55,14 @@ def first_order(
         needs: whether x, weight, bias and the residual need theirs.
         may_overwrite: nobody needs dy any more.
         gate: of a gated kernel, if dy has yet to go through the ReLU after a residual.
-        keep_mine: whether the sums of this rank are wanted.
+        keep_sums: whether the sums are wanted; not of a dy that has yet to.
     """
-    needs_x, needs_weight, needs_bias, needs_residual = needs[:4]
+    assert gate is None or not keep_sums
+    needs_x, needs_weight, needs_bias, _ = needs[:4]
     wanted = transform.weight if needs_weight else None, transform.bias if needs_bias else None
     if call.group is None and needs_x:
-        given = dy, x, transform, call, wanted, may_overwrite, needs_residual, gate, keep_mine
-        return _alone(*given)
-    kernel = call.kernel
-    if gate is not None:
-        assert gated.is_gated(kernel)
-        found = kernel.backward_reduce_gated(dy, gate, x, transform, wanted, may_overwrite)
-        dy, mine, dweight, dbias = found
-        may_overwrite = True
-    else:
-        mine, dweight, dbias = kernel.backward_reduce(dy, x, transform, wanted)
-    # The all-reduce works in place. It is also for ranks that need no dx: others wait for theirs.
-    message = mine.clone() if keep_mine and call.group is not None else mine
-    sums = collectives.all_reduce(message, call.group, call.about("backward", x))
-    dx = None
-    if needs_x:
-        over = may_overwrite and not needs_residual
-        dx = kernel.backward_elemt(dy, x, transform, sums, over)
-    return FirstOrder(dy, dx, dweight, dbias, mine, sums)
+        return _alone(dy, x, transform, call, wanted, needs, may_overwrite, gate, keep_sums)
+    return _together(dy, x, transform, call, wanted, needs, may_overwrite, gate, keep_sums)
 
 
 def _alone(
@@ -86,22 +71,52 @@ def _alone(
     transform: Transform,
     call: Call,
     wanted: Wanted,
+    needs: tuple[bool, ...],
     may_overwrite: bool,
-    keep_dy: bool,
     gate: Tensor | None,
     keep_sums: bool,
 ) -> FirstOrder:
-    """Return the gradients in a group of one."""
-    kernel, sums = call.kernel, None
+    """Return the gradients in a group of one; x needs its own."""
+    kernel, needs_residual = call.kernel, needs[3]
     if gate is not None:
         assert gated.is_gated(kernel)
-        given = dy, gate, x, transform, wanted, may_overwrite, keep_dy
-        dy, dx, dweight, dbias = kernel.backward_alone_gated(*given)
+        given = dy, gate, x, transform, wanted, may_overwrite, needs_residual
+        dresidual, dx, dweight, dbias = kernel.backward_alone_gated(*given)
+        return FirstOrder(dx, dweight, dbias, dresidual)
+    over = may_overwrite and not needs_residual
+    found = kernel.backward_alone(dy, x, transform, wanted, over, keep_sums)
+    sums, dx, dweight, dbias = found
+    return FirstOrder(dx, dweight, dbias, dy if needs_residual else None, sums, sums)
+
+
+def _together(
+    dy: Tensor,
+    x: Tensor,
+    transform: Transform,
+    call: Call,
+    wanted: Wanted,
+    needs: tuple[bool, ...],
+    may_overwrite: bool,
+    gate: Tensor | None,
+    keep_sums: bool,
+) -> FirstOrder:
+    """Return the gradients in a group, with its message."""
+    kernel, (needs_x, _, _, needs_residual) = call.kernel, needs[:4]
+    if gate is not None:
+        assert gated.is_gated(kernel)
+        found = kernel.backward_reduce_gated(dy, gate, x, transform, wanted, may_overwrite)
+        dy, mine, dweight, dbias = found
+        may_overwrite = True
     else:
-        over = may_overwrite and not keep_dy
-        found = kernel.backward_alone(dy, x, transform, wanted, over, keep_sums)
-        sums, dx, dweight, dbias = found
-    return FirstOrder(dy, dx, dweight, dbias, sums, sums)
+        mine, dweight, dbias = kernel.backward_reduce(dy, x, transform, wanted)
+    # The all-reduce works in place. It is also for ranks that need no dx: others wait for theirs.
+    message = mine.clone() if keep_sums else mine
+    sums = collectives.all_reduce(message, call.group, call.about("backward", x))
+    dx = None
+    if needs_x:
+        over = may_overwrite and not needs_residual
+        dx = kernel.backward_elemt(dy, x, transform, sums, over)
+    return FirstOrder(dx, dweight, dbias, dy if needs_residual else None, mine, sums)
 
 
 class SyncBatchNormBackward(torch.autograd.Function):
@@ -161,10 +176,10 @@ class SyncBatchNormBackward(torch.autograd.Function):
         if call.relu:
             closed = (affine(x, transform) if y is None else y) <= 0
         g = dy if closed is None else dy.masked_fill(closed, 0)
-        found = first_order(g, x, transform, call, needs, keep_mine=True)
+        found = first_order(g, x, transform, call, needs, keep_sums=True)
         ctx.save_for_backward(dy, x, weight, statistics, found.mine, found.sums, closed)
         ctx.call = call
-        return found.dx, found.dweight, found.dbias, g if needs[3] else None
+        return found[:4]
 
     @staticmethod
     def backward(

@@ -99,6 +99,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
             message, is_new = group_message(x, call)
             how = how if is_new else how._replace(running=None)
             y, statistics = kernel.normalize(x, message, how, residual)
+        # On other devices to read the count would stall them; everywhere kernels keep such a batch
+        # out of the averages.
         if x.is_cpu:
             _refuse_one_value(x, statistics, call)
 
@@ -129,12 +131,11 @@ class SyncBatchNormFunction(torch.autograd.Function):
         if kept is not None and ctx.view is None:
             dy, mine, kept = gated.through_relu(dy, kept, mine), True, None
         found = first_order(dy, x, transform, call, needs, mine, kept)
-        return found.dx, found.dweight, found.dbias, found.dy if needs[3] else None, None
+        return *found[:4], None
 
 
 def _refuse_one_value(x: Tensor, statistics: Tensor, call: Call) -> None:
-    # With more values here there are more in the group, unless some do not count. On other devices
-    # reading the count would stall them; everywhere kernels keep such a batch out of the averages.
+    # With more values here there are more in the group, unless some do not count.
     if torch.compiler.is_compiling() or (call.filling is None and x.numel() > x.shape[1]):
         return
     if statistics[-1].item() == 1:

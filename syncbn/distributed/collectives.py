@@ -16,9 +16,9 @@ from torch.autograd import Function
 
 from syncbn.distributed.agreement import as_bytes, disagreement
 
-# As a number: torch's own comparison takes a microsecond.
-_DETAIL = dist.DebugLevel.DETAIL.value if dist.is_available() else None
 _IS_AVAILABLE = dist.is_available()
+# As a number: torch's own comparison takes a microsecond.
+_DETAIL = dist.DebugLevel.DETAIL.value if _IS_AVAILABLE else None
 
 
 def communicating_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:

@@ -58,7 +58,7 @@ class Gated(Kernel, Protocol):
         wanted: Wanted,
         may_overwrite: bool = False,
         keep_gated: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
         """Return what comes through the ReLU, dx of that, dweight and dbias, in a group of one.
 
         Args:
@@ -68,7 +68,7 @@ class Gated(Kernel, Protocol):
             transform: of the forward pass, without residual and ReLU.
             wanted: weight and bias; None for each whose gradient is not.
             may_overwrite: nobody needs dy any more.
-            keep_gated: whether what comes through is wanted; else dx may be written there.
+            keep_gated: whether what comes through is wanted; else it is None.
         """
 
 

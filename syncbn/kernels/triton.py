@@ -10,7 +10,6 @@ interpreter, which takes tensors of the CPU: slowly, and with the same arithmeti
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -22,7 +21,7 @@ from syncbn.kernels import reference, triton_kernels
 from syncbn.kernels import triton_passes as passes
 from syncbn.kernels.samples import Samples, alike, empty_like, readable
 from syncbn.kernels.transform import Forward, Running, Transform, Wanted
-from syncbn.kernels.triton_launch import Launch, capability
+from syncbn.kernels.triton_launch import capability
 from syncbn.kernels.triton_tiles import COMPUTE, gate_bytes
 
 IS_INTERPRETED = isinstance(triton_kernels.moments, InterpretedFunction)
@@ -84,21 +83,9 @@ def forward_alone(
     added = None if residual is None else _dense(residual, x, samples)
     statistics = x.new_empty(2 * samples.channels + 1, dtype=torch.float64)
     y, gate = empty_like(x, samples), how.gate
-    launch = passes.forward(
-        *(samples, x.device, x.dtype, how.relu, cumulative, message is None),
-        *(
-            residual is None,
-            gate is None,
-            tracked is None,
-            getattr(weight, "dtype", None),
-            getattr(bias, "dtype", None),
-        ),
-        *(getattr(mean, "dtype", None), getattr(var, "dtype", None)),
-    )
-    launch(
-        (x, message, added, y, gate, statistics, weight, bias, mean, var, tracked),
-        (how.eps, momentum or 0.0),
-    )
+    tensors = x, message, added, y, gate, statistics, weight, bias, mean, var, tracked
+    launch = passes.forward(samples, x.device, _kinds(tensors), how.relu, cumulative)
+    launch(tensors, (how.eps, momentum or 0.0))
     if running is not _NOTHING:
         # As a call of torch would: autograd must notice if it still needs what was there.
         increment_version([t for t in running[:3] if t is not None])
@@ -141,7 +128,7 @@ def backward_reduce_gated(
     gated = dy if gate is None or over else empty_like(x, samples)
     sums = x.new_empty(2 * samples.channels, dtype=torch.float64)
     given = x, sums, dy, gate, gated, None
-    return gated, sums, *_launch(passes.backward_reduce, samples, stride, transform, wanted, given)
+    return gated, sums, *_backward(samples, stride, transform, wanted, given)
 
 
 def backward_elemt(
@@ -152,7 +139,7 @@ def backward_elemt(
     dy, stride = alike(dy, x, samples)
     dx = dy if may_overwrite and stride == samples.dense_stride else empty_like(x, samples)
     given = x, sums, dy, None, None, dx
-    _launch(passes.backward_elemt, samples, stride, transform, (None, None), given)
+    _backward(samples, stride, transform, (None, None), given)
     return dx
 
 
@@ -168,8 +155,7 @@ def backward_alone(
     if keep_sums:
         sums, dweight, dbias = backward_reduce(dy, x, transform, wanted)
         return sums, backward_elemt(dy, x, transform, sums, may_overwrite), dweight, dbias
-    found = backward_alone_gated(dy, None, x, transform, wanted, may_overwrite)
-    return None, *found[1:]
+    return backward_alone_gated(dy, None, x, transform, wanted, may_overwrite)
 
 
 def backward_alone_gated(
@@ -180,7 +166,7 @@ def backward_alone_gated(
     wanted: Wanted,
     may_overwrite: bool = False,
     keep_gated: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """See :meth:`syncbn.kernels.gated.Gated.backward_alone_gated`; or dy is plain."""
     x, samples = readable(x)
     dy, stride = alike(dy, x, samples)
@@ -189,40 +175,39 @@ def backward_alone_gated(
     is_ours = over or gate is not None
     dx = gated if is_ours and not keep_gated else empty_like(x, samples)
     given = x, None, dy, gate, gated, dx
-    return gated, dx, *_launch(passes.backward, samples, stride, transform, wanted, given)
+    return gated if keep_gated else None, dx, *_backward(samples, stride, transform, wanted, given)
 
 
-def _launch(
-    launches: Callable[..., Launch],
+def _backward(
     samples: Samples,
     dy_stride: int,
     transform: Transform,
     wanted: Wanted,
     given: tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Launch a pass backward, and return dweight and dbias.
+    """Launch what of the backward pass is not given, and return dweight and dbias.
 
     Args:
-        launches: of :mod:`syncbn.kernels.triton_passes`.
         samples: what kernels see in x.
         dy_stride: of the samples of dy.
         transform: of the forward pass.
         wanted: weight and bias; None for each whose gradient is not.
-        given: tensors, as far as :data:`passes.BACKWARD` has others than those of the transform.
+        given: the first tensors of :data:`passes.BACKWARD`.
     """
-    x, _, _, gate, *_ = given
+    x, *_ = given
     assert x is not None
     weight, bias = _numbers(transform.weight, transform.bias)
     of_weight, of_bias = wanted
     dweight = None if of_weight is None else torch.empty_like(of_weight)
     dbias = None if of_bias is None else torch.empty_like(of_bias)
-    launch = launches(
-        *(samples, x.device, x.dtype, dy_stride, transform.relu, gate is None),
-        *(dweight is None, dbias is None, getattr(weight, "dtype", None)),
-        getattr(bias, "dtype", None),
-    )
-    launch((*given, transform.statistics, weight, bias, dweight, dbias))
+    tensors = *given, transform.statistics, weight, bias, dweight, dbias
+    launch = passes.backward(samples, x.device, _kinds(tensors), dy_stride, transform.relu)
+    launch(tensors)
     return dweight, dbias
+
+
+def _kinds(tensors: tuple[Tensor | None, ...]) -> passes.Kinds:
+    return tuple([None if t is None else t.dtype for t in tensors])
 
 
 def _numbers(weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -18,7 +18,7 @@ from typing import Any
 
 # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION.
 _OVERLAPS = 6
-# What kernels of some versions of Triton take besides: scratch memory, of which ours need none.
+# What kernels of some versions of Triton take besides: scratch memory, see is_plain().
 _NULLS = 2
 _FORMATS = {"fp32": "f4x", "fp64": "d"}
 
@@ -82,7 +82,9 @@ class Calls:
         floats: names of the floats, which follow.
         stream: of the current device, as CUDA's handle.
         lock: held while the kernels of a call are launched: what they tell each other is in memory
-            of the stream, and the memory that the driver reads is of this object.
+            of the stream, and the memory that the driver reads is of this object. Whoever holds it
+            launches, and calls nobody who might come back.
+        owner: of memory whose addresses the kernels are given.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Calls:
         floats: Sequence[str],
         stream: int,
         lock: threading.Lock,
+        owner: object,
     ) -> None:
         types = ChainMap(*(kernel.types for kernel in kernels))
         formats = "".join(_FORMATS[types.get(name, "fp64")] for name in floats)
@@ -102,8 +105,9 @@ class Calls:
         self._arguments = (ctypes.c_int64 * (len(changing) + len(given) + 1))(
             *([0] * len(changing)), *given
         )
-        # Whose code is unloaded with them.
-        self._kernels, self._lock = kernels, lock
+        # Code and memory are there as long as these are.
+        self._owned = kernels, owner
+        self._lock = lock
         self._launch = _launch_kernel()
         self._launches = []
         first = len(changing)
@@ -139,6 +143,17 @@ class Calls:
             config.number_of_attributes = 1
         function = ctypes.c_void_p(kernel.kernel.function)
         return ctypes.byref(config), function, (ctypes.c_void_p * len(addresses))(*addresses), None
+
+
+def is_plain(kernel: Any) -> bool:
+    """Return whether a compiled kernel takes no more than it has arguments.
+
+    Args:
+        kernel: what Triton's launch of it returned; instrumented by a profiler, say.
+    """
+    metadata = kernel.metadata
+    sizes = (f"{kind}_scratch_size" for kind in ("global", "profile"))
+    return not any(getattr(metadata, size, 0) for size in sizes)
 
 
 def version() -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from math import gcd
 from typing import Any, TypeAlias
 
@@ -25,6 +25,13 @@ from syncbn.kernels.triton_driver import Calls, Compiled
 _ALIGNMENT = 16
 # Of GPUs that prepare a launch during the one before, and of drivers that capture such launches.
 _OVERLAPPING, _CAPTURING = (9, 0), 12030
+
+# Streams, and ways in which addresses are aligned, for which there is more than the first time:
+# torch has 65 of a device, but others' streams come and go.
+_KEPT = 128
+# cudaStreamPerThread: a stream for each thread.
+_OF_A_THREAD = 2
+_MAKING = threading.Lock()
 
 # What functions of torch.cuda call, once they have seen that CUDA is there and has been started.
 # CPU builds of torch have none of them.
@@ -85,8 +92,8 @@ class Launch:
     tensors: Sequence[str]
     floats: Sequence[str] = ()
     shared: Shared = field(default_factory=dict)
-    _calls: dict[_Key, Calls] = field(default_factory=dict)
-    _is_interpreted: bool = False
+    _calls: dict[_Key, Calls] = field(default_factory=dict, init=False)
+    _is_interpreted: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self._is_interpreted = isinstance(self.steps[0].kernel, InterpretedFunction)
@@ -107,35 +114,43 @@ class Launch:
             with torch.cuda.device(self.device):
                 self(tensors, floats)
             return
-        if self.shared and _is_capturing():
+        stream = _current_stream(index)
+        if self.shared and (_is_capturing() or stream == _OF_A_THREAD):
             # A graph may be replayed beside whatever else runs then, and has memory of its own.
             self._by_triton(tensors, floats, _new(self.shared, self.device))
             return
         addresses = [t.data_ptr() for t in tensors if t is not None]
-        stream = _current_stream(index)
         key: _Key = stream
         if gcd(_ALIGNMENT, *addresses) != _ALIGNMENT:
             key = stream, *[address % _ALIGNMENT == 0 for address in addresses]
         calls = self._calls.get(key)
         # Where the driver refuses, Triton will say why.
         if calls is None or calls(addresses, floats):
-            self._calls[key] = self._first(tensors, floats, stream)
+            self._first(tensors, floats, stream, key)
 
     def _first(
-        self, tensors: Sequence[Tensor | None], floats: Sequence[float], stream: int
-    ) -> Calls:
-        """Launch, and return how to do it again."""
+        self,
+        tensors: Sequence[Tensor | None],
+        floats: Sequence[float],
+        stream: int,
+        key: _Key,
+    ) -> None:
+        """Launch, and keep how to do it again."""
         memory = _memory(self.device, stream)
         with memory.lock:
             shared = memory.of(self.shared)
             kernels = self._by_triton(tensors, floats, shared)
+        if not all(map(triton_driver.is_plain, kernels)):
+            return
         there = [name for name, t in zip(self.tensors, tensors, strict=True) if t is not None]
         fixed = {name: t.data_ptr() for name, t in shared.items()}
         compiled = [
             Compiled(kernel, step.names, step.programs, fixed | step.sizes)
             for step, kernel in zip(self.steps, kernels, strict=True)
         ]
-        return Calls(compiled, there, self.floats, stream, memory.lock)
+        if len(self._calls) >= _KEPT:
+            self._calls.clear()
+        self._calls[key] = Calls(compiled, there, self.floats, stream, memory.lock, memory)
 
     def _by_triton(
         self,
@@ -178,8 +193,14 @@ class _Memory:
         return {name: self._tensors[name, size] for name, (size, _) in shared.items()}
 
 
-@cache
 def _memory(device: torch.device, stream: int) -> _Memory:
+    # Of two threads that come to a stream first, both would make one.
+    with _MAKING:
+        return _memory_of(device, stream)
+
+
+@lru_cache(maxsize=_KEPT)
+def _memory_of(device: torch.device, stream: int) -> _Memory:
     return _Memory(device)
 
 

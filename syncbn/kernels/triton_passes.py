@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache, lru_cache
+from typing import TypeAlias
 
 import torch
 
@@ -15,6 +16,9 @@ from syncbn.kernels import triton_kernels
 from syncbn.kernels.samples import Samples
 from syncbn.kernels.triton_launch import Launch, Shared, Step
 from syncbn.kernels.triton_tiles import Tiles, elementwise, for_elements, for_sums, reduction
+
+#: Dtypes of the tensors of a launch; None for those that are not given.
+Kinds: TypeAlias = "tuple[torch.dtype | None, ...]"
 
 # What launches are given, in this order.
 MOMENTS = "x_ptr", "message_ptr"
@@ -43,27 +47,21 @@ def moments(samples: Samples, device: torch.device, dtype: torch.dtype) -> Launc
 
 @_kept
 def forward(
-    samples: Samples,
-    device: torch.device,
-    dtype: torch.dtype,
-    relu: bool,
-    cumulative: bool,
-    alone: bool,
-    *kinds: object,
+    samples: Samples, device: torch.device, kinds: Kinds, relu: bool, cumulative: bool
 ) -> Launch:
     """Return the launches of the forward pass, of :data:`FORWARD` and :data:`FLOATS`.
 
     Args:
         samples: what kernels see in x.
         device: where.
-        dtype: of x.
+        kinds: of the tensors. Without a message, moments come first.
         relu: whether a ReLU comes last.
         cumulative: whether the running averages are.
-        alone: whether there is no message yet, and moments come first.
-        kinds: what else is compiled for: dtypes, and which tensors there are.
     """
+    dtype, message, *_ = kinds
+    assert dtype is not None
     last = _normalize(samples, dtype, relu, cumulative)
-    if not alone:
+    if message is not None:
         return Launch(device, [last], FORWARD, FLOATS)
     first, shared = _moments(samples, device, dtype)
     shared = {**shared, "message_ptr": (2 * samples.channels + 1, torch.float64)}
@@ -71,59 +69,34 @@ def forward(
 
 
 @_kept
-def backward_reduce(
-    samples: Samples,
-    device: torch.device,
-    dtype: torch.dtype,
-    dy_stride: int,
-    relu: bool,
-    *kinds: object,
+def backward(
+    samples: Samples, device: torch.device, kinds: Kinds, dy_stride: int, relu: bool
 ) -> Launch:
-    """Return the launch of the sums of the backward pass, of :data:`BACKWARD`.
+    """Return the launches of the backward pass, of :data:`BACKWARD`.
 
     Args:
         samples: what kernels see in x.
         device: where.
-        dtype: of x.
+        kinds: of the tensors. Without dx, sums are written; with it, they are read, or without sums
+            of the caller's both are launched.
         dy_stride: of the samples of dy.
         relu: whether a ReLU came last, without a residual.
-        kinds: what else is compiled for: whether there is no gate, and whatever follows.
     """
-    step, shared = _reduce(samples, device, dtype, dy_stride, relu)
-    return Launch(device, [step], BACKWARD, shared=shared)
-
-
-@_kept
-def backward_elemt(
-    samples: Samples,
-    device: torch.device,
-    dtype: torch.dtype,
-    dy_stride: int,
-    relu: bool,
-    *kinds: object,
-) -> Launch:
-    """Return the launch of dx, see :func:`backward_reduce`."""
-    return Launch(device, [_elemt(samples, dtype, dy_stride, relu)], BACKWARD)
-
-
-@_kept
-def backward(
-    samples: Samples,
-    device: torch.device,
-    dtype: torch.dtype,
-    dy_stride: int,
-    relu: bool,
-    ungated: bool,
-    *kinds: object,
-) -> Launch:
-    """Return the launches of both, see :func:`backward_reduce`; sums are in shared memory."""
+    dtype, sums, _, gate, _, dx, *_ = kinds
+    assert dtype is not None
     first, shared = _reduce(samples, device, dtype, dy_stride, relu)
-    # What comes through a gate has no gaps.
-    second = _elemt(samples, dtype, dy_stride if ungated else samples.dense_stride, relu)
-    if not ungated:
-        second = replace(second, standing_for={"dy_ptr": "gated_ptr"})
+    if dx is None:
+        return Launch(device, [first], BACKWARD, shared=shared)
+    if gate is None:
+        last = _elemt(samples, dtype, dy_stride, relu)
+    else:
+        # Of what came through it, which has no gaps.
+        last = _elemt(samples, dtype, samples.dense_stride, relu)
+        last = replace(last, standing_for={"dy_ptr": "gated_ptr"})
+    if sums is not None:
+        return Launch(device, [last], BACKWARD)
     shared = {**shared, "sums_ptr": (2 * samples.channels, torch.float64)}
-    return Launch(device, [first, second], BACKWARD, shared=shared)
+    return Launch(device, [first, last], BACKWARD, shared=shared)
 
 
 @_kept
@@ -141,7 +114,7 @@ def _moments(samples: Samples, device: torch.device, dtype: torch.dtype) -> tupl
     count = samples.batch * samples.space
     sizes = _sizes(tiles) | {"x_stride": samples.stride, "splits": tiles.splits, "count": count}
     constants = reduction(tiles, dtype.itemsize, samples.stride)
-    step = Step(triton_kernels.moments, tiles.blocks * tiles.splits, sizes, constants)
+    step = Step(triton_kernels.moments, tiles.parts, sizes, constants)
     return step, _shared(tiles)
 
 
@@ -159,8 +132,8 @@ def _reduce(
     strides = _strides(samples, dy_stride)
     sizes = _sizes(tiles) | strides | {"splits": tiles.splits}
     constants = reduction(tiles, 2 * dtype.itemsize, *strides.values()) | {"RELU": relu}
-    programs = tiles.blocks * tiles.splits
-    return Step(triton_kernels.backward_reduce, programs, sizes, constants), _shared(tiles)
+    step = Step(triton_kernels.backward_reduce, tiles.parts, sizes, constants)
+    return step, _shared(tiles)
 
 
 def _elemt(samples: Samples, dtype: torch.dtype, dy_stride: int, relu: bool) -> Step:

@@ -19,7 +19,7 @@ COMPUTE = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
-# Of a thread.
+# What a thread can read at a time.
 _BYTES_AT_A_TIME = 16
 # A warp has 16 values a thread.
 _OF_A_WARP = 512
@@ -100,12 +100,17 @@ class Tiles:
         """
         if self.splits == 1:
             return None
-        numbers = self.blocks * self.splits * 2 * int(self.constants["BLOCK_C"])
+        numbers = self.parts * 2 * int(self.constants["BLOCK_C"])
         least_numbers, least_blocks = _LEAST_SHARED
         return (
             max(next_power_of_2(numbers), least_numbers),
             max(next_power_of_2(self.blocks), least_blocks),
         )
+
+    @property
+    def parts(self) -> int:
+        """Programs of a reduction."""
+        return self.blocks * self.splits
 
     @property
     def programs(self) -> int:
