@@ -120,7 +120,7 @@ def check_input(input: Tensor) -> None:
     Raises:
         ValueError: a DTensor, not of a floating dtype, fewer than two dimensions, or no channels.
     """
-    if type(input) not in _PLAIN and _is_sharded(input):
+    if _is_sharded(input):
         raise ValueError(
             f"got a DTensor of shape {tuple(input.shape)} as input; expected this rank's part of "
             "the batch: give the layer x.to_local() of an x that is sharded along dimension 0, and "
@@ -163,15 +163,14 @@ def check_parameters(
         if tensor is None:
             continue
         fits = tensor.dtype is other or tensor.dtype is dtype
-        is_plain = type(tensor) in _PLAIN or not _is_sharded(tensor)
-        if not (fits and is_plain and tensor.shape == size and tensor.device == device):
+        if not fits or tensor.shape != size or tensor.device != device or _is_sharded(tensor):
             raise ValueError(_misfit(input, _PER_CHANNEL[i], tensor))
 
 
 def _is_sharded(tensor: Tensor) -> bool:
     """Return whether a tensor is a DTensor."""
     # By what it has: to import the class takes half a second.
-    return hasattr(tensor, "full_tensor")
+    return type(tensor) not in _PLAIN and hasattr(tensor, "full_tensor")
 
 
 def _misfit(input: Tensor, name: str, tensor: Tensor) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from syncbn import kernels
-from syncbn.kernels import Forward, Kernel, Transform, cpu, reference
+from syncbn.kernels import Forward, Kernel, Transform, alone, cpu, reference
 from tests import interpreter
 
 interpreter.begin()
@@ -69,8 +69,8 @@ def everything(kernel: Kernel, x: Tensor, dy: Tensor, how: Transform) -> list[Te
     sums, _, _ = kernel.backward_reduce(dy, x, how)
     given = torch.ones_like(sums)
     found = [message, sums, normalize(kernel, x, how), kernel.backward_elemt(dy, x, how, given)]
-    found += kernel.forward_alone(x, Forward(EPS, how.weight, how.bias, how.relu))
-    apart, dx, _, _ = kernel.backward_alone(dy, x, how, (None, None), keep_sums=True)
+    found += alone.forward(kernel, x, Forward(EPS, how.weight, how.bias, how.relu))
+    apart, dx, _, _ = alone.backward(kernel, dy, x, how, (None, None), keep_sums=True)
     assert apart is not None
     found += apart, dx
     return [t.double().flatten() for t in found]
@@ -81,7 +81,7 @@ def is_same_over_dy(kernel: Kernel, x: Tensor, dy: Tensor, how: Transform) -> bo
     sums, _, _ = kernel.backward_reduce(dy, x, how)
     functions = (
         lambda dy, over: kernel.backward_elemt(dy, x, how, sums, over),
-        lambda dy, over: kernel.backward_alone(dy, x, how, (None, None), over)[1],
+        lambda dy, over: alone.backward(kernel, dy, x, how, (None, None), over)[1],
     )
     return all(torch.equal(f(deepcopy(dy), True), f(dy, False)) for f in functions)
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from oracle import Case
 from torch import Tensor
 
-from syncbn.kernels import Forward, Running, Transform, cpu, reference
+from syncbn.kernels import Forward, Running, Transform, alone, cpu, reference
 from syncbn.moments import Moments
 from tests.kernels import EPS, everything, needs_cpp, normalize, tolerance, transform
 from tests.test_kernels import DTYPES, LAYOUTS, SHAPES, check_module
@@ -200,7 +200,7 @@ def test_running_averages(
         for tracked in (averages[2], None):
             running = Running(averages[0], averages[1], tracked, momentum)
             k.normalize(x, message, Forward(EPS, running=running))
-            k.forward_alone(x, Forward(EPS, running=running))
+            alone.forward(k, x, Forward(EPS, running=running))
         found.append(averages)
     for mine, other in zip(*found, strict=True):
         if mine is not None:

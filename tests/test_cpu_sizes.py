@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from syncbn.kernels import Forward, Transform, cpu, reference
+from syncbn.kernels import Forward, Transform, alone, cpu, reference
 from syncbn.kernels.samples import Samples
 from tests.kernels import (
     EPS,
@@ -228,6 +228,6 @@ def test_what_is_written_past_the_caches(
     dx = [kernel.backward_elemt(g, x, how, sums) for g, x in zip(gradients, parts, strict=True)]
     assert torch.equal(kernel.backward_elemt(dy, x, how, sums), torch.cat(dx, dim))
     assert is_same_over_dy(kernel, x, dy, how)
-    alone_y, _ = kernel.forward_alone(x, Forward(EPS))
+    alone_y, _ = alone.forward(kernel, x, Forward(EPS))
     apart, _ = kernel.normalize(x, kernel.moments(x), Forward(EPS))
     assert torch.equal(alone_y, apart)

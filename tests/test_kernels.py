@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncbn
 from syncbn import kernels
-from syncbn.kernels import Forward, Kernel, Running, Transform, cpu, reference
+from syncbn.kernels import Forward, Kernel, Running, Transform, alone, cpu, reference
 from syncbn.moments import Moments
 from tests.kernels import EPS, KERNELS, device_of, normalize, tolerance
 
@@ -163,13 +163,13 @@ def test_parameter_gradients(
             for dtype in dtypes
         )
         transform = Transform(statistics.to(device), weight, bias)
-        given = dy, x, transform, (weight, bias)
-        apart, _, dweight, dbias = chosen.backward_alone(*given, keep_sums=True)
+        given = chosen, dy, x, transform, (weight, bias)
+        apart, _, dweight, dbias = alone.backward(*given, keep_sums=True)
         assert apart is not None
         every = [
             chosen.backward_reduce(dy, x, transform, (weight, bias)),
             (apart, dweight, dbias),
-            (apart, *chosen.backward_alone(*given)[2:]),
+            (apart, *alone.backward(*given)[2:]),
         ]
         for sums, dweight, dbias in every:
             for gradient, part, like in ((dweight, sums[channels:], weight), (dbias, sums, bias)):

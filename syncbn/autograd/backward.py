@@ -10,7 +10,7 @@ from torch import Tensor
 from syncbn.autograd import any_order
 from syncbn.autograd.call import Call
 from syncbn.distributed import collectives
-from syncbn.kernels import Transform, Wanted, gated
+from syncbn.kernels import Transform, alone, gated
 from syncbn.kernels.reference import affine
 from syncbn.kernels.second_order import second_elemt, second_reduce
 
@@ -58,65 +58,37 @@ def first_order(
         keep_sums: whether the sums are wanted; not of a dy that has yet to.
     """
     assert gate is None or not keep_sums
-    needs_x, needs_weight, needs_bias, _ = needs[:4]
+    kernel = call.kernel
+    needs_x, needs_weight, needs_bias, needs_residual = needs[:4]
     wanted = transform.weight if needs_weight else None, transform.bias if needs_bias else None
-    if call.group is None and needs_x:
-        return _alone(dy, x, transform, call, wanted, needs, may_overwrite, gate, keep_sums)
-    return _together(dy, x, transform, call, wanted, needs, may_overwrite, gate, keep_sums)
-
-
-def _alone(
-    dy: Tensor,
-    x: Tensor,
-    transform: Transform,
-    call: Call,
-    wanted: Wanted,
-    needs: tuple[bool, ...],
-    may_overwrite: bool,
-    gate: Tensor | None,
-    keep_sums: bool,
-) -> FirstOrder:
-    """Return the gradients in a group of one; x needs its own."""
-    kernel, needs_residual = call.kernel, needs[3]
-    if gate is not None:
-        assert gated.is_gated(kernel)
-        given = dy, gate, x, transform, wanted, may_overwrite, needs_residual
-        dresidual, dx, dweight, dbias = kernel.backward_alone_gated(*given)
-        return FirstOrder(dx, dweight, dbias, dresidual)
+    is_alone = call.group is None and needs_x
     over = may_overwrite and not needs_residual
-    found = kernel.backward_alone(dy, x, transform, wanted, over, keep_sums)
-    sums, dx, dweight, dbias = found
-    return FirstOrder(dx, dweight, dbias, dy if needs_residual else None, sums, sums)
-
-
-def _together(
-    dy: Tensor,
-    x: Tensor,
-    transform: Transform,
-    call: Call,
-    wanted: Wanted,
-    needs: tuple[bool, ...],
-    may_overwrite: bool,
-    gate: Tensor | None,
-    keep_sums: bool,
-) -> FirstOrder:
-    """Return the gradients in a group, with its message."""
-    kernel, (needs_x, _, _, needs_residual) = call.kernel, needs[:4]
     if gate is not None:
         assert gated.is_gated(kernel)
-        found = kernel.backward_reduce_gated(dy, gate, x, transform, wanted, may_overwrite)
-        dy, mine, dweight, dbias = found
-        may_overwrite = True
+        given = dy, gate, x, transform, wanted, may_overwrite
+        if is_alone:
+            found = kernel.backward_alone_gated(*given, keep_gated=needs_residual)
+            dresidual, dx, dweight, dbias = found
+            return FirstOrder(dx, dweight, dbias, dresidual)
+        dy, mine, dweight, dbias = kernel.backward_reduce_gated(*given)
+        over = not needs_residual
+    elif is_alone:
+        both = alone.backward(kernel, dy, x, transform, wanted, over, keep_sums)
+        total, dx, dweight, dbias = both
+        return FirstOrder(dx, dweight, dbias, dy if needs_residual else None, total, total)
     else:
         mine, dweight, dbias = kernel.backward_reduce(dy, x, transform, wanted)
     # The all-reduce works in place. It is also for ranks that need no dx: others wait for theirs.
     message = mine.clone() if keep_sums else mine
     sums = collectives.all_reduce(message, call.group, call.about("backward", x))
-    dx = None
-    if needs_x:
-        over = may_overwrite and not needs_residual
-        dx = kernel.backward_elemt(dy, x, transform, sums, over)
-    return FirstOrder(dx, dweight, dbias, dy if needs_residual else None, mine, sums)
+    return FirstOrder(
+        kernel.backward_elemt(dy, x, transform, sums, over) if needs_x else None,
+        dweight,
+        dbias,
+        dy if needs_residual else None,
+        mine,
+        sums,
+    )
 
 
 class SyncBatchNormBackward(torch.autograd.Function):

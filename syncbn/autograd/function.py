@@ -10,7 +10,7 @@ from torch import Tensor
 
 from syncbn.autograd.backward import SyncBatchNormBackward, first_order
 from syncbn.autograd.call import Call, group_message
-from syncbn.kernels import Forward, Transform, gated
+from syncbn.kernels import Forward, Transform, alone, gated
 from syncbn.kernels.samples import seen_as, view_of
 from syncbn.ownership import is_unshared
 
@@ -94,15 +94,12 @@ class SyncBatchNormFunction(torch.autograd.Function):
         gate = kernel.new_gate(x) if masks and gated.is_gated(kernel) else None
         how = Forward(call.eps, weight, bias, call.relu, call.running, gate)
         if call.is_alone:
-            y, statistics = kernel.forward_alone(x, how, residual)
+            y, statistics = alone.forward(kernel, x, how, residual)
         else:
             message, is_new = group_message(x, call)
             how = how if is_new else how._replace(running=None)
             y, statistics = kernel.normalize(x, message, how, residual)
-        # On other devices to read the count would stall them; everywhere kernels keep such a batch
-        # out of the averages.
-        if x.is_cpu:
-            _refuse_one_value(x, statistics, call)
+        _refuse_one_value(x, statistics, call)
 
         kept = y if masks and gate is None else gate
         ctx.save_for_backward(x, weight, bias, statistics, kept)
@@ -135,8 +132,11 @@ class SyncBatchNormFunction(torch.autograd.Function):
 
 
 def _refuse_one_value(x: Tensor, statistics: Tensor, call: Call) -> None:
-    # With more values here there are more in the group, unless some do not count.
-    if torch.compiler.is_compiling() or (call.filling is None and x.numel() > x.shape[1]):
+    # With more values here there are more in the group, unless some do not count. On other devices
+    # reading the count would stall them; everywhere kernels keep such a batch out of the averages.
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return
+    if call.filling is None and x.numel() > x.shape[1]:
         return
     if statistics[-1].item() == 1:
         raise ValueError(

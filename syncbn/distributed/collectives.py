@@ -16,9 +16,8 @@ from torch.autograd import Function
 
 from syncbn.distributed.agreement import as_bytes, disagreement
 
-_IS_AVAILABLE = dist.is_available()
 # As a number: torch's own comparison takes a microsecond.
-_DETAIL = dist.DebugLevel.DETAIL.value if _IS_AVAILABLE else None
+_DETAIL = dist.DebugLevel.DETAIL.value if dist.is_available() else None
 
 
 def communicating_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
@@ -30,7 +29,7 @@ def communicating_group(process_group: dist.ProcessGroup | None) -> dist.Process
     Raises:
         ValueError: this rank is not a member of the group, or it is not a process group.
     """
-    if not (_IS_AVAILABLE and dist.is_initialized()):
+    if not (dist.is_available() and dist.is_initialized()):
         if process_group is not None:
             raise ValueError(
                 "got a process group, but torch.distributed is not initialized; "

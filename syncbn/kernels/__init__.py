@@ -59,22 +59,6 @@ class Kernel(Protocol):
     ) -> Tensor:
         """Return dx in x's dtype and layout; in dy's memory, if it may be overwritten."""
 
-    def forward_alone(
-        self, x: Tensor, how: Forward, residual: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return what :meth:`normalize` returns of :meth:`moments`: nobody waits in between."""
-
-    def backward_alone(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        transform: Transform,
-        wanted: Wanted,
-        may_overwrite: bool = False,
-        keep_sums: bool = False,
-    ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
-        """Return the sums of :meth:`backward_reduce`, if they are kept; dx, dweight and dbias."""
-
 
 class TritonKernels(Kernel, Protocol):
     """Kernels that serve some tensors."""
@@ -104,8 +88,9 @@ def choose(name: str, x: Tensor, *others: Tensor | None) -> Kernel:
             found = cpu.load()
             return found if _is_plain(x, others) and not isinstance(found, str) else reference
         case "auto", "cuda":
-            plain = _is_plain(x, others) and not missing_triton()
-            return aten_cuda if not plain or _triton().why_not(x) else _triton()
+            if missing_triton() or not _is_plain(x, others) or _triton().why_not(x):
+                return aten_cuda
+            return _triton()
         case (("auto" | "reference"), _):
             return reference
         case (("cpu" | "triton"), _) if torch.compiler.is_compiling() or is_watched():

@@ -95,24 +95,6 @@ def backward_elemt(
     )
 
 
-def forward_alone(x: Tensor, how: Forward, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """See :func:`syncbn.kernels.reference.forward_alone`."""
-    return normalize(x, moments(x), how, residual)
-
-
-def backward_alone(
-    dy: Tensor,
-    x: Tensor,
-    transform: Transform,
-    wanted: Wanted,
-    may_overwrite: bool = False,
-    keep_sums: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """See :func:`syncbn.kernels.reference.backward_alone`."""
-    sums, dweight, dbias = backward_reduce(dy, x, transform, wanted)
-    return sums, backward_elemt(dy, x, transform, sums, may_overwrite), dweight, dbias
-
-
 def _gradient_sums(dy: Tensor, x: Tensor, transform: Transform) -> Tensor:
     if x.numel() == 0:
         return torch.zeros(2 * x.shape[1], dtype=torch.float64, device=x.device)

@@ -90,12 +90,9 @@ class CPU:
         return dx
 
     def forward_alone(
-        self, x: Tensor, how: Forward, residual: Tensor | None = None
+        self, x: Tensor, how: Forward, residual: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """See :func:`syncbn.kernels.reference.forward_alone`.
-
-        What is read twice stays in the cache.
-        """
+        """See :func:`syncbn.kernels.alone.forward`: what is read twice stays in the cache."""
         averages = None if how.running is None else call.averages(how.running)
         if how.running is not None and averages is None:
             return self.normalize(x, self.moments(x), how, residual)
@@ -110,7 +107,7 @@ class CPU:
         may_overwrite: bool = False,
         keep_sums: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """See :func:`syncbn.kernels.reference.backward_alone`."""
+        """See :func:`syncbn.kernels.alone.backward`."""
         sums = x.new_empty(2 * x.shape[1], dtype=torch.float64)
         function = self.library.backward_alone
         dx, dweight, dbias = self._backward(function, dy, x, transform, sums, wanted, may_overwrite)

@@ -154,39 +154,6 @@ def backward_elemt(
     return ((dy - offset - (x - pivot) * slope) * scale).to(x.dtype)
 
 
-def forward_alone(x: Tensor, how: Forward, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return :func:`normalize` of :func:`moments` of x, for a group of one.
-
-    Args:
-        x: shape ``[N, C, *]``.
-        how: the rest.
-        residual: shape and dtype of x, or None.
-    """
-    return normalize(x, moments(x), how, residual)
-
-
-def backward_alone(
-    dy: Tensor,
-    x: Tensor,
-    transform: Transform,
-    wanted: Wanted,
-    may_overwrite: bool = False,
-    keep_sums: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Return :func:`backward_reduce`, dx, dweight and dbias, in a group of one.
-
-    Args:
-        dy: gradient of the output, shape and dtype of x.
-        x: shape ``[N, C, *]``.
-        transform: of the forward pass, without residual.
-        wanted: weight and bias; None for each whose gradient is not.
-        may_overwrite: nobody needs dy any more; a kernel may write dx there.
-        keep_sums: whether the sums are wanted; else there may be none.
-    """
-    sums, dweight, dbias = backward_reduce(dy, x, transform, wanted)
-    return sums, backward_elemt(dy, x, transform, sums, may_overwrite), dweight, dbias
-
-
 def parameter_gradients(
     sums: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:

@@ -53,11 +53,8 @@ def backward_elemt(
     return _input_gradient(dy, x, transform, _halves(x, sums), transform.values)
 
 
-def forward_alone(x: Tensor, how: Forward, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """See :func:`syncbn.kernels.reference.forward_alone`.
-
-    The number of values is known: it is left out.
-    """
+def forward_alone(x: Tensor, how: Forward, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See :func:`syncbn.kernels.alone.forward`. The number of values is known: it is left out."""
     values = _values(x)
     var, mean = torch.var_mean(x.double(), reduced_dims(x), correction=0)
     if values == 0:
@@ -76,7 +73,7 @@ def backward_alone(
     may_overwrite: bool = False,
     keep_sums: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """See :func:`syncbn.kernels.reference.backward_alone`."""
+    """See :func:`syncbn.kernels.alone.backward`."""
     dy = _through_relu(dy, x, transform)
     sums = _sums(dy, x, transform)
     has_count = transform.statistics.numel() > 2 * x.shape[1]

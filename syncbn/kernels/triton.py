@@ -66,9 +66,9 @@ def normalize(
 
 
 def forward_alone(
-    x: Tensor, how: Forward, residual: Tensor | None = None, message: Tensor | None = None
+    x: Tensor, how: Forward, residual: Tensor | None, message: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`syncbn.kernels.reference.forward_alone`; or of a message that is there."""
+    """See :func:`syncbn.kernels.alone.forward`; or of a message that is there."""
     x, samples = readable(x)
     mean, var, tracked, momentum = running = how.running or _NOTHING
     if running is not _NOTHING and not _can_move(running, x.device):
@@ -151,7 +151,7 @@ def backward_alone(
     may_overwrite: bool = False,
     keep_sums: bool = False,
 ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """See :func:`syncbn.kernels.reference.backward_alone`."""
+    """See :func:`syncbn.kernels.alone.backward`."""
     if keep_sums:
         sums, dweight, dbias = backward_reduce(dy, x, transform, wanted)
         return sums, backward_elemt(dy, x, transform, sums, may_overwrite), dweight, dbias
@@ -185,7 +185,7 @@ def _backward(
     wanted: Wanted,
     given: tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Launch what of the backward pass is not given, and return dweight and dbias.
+    """Launch what :func:`passes.backward` says of these tensors, and return dweight and dbias.
 
     Args:
         samples: what kernels see in x.

@@ -26,8 +26,8 @@ _ALIGNMENT = 16
 # Of GPUs that prepare a launch during the one before, and of drivers that capture such launches.
 _OVERLAPPING, _CAPTURING = (9, 0), 12030
 
-# Streams, and ways in which addresses are aligned, for which there is more than the first time:
-# torch has 65 of a device, but others' streams come and go.
+# Streams that have memory; and calls that a launch keeps, one for each stream and alignment. torch
+# has 65 streams of a device, but those of others come and go.
 _KEPT = 128
 # cudaStreamPerThread: a stream for each thread.
 _OF_A_THREAD = 2
