@@ -73,9 +73,8 @@ class _Recomputation(Pass):
 _PASS: ContextVar[Pass | None] = ContextVar("syncbn_checkpoint_pass", default=None)
 
 
-def current() -> Pass | None:
-    """Return the pass that this thread is in, or None if no region has our contexts."""
-    return _PASS.get()
+#: Returns the pass that this thread is in, or None if no region has our contexts.
+current = _PASS.get
 
 
 def checkpoint_contexts(context_fn: Callable[[], Contexts] | None = None) -> Contexts:

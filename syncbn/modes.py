@@ -11,18 +11,11 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _disable_current_modes
 
-
-def is_watched() -> bool:
-    """Return whether there is a `TorchDispatchMode`: a tracer, a recorder, fake tensors.
-
-    It sees calls of torch, and only these, may replace them, and keep what they are given.
-    """
-    return torch._C._len_torch_dispatch_stack() > 0
-
-
-def is_transformed() -> bool:
-    """Return whether a transform of `torch.func` runs, which sees through functions of its own."""
-    return torch._C._are_functorch_transforms_active()
+#: Returns how many of `TorchDispatchMode` there are: tracers, recorders, fake tensors. They see
+#: calls of torch, and only these, may replace them, and keep what they are given.
+is_watched = torch._C._len_torch_dispatch_stack
+#: Returns whether a transform of `torch.func` runs, which sees through functions of its own.
+is_transformed = torch._C._are_functorch_transforms_active
 
 
 def is_forward_differentiated() -> bool:

@@ -58,7 +58,7 @@ def is_unshared(gradient: Tensor, references: int) -> bool:
         gradient: the argument ``dy`` of a ``backward(ctx, dy)``.
         references: `sys.getrefcount` of it, called there.
     """
-    least = _SMALL if gradient.device.type == "cpu" else _SMALL_ON_GPU
+    least = _SMALL if gradient.is_cpu else _SMALL_ON_GPU
     if gradient.nbytes < least or not hasattr(gradient, _COUNT):
         return False
     if gradient.requires_grad or _is_seen():
@@ -77,7 +77,7 @@ def _is_of_torch(gradient: Tensor) -> bool:
 
 def _is_seen() -> bool:
     # Modes, debuggers and profilers have references of their own, and may keep them.
-    return is_watched() or sys.gettrace() is not None or sys.getprofile() is not None
+    return is_watched() > 0 or sys.gettrace() is not None or sys.getprofile() is not None
 
 
 @cache

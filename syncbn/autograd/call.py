@@ -42,8 +42,9 @@ class Call(NamedTuple):
     @property
     def is_alone(self) -> bool:
         """Whether nobody needs the message before the output is there."""
-        plain = self.group is None and self.filling is None and self.pending is None
-        return plain and (torch.compiler.is_compiling() or checkpoint.current() is None)
+        if self.group is not None or self.filling is not None or self.pending is not None:
+            return False
+        return torch.compiler.is_compiling() or checkpoint.current() is None
 
     def about(self, direction: str, x: Tensor) -> str:
         """Return what a message is about, for error messages."""
