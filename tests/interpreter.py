@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ def begin() -> None:
         return
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
     from syncbn.kernels import triton_tiles
@@ -23,6 +25,7 @@ def begin() -> None:
     triton_tiles._ELEMENTWISE_LAST = triton_tiles.Shape(4096, 64, tiles=4)
     ready = {"syncbn.kernels.triton_kernels", "syncbn.kernels.triton_addresses"}
     convert, call = InterpreterBuilder.cast_impl, InterpretedFunction.__call__
+    look_up, types = interpreter._get_np_dtype, {}
 
     def rounded(self: Any, source: Any, dtype: Any) -> Any:
         # It cuts digits off; GPUs round.
@@ -39,5 +42,15 @@ def begin() -> None:
         ready.add(home)
         return call(self, *arguments, **constants)
 
+    def looked_up(dtype: Any) -> Any:
+        # It makes a table of all types, again and again.
+        if (name := dtype.scalar.name) not in types:
+            types[name] = look_up(dtype)
+        return types[name]
+
+    # It looks for overflows in every sum of integers, and tells nobody.
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
+    interpreter._get_np_dtype = looked_up
     InterpreterBuilder.cast_impl = rounded
     InterpretedFunction.__call__ = called
