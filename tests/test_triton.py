@@ -177,8 +177,19 @@ def test_a_gradient_goes_through_the_relu_of_an_output(
     given = dy.clone(memory_format=torch.preserve_format)
     found = triton.backward_reduce_gated(given, gate, x, transform, (weight, None), may_overwrite)
     gated, sums, dweight, dbias = found
+    assert gated is not None
     assert torch.equal(gated, wanted)
     assert torch.equal(triton.opened(gate, x), y > 0)
+    assert (gated.data_ptr() == given.data_ptr()) == may_overwrite
+    given = dy.clone(memory_format=torch.preserve_format)
+    nothing, *same = triton.backward_reduce_gated(
+        given, gate, x, transform, (weight, None), may_overwrite, write=False
+    )
+    assert nothing is None
+    assert torch.equal(given, dy)
+    torch.testing.assert_close(same, [sums, dweight, dbias], rtol=0, atol=0)
+    gated = triton.through_gate(given, gate, x, may_overwrite)
+    assert torch.equal(gated, wanted)
     assert (gated.data_ptr() == given.data_ptr()) == may_overwrite
     torch.testing.assert_close(sums, wanted_sums, rtol=1e-5, atol=1e-5)
     assert dweight is not None
@@ -246,7 +257,9 @@ def test_nothing_is_noted_where_there_are_no_values(shape: tuple[int, ...]) -> N
     message = triton.moments(x)
     y, statistics = triton.normalize(x, message, Forward(EPS, relu=True, gate=gate), x)
     found = triton.backward_reduce_gated(x, gate, x, Transform(statistics))
+    assert found[0] is not None
     assert y.shape == found[0].shape == triton.opened(gate, x).shape == shape
+    assert triton.through_gate(x, gate, x).shape == shape
     assert torch.equal(gate, torch.full_like(gate, 7))
 
 

@@ -111,7 +111,9 @@ def passes(shape: tuple[int, ...], last: bool, dtype: torch.dtype) -> None:
         transform = Transform(statistics, weight, bias, relu and residual is None)
         if gate is not None:
             triton.opened(gate, x)
-            triton.backward_reduce_gated(x, gate, x, transform, (weight, bias))
+            triton.through_gate(x, gate, x)
+            for write in (True, False):
+                triton.backward_reduce_gated(x, gate, x, transform, (weight, bias), write=write)
         sums, _, _ = triton.backward_reduce(x, x, transform, (weight, bias))
         triton.backward_elemt(x, x, transform, sums)
 

@@ -163,6 +163,7 @@ def functions(x: Tensor, weight: Tensor) -> dict[str, Callable[[], object]]:
         "backward_elemt": lambda: triton.backward_elemt(x, x, transform, sums),
         "backward_alone": lambda: triton.backward_alone(x, x, transform, (weight, weight)),
         "backward_alone_gated": lambda: triton.backward_alone_gated(*given),
+        "through_gate": lambda: triton.through_gate(x, gate, x),
         "opened": lambda: triton.opened(gate, x),
     }
 

@@ -6,7 +6,7 @@ torch.distributed.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -76,19 +76,49 @@ def all_reduce(vector: Tensor, group: dist.ProcessGroup | None, label: str) -> T
     if torch.compiler.is_compiling():
         summed: Tensor = functional.all_reduce(vector, "sum", group)
         return summed
-    try:
-        if dist.get_debug_level().value == _DETAIL:
-            _require_agreement(vector, group, label)
-        dist.all_reduce(vector, group=group)
-    except _DisagreementError as error:
-        raise RuntimeError(str(error)) from None
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"{label}: the all-reduce of {vector.numel()} numbers failed on rank "
-            f"{dist.get_rank()} of {dist.get_world_size()}. If another rank ended or never reached "
-            f"this layer, look there: layers must run in the same order on every rank. {error}"
-        ) from error
+    _begin(vector, group, label, asynchronous=False)
     return vector
+
+
+class Message(NamedTuple):
+    """A vector that is being summed.
+
+    Attributes:
+        vector: is the sum after :meth:`wait`.
+        label: what is being summed, for error messages.
+        work: torch.distributed's; None if there is nobody to wait for.
+    """
+
+    vector: Tensor
+    label: str
+    work: dist.Work | None
+
+    def wait(self) -> Tensor:
+        """Wait until the sum is there; on a GPU, have the current stream do so.
+
+        Returns:
+            The vector.
+
+        Raises:
+            RuntimeError: as :func:`all_reduce`.
+        """
+        if self.work is None:
+            return self.vector
+        try:
+            self.work.wait()
+        except RuntimeError as error:
+            raise _explained(error, self.vector, self.label) from error
+        return self.vector
+
+
+def begin_all_reduce(vector: Tensor, group: dist.ProcessGroup | None, label: str) -> Message:
+    """Begin to sum a vector over a group, in place; not under ``torch.compile``.
+
+    What is done before :meth:`Message.wait` is done beside it. Arguments and errors are those of
+    :func:`all_reduce`.
+    """
+    work = None if group is None else _begin(vector, group, label, asynchronous=True)
+    return Message(vector, label, work)
 
 
 def sum_over_ranks(vector: Tensor, group: dist.ProcessGroup | None, label: str) -> Tensor:
@@ -133,6 +163,26 @@ class _SumOverRanks(Function):
     ) -> tuple[Tensor, int]:
         samples_first = vector.movedim(in_dims[0], 0).contiguous()
         return sum_over_ranks(samples_first, group, label), 0
+
+
+def _begin(vector: Tensor, group: dist.ProcessGroup, label: str, asynchronous: bool) -> Any:
+    """Return torch.distributed's work; None if it is not asynchronous."""
+    try:
+        if dist.get_debug_level().value == _DETAIL:
+            _require_agreement(vector, group, label)
+        return dist.all_reduce(vector, group=group, async_op=asynchronous)
+    except _DisagreementError as error:
+        raise RuntimeError(str(error)) from None
+    except RuntimeError as error:
+        raise _explained(error, vector, label) from error
+
+
+def _explained(error: RuntimeError, vector: Tensor, label: str) -> RuntimeError:
+    return RuntimeError(
+        f"{label}: the all-reduce of {vector.numel()} numbers failed on rank "
+        f"{dist.get_rank()} of {dist.get_world_size()}. If another rank ended or never reached "
+        f"this layer, look there: layers must run in the same order on every rank. {error}"
+    )
 
 
 class _DisagreementError(Exception):

@@ -102,15 +102,26 @@ def opened(gate: Tensor, x: Tensor) -> Tensor:
     """See :meth:`syncbn.kernels.gated.Gated.opened`."""
     x, samples = readable(x)
     found = empty_like(x, samples, torch.bool)
-    passes.unpack(samples, x.device, x.dtype)((gate, found.view(torch.int8)))
+    bytes_ = found.view(torch.int8)
+    passes.through_gate(samples, x.device, x.dtype, None)((None, gate, bytes_))
     return found
+
+
+def through_gate(dy: Tensor, gate: Tensor, x: Tensor, may_overwrite: bool = False) -> Tensor:
+    """See :meth:`syncbn.kernels.gated.Gated.through_gate`."""
+    x, samples = readable(x)
+    dy, stride = alike(dy, x, samples)
+    over = may_overwrite and stride == samples.dense_stride
+    gated = dy if over else empty_like(x, samples)
+    passes.through_gate(samples, x.device, x.dtype, stride)((dy, gate, gated))
+    return gated
 
 
 def backward_reduce(
     dy: Tensor, x: Tensor, transform: Transform, wanted: Wanted = (None, None)
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """See :func:`syncbn.kernels.reference.backward_reduce`."""
-    return backward_reduce_gated(dy, None, x, transform, wanted)[1:]
+    return backward_reduce_gated(dy, None, x, transform, wanted, write=False)[1:]
 
 
 def backward_reduce_gated(
@@ -120,12 +131,15 @@ def backward_reduce_gated(
     transform: Transform,
     wanted: Wanted = (None, None),
     may_overwrite: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    write: bool = True,
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
     """See :meth:`syncbn.kernels.gated.Gated.backward_reduce_gated`; or dy is plain."""
     x, samples = readable(x)
     dy, stride = alike(dy, x, samples)
-    over = may_overwrite and stride == samples.dense_stride
-    gated = dy if gate is None or over else empty_like(x, samples)
+    gated = None
+    if write:
+        over = may_overwrite and stride == samples.dense_stride
+        gated = dy if over else empty_like(x, samples)
     sums = x.new_empty(2 * samples.channels, dtype=torch.float64)
     given = x, sums, dy, gate, gated, None
     return gated, sums, *_backward(samples, stride, transform, wanted, given)
@@ -171,9 +185,8 @@ def backward_alone_gated(
     x, samples = readable(x)
     dy, stride = alike(dy, x, samples)
     over = may_overwrite and stride == samples.dense_stride
-    gated = dy if gate is None or over else empty_like(x, samples)
-    is_ours = over or gate is not None
-    dx = gated if is_ours and not keep_gated else empty_like(x, samples)
+    ours = dy if over else empty_like(x, samples)
+    gated, dx = None if gate is None else ours, empty_like(x, samples) if keep_gated else ours
     given = x, None, dy, gate, gated, dx
     return gated if keep_gated else None, dx, *_backward(samples, stride, transform, wanted, given)
 

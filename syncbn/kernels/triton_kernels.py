@@ -62,10 +62,9 @@ _jit = partial(triton.jit, do_not_specialize_on_alignment=_SIZES)
 def moments(
     x_ptr, parts_ptr, arrivals_ptr, message_ptr,
     samples, channels, space, x_stride, tiles, along, splits, count,
-    AHEAD: tl.constexpr, BLOCK_K: tl.constexpr,
-    UNIT: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, LAST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
-    PDL: tl.constexpr,
+    AHEAD: tl.constexpr, BLOCK_K: tl.constexpr, UNIT: tl.constexpr, FULL: tl.constexpr,
+    WIDE: tl.constexpr, LAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr, PDL: tl.constexpr,
 ):
     """Write ``[sum | sum_sq | count]`` of some channels: of a split, if it is the last to come.
 
@@ -108,9 +107,9 @@ def normalize(
     x_ptr, residual_ptr, y_ptr, gate_ptr, message_ptr, statistics_ptr, weight_ptr, bias_ptr,
     running_mean_ptr, running_var_ptr, tracked_ptr, eps: "fp64", momentum: "fp64",
     samples, channels, space, x_stride, stride, tiles, along,
-    RELU: tl.constexpr, CUMULATIVE: tl.constexpr, TILES: tl.constexpr,
-    UNIT: tl.constexpr, SAME: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
-    LAST: tl.constexpr, ROWS: tl.constexpr, PACK: tl.constexpr,
+    RELU: tl.constexpr, CUMULATIVE: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr,
+    SAME: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, LAST: tl.constexpr,
+    ROWS: tl.constexpr, PACK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -169,15 +168,14 @@ def backward_reduce(
     dy_ptr, gate_ptr, gated_ptr, x_ptr, parts_ptr, arrivals_ptr, sums_ptr, dbias_ptr, dweight_ptr,
     statistics_ptr, weight_ptr, bias_ptr,
     samples, channels, space, dy_stride, x_stride, stride, tiles, along, splits,
-    RELU: tl.constexpr, AHEAD: tl.constexpr, BLOCK_K: tl.constexpr,
-    UNIT: tl.constexpr, SAME: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
-    LAST: tl.constexpr, PACK: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
-    PDL: tl.constexpr,
+    RELU: tl.constexpr, AHEAD: tl.constexpr, BLOCK_K: tl.constexpr, UNIT: tl.constexpr,
+    SAME: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, LAST: tl.constexpr,
+    PACK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    COMPUTE: tl.constexpr, PDL: tl.constexpr,
 ):
     """Write ``[sum(dy) | sum(dy xhat)]`` as moments does; dbias and dweight, if these are given.
 
-    If a gate is, dy counts where that is open, and is written as such; there may be dy itself.
+    If a gate is, dy counts where that is open, and may be written as such: over dy, say.
     """
     begin(PDL)
     channels, space = dense_of(channels, space, UNIT, LAST)
@@ -210,6 +208,7 @@ def backward_reduce(
                 LAST, WIDE, PACK, BLOCK_N, BLOCK_S, BLOCK_C,
             )
             dy = tl.where(is_open, dy, 0.0)
+        if gated_ptr is not None:
             at = tile_at(n, s, first_c, stride, space, LAST)
             write(gated_ptr + at + more, dy, here, FULL)
         sum_dy += dy
@@ -229,9 +228,8 @@ def backward_reduce(
 def backward_elemt(
     dy_ptr, x_ptr, dx_ptr, sums_ptr, statistics_ptr, weight_ptr, bias_ptr,
     samples, channels, space, dy_stride, x_stride, stride, tiles, along,
-    RELU: tl.constexpr, TILES: tl.constexpr,
-    UNIT: tl.constexpr, SAME: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr,
-    LAST: tl.constexpr, ROWS: tl.constexpr,
+    RELU: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr, SAME: tl.constexpr,
+    FULL: tl.constexpr, WIDE: tl.constexpr, LAST: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -271,25 +269,32 @@ def backward_elemt(
 
 
 @_jit
-def unpack(
-    gate_ptr, open_ptr, samples, channels, space, stride, tiles, along,
-    TILES: tl.constexpr,
-    UNIT: tl.constexpr, FULL: tl.constexpr, WIDE: tl.constexpr, LAST: tl.constexpr,
-    PACK: tl.constexpr,
+def through_gate(
+    dy_ptr, gate_ptr, gated_ptr,
+    samples, channels, space, dy_stride, stride, tiles, along,
+    TILES: tl.constexpr, UNIT: tl.constexpr, SAME: tl.constexpr, FULL: tl.constexpr,
+    WIDE: tl.constexpr, LAST: tl.constexpr, PACK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Write a byte for each bit of some tiles of a gate."""
+    """Write dy of some tiles where a gate is open, else zero; there may be dy. Without: a byte."""
     begin(PDL)
     channels, space = dense_of(channels, space, UNIT, LAST)
-    stride = multiple(stride, UNIT)
+    dy_stride, stride = multiple(dy_stride, UNIT), multiple(stride, UNIT)
     first_c, c, group = channels_of(channels, BLOCK_C)
     more = values_at(stride, space, LAST, WIDE, BLOCK_N, BLOCK_S, BLOCK_C)
+    more_dy = more
+    if not SAME:
+        more_dy = values_at(dy_stride, space, LAST, WIDE, BLOCK_N, BLOCK_S, BLOCK_C)
     for i in range(TILES):
         n, s = start_of(last_first(group * TILES + i, tiles, TILES), along, LAST, BLOCK_N, BLOCK_S)
         here = exists(n, s, c, samples, channels, space, BLOCK_N, BLOCK_S)
-        is_open = load_gate(
+        gated = load_gate(
             gate_ptr, n, s, first_c, samples, channels, space,
             LAST, WIDE, PACK, BLOCK_N, BLOCK_S, BLOCK_C,
         )
-        write(open_ptr + tile_at(n, s, first_c, stride, space, LAST) + more, is_open, here, FULL)
+        if dy_ptr is not None:
+            dy_at = tile_at(n, s, first_c, dy_stride, space, LAST)
+            gated = tl.where(gated, read(dy_ptr + dy_at + more_dy, here, FULL, COMPUTE), 0.0)
+        at = tile_at(n, s, first_c, stride, space, LAST)
+        write(gated_ptr + at + more, gated, here, FULL)

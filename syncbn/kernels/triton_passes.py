@@ -30,7 +30,7 @@ BACKWARD = (
     *("x_ptr", "sums_ptr", "dy_ptr", "gate_ptr", "gated_ptr", "dx_ptr", "statistics_ptr"),
     *("weight_ptr", "bias_ptr", "dweight_ptr", "dbias_ptr"),
 )
-UNPACK = "gate_ptr", "open_ptr"
+THROUGH_GATE = "dy_ptr", "gate_ptr", "gated_ptr"
 FLOATS = "eps", "momentum"
 
 # For the interpreter: as many as GPUs have.
@@ -100,13 +100,22 @@ def backward(
 
 
 @_kept
-def unpack(samples: Samples, device: torch.device, dtype: torch.dtype) -> Launch:
-    """Return the launch that writes a byte for each bit of a gate, of :data:`UNPACK`."""
-    tiles = for_elements(samples, dtype)
-    sizes = _sizes(tiles) | {"stride": samples.dense_stride}
-    constants = elementwise(tiles, samples.dense_stride)
-    step = Step(triton_kernels.unpack, tiles.programs, sizes, constants)
-    return Launch(device, [step], UNPACK)
+def through_gate(
+    samples: Samples, device: torch.device, dtype: torch.dtype, dy_stride: int | None
+) -> Launch:
+    """Return the launch that writes what of dy comes through a gate, of :data:`THROUGH_GATE`.
+
+    Args:
+        samples: what kernels see in x.
+        device: where.
+        dtype: of x and dy.
+        dy_stride: of the samples of dy; None if a byte is written for each bit instead.
+    """
+    tiles, stride = for_elements(samples, dtype), samples.dense_stride
+    strides = {"dy_stride": stride if dy_stride is None else dy_stride, "stride": stride}
+    constants = elementwise(tiles, *strides.values())
+    step = Step(triton_kernels.through_gate, tiles.programs, _sizes(tiles) | strides, constants)
+    return Launch(device, [step], THROUGH_GATE)
 
 
 def _moments(samples: Samples, device: torch.device, dtype: torch.dtype) -> tuple[Step, Shared]:
