@@ -25,7 +25,7 @@ test: $(INSTALLED)
 	$(PYTHON) -m pytest -n $(WORKERS) --no-loadscope-reorder
 
 LAYERS := $(patsubst %,tests/test_%.py,accumulation checkpointing double_backward fusion masks module \
-	module_errors ownership synchronized_edges training transforms)
+	module_errors overlap ownership synchronized_edges training transforms)
 test-triton: $(INSTALLED)
 	SYNCBN_TEST_TRITON=1 $(PYTHON) -m pytest -n $(WORKERS) --no-loadscope-reorder $(LAYERS)
 

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeAlias
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ pytestmark = [
 ]
 CUDA = torch.device("cuda")
 BACKENDS = ["nccl", "gloo"]
+Layer: TypeAlias = Callable[..., Tensor]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -44,25 +46,33 @@ def group(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dist.Proce
     dist.destroy_process_group()
 
 
-def normalized(layer: syncbn.SyncBatchNorm, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Return the output in training, by messages of the group."""
-    kernel = choose("triton", x)
-    running = Running(
-        layer.running_mean, layer.running_var, layer.num_batches_tracked, layer.momentum
-    )
-    call = Call(layer.eps, layer.activation == "relu", running, group, kernel, "layer")
-    y: Tensor = SyncBatchNormFunction.apply(x, layer.weight, layer.bias, None, call)
-    return y
+def talking(layer: syncbn.SyncBatchNorm, group: dist.ProcessGroup) -> Layer:
+    """Return the layer in training, which sends messages in the group."""
+
+    def normalized(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        running = Running(
+            layer.running_mean, layer.running_var, layer.num_batches_tracked, layer.momentum
+        )
+        relu, kernel = layer.activation == "relu", choose("triton", x)
+        call = Call(layer.eps, relu, running, group, kernel, "layer")
+        y: Tensor = SyncBatchNormFunction.apply(x, layer.weight, layer.bias, residual, call)
+        return y
+
+    return normalized
 
 
 def step(
-    layer: nn.Module, x: Tensor, dy: Tensor, residual: bool = False
+    layer: syncbn.SyncBatchNorm,
+    x: Tensor,
+    dy: Tensor,
+    residual: bool = False,
+    forward: Layer | None = None,
 ) -> Callable[[], tuple[Tensor, ...]]:
-    """Return a call that runs forward and backward."""
+    """Return a call that runs forward, of the layer if nothing else is said, and backward."""
 
     def run() -> tuple[Tensor, ...]:
         # A residual that has other values when a graph is replayed, too.
-        y = layer(x, *([x * 2 - 1] if residual else []))
+        y = (forward or layer)(x, *([x * 2 - 1] if residual else []))
         return y, *torch.autograd.grad(y, [x, *layer.parameters()], dy)
 
     return run
@@ -101,12 +111,10 @@ def test_nothing_waits_for_the_device(samples: int, residual: bool) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_no_message_waits_for_the_device(group: dist.ProcessGroup) -> None:
+@pytest.mark.parametrize("residual", [False, True])
+def test_no_message_waits_for_the_device(group: dist.ProcessGroup, residual: bool) -> None:
     layer, x, dy = case()
-
-    def run() -> None:
-        torch.autograd.grad(normalized(layer, x, group), [x, *layer.parameters()], dy)
-
+    run = step(layer, x, dy, residual, talking(layer, group))
     run()
     if group.name() == "gloo":
         pytest.skip("Gloo copies messages to the host")
@@ -120,8 +128,25 @@ def test_no_message_waits_for_the_device(group: dist.ProcessGroup) -> None:
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("samples", [64, 0])
 def test_a_graph_is_captured_and_replayed(samples: int, residual: bool) -> None:
-    layer, x, dy = case(samples)
-    run = step(layer, x, dy, residual)
+    replay_and_compare(*case(samples), residual)
+
+
+@pytest.mark.parametrize("group", ["nccl"], indirect=True)
+def test_messages_are_captured_and_replayed(group: dist.ProcessGroup) -> None:
+    """With what is done beside them."""
+    layer, x, dy = case(64)
+    replay_and_compare(layer, x, dy, True, talking(layer, group))
+
+
+def replay_and_compare(
+    layer: syncbn.SyncBatchNorm,
+    x: Tensor,
+    dy: Tensor,
+    residual: bool,
+    forward: Layer | None = None,
+) -> None:
+    """Capture a step, and replay it with other values."""
+    run = step(layer, x, dy, residual, forward)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -286,11 +311,13 @@ def test_results_are_the_same_every_time() -> None:
         assert all(torch.equal(*pair) for pair in zip(run(), wanted, strict=True))
 
 
-def test_messages_of_a_group_of_one_change_nothing(group: dist.ProcessGroup) -> None:
+@pytest.mark.parametrize("residual", [False, True])
+def test_messages_of_a_group_of_one_change_nothing(
+    group: dist.ProcessGroup, residual: bool
+) -> None:
     layer, x, dy = case()
-    wanted = step(layer, x, dy)()
-    y = normalized(layer, x, group)
-    found = y, *torch.autograd.grad(y, [x, *layer.parameters()], dy)
+    wanted = step(layer, x, dy, residual)()
+    found = step(layer, x, dy, residual, talking(layer, group))()
     assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
 
 
