@@ -174,32 +174,37 @@ def test_a_gradient_goes_through_the_relu_of_an_output(
     transform = Transform(statistics, weight, None)
     wanted = dy * (y > 0)
     wanted_sums, _, _ = reference.backward_reduce(wanted.double(), x.double(), transform)
-    given = dy.clone(memory_format=torch.preserve_format)
+    before = dy.clone()
+
+    def fresh() -> Tensor:
+        return dy.clone(memory_format=torch.preserve_format) if may_overwrite else dy
+
+    given = fresh()
     found = triton.backward_reduce_gated(given, gate, x, transform, (weight, None), may_overwrite)
     gated, sums, dweight, dbias = found
     assert gated is not None
-    assert torch.equal(gated, wanted)
-    assert torch.equal(triton.opened(gate, x), y > 0)
-    assert (gated.data_ptr() == given.data_ptr()) == may_overwrite
-    given = dy.clone(memory_format=torch.preserve_format)
-    nothing, *same = triton.backward_reduce_gated(
-        given, gate, x, transform, (weight, None), may_overwrite, write=False
-    )
-    assert nothing is None
-    assert torch.equal(given, dy)
-    torch.testing.assert_close(same, [sums, dweight, dbias], rtol=0, atol=0)
-    gated = triton.through_gate(given, gate, x, may_overwrite)
     assert torch.equal(gated, wanted)
     assert (gated.data_ptr() == given.data_ptr()) == may_overwrite
     torch.testing.assert_close(sums, wanted_sums, rtol=1e-5, atol=1e-5)
     assert dweight is not None
     assert dbias is None
 
+    # In two launches.
+    given = fresh()
+    nothing, *same = triton.backward_reduce_gated(
+        given, gate, x, transform, (weight, None), may_overwrite, write=False
+    )
+    assert nothing is None
+    assert torch.equal(given, before)
+    torch.testing.assert_close(same, [sums, dweight, dbias], rtol=0, atol=0)
+    gated = triton.through_gate(given, gate, x, may_overwrite)
+    assert torch.equal(gated, wanted)
+    assert (gated.data_ptr() == given.data_ptr()) == may_overwrite
+
     wanted_dx = reference.backward_elemt(wanted.double(), x.double(), transform, wanted_sums)
     for keep in (False, True):
-        given = dy.clone(memory_format=torch.preserve_format)
         kept, dx, again, dbias = triton.backward_alone_gated(
-            given, gate, x, transform, (weight, None), may_overwrite, keep
+            fresh(), gate, x, transform, (weight, None), may_overwrite, keep
         )
         torch.testing.assert_close(dx.double(), wanted_dx, rtol=1e-5, atol=1e-5)
         assert again is not None
@@ -207,6 +212,8 @@ def test_a_gradient_goes_through_the_relu_of_an_output(
         assert dbias is None
         assert (kept is not None) == keep
         assert kept is None or torch.equal(kept, wanted)
+    assert torch.equal(dy, before)
+    assert torch.equal(triton.opened(gate, x), y > 0)
 
 
 @pytest.mark.parametrize("residual", [False, True])
