@@ -60,6 +60,14 @@ def two_ranks(pool: Pool, transport: str) -> Ranks:
 
 
 @pytest.fixture
+def two_that_tell(two_ranks: Ranks) -> Ranks:
+    """Return two ranks, of which one is told if the other is missing."""
+    if two_ranks.transport == "nccl":
+        pytest.skip("NCCL's watchdog ends the rank instead")
+    return two_ranks
+
+
+@pytest.fixture
 def three_ranks(pool: Pool, transport: str) -> Ranks:
     return pool(3, transport)
 

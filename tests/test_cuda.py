@@ -1,87 +1,24 @@
-"""What only a GPU shows: no waiting for it, CUDA graphs, streams, launches, NCCL, sizes.
+"""What only a GPU shows: no waiting for it, streams, launches, sizes.
 
 The kernels themselves, and layers over ranks, are tested on it by the rows of tests/kernels.py.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import TypeAlias
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import syncbn
-from syncbn.autograd.call import Call
-from syncbn.autograd.function import SyncBatchNormFunction
-from syncbn.bench.resnet20 import CLASSES, resnet20
-from syncbn.bench.sgd import training_step
-from syncbn.bench.timing import captured
-from syncbn.kernels import Running, choose
+from syncbn.kernels import choose
 from syncbn.kernels.samples import Samples
+from tests.gpu import CUDA, MARKS, case, step
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
-CUDA = torch.device("cuda")
-BACKENDS = ["nccl", "gloo"]
-Layer: TypeAlias = Callable[..., Tensor]
-
-
-@pytest.fixture(params=BACKENDS)
-def group(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dist.ProcessGroup]:
-    """Return a group of one that is talked to, which layers do not do."""
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group(request.param, store=store, rank=0, world_size=1)
-    assert dist.group.WORLD is not None
-    yield dist.group.WORLD
-    dist.destroy_process_group()
-
-
-def talking(layer: syncbn.SyncBatchNorm, group: dist.ProcessGroup) -> Layer:
-    """Return the layer in training, which sends messages in the group."""
-
-    def normalized(x: Tensor, residual: Tensor | None = None) -> Tensor:
-        running = Running(
-            layer.running_mean, layer.running_var, layer.num_batches_tracked, layer.momentum
-        )
-        relu, kernel = layer.activation == "relu", choose("triton", x)
-        call = Call(layer.eps, relu, running, group, kernel, "layer")
-        y: Tensor = SyncBatchNormFunction.apply(x, layer.weight, layer.bias, residual, call)
-        return y
-
-    return normalized
-
-
-def step(
-    layer: syncbn.SyncBatchNorm,
-    x: Tensor,
-    dy: Tensor,
-    residual: bool = False,
-    forward: Layer | None = None,
-) -> Callable[[], tuple[Tensor, ...]]:
-    """Return a call that runs forward, of the layer if nothing else is said, and backward."""
-
-    def run() -> tuple[Tensor, ...]:
-        # A residual that has other values when a graph is replayed, too.
-        y = (forward or layer)(x, *([x * 2 - 1] if residual else []))
-        return y, *torch.autograd.grad(y, [x, *layer.parameters()], dy)
-
-    return run
-
-
-def case(samples: int = 4) -> tuple[syncbn.SyncBatchNorm, Tensor, Tensor]:
-    layer = syncbn.SyncBatchNorm2d(64, activation="relu").to(CUDA)
-    x, dy = torch.randn(2, samples, 64, 32, 32, device=CUDA)
-    return layer, x.requires_grad_(), dy
+pytestmark = MARKS
 
 
 def test_programs_share_channels() -> None:
@@ -109,86 +46,6 @@ def test_nothing_waits_for_the_device(samples: int, residual: bool) -> None:
         run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.parametrize("residual", [False, True])
-def test_no_message_waits_for_the_device(group: dist.ProcessGroup, residual: bool) -> None:
-    layer, x, dy = case()
-    run = step(layer, x, dy, residual, talking(layer, group))
-    run()
-    if group.name() == "gloo":
-        pytest.skip("Gloo copies messages to the host")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("samples", [64, 0])
-def test_a_graph_is_captured_and_replayed(samples: int, residual: bool) -> None:
-    replay_and_compare(*case(samples), residual)
-
-
-@pytest.mark.parametrize("group", ["nccl"], indirect=True)
-def test_messages_are_captured_and_replayed(group: dist.ProcessGroup) -> None:
-    """With what is done beside them."""
-    layer, x, dy = case(64)
-    replay_and_compare(layer, x, dy, True, talking(layer, group))
-
-
-def replay_and_compare(
-    layer: syncbn.SyncBatchNorm,
-    x: Tensor,
-    dy: Tensor,
-    residual: bool,
-    forward: Layer | None = None,
-) -> None:
-    """Capture a step, and replay it with other values."""
-    run = step(layer, x, dy, residual, forward)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    before = {name: value.clone() for name, value in layer.state_dict().items()}
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = run()
-    for _ in range(3):
-        with torch.no_grad():
-            x.copy_(torch.randn_like(x))
-        layer.load_state_dict(before)
-        graph.replay()
-        replayed = [t.clone() for t in outputs]
-        averages = {name: value.clone() for name, value in layer.state_dict().items()}
-        layer.load_state_dict(before)
-        for found, wanted in zip(replayed, run(), strict=True):
-            assert torch.equal(found, wanted)
-        for name, wanted in layer.state_dict().items():
-            assert torch.equal(averages[name], wanted)
-
-
-def test_training_steps_are_captured_and_replayed() -> None:
-    """Of a whole network, fused: where the host is slower than the GPU, this is what to do."""
-    torch.manual_seed(0)
-    network = resnet20().to(CUDA, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    images = torch.randn(8, 3, 32, 32, device=CUDA)
-    labels = torch.randint(CLASSES, (8,), device=CUDA)
-
-    def trained(by: Callable[[Callable[[], None]], Callable[[], None]], steps: int) -> list[Tensor]:
-        ours = syncbn.convert_sync_batchnorm(copy.deepcopy(network))
-        syncbn.fuse(ours)
-        step = by(training_step(ours, images, labels))
-        for _ in range(steps):
-            step()
-        return list(ours.state_dict().values())
-
-    wanted = trained(lambda step: step, 5)
-    # Two steps warm up, and what is captured does not run.
-    for found, value in zip(trained(captured, 3), wanted, strict=True):
-        torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-3)
 
 
 def test_results_do_not_depend_on_the_stream() -> None:
@@ -309,16 +166,6 @@ def test_results_are_the_same_every_time() -> None:
     wanted = run()
     for _ in range(10):
         assert all(torch.equal(*pair) for pair in zip(run(), wanted, strict=True))
-
-
-@pytest.mark.parametrize("residual", [False, True])
-def test_messages_of_a_group_of_one_change_nothing(
-    group: dist.ProcessGroup, residual: bool
-) -> None:
-    layer, x, dy = case()
-    wanted = step(layer, x, dy, residual)()
-    found = step(layer, x, dy, residual, talking(layer, group))()
-    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -14,8 +14,8 @@ from syncbn.kernels import Transform, Wanted, alone, gated
 from syncbn.kernels.reference import affine
 from syncbn.kernels.second_order import second_elemt, second_reduce
 
-# Bytes of an input whose dy is read once more in less time than a message takes: in some 20
-# microseconds by an A100, 8 by an H200.
+# Bytes of an input whose dy is read once more in less time than a message takes: by bandwidth, in
+# some 20 microseconds on an A100, 8 on an H200.
 _BESIDE = 2**25
 
 
@@ -114,13 +114,14 @@ def _first_order_gated(
         both = kernel.backward_alone_gated(*given, keep_gated=needs_residual)
         dresidual, dx, dweight, dbias = both
         return FirstOrder(dx, dweight, dbias, dresidual)
-    is_beside = call.group is not None and x.nbytes <= _BESIDE
-    through, sums, dweight, dbias = kernel.backward_reduce_gated(*given, write=not is_beside)
-    message = collectives.begin_all_reduce(sums, call.group, call.about("backward", x))
-    if through is None:
-        through = kernel.through_gate(dy, gate, x, may_overwrite)
-    message.wait()
-    over = not needs_residual
+    is_wanted = needs_x or needs_residual
+    is_beside = is_wanted and call.group is not None and x.nbytes <= _BESIDE
+    write = is_wanted and not is_beside
+    through, mine, dweight, dbias = kernel.backward_reduce_gated(*given, write=write)
+    message = collectives.begin_all_reduce(mine, call.group, call.about("backward", x))
+    if is_beside:
+        through = kernel.through_gate(through, gate, x)
+    sums, over = message.wait(), not needs_residual
     last = kernel.backward_elemt(through, x, transform, sums, over) if needs_x else None
     return FirstOrder(last, dweight, dbias, through if needs_residual else None)
 

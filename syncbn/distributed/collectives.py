@@ -112,13 +112,14 @@ class Message(NamedTuple):
 
 
 def begin_all_reduce(vector: Tensor, group: dist.ProcessGroup | None, label: str) -> Message:
-    """Begin to sum a vector over a group, in place; not under ``torch.compile``.
+    """Begin to sum a vector over a group, in place; under ``torch.compile``, sum it.
 
-    What is done before :meth:`Message.wait` is done beside it. Arguments and errors are those of
-    :func:`all_reduce`.
+    What is done before :meth:`Message.wait` may be done beside it. Arguments and errors are those
+    of :func:`all_reduce`.
     """
-    work = None if group is None else _begin(vector, group, label, asynchronous=True)
-    return Message(vector, label, work)
+    if group is None or torch.compiler.is_compiling():
+        return Message(all_reduce(vector, group, label), label, None)
+    return Message(vector, label, _begin(vector, group, label, asynchronous=True))
 
 
 def sum_over_ranks(vector: Tensor, group: dist.ProcessGroup | None, label: str) -> Tensor:

@@ -27,16 +27,13 @@ class Gated(Kernel, Protocol):
     def opened(self, gate: Tensor, x: Tensor) -> Tensor:
         """Return where the output was positive or NaN: bool, shape of x."""
 
-    def through_gate(
-        self, dy: Tensor, gate: Tensor, x: Tensor, may_overwrite: bool = False
-    ) -> Tensor:
+    def through_gate(self, dy: Tensor, gate: Tensor, x: Tensor) -> Tensor:
         """Return what comes through the ReLU: dy where the gate is open, and zero elsewhere.
 
         Args:
             dy: gradient of the output, shape and dtype of x.
             gate: of the forward pass.
             x: shape ``[N, C, *]``.
-            may_overwrite: nobody needs dy any more; the result may be written there.
         """
 
     def backward_reduce_gated(
@@ -48,7 +45,7 @@ class Gated(Kernel, Protocol):
         wanted: Wanted = (None, None),
         may_overwrite: bool = False,
         write: bool = True,
-    ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Return what comes through the ReLU, and :meth:`Kernel.backward_reduce` of it.
 
         Args:
@@ -58,7 +55,8 @@ class Gated(Kernel, Protocol):
             transform: of the forward pass, without residual and ReLU.
             wanted: weight and bias; None for each whose gradient is not.
             may_overwrite: nobody needs dy any more; the result may be written there.
-            write: whether what comes through is written, in the same pass; else it is None.
+            write: whether what comes through is written, in the same pass; else dy stands for it,
+                or a copy that lies as x does.
         """
 
     def backward_alone_gated(

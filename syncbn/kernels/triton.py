@@ -108,12 +108,11 @@ def opened(gate: Tensor, x: Tensor) -> Tensor:
     return found
 
 
-def through_gate(dy: Tensor, gate: Tensor, x: Tensor, may_overwrite: bool = False) -> Tensor:
+def through_gate(dy: Tensor, gate: Tensor, x: Tensor) -> Tensor:
     """See :meth:`syncbn.kernels.gated.Gated.through_gate`."""
     x, samples = readable(x)
     dy, stride = alike(dy, x, samples)
-    over = may_overwrite and stride == samples.dense_stride
-    gated = dy if over else empty_like(x, samples)
+    gated = empty_like(x, samples)
     passes.through_gate(samples, x.device, x.dtype, stride)((dy, gate, gated))
     return gated
 
@@ -133,7 +132,7 @@ def backward_reduce_gated(
     wanted: Wanted = (None, None),
     may_overwrite: bool = False,
     write: bool = True,
-) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """See :meth:`syncbn.kernels.gated.Gated.backward_reduce_gated`; or dy is plain."""
     x, samples = readable(x)
     dy, stride = alike(dy, x, samples)
@@ -143,7 +142,8 @@ def backward_reduce_gated(
         gated = dy if over else empty_like(x, samples)
     sums = x.new_empty(2 * samples.channels, dtype=torch.float64)
     given = x, sums, dy, gate, gated, None
-    return gated, sums, *_backward(samples, stride, transform, wanted, given)
+    found = _backward(samples, stride, transform, wanted, given)
+    return dy if gated is None else gated, sums, *found
 
 
 def backward_elemt(

@@ -271,13 +271,12 @@ def backward_elemt(
 @_jit
 def through_gate(
     dy_ptr, gate_ptr, gated_ptr,
-    samples, channels, space, dy_stride, stride, tiles, along,
+    samples, channels, space, dy_stride, stride, along,
     TILES: tl.constexpr, UNIT: tl.constexpr, SAME: tl.constexpr, FULL: tl.constexpr,
-    WIDE: tl.constexpr, LAST: tl.constexpr, PACK: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
-    PDL: tl.constexpr,
+    WIDE: tl.constexpr, LAST: tl.constexpr, PACK: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr, PDL: tl.constexpr,
 ):
-    """Write dy of some tiles where a gate is open, else zero; there may be dy. Without: a byte."""
+    """Write dy of some tiles where a gate is open, else zero; without dy, a byte for each value."""
     begin(PDL)
     channels, space = dense_of(channels, space, UNIT, LAST)
     dy_stride, stride = multiple(dy_stride, UNIT), multiple(stride, UNIT)
@@ -286,8 +285,9 @@ def through_gate(
     more_dy = more
     if not SAME:
         more_dy = values_at(dy_stride, space, LAST, WIDE, BLOCK_N, BLOCK_S, BLOCK_C)
+    # From the first tile to the last, which backward_elemt reads first.
     for i in range(TILES):
-        n, s = start_of(last_first(group * TILES + i, tiles, TILES), along, LAST, BLOCK_N, BLOCK_S)
+        n, s = start_of(group * TILES + i, along, LAST, BLOCK_N, BLOCK_S)
         here = exists(n, s, c, samples, channels, space, BLOCK_N, BLOCK_S)
         gated = load_gate(
             gate_ptr, n, s, first_c, samples, channels, space,
