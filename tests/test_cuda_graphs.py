@@ -63,7 +63,7 @@ def test_a_graph_is_captured_and_replayed(samples: int, residual: bool) -> None:
 
 @pytest.mark.parametrize("group", ["nccl"], indirect=True)
 def test_messages_are_captured_and_replayed(group: dist.ProcessGroup) -> None:
-    """Those of a group of one move nothing over NCCL; a wait that is missing ends the capture."""
+    """Those of a group of one move nothing over NCCL: what is captured is how streams meet."""
     layer, x, dy = case(64)
     replay_and_compare(layer, x, dy, True, talking(layer, group))
 

@@ -56,9 +56,10 @@ def test_kernels_compile_for_gpus(architecture: int, tmp_path: Path) -> None:
         for kernel in launched:
             about = f"{name}: {kernel}"
             assert kernel["spilled"] <= 32, about
-            if name.startswith("ResNet-50") and kernel["kernel"] != "through_gate":
-                assert {"ld.global.v4.b32", "cp.async 16"} & set(kernel["accesses"]), about
+            if name.startswith("ResNet-50"):
                 assert kernel["registers"] <= 128, about
+                vectors = {"ld.global.v4.b32", "cp.async 16"} & set(kernel["accesses"])
+                assert vectors or kernel["kernel"] == "through_gate", about
             if "bfloat16" in name and not name.startswith(("odd", "one")):
                 # One value at a time is an eighth of what a thread can ask for; a gate has no more.
                 single = [n for access, n in kernel["accesses"].items() if access in SINGLE]

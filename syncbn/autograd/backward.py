@@ -118,10 +118,13 @@ def _first_order_gated(
     is_beside = is_wanted and call.group is not None and x.nbytes <= _BESIDE
     write = is_wanted and not is_beside
     through, mine, dweight, dbias = kernel.backward_reduce_gated(*given, write=write)
-    message = collectives.begin_all_reduce(mine, call.group, call.about("backward", x))
+    label, over = call.about("backward", x), not needs_residual
     if is_beside:
+        message = collectives.begin_all_reduce(mine, call.group, label)
         through = kernel.through_gate(through, gate, x)
-    sums, over = message.wait(), not needs_residual
+        sums = message.wait()
+    else:
+        sums = collectives.all_reduce(mine, call.group, label)
     last = kernel.backward_elemt(through, x, transform, sums, over) if needs_x else None
     return FirstOrder(last, dweight, dbias, through if needs_residual else None)
 

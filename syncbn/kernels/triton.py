@@ -1,9 +1,9 @@
 """The kernels on CUDA, in Triton: what they are told, and what is launched.
 
 Two launches forward, two backward: sums, which the last program of a channel adds up, and the
-elementwise pass, which does the arithmetic on C numbers by the way. A third writes what comes
-through the ReLU after a residual, where there is a message to wait for. Nothing waits for the
-device, and memory is that of the current stream.
+elementwise pass, which does the arithmetic on C numbers by the way. A third may write what comes
+through the ReLU after a residual, during a message. Nothing waits for the device, and memory is
+that of the current stream.
 
 With ``TRITON_INTERPRET=1`` in the environment before this is imported, kernels run in Triton's
 interpreter, which takes tensors of the CPU: slowly, and with the same arithmetic.
