@@ -59,12 +59,13 @@ def two_ranks(pool: Pool, transport: str) -> Ranks:
     return pool(2, transport)
 
 
-@pytest.fixture
-def two_that_tell(two_ranks: Ranks) -> Ranks:
-    """Return two ranks, of which one is told if the other is missing."""
-    if two_ranks.transport == "nccl":
-        pytest.skip("NCCL's watchdog ends the rank instead")
-    return two_ranks
+@pytest.fixture(params=[name for name in TRANSPORTS if name not in ("mpich", "nccl")])
+def two_on_host(request: pytest.FixtureRequest, pool: Pool) -> Ranks:
+    """Return two ranks whose host waits for messages: it sees their order, and is told of errors.
+
+    NCCL's are the GPU's, and where one fails its watchdog ends the rank.
+    """
+    return pool(2, request.param)
 
 
 @pytest.fixture

@@ -82,11 +82,11 @@ def _absent(rank: int) -> str:
     return "no error"
 
 
-def test_a_rank_that_never_arrives_times_out_with_the_layers_name(two_that_tell: Ranks) -> None:
-    message = two_that_tell.run(_absent)[0]
+def test_a_rank_that_never_arrives_times_out_with_the_layers_name(two_on_host: Ranks) -> None:
+    message = two_on_host.run(_absent)[0]
     assert message.startswith("1 SyncBatchNorm1d(3) forward, torch.float32 input: the all-reduce")
     assert "on rank 0 of 2" in message
-    two_that_tell.close()  # The group is broken.
+    two_on_host.close()  # The group is broken.
 
 
 def _dies(rank: int) -> None:
@@ -96,9 +96,9 @@ def _dies(rank: int) -> None:
     model(torch.randn(2, 3))
 
 
-def test_a_rank_that_dies_is_an_error_with_the_layers_name(two_that_tell: Ranks) -> None:
+def test_a_rank_that_dies_is_an_error_with_the_layers_name(two_on_host: Ranks) -> None:
     with pytest.raises(RankError) as caught:
-        two_that_tell.run(_dies)
+        two_on_host.run(_dies)
     assert "RuntimeError: 0 SyncBatchNorm1d(3) forward" in str(caught.value)
     assert "rank 1 of 2: died" in str(caught.value)
 
