@@ -10,6 +10,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 CPP := syncbn/kernels/cpu.cpp $(wildcard syncbn/kernels/cpp/*)
+NODE := syncbn/autograd/node.cpp $(wildcard syncbn/autograd/cpp/*)
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo calibration test test-triton sanitize check format clean
@@ -45,14 +46,14 @@ sanitize: $(INSTALLED)
 
 check: $(INSTALLED)
 	$(PYTHON) -m ruff format --check
-	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP) $(NODE)
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m mypy
 
 format: $(INSTALLED)
 	$(PYTHON) -m ruff format
 	$(PYTHON) -m ruff check --fix
-	$(VENV)/bin/clang-format -i $(CPP)
+	$(VENV)/bin/clang-format -i $(CPP) $(NODE)
 
 clean:
 	rm -rf $(VENV) build dist runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

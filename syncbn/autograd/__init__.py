@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from syncbn import modes
-from syncbn.autograd import any_order, masking
+from syncbn.autograd import any_order, masking, node
 from syncbn.autograd.call import Call as Call
-from syncbn.autograd.function import SyncBatchNormFunction
 
 
 def normalize(
@@ -39,9 +38,7 @@ def normalize(
     if modes.is_transformed() or modes.is_forward_differentiated():
         y = any_order.forward(x, weight, bias, residual, call)
     else:
-        if residual is x:  # torch.compile refuses a tensor that is given twice
-            residual = x.view_as(x)
-        y = SyncBatchNormFunction.apply(x, weight, bias, residual, call)
+        y = node.normalize(x, weight, bias, residual, call)
     return y if mask is None else torch.where(mask, y, 0)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from syncbn.autograd.call import Call, group_message
 from syncbn.kernels import Forward, Transform, alone, gated
 from syncbn.kernels.samples import seen_as, view_of
 from syncbn.ownership import is_unshared
+
+#: x, weight, bias, statistics; and a gate, or the output, or None.
+Saved: TypeAlias = "tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]"
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
@@ -113,22 +116,44 @@ class SyncBatchNormFunction(torch.autograd.Function):
         With ``create_graph=True`` by :class:`SyncBatchNormBackward`, which has a backward pass.
         """
         references = None if torch.compiler.is_compiling() else sys.getrefcount(dy)
-        x, weight, bias, statistics, kept = ctx.saved_tensors
-        call: Call = ctx.call
-        needs, kernel = ctx.needs_input_grad, call.kernel
-        # Hooks of saved tensors may have changed how x lies.
-        x = x if ctx.view is None else seen_as(x, ctx.view)
-        if torch.is_grad_enabled():
-            if ctx.view is not None and gated.is_gated(kernel):
-                kept = kernel.opened(kept, x)
-            saved = x, weight, bias, statistics, kept
-            return *SyncBatchNormBackward.apply(dy, *saved, call, needs), None
         mine = references is not None and is_unshared(dy, references)
-        transform = Transform(statistics, weight, bias, call.relu and kept is None)
-        if kept is not None and ctx.view is None:
-            dy, mine, kept = gated.through_relu(dy, kept, mine), True, None
-        found = first_order(dy, x, transform, call, needs, mine, kept)
-        return *found[:4], None
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad
+        return *gradients(dy, saved, ctx.call, ctx.view, needs, mine), None
+
+
+def gradients(
+    dy: Tensor,
+    saved: Saved,
+    call: Call,
+    view: tuple[int, int, int] | None,
+    needs: tuple[bool, ...],
+    may_overwrite: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Return dx, this rank's dweight and dbias, and dresidual.
+
+    Args:
+        dy: gradient of the output, shape and dtype of x.
+        saved: by the forward pass.
+        call: of the forward pass.
+        view: what kernels saw in x, if there is a gate.
+        needs: whether x, weight, bias and the residual need theirs.
+        may_overwrite: nobody needs dy any more.
+    """
+    x, weight, bias, statistics, kept = saved
+    kernel = call.kernel
+    # Hooks of saved tensors may have changed how x lies.
+    x = x if view is None else seen_as(x, view)
+    if torch.is_grad_enabled():
+        if view is not None and gated.is_gated(kernel):
+            assert kept is not None
+            kept = kernel.opened(kept, x)
+        given = dy, x, weight, bias, statistics, kept, call, needs
+        found: tuple[Tensor | None, ...] = SyncBatchNormBackward.apply(*given)
+        return found
+    transform = Transform(statistics, weight, bias, call.relu and kept is None)
+    if kept is not None and view is None:
+        dy, may_overwrite, kept = gated.through_relu(dy, kept, may_overwrite), True, None
+    return first_order(dy, x, transform, call, needs, may_overwrite, kept)[:4]
 
 
 def _refuse_one_value(x: Tensor, statistics: Tensor, call: Call) -> None:

@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from triton.runtime.interpreter import InterpretedFunction
 
-from syncbn.kernels import reference, triton_kernels
+from syncbn.kernels import reference, triton_kernels, triton_launch
 from syncbn.kernels import triton_passes as passes
 from syncbn.kernels.samples import Samples, alike, empty_like, readable
 from syncbn.kernels.transform import Forward, Running, Transform, Wanted
-from syncbn.kernels.triton_launch import capability
+from syncbn.kernels.triton_driver import Calls
+from syncbn.kernels.triton_launch import Current, capability
 from syncbn.kernels.triton_tiles import COMPUTE, gate_bytes
 
 IS_INTERPRETED = isinstance(triton_kernels.moments, InterpretedFunction)
@@ -190,6 +191,32 @@ def backward_alone_gated(
     gated, dx = None if gate is None else ours, empty_like(x, samples) if keep_gated else ours
     given = x, None, dy, gate, gated, dx
     return gated if keep_gated else None, dx, *_backward(samples, stride, transform, wanted, given)
+
+
+def current() -> Current | None:
+    """See :meth:`syncbn.kernels.kept.Kept.current`."""
+    return None if IS_INTERPRETED else triton_launch.current()
+
+
+def kept_forward(x: Tensor, how: Forward, residual: Tensor | None) -> Calls | None:
+    """See :meth:`syncbn.kernels.kept.Kept.kept_forward`."""
+    x, samples = readable(x)
+    mean, var, tracked, _ = how.running or _NOTHING
+    statistics = torch.float64
+    first, numbers = (x, None, residual, x, how.gate), (how.weight, how.bias, mean, var, tracked)
+    kinds = *_kinds(first), statistics, *_kinds(numbers)
+    return passes.forward(samples, x.device, kinds, how.relu, False).kept()
+
+
+def kept_backward(
+    gate: Tensor | None, x: Tensor, transform: Transform, wanted: Wanted
+) -> Calls | None:
+    """See :meth:`syncbn.kernels.kept.Kept.kept_backward`."""
+    x, samples = readable(x)
+    statistics, weight, bias, relu = transform
+    gated = None if gate is None else x
+    kinds = _kinds((x, None, x, gate, gated, x, statistics, weight, bias, *wanted))
+    return passes.backward(samples, x.device, kinds, samples.dense_stride, relu).kept()
 
 
 def _backward(

@@ -14,7 +14,7 @@ from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION.
 _OVERLAPS = 6
@@ -73,6 +73,24 @@ class Compiled:
         return {k: kind for k, kind in found.items() if kind != "constexpr" and k not in fixed}
 
 
+class Parts(NamedTuple):
+    """What launches some kernels, as addresses.
+
+    Attributes:
+        launch: cuLaunchKernelEx.
+        arguments: memory for the addresses of a call's tensors and its floats, eight bytes each.
+        kernels: for each, the first three arguments of cuLaunchKernelEx.
+        floats: a letter of :mod:`struct` for each.
+        lock: held while that memory is written, and the kernels are launched.
+    """
+
+    launch: int
+    arguments: int
+    kernels: list[tuple[int, int, int]]
+    floats: str
+    lock: threading.Lock
+
+
 class Calls:
     """Launches of some kernels on a stream, one after the other.
 
@@ -98,6 +116,7 @@ class Calls:
     ) -> None:
         types = ChainMap(*(kernel.types for kernel in kernels))
         formats = "".join(_FORMATS[types.get(name, "fp64")] for name in floats)
+        self._floats = formats.replace("4x", "")
         self._pack = struct.Struct(f"={len(addresses)}Q{formats}").pack_into
         changing = {name: i for i, name in enumerate((*addresses, *floats))}
         given = [number for k in kernels for number in k.given.values()]
@@ -106,7 +125,7 @@ class Calls:
             *([0] * len(changing)), *given
         )
         # Code and memory are there as long as these are.
-        self._owned = kernels, owner
+        self._owned: list[object] = [kernels, owner]
         self._lock = lock
         self._launch = _launch_kernel()
         self._launches = []
@@ -126,6 +145,15 @@ class Calls:
                     return error
         return 0
 
+    @property
+    def parts(self) -> Parts:
+        """What a call in another language needs; it owns nothing of it."""
+        launch: Any = ctypes.cast(self._launch, ctypes.c_void_p).value
+        kernels = [
+            (config.value, function.value, of.value) for config, function, of, _ in self._launches
+        ]
+        return Parts(launch, ctypes.addressof(self._arguments), kernels, self._floats, self._lock)
+
     def _launch_of(self, kernel: Compiled, places: dict[str, int], stream: int) -> tuple[Any, ...]:
         """Return the arguments of cuLaunchKernelEx."""
         taken = [places[name] for name in kernel.types]
@@ -141,8 +169,14 @@ class Calls:
         if getattr(metadata, "launch_pdl", False):
             config.attributes = ctypes.pointer(_Attribute(id=_OVERLAPS, value=1))
             config.number_of_attributes = 1
-        function = ctypes.c_void_p(kernel.kernel.function)
-        return ctypes.byref(config), function, (ctypes.c_void_p * len(addresses))(*addresses), None
+        arguments = (ctypes.c_void_p * len(addresses))(*addresses)
+        self._owned += config, arguments
+        return (
+            ctypes.c_void_p(ctypes.addressof(config)),
+            ctypes.c_void_p(kernel.kernel.function),
+            ctypes.c_void_p(ctypes.addressof(arguments)),
+            None,
+        )
 
 
 def is_plain(kernel: Any) -> bool:
