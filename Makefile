@@ -2,6 +2,7 @@
 # make calibration    what recalibrating and mixing statistics are worth to a small network
 # make test    the whole test-suite
 # make test-triton  the tests of layers again, with the Triton kernels: on the GPU, if there is one
+# make test-node  and again, launched by the node in C++; without a GPU, as kernels are interpreted
 # make sanitize  the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 # make check   formatter, linter, type checker
 # Each makes and fills .venv itself; nothing but Python and make is needed.
@@ -13,7 +14,7 @@ CPP := syncbn/kernels/cpu.cpp $(wildcard syncbn/kernels/cpp/*)
 NODE := syncbn/autograd/node.cpp $(wildcard syncbn/autograd/cpp/*)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo calibration test test-triton sanitize check format clean
+.PHONY: demo calibration test test-triton test-node sanitize prepare check format clean
 
 demo: $(INSTALLED)
 	$(PYTHON) examples/demo.py
@@ -30,19 +31,29 @@ LAYERS := $(patsubst %,tests/test_%.py,accumulation checkpointing double_backwar
 test-triton: $(INSTALLED)
 	SYNCBN_TEST_TRITON=1 $(PYTHON) -m pytest -n $(WORKERS) --no-loadscope-reorder $(LAYERS)
 
+test-node: $(INSTALLED)
+	SYNCBN_TEST_TRITON=node $(PYTHON) -m pytest -n $(WORKERS) --no-loadscope-reorder \
+		$(filter-out tests/test_ownership.py,$(LAYERS))
+
 # On a copy of the tree, for the library in this one to stay. -O1: at -O3 the compiler takes minutes.
 SANITIZED := build/sanitized
 SANITIZERS := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
-sanitize: $(INSTALLED)
+SANITIZED_LIBRARY := $(SANITIZED)/syncbn/kernels/libsyncbn_cpu.so
+$(SANITIZED_LIBRARY): $(INSTALLED) $(wildcard syncbn/*.py syncbn/*/*.py tests/*.py)
 	rm -rf $(SANITIZED)
 	mkdir -p $(SANITIZED)
 	cp -r syncbn tests examples configs hatch_build.py pyproject.toml $(SANITIZED)
 	cd $(SANITIZED) && CXX=g++ CXXFLAGS="$(SANITIZERS)" $(CURDIR)/$(PYTHON) hatch_build.py
-	grep -q __asan_init $(SANITIZED)/syncbn/kernels/libsyncbn_cpu.so
+	grep -q __asan_init $@
+
+sanitize: $(SANITIZED_LIBRARY)
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
 		$(CURDIR)/$(PYTHON) -m pytest -n 2 --dist worksteal --capture=sys --durations=3 \
 		-k "not reference and not triton" tests/test_cpu_sizes.py tests/test_cpu_kernels.py tests/test_kernels.py
+
+# What CI begins with: each of the two keeps one core busy.
+prepare: check $(SANITIZED_LIBRARY)
 
 check: $(INSTALLED)
 	$(PYTHON) -m ruff format --check

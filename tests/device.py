@@ -1,7 +1,7 @@
 """Where tests of layers run: on the CPU, or with the kernels in Triton (``make test-triton``).
 
 These run on a GPU, which all ranks share, if there is one. Else they are interpreted, in the place
-of the C++ kernels.
+of the C++ kernels; and launched by the node in C++, where it serves (``make test-node``).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from syncbn.kernels import cpu
 from tests import interpreter
 
-ON_TRITON = os.environ.get("SYNCBN_TEST_TRITON") == "1"
+ON_TRITON = "SYNCBN_TEST_TRITON" in os.environ
 ON_GPU = ON_TRITON and torch.cuda.is_available()
 # Errors that would make a GPU wait, and memory that others can see.
 on_cpu = pytest.mark.skipif(ON_GPU, reason="of the CPU alone")
@@ -31,6 +31,10 @@ def begin() -> None:
         from syncbn.kernels import triton
 
         cpu.load = lambda: triton  # type: ignore
+        if os.environ["SYNCBN_TEST_TRITON"] == "node":
+            from tests import interpreted_driver
+
+            interpreted_driver.begin()
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -1,4 +1,4 @@
-"""A driver for launches that are kept: Triton's interpreter does what they are told.
+"""A driver for launches that are kept: Triton's interpreter does what it is told.
 
 So tests of layers see, without a GPU, what whoever repeats launches tells kernels: which memory,
 which numbers, in which order.
@@ -6,9 +6,11 @@ which numbers, in which order.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from functools import _lru_cache_wrapper
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -18,10 +20,11 @@ import torch
 from torch import Tensor
 
 from syncbn.autograd import node
+from syncbn.autograd.call import Call
 from syncbn.kernels import triton, triton_driver, triton_launch, triton_passes
+from syncbn.kernels.kept import is_kept
 from syncbn.kernels.triton_launch import Launch, Step
 
-STREAM = 7
 _SIGNATURE = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
 
 
@@ -29,46 +32,54 @@ class _Function(NamedTuple):
     """What has been compiled: arguments that are passed, and what stands for constants."""
 
     step: Step
-    dtypes: dict[str, torch.dtype | type]
+    kinds: dict[str, torch.dtype | type]
     constants: dict[str, Any]
 
 
 class Driver:
-    """Keeps what has been launched.
+    """Launches, and notes what.
 
     Attributes:
         launched: names of kernels, in order.
-        errors: what went wrong in one of them.
+        stream: the current one.
+        is_capturing: whether it captures a graph.
+        refusals: how many of the next launches are refused.
+        errors: of kernels.
     """
 
     def __init__(self) -> None:
         self.launched: list[str] = []
+        self.stream = 7
+        self.is_capturing = False
+        self.refusals = 0
         self.errors: list[BaseException] = []
-        self._functions: list[_Function] = []
         self.launch = _SIGNATURE(self._launch)
+        self._functions: list[_Function] = []
 
-    def compiled(self, step: Step, given: dict[str, Any], options: dict[str, Any]) -> Any:
+    def compiled(self, step: Step, given: dict[str, Any], constants: dict[str, Any]) -> Any:
         """Return what Triton's launch of a kernel would."""
-        names = {own: known for own, known in step.names.items() if own not in options}
+        names = {own: known for own, known in step.names.items() if own not in constants}
         arguments = {own: given.get(known) for own, known in names.items()}
-        dtypes = {k: _kind(v) for k, v in arguments.items() if v is not None}
-        nothing = {k: None for k, v in arguments.items() if v is None}
-        self._functions.append(_Function(step, dtypes, options | nothing))
-        signature = {k: "fp64" if kind is float else "i64" for k, kind in dtypes.items()}
+        kinds = {name: _kind(value) for name, value in arguments.items() if value is not None}
+        nothing = {name: None for name, value in arguments.items() if value is None}
+        self._functions.append(_Function(step, kinds, constants | nothing))
+        signature = {name: "fp64" if kind is float else "i64" for name, kind in kinds.items()}
         return SimpleNamespace(
             src=SimpleNamespace(signature=signature, constants={}),
             metadata=SimpleNamespace(num_warps=4, shared=0),
             function=len(self._functions),
         )
 
-    def _launch(self, config: int, function: int, arguments: int, _: None) -> int:
+    def _launch(self, _: int, function: int, arguments: int, extra: None) -> int:
+        if self.refusals > 0:
+            self.refusals -= 1
+            return 1
         try:
-            known = self._functions[function - 1]
-            addresses = (ctypes.c_int64 * len(known.dtypes)).from_address(arguments)
-            kinds = zip(addresses, known.dtypes.items(), strict=True)
-            given = {name: _read(address, kind) for address, (name, kind) in kinds}
-            self.launched.append(known.step.kernel.__name__)
-            known.step.kernel[known.step.programs, 1, 1](**given, **known.constants)
+            step, kinds, constants = self._functions[function - 1]
+            self.launched.append(step.kernel.__name__)
+            addresses = (ctypes.c_int64 * len(kinds)).from_address(arguments)
+            given = zip(kinds, map(_read, addresses, kinds.values()), strict=True)
+            step.kernel[step.programs, 1, 1](**dict(given), **constants)
         except BaseException as error:
             self.errors.append(error)
         return 0
@@ -82,11 +93,13 @@ def _read(address: int, kind: torch.dtype | type) -> Any:
     if kind is float:
         return ctypes.c_double.from_address(address).value
     number = ctypes.c_int64.from_address(address).value
-    if isinstance(kind, torch.dtype):
-        # The first of the numbers there, as far as anybody knows.
-        memory = (ctypes.c_char * kind.itemsize).from_address(number)
-        return torch.frombuffer(memory, dtype=kind)
-    return number
+    if not isinstance(kind, torch.dtype):
+        return number
+    if number == 0:
+        return torch.empty(0, dtype=kind)
+    # Of what is there, a kernel asks where it begins.
+    memory = (ctypes.c_char * kind.itemsize).from_address(number)
+    return torch.frombuffer(memory, dtype=kind)
 
 
 @contextmanager
@@ -104,27 +117,65 @@ def kept() -> Iterator[Driver]:
             for step in launch.steps
         ]
 
-    functions: dict[str, Callable[..., Any]] = {
-        "_current_device": lambda: None,
-        "_current_stream": lambda _: STREAM,
-        "_is_capturing": lambda: False,
-    }
+    replaced: list[tuple[Any, str, Any]] = [
+        (triton_launch, "_current_device", lambda: None),
+        (triton_launch, "_current_stream", lambda _: driver.stream),
+        (triton_launch, "_is_capturing", lambda: driver.is_capturing),
+        # What nothing is an instance of.
+        (triton_launch, "InterpretedFunction", Driver),
+        (Launch, "_by_triton", compiling),
+        (triton, "current", triton_launch.current),
+        (triton_driver, "_launch_kernel", lambda: driver.launch),
+    ]
     with ExitStack() as stack:
-        for name, function in functions.items():
-            stack.enter_context(patch.object(triton_launch, name, function))
-        stack.enter_context(patch.object(triton_launch, "InterpretedFunction", type(None)))
-        stack.enter_context(patch.object(Launch, "_by_triton", compiling))
-        stack.enter_context(patch.object(triton, "current", triton_launch.current))
-        stack.enter_context(patch.object(triton_driver, "_launch_kernel", lambda: driver.launch))
+        for where, name, what in replaced:
+            stack.enter_context(patch.object(where, name, what))
         _forget()
         yield driver
     _forget()
     assert not driver.errors, driver.errors
 
 
+def begin() -> None:
+    """Have the node serve what it can of all layers, the first time, too; until the end."""
+    # As on a CPU: of small gradients, too.
+    patch.object(node, "SMALL_ON_GPU", 1 << 16).start()
+    context = kept()
+    driver = context.__enter__()
+    atexit.register(context.__exit__, None, None, None)
+    normalize, primed = node.normalize, set()
+
+    def served(x: Tensor, *given: Any) -> Tensor:
+        assert not driver.errors, driver.errors
+        *others, call = given
+        tensors = [x, *others]
+        if is_kept(call.kernel) and call.is_alone and x.numel() > x.shape[1] > 0:
+            about = [(t.dtype, t.stride(), t.requires_grad) for t in tensors if t is not None]
+            running = call.running and [getattr(t, "dtype", t) for t in call.running]
+            key = str((x.shape, about, call.relu, running))
+            if key not in primed:
+                primed.add(key)
+                _prime(normalize, tensors, call)
+        return normalize(x, *given)
+
+    patch.object(node, "normalize", served).start()
+
+
+def _prime(normalize: Callable[..., Tensor], tensors: list[Tensor | None], call: Call) -> None:
+    """Normalize copies, and differentiate, so that the node knows what is launched."""
+    copies = [t if t is None else t.detach().clone() for t in tensors]
+    for copy, t in zip(copies, tensors, strict=True):
+        if copy is not None and t is not None:
+            copy.requires_grad_(t.requires_grad)
+    with torch.enable_grad():
+        for _ in range(2):
+            y = normalize(*copies, call._replace(running=deepcopy(call.running)))
+            if y.requires_grad:
+                y.backward(torch.ones_like(y))
+
+
 def _forget() -> None:
-    """Forget launches that are kept, which are of this driver or of none."""
-    node._plans.cache_clear()
+    """Forget launches, which are of this driver or of none."""
     triton_launch._memory_of.cache_clear()
     for function in vars(triton_passes).values():
         if isinstance(function, _lru_cache_wrapper):

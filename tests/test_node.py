@@ -1,0 +1,221 @@
+"""The node in C++: what it launches, and what it leaves to the function in Python.
+
+Triton's interpreter does what the node tells it, see :mod:`tests.interpreted_driver`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+import syncbn
+from syncbn.autograd import node
+from tests.interpreted_driver import Driver, kept
+from tests.node import STEP, by_node, by_python, is_node, is_same, layer, no_gpu, step
+
+pytestmark = no_gpu
+IMAGES = (4, 6, 5, 3)
+LAYOUTS = {
+    "images": (IMAGES, torch.contiguous_format),
+    "images, channels_last": (IMAGES, torch.channels_last),
+    "volumes, channels_last": ((2, 3, 4, 3, 5), torch.channels_last_3d),
+    "rows": ((40, 6), torch.contiguous_format),
+    "one channel": ((9, 1, 2, 2), torch.contiguous_format),
+}
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"activation": "relu"},
+    {"affine": False, "activation": "relu"},
+    {"bias": False},
+    {"track_running_stats": False},
+    {"dtype": torch.bfloat16, "activation": "relu"},
+]
+Layer = syncbn.SyncBatchNorm
+
+
+@pytest.fixture
+def driver() -> Iterator[Driver]:
+    with kept() as driver:
+        yield driver
+
+
+@pytest.mark.parametrize("residual", [None, "plain", "learned"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_same_to_the_bit(
+    driver: Driver, options: dict[str, Any], layout: str, residual: str | None
+) -> None:
+    shape, memory_format = LAYOUTS[layout]
+    dtype = options.get("dtype", torch.float32)
+    # Each with memory of its own, which is aligned.
+    x, r, dy = (
+        torch.randn(shape, dtype=dtype).contiguous(memory_format=memory_format) for _ in range(3)
+    )
+    x.requires_grad_()
+    r.requires_grad_(residual == "learned")
+    given = x, dy, *([r] if residual else [])
+    found = by_node(driver, layer(shape[1], **options), *given)
+    assert is_same(found, by_python(layer(shape[1], **options), *given, times=3))
+
+
+@pytest.mark.parametrize("frozen", [{"weight"}, {"bias"}, {"weight", "bias"}], ids=str)
+def test_gradients_that_are_not_needed(driver: Driver, frozen: set[str]) -> None:
+    x, dy = torch.randn(2, *IMAGES)
+    made, twin = layer(6), layer(6)
+    for name in frozen:
+        getattr(made, name).requires_grad_(False)
+        getattr(twin, name).requires_grad_(False)
+    given = x.requires_grad_(), dy
+    assert is_same(by_node(driver, made, *given), by_python(twin, *given, times=3))
+
+
+def _double(made: Layer, x: Tensor, r: Tensor, dy: Tensor) -> list[Tensor]:
+    y = made(x, r)
+    assert is_node(y)
+    first = torch.autograd.grad(y, [x, r, made.weight], dy, create_graph=True)
+    second = torch.autograd.grad(sum((g * g).sum() for g in first), [x, made.weight])
+    return [*first, *second]
+
+
+def _twice(made: Layer, x: Tensor, r: Tensor, dy: Tensor) -> list[Tensor]:
+    y = made(x, r)
+    assert is_node(y)
+    inputs = [x, r, *made.parameters()]
+    first = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+    return [*first, *torch.autograd.grad(y, inputs, dy * 2)]
+
+
+def _where_only_parameters_learn(made: Layer, x: Tensor, r: Tensor, dy: Tensor) -> list[Tensor]:
+    y = made(x.detach(), r.detach())
+    assert is_node(y)
+    return list(torch.autograd.grad(y, list(made.parameters()), dy))
+
+
+def _of_one_input(made: Layer, x: Tensor, r: Tensor, dy: Tensor) -> list[Tensor]:
+    found = []
+    for t in (x, r, made.weight, made.bias):
+        found += torch.autograd.grad(made(x, r), t, dy)
+    return found
+
+
+def _a_residual_that_is_the_input(made: Layer, x: Tensor, r: Tensor, dy: Tensor) -> list[Tensor]:
+    y = made(x, x)
+    assert is_node(y)
+    return [y, *torch.autograd.grad(y, [x, made.weight], dy)]
+
+
+def _without_a_graph(made: Layer, x: Tensor, r: Tensor, dy: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        y = made(x, r)
+    with torch.inference_mode():
+        z = made(x, r)
+    assert not y.requires_grad
+    return [y, z.clone()]
+
+
+def _turned(t: Tensor) -> Tensor:
+    is_image = t.ndim == 4
+    return t.contiguous(memory_format=torch.channels_last) if is_image else t
+
+
+def _hooks_of_saved_tensors(made: Layer, x: Tensor, r: Tensor, dy: Tensor) -> list[Tensor]:
+    with saved_tensors_hooks(_turned, lambda t: t):
+        y = made(x, r)
+    assert is_node(y)
+    return list(torch.autograd.grad(y, [x, r, made.weight], dy))
+
+
+def _checkpoint(reentrant: bool) -> Callable[..., list[Tensor]]:
+    def run(made: Layer, x: Tensor, r: Tensor, dy: Tensor) -> list[Tensor]:
+        x, r = x.detach().requires_grad_(), r.detach().requires_grad_()
+        made.zero_grad()
+        y = checkpoint(lambda a, b: made(made(a, b), b), x, r, use_reentrant=reentrant)
+        y.backward(dy)
+        found = [y.detach(), x.grad, r.grad, made.weight.grad, *made.buffers()]
+        return [t.clone() for t in found if t is not None]
+
+    return run
+
+
+def _after_a_hook(hook: Callable[[Tensor], Tensor]) -> Callable[..., list[Tensor]]:
+    def run(made: Layer, x: Tensor, r: Tensor, dy: Tensor) -> list[Tensor]:
+        y = made(x, r)
+        assert is_node(y)
+        y.register_hook(hook)
+        return list(torch.autograd.grad(y, [x, r, made.weight], dy))
+
+    return run
+
+
+def _with_gaps(dy: Tensor) -> Tensor:
+    return torch.stack([dy, -dy], 1)[:, 0]
+
+
+def _unaligned(t: Tensor) -> Tensor:
+    return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+
+
+def _negated(dy: Tensor) -> Tensor:
+    found = torch.complex(dy, -dy).conj().imag
+    assert found.is_neg()
+    return found
+
+
+def _anomaly(made: Layer, x: Tensor, r: Tensor, dy: Tensor) -> list[Tensor]:
+    with torch.autograd.detect_anomaly(check_nan=True):
+        return list(torch.autograd.grad(made(x, r), [x, r, made.weight], dy))
+
+
+def _parameters_without_alignment(made: Layer, x: Tensor, r: Tensor, dy: Tensor) -> list[Tensor]:
+    made.weight.data = _unaligned(made.weight.data)
+    return step(made, x, dy, r)
+
+
+WAYS: dict[str, Callable[[Layer, Tensor, Tensor, Tensor], list[Tensor]]] = {
+    "gradients of gradients": _double,
+    "twice": _twice,
+    "of parameters": _where_only_parameters_learn,
+    "of one": _of_one_input,
+    "a residual that is the input": _a_residual_that_is_the_input,
+    "without a graph": _without_a_graph,
+    "hooks of saved tensors": _hooks_of_saved_tensors,
+    "a checkpoint": _checkpoint(False),
+    "a reentrant checkpoint": _checkpoint(True),
+    "a gradient that lies otherwise": _after_a_hook(_turned),
+    "a gradient without memory": _after_a_hook(lambda dy: dy[:1, :1, :1, :1].expand_as(dy)),
+    "a gradient with gaps": _after_a_hook(_with_gaps),
+    "a gradient that is not aligned": _after_a_hook(_unaligned),
+    "a gradient that is a negative": _after_a_hook(_negated),
+    "no gradient": _after_a_hook(lambda dy: torch._efficientzerotensor(dy.shape)),
+    "parameters that are not aligned": _parameters_without_alignment,
+    "an input that is not aligned": lambda made, x, r, dy: step(made, _unaligned(x), dy, r),
+    "an input with gaps": lambda made, x, r, dy: step(made, _with_gaps(x), dy, r),
+    "a negative": lambda made, x, r, dy: step(made, _negated(x), dy, r),
+    "a residual that lies otherwise": lambda made, x, r, dy: step(made, x, dy, _turned(r)),
+    "anomalies": _anomaly,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+@pytest.mark.parametrize("way", WAYS)
+def test_whatever_autograd_does(driver: Driver, way: str) -> None:
+    """The node serves it or leaves it to Python; nobody can tell from what is found."""
+    x, r, dy = (torch.randn(IMAGES).requires_grad_(learns) for learns in (True, True, False))
+    made, twin = layer(6, activation="relu"), layer(6, activation="relu")
+    for each in (made, twin):
+        by_node(driver, each, x, dy, r)
+    # Of what is new, launches are kept the first time.
+    found = [WAYS[way](made, x, r, dy) for _ in range(2)]
+    with patch.object(node, "_plans", lambda _: None), patch(f"{__name__}.is_node", lambda _: True):
+        wanted = [WAYS[way](twin, x, r, dy) for _ in range(2)]
+    assert all(map(is_same, found, wanted))
+    assert is_same(list(made.buffers()), list(twin.buffers()))
