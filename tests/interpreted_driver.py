@@ -41,6 +41,7 @@ class Driver:
 
     Attributes:
         launched: names of kernels, in order.
+        told: their arguments, by name; the addresses of tensors.
         stream: the current one.
         is_capturing: whether it captures a graph.
         refusals: how many of the next launches are refused.
@@ -49,6 +50,7 @@ class Driver:
 
     def __init__(self) -> None:
         self.launched: list[str] = []
+        self.told: list[dict[str, int | float]] = []
         self.stream = 7
         self.is_capturing = False
         self.refusals = 0
@@ -78,8 +80,10 @@ class Driver:
             step, kinds, constants = self._functions[function - 1]
             self.launched.append(step.kernel.__name__)
             addresses = (ctypes.c_int64 * len(kinds)).from_address(arguments)
-            given = zip(kinds, map(_read, addresses, kinds.values()), strict=True)
-            step.kernel[step.programs, 1, 1](**dict(given), **constants)
+            told = dict(zip(kinds, map(_read, addresses, kinds.values()), strict=True))
+            self.told.append(told)
+            given = {name: _found(number, kinds[name]) for name, number in told.items()}
+            step.kernel[step.programs, 1, 1](**given, **constants)
         except BaseException as error:
             self.errors.append(error)
         return 0
@@ -89,10 +93,13 @@ def _kind(value: object) -> torch.dtype | type:
     return value.dtype if isinstance(value, Tensor) else type(value)
 
 
-def _read(address: int, kind: torch.dtype | type) -> Any:
-    if kind is float:
-        return ctypes.c_double.from_address(address).value
-    number = ctypes.c_int64.from_address(address).value
+def _read(address: int, kind: torch.dtype | type) -> int | float:
+    of: Any = ctypes.c_double if kind is float else ctypes.c_int64
+    number: int | float = of.from_address(address).value
+    return number
+
+
+def _found(number: Any, kind: torch.dtype | type) -> Any:
     if not isinstance(kind, torch.dtype):
         return number
     if number == 0:

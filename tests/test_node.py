@@ -6,8 +6,6 @@ Triton's interpreter does what the node tells it, see :mod:`tests.interpreted_dr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
 from typing import Any
 from unittest.mock import patch
 
@@ -20,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import syncbn
 from syncbn.autograd import node
 from tests.interpreted_driver import Driver, kept
-from tests.node import STEP, by_node, by_python, is_node, is_same, layer, no_gpu, step
+from tests.node import by_node, by_python, is_node, is_same, layer, no_gpu, step
 
 pytestmark = no_gpu
 IMAGES = (4, 6, 5, 3)
@@ -82,7 +80,8 @@ def _double(made: Layer, x: Tensor, r: Tensor, dy: Tensor) -> list[Tensor]:
     y = made(x, r)
     assert is_node(y)
     first = torch.autograd.grad(y, [x, r, made.weight], dy, create_graph=True)
-    second = torch.autograd.grad(sum((g * g).sum() for g in first), [x, made.weight])
+    squares = torch.stack([(g * g).sum() for g in first]).sum()
+    second = torch.autograd.grad(squares, [x, made.weight])
     return [*first, *second]
 
 
@@ -101,7 +100,7 @@ def _where_only_parameters_learn(made: Layer, x: Tensor, r: Tensor, dy: Tensor) 
 
 
 def _of_one_input(made: Layer, x: Tensor, r: Tensor, dy: Tensor) -> list[Tensor]:
-    found = []
+    found: list[Tensor] = []
     for t in (x, r, made.weight, made.bias):
         found += torch.autograd.grad(made(x, r), t, dy)
     return found

@@ -52,7 +52,7 @@ def describe() -> str:
     try:
         path = _path(_command())
         if path.exists():
-            return f"{path}"
+            return "compiled"
         return _failed(path) if _reason(path).exists() else "compiled when a GPU first needs it"
     except (OSError, RuntimeError, ValueError) as error:
         return f"{error}"
