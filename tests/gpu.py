@@ -11,8 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import syncbn
-from syncbn.autograd.call import Call
-from syncbn.autograd.function import SyncBatchNormFunction
+from syncbn.autograd import Call, node
 from syncbn.kernels import Running, choose
 
 CUDA = torch.device("cuda")
@@ -32,8 +31,7 @@ def talking(layer: syncbn.SyncBatchNorm, group: dist.ProcessGroup) -> Layer:
         )
         relu, kernel = layer.activation == "relu", choose("triton", x)
         call = Call(layer.eps, relu, running, group, kernel, "layer")
-        y: Tensor = SyncBatchNormFunction.apply(x, layer.weight, layer.bias, residual, call)
-        return y
+        return node.normalize(x, layer.weight, layer.bias, residual, call)
 
     return normalized
 

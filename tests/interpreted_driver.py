@@ -156,7 +156,12 @@ def begin() -> None:
         assert not driver.errors, driver.errors
         *others, call = given
         tensors = [x, *others]
-        if is_kept(call.kernel) and call.is_alone and x.numel() > x.shape[1] > 0:
+        if (
+            is_kept(call.kernel)
+            and call.group is None
+            and call.is_usual
+            and x.numel() > x.shape[1] > 0
+        ):
             about = [(t.dtype, t.stride(), t.requires_grad) for t in tensors if t is not None]
             running = call.running and [getattr(t, "dtype", t) for t in call.running]
             key = str((x.shape, about, call.relu, running))

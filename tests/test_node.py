@@ -65,8 +65,8 @@ def test_the_same_to_the_bit(
     assert is_same(found, by_python(layer(shape[1], **options), *given, times=3))
 
 
-@pytest.mark.parametrize("frozen", [{"weight"}, {"bias"}, {"weight", "bias"}], ids=str)
-def test_gradients_that_are_not_needed(driver: Driver, frozen: set[str]) -> None:
+@pytest.mark.parametrize("frozen", [["weight"], ["bias"], ["weight", "bias"]], ids=str)
+def test_gradients_that_are_not_needed(driver: Driver, frozen: list[str]) -> None:
     x, dy = torch.randn(2, *IMAGES)
     made, twin = layer(6), layer(6)
     for name in frozen:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from syncbn.autograd import node
+from syncbn.kernels.triton_launch import Launch
 from tests.interpreted_driver import Driver, kept
 from tests.node import STEP, by_node, by_python, is_node, is_same, layer, no_gpu, step
 from tests.transports import ROOT
@@ -37,7 +38,7 @@ def given() -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("part", ["forward", "backward"])
 @pytest.mark.parametrize("what", ["another stream", "a graph", "one refusal", "two refusals"])
-def test_where_it_does_not_launch_python_does(
+def test_where_there_are_no_launches_to_repeat_python_launches(
     driver: Driver, given: tuple[Tensor, Tensor, Tensor], what: str, part: str
 ) -> None:
     def changed() -> None:
@@ -52,18 +53,27 @@ def test_where_it_does_not_launch_python_does(
     made, twin = layer(6, activation="relu"), layer(6, activation="relu")
     x, dy, r = given
     by_node(driver, made, *given)
-    driver.launched.clear()
-    if part == "forward":
-        changed()
-    y = made(x, r)
-    assert is_node(y) == (part == "backward")
-    if part == "backward":
-        changed()
-    found = torch.autograd.grad(y, [x, r, *made.parameters()], dy)
+    asked: list[str] = []
+    launch = Launch.__call__
+
+    def asking(self: Launch, *given: Any) -> None:
+        asked.append(self.steps[0].kernel.__name__)
+        launch(self, *given)
+
+    with patch.object(Launch, "__call__", asking):
+        if part == "forward":
+            changed()
+        y = made(x, r)
+        assert asked == ["moments"] * (part == "forward")
+        driver.is_capturing, driver.stream = False, 7
+        if part == "backward":
+            changed()
+        found = torch.autograd.grad(y, [x, r, *made.parameters()], dy)
+        assert asked == ["moments" if part == "forward" else "backward_reduce"]
+    assert is_node(y)
     wanted = by_python(twin, *given, times=4)
     assert is_same([y.detach(), *found, *made.buffers()], wanted)
-    driver.is_capturing = False
-    driver.stream = 7
+    driver.is_capturing, driver.stream = False, 7
     assert by_node(driver, made, *given)
 
 
@@ -196,12 +206,10 @@ def test_an_error_in_python_reaches_who_differentiates(
     driver: Driver, given: tuple[Tensor, Tensor, Tensor]
 ) -> None:
     x, dy, _ = given
-    made = layer(6)
-    step(made, x, dy)
-    y = made(x)
+    y = layer(6)(x)
     assert is_node(y)
     with (
-        patch.object(node, "gradients", side_effect=ZeroDivisionError("of the tests")),
+        patch.object(node.Steps, "backward", side_effect=ZeroDivisionError("of the tests")),
         pytest.raises(ZeroDivisionError, match="of the tests"),
     ):
         y.backward(dy)

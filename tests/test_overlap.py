@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -16,9 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 import syncbn
-from syncbn.autograd import backward
+from syncbn.autograd import backward, node
 from syncbn.distributed import collectives
+from syncbn.distributed.collectives import Message
 from syncbn.kernels import choose
+from syncbn.kernels.triton_launch import Launch
 from tests.kernels import device_of
 from tests.ranks import Ranks
 
@@ -27,6 +29,7 @@ SHAPES = [(3, 4, 5, 3), (2, 4, 5, 3), (0, 4, 5, 3)]
 BYTES = [4 * torch.Size(shape).numel() for shape in SHAPES]
 PATIENCE = 15.0
 BESIDE = ["begin", "write", "wait"]
+LAUNCHES = {"backward_reduce": "reduce", "through_gate": "write", "backward_elemt": "elemt"}
 
 
 def _kernels() -> Any:
@@ -52,58 +55,62 @@ def _gradients(kernel: str, rank: int, wanted: str) -> list[Tensor | None]:
 
 
 @contextmanager
-def _noted() -> Iterator[list[str]]:
-    """Return what is done of a backward pass, in its order."""
-    triton, done = _kernels(), []
-    functions = {
-        "reduce": (triton, "backward_reduce_gated"),
-        "begin": (collectives, "begin_all_reduce"),
-        "write": (triton, "through_gate"),
-        "wait": (collectives.Message, "wait"),
-        "elemt": (triton, "backward_elemt"),
-    }
-
-    def noting(name: str, function: Any) -> Any:
-        def call(*given: Any, **options: Any) -> Any:
-            done.append(name)
-            return function(*given, **options)
-
-        return call
-
-    patches = [
-        patch.object(place, name, noting(what, getattr(place, name)))
-        for what, (place, name) in functions.items()
-    ]
-    for each in patches:
-        each.start()
-    yield done
-    for each in patches:
-        each.stop()
+def _by(what: str) -> Iterator[None]:
+    """Have passes made by the node, which forgets what it was told; or by the function."""
+    node._plans.cache_clear()
+    plans = node._plans if what == "node" else lambda _: None
+    with patch.object(node, "_plans", plans):
+        yield
+    node._plans.cache_clear()
 
 
-def _beside(rank: int, folder: Path) -> tuple[list[str], list[Tensor | None]]:
-    """Rank 1 sends its message when rank 0, which has sent its own, has written the gradient."""
-    triton, written = _kernels(), folder / "written"
-    write, reduce = triton.through_gate, triton.backward_reduce_gated
+@contextmanager
+def _noted(
+    before: Callable[[str], None] = lambda _: None, after: Callable[[str], None] = lambda _: None
+) -> Iterator[list[str]]:
+    """Return what is done of a backward pass, in its order; and have more done around launches."""
+    done: list[str] = []
+    launch, begin, wait = Launch.__call__, collectives.begin_all_reduce, collectives.Message.wait
 
-    def writing(*given: Any) -> Tensor:
-        found: Tensor = write(*given)
-        if rank == 0:
-            written.touch()
-        return found
+    def launching(self: Launch, *given: Any) -> None:
+        name = self.steps[0].kernel.__name__
+        before(name)
+        if name in LAUNCHES:
+            done.append(LAUNCHES[name])
+        launch(self, *given)
+        after(name)
 
-    def late(*given: Any, **options: Any) -> Any:
-        deadline = time.monotonic() + PATIENCE
-        while rank == 1 and not written.exists():
-            assert time.monotonic() < deadline, "rank 0 waits for the message, and writes nothing"
-            time.sleep(0.01)
-        return reduce(*given, **options)
+    def beginning(*given: Any) -> Message:
+        done.append("begin")
+        return begin(*given)
+
+    def waiting(self: Message) -> Tensor:
+        done.append("wait")
+        return wait(self)
 
     with (
-        patch.object(triton, "through_gate", writing),
-        patch.object(triton, "backward_reduce_gated", late),
-        _noted() as done,
+        patch.object(Launch, "__call__", launching),
+        patch.object(collectives, "begin_all_reduce", beginning),
+        patch.object(Message, "wait", waiting),
     ):
+        yield done
+
+
+def _beside(rank: int, by: str, folder: Path) -> tuple[list[str], list[Tensor | None]]:
+    """Rank 1 sends its message when rank 0, which has sent its own, has written the gradient."""
+    written = folder / "written"
+
+    def writing(name: str) -> None:
+        if rank == 0 and name == "through_gate":
+            written.touch()
+
+    def late(name: str) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while name == "backward_reduce" and rank == 1 and not written.exists():
+            assert time.monotonic() < deadline, "rank 0 waits for the message, and writes nothing"
+            time.sleep(0.01)
+
+    with _by(by), _noted(late, writing) as done:
         return done, _gradients("triton", rank, "x and r")
 
 
@@ -111,27 +118,30 @@ def _reference(rank: int, wanted: str) -> list[Tensor | None]:
     return _gradients("reference", rank, wanted)
 
 
+@pytest.mark.parametrize("by", ["node", "function"])
 def test_the_residuals_gradient_is_written_beside_the_message(
-    two_on_host: Ranks, tmp_path: Path
+    two_on_host: Ranks, by: str, tmp_path: Path
 ) -> None:
-    found = two_on_host.run(_beside, tmp_path)
+    found = two_on_host.run(_beside, by, tmp_path)
     assert [done for done, _ in found] == [["reduce", *BESIDE, "elemt"]] * 2
     gradients = [gradients for _, gradients in found]
     wanted = two_on_host.run(_reference, "x and r")
     torch.testing.assert_close(gradients, wanted, rtol=1e-5, atol=1e-5)
 
 
-def _written(rank: int, wanted: str, most: int) -> tuple[list[str], list[Tensor | None]]:
-    with patch.object(backward, "_BESIDE", most), _noted() as done:
+def _written(rank: int, by: str, wanted: str, most: int) -> tuple[list[str], list[Tensor | None]]:
+    limits = patch.object(backward, "BESIDE", most), patch.object(node, "BESIDE", most)
+    with _by(by), limits[0], limits[1], _noted() as done:
         found = _gradients("triton", rank, wanted)
     return [step for step in done if step in BESIDE], found
 
 
+@pytest.mark.parametrize("by", ["node", "function"])
 @pytest.mark.parametrize("most", [-1, BYTES[0] - 1, BYTES[0]], ids=["none", "small", "all"])
 @pytest.mark.parametrize("wanted", ["x and r", "x", "r", ""])
-def test_gradients_of_a_group(three_ranks: Ranks, wanted: str, most: int) -> None:
+def test_gradients_of_a_group(three_ranks: Ranks, wanted: str, most: int, by: str) -> None:
     """Some write beside the message, others before it and wait; one rank has no values."""
-    found = three_ranks.run(_written, wanted, most)
+    found = three_ranks.run(_written, by, wanted, most)
     are_beside = [bool(wanted) and n <= most for n in BYTES]
     assert [done for done, _ in found] == [BESIDE if is_beside else [] for is_beside in are_beside]
     gradients = [gradients for _, gradients in found]
@@ -160,21 +170,23 @@ def test_a_gradient_is_laid_out_once(two_ranks: Ranks) -> None:
     assert two_ranks.run(_copies) == [1, 1]
 
 
-def _absent(rank: int) -> str:
+def _absent(rank: int, by: str) -> str:
     """Rank 1 leaves its backward pass out, when all is compiled that compiles."""
     _gradients("triton", rank, "x and r")
     hasty = dist.new_group([0, 1], timeout=timedelta(seconds=2))
     x, residual = torch.randn(2, *SHAPES[0], device=DEVICE).requires_grad_()
-    y = _layer("triton", hasty)(x, residual)
-    if rank == 1:
-        return ""
-    with pytest.raises(RuntimeError) as caught:
-        y.sum().backward()
+    with _by(by):
+        y = _layer("triton", hasty)(x, residual)
+        if rank == 1:
+            return ""
+        with pytest.raises(RuntimeError) as caught:
+            y.backward(torch.ones_like(y))
     return str(caught.value)
 
 
-def test_a_message_that_fails_names_the_layer(two_on_host: Ranks) -> None:
-    message = two_on_host.run(_absent)[0]
+@pytest.mark.parametrize("by", ["node", "function"])
+def test_a_message_that_fails_names_the_layer(two_on_host: Ranks, by: str) -> None:
+    message = two_on_host.run(_absent, by)[0]
     assert message.startswith("SyncBatchNorm2d(4) backward, torch.float32 input: the all-reduce")
     assert "8 numbers failed on rank 0 of 2" in message
     two_on_host.close()  # The group is broken.

@@ -16,7 +16,7 @@ from syncbn.kernels.second_order import second_elemt, second_reduce
 
 # Bytes of an input whose dy is read once more in less time than a message takes: by bandwidth, in
 # some 20 microseconds on an A100, 8 on an H200.
-_BESIDE = 2**25
+BESIDE = 2**25
 
 
 class FirstOrder(NamedTuple):
@@ -115,7 +115,7 @@ def _first_order_gated(
         dresidual, dx, dweight, dbias = both
         return FirstOrder(dx, dweight, dbias, dresidual)
     is_wanted = needs_x or needs_residual
-    is_beside = is_wanted and call.group is not None and x.nbytes <= _BESIDE
+    is_beside = is_wanted and call.group is not None and x.nbytes <= BESIDE
     write = is_wanted and not is_beside
     through, mine, dweight, dbias = kernel.backward_reduce_gated(*given, write=write)
     label, over = call.about("backward", x), not needs_residual

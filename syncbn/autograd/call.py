@@ -40,11 +40,16 @@ class Call(NamedTuple):
     pending: Tensor | None = None
 
     @property
-    def is_alone(self) -> bool:
-        """Whether nobody needs the message before the output is there."""
-        if self.group is not None or self.filling is not None or self.pending is not None:
+    def is_usual(self) -> bool:
+        """Whether all values count, once, and the message is for this batch alone."""
+        if self.filling is not None or self.pending is not None:
             return False
         return torch.compiler.is_compiling() or checkpoint.current() is None
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether nobody needs the message before the output is there."""
+        return self.group is None and self.is_usual
 
     def about(self, direction: str, x: Tensor) -> str:
         """Return what a message is about, for error messages."""

@@ -1,4 +1,4 @@
-"""Kernels whose launches are kept, for another language to repeat."""
+"""Kernels whose launches may be made without their functions."""
 
 from __future__ import annotations
 
@@ -10,45 +10,52 @@ from syncbn.kernels import Forward, Kernel, Transform, Wanted
 from syncbn.kernels.gated import Gated
 
 if TYPE_CHECKING:
-    from syncbn.kernels.triton_driver import Calls
-    from syncbn.kernels.triton_launch import Current
+    from syncbn.kernels.triton_launch import Current, Launch
 
 
 class Kept(Gated, Protocol):
     """What a kernel module may have besides.
 
-    Launches are for tensors that lie as those do which are given: x without gaps, a residual and dy
-    as x, all at multiples of 16 bytes. They are None until there has been such a pass of a group of
-    one on the current stream.
+    The launches are those of its functions for tensors that lie as those do which are given here: x
+    without gaps, a residual and dy as x.
     """
 
     def current(self) -> Current | None:
-        """Return functions that say where launches are; None if none are kept."""
+        """Return functions that say where launches are; None if nothing is launched."""
 
-    def kept_forward(self, x: Tensor, how: Forward, residual: Tensor | None) -> Calls | None:
-        """Return the launches of :func:`syncbn.kernels.alone.forward`.
+    def forward_launches(
+        self, x: Tensor, how: Forward, residual: Tensor | None, is_alone: bool
+    ) -> tuple[Launch, ...]:
+        """Return the launch of both steps of a group of one, or those of moments and normalize.
 
         Args:
             x: shape ``[N, C, *]``.
             how: the rest; averages are not cumulative.
             residual: shape and dtype of x, or None.
+            is_alone: in a group of one.
         """
 
-    def kept_backward(
-        self, gate: Tensor | None, x: Tensor, transform: Transform, wanted: Wanted
-    ) -> Calls | None:
-        """Return the launches of :func:`syncbn.kernels.alone.backward`.
-
-        Or of :meth:`~syncbn.kernels.gated.Gated.backward_alone_gated`.
+    def backward_launches(
+        self,
+        gate: Tensor | None,
+        x: Tensor,
+        transform: Transform,
+        wanted: Wanted,
+        is_alone: bool,
+        is_beside: bool,
+    ) -> tuple[Launch, ...]:
+        """Return the launch of both steps, or those of backward_reduce and backward_elemt.
 
         Args:
             gate: of the forward pass, if dy has yet to go through it.
             x: shape ``[N, C, *]``.
             transform: of the forward pass, without residual.
             wanted: weight and bias; None for each whose gradient is not.
+            is_alone: in a group of one.
+            is_beside: what comes through a gate is written by a launch of its own, in between.
         """
 
 
 def is_kept(kernel: Kernel) -> TypeGuard[Kept]:
     """Return whether a kernel module has such launches."""
-    return hasattr(kernel, "kept_forward")
+    return hasattr(kernel, "forward_launches")

@@ -22,8 +22,7 @@ from syncbn.kernels import reference, triton_kernels, triton_launch
 from syncbn.kernels import triton_passes as passes
 from syncbn.kernels.samples import Samples, alike, empty_like, readable
 from syncbn.kernels.transform import Forward, Running, Transform, Wanted
-from syncbn.kernels.triton_driver import Calls
-from syncbn.kernels.triton_launch import Current, capability
+from syncbn.kernels.triton_launch import Current, Launch, capability
 from syncbn.kernels.triton_tiles import COMPUTE, gate_bytes
 
 IS_INTERPRETED = isinstance(triton_kernels.moments, InterpretedFunction)
@@ -198,25 +197,43 @@ def current() -> Current | None:
     return None if IS_INTERPRETED else triton_launch.current()
 
 
-def kept_forward(x: Tensor, how: Forward, residual: Tensor | None) -> Calls | None:
-    """See :meth:`syncbn.kernels.kept.Kept.kept_forward`."""
+def forward_launches(
+    x: Tensor, how: Forward, residual: Tensor | None, is_alone: bool
+) -> tuple[Launch, ...]:
+    """See :meth:`syncbn.kernels.kept.Kept.forward_launches`."""
     x, samples = readable(x)
     mean, var, tracked, _ = how.running or _NOTHING
-    statistics = torch.float64
-    first, numbers = (x, None, residual, x, how.gate), (how.weight, how.bias, mean, var, tracked)
-    kinds = *_kinds(first), statistics, *_kinds(numbers)
-    return passes.forward(samples, x.device, kinds, how.relu, False).kept()
+    numbers = _kinds((how.weight, how.bias, mean, var, tracked))
+    message, statistics = None if is_alone else torch.float64, torch.float64
+    kinds = x.dtype, message, *_kinds((residual, x, how.gate)), statistics, *numbers
+    last = passes.forward(samples, x.device, kinds, how.relu, False)
+    return (last,) if is_alone else (passes.moments(samples, x.device, x.dtype), last)
 
 
-def kept_backward(
-    gate: Tensor | None, x: Tensor, transform: Transform, wanted: Wanted
-) -> Calls | None:
-    """See :meth:`syncbn.kernels.kept.Kept.kept_backward`."""
+def backward_launches(
+    gate: Tensor | None,
+    x: Tensor,
+    transform: Transform,
+    wanted: Wanted,
+    is_alone: bool,
+    is_beside: bool,
+) -> tuple[Launch, ...]:
+    """See :meth:`syncbn.kernels.kept.Kept.backward_launches`."""
     x, samples = readable(x)
     statistics, weight, bias, relu = transform
-    gated = None if gate is None else x
-    kinds = _kinds((x, None, x, gate, gated, x, statistics, weight, bias, *wanted))
-    return passes.backward(samples, x.device, kinds, samples.dense_stride, relu).kept()
+
+    def launch(*given: Tensor | None, wanted: Wanted = (None, None)) -> Launch:
+        kinds = _kinds((x, *given, statistics, weight, bias, *wanted))
+        return passes.backward(samples, x.device, kinds, samples.dense_stride, relu)
+
+    sums, gated = statistics, None if gate is None else x
+    if is_alone:
+        return (launch(None, x, gate, gated, x, wanted=wanted),)
+    last = launch(sums, x, None, None, x)
+    if gate is None or not is_beside:
+        return launch(sums, x, gate, gated, None, wanted=wanted), last
+    beside = passes.through_gate(samples, x.device, x.dtype, samples.dense_stride)
+    return launch(sums, x, gate, None, None, wanted=wanted), beside, last
 
 
 def _backward(

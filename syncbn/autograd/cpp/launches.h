@@ -1,75 +1,80 @@
-// Launches of kernels that have been compiled, as kernels/triton_driver.py keeps them.
+// The launches of a pass: Launch of kernels/triton_launch.py, without Python where it keeps them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <array>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
+#include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
+#include <unordered_map>
 #include <vector>
 
 namespace syncbn {
 
 using at::Tensor;
+// In the order of a pass; undefined where there is none.
+using Tensors = std::initializer_list<const Tensor*>;
+using Floats = std::initializer_list<double>;
 
-// Those of a pass, in the order of FORWARD or BACKWARD of kernels/triton_passes.py.
-constexpr size_t TENSORS = 11;
-using Tensors = std::array<const Tensor*, TENSORS>;
+// Functions of torch: the current device, its current stream, and whether that captures a graph.
+// None, where kernels are interpreted.
+struct Current {
+  py::object device, stream, is_capturing;
 
-// cuLaunchKernelEx: configuration, function, addresses of arguments, nothing.
-using Launch = int (*)(const void*, void*, void**, void**);
+  // Return the stream for a tensor, if launches may be those that are kept for it.
+  std::optional<int64_t> stream_for(const Tensor& x) const {
+    if (device.is_none()) return std::nullopt;
+    const py::object index = x.is_cpu() ? py::object(py::none()) : py::int_(x.get_device());
+    if (!device().equal(index) || py::cast<bool>(is_capturing())) return std::nullopt;
+    return py::cast<int64_t>(stream(index));
+  }
+};
 
-// The kernels of a pass, one after the other. Whoever calls this holds the GIL.
-class Launches {
+// Calls of kernels/triton_driver.py, which own all of this.
+class Calls {
  public:
-  // Addresses of the function that launches, of the memory that it reads arguments from, and of
-  // its own arguments for each kernel; a letter of Python's struct for each float that follows the
-  // tensors in that memory; the lock for this memory; and what all of it belongs to.
-  using Kernel = std::tuple<uintptr_t, uintptr_t, uintptr_t>;
-  Launches(uintptr_t launch, uintptr_t arguments, std::vector<Kernel> kernels, std::string floats,
-           py::object lock, py::object owner)
-      : launch_(reinterpret_cast<Launch>(launch)),
-        arguments_(reinterpret_cast<char*>(arguments)),
-        kernels_(std::move(kernels)),
-        floats_(std::move(floats)),
-        acquire_(lock.attr("acquire")),
-        release_(lock.attr("release")),
-        owner_(std::move(owner)) {}
+  explicit Calls(py::object owner) : owner_(std::move(owner)) {
+    py::object lock;
+    uintptr_t launch, arguments;
+    std::tie(launch, arguments, kernels_, floats_, lock) = py::cast<Parts>(owner_.attr("parts"));
+    launch_ = reinterpret_cast<Launch>(launch);
+    arguments_ = reinterpret_cast<char*>(arguments);
+    acquire_ = lock.attr("acquire");
+    release_ = lock.attr("release");
+  }
 
-  // Launch with the addresses of those tensors that are defined; return zero, or CUDA's error, or
-  // less if their memory is not aligned.
-  int operator()(const Tensors& tensors, std::array<double, 2> floats) const {
-    std::array<uint64_t, TENSORS> addresses;
-    size_t number = 0;
-    for (const Tensor* t : tensors)
-      if (t->defined()) addresses[number++] = reinterpret_cast<uint64_t>(t->const_data_ptr());
-    for (size_t i = 0; i < number; ++i)
-      if (addresses[i] % ALIGNMENT != 0) return NOT_ALIGNED;
+  // Launch; return whether all of it has been.
+  bool operator()(const std::vector<uint64_t>& addresses, Floats floats) const {
     const Held held(*this);
     // CUDA's queue may be full, and what empties it may need Python.
     const py::gil_scoped_release released;
-    std::memcpy(arguments_, addresses.data(), number * SLOT);
-    char* next = arguments_ + number * SLOT;
-    for (size_t i = 0; i < floats_.size(); ++i, next += SLOT) write(next, floats_[i], floats[i]);
+    std::memcpy(arguments_, addresses.data(), addresses.size() * SLOT);
+    char* next = arguments_ + addresses.size() * SLOT;
+    for (size_t i = 0; i < floats_.size(); ++i, next += SLOT)
+      write(next, floats_[i], floats.begin()[i]);
     for (const auto& [config, function, arguments] : kernels_) {
       const int error =
           launch_(reinterpret_cast<const void*>(config), reinterpret_cast<void*>(function),
                   reinterpret_cast<void**>(arguments), nullptr);
-      if (error != 0) return error;
+      if (error != 0) return false;
     }
-    return 0;
+    return true;
   }
 
  private:
-  // Bytes of an argument; and what addresses are multiples of, for which kernels were compiled.
-  static constexpr size_t SLOT = 8, ALIGNMENT = 16;
-  static constexpr int NOT_ALIGNED = -1;
+  static constexpr size_t SLOT = 8;
+  // cuLaunchKernelEx: configuration, function, addresses of arguments, nothing.
+  using Launch = int (*)(const void*, void*, void**, void**);
+  using Kernel = std::tuple<uintptr_t, uintptr_t, uintptr_t>;
+  using Parts = std::tuple<uintptr_t, uintptr_t, std::vector<Kernel>, std::string, py::object>;
 
   struct Held {
-    explicit Held(const Launches& launches) : release(launches.release_) { launches.acquire_(); }
+    explicit Held(const Calls& calls) : release(calls.release_) { calls.acquire_(); }
     ~Held() { Py_XDECREF(PyObject_CallNoArgs(release.ptr())); }
     const py::object& release;
   };
@@ -83,11 +88,72 @@ class Launches {
     }
   }
 
-  Launch launch_;
-  char* arguments_;
+  py::object owner_, acquire_, release_;
   std::vector<Kernel> kernels_;
   std::string floats_;
-  py::object acquire_, release_, owner_;
+  Launch launch_;
+  char* arguments_;
+};
+
+// Whoever makes or calls these holds the GIL.
+class Launches {
+ public:
+  Launches(py::object launch, std::shared_ptr<const Current> current)
+      : launch_(std::move(launch)), current_(std::move(current)) {}
+
+  // Launch on the current stream. The first of the tensors is on its device.
+  void operator()(Tensors tensors, Floats floats = {}) {
+    if (!by_calls(tensors, floats)) by_python(tensors, floats);
+  }
+
+ private:
+  // Of addresses that kept calls are for; and streams that are kept: those of others come and go.
+  static constexpr uint64_t ALIGNMENT = 16;
+  static constexpr size_t MOST = 128;
+
+  bool by_calls(Tensors tensors, Floats floats) {
+    const auto stream = current_->stream_for(**tensors.begin());
+    if (!stream) return false;
+    std::vector<uint64_t> addresses;
+    addresses.reserve(tensors.size());
+    uint64_t all = 0;
+    for (const Tensor* t : tensors) {
+      if (!t->defined()) continue;
+      addresses.push_back(reinterpret_cast<uint64_t>(t->const_data_ptr()));
+      all |= addresses.back();
+    }
+    if (all % ALIGNMENT != 0) return false;
+    // Another thread may come while this one launches.
+    const std::shared_ptr<const Calls> calls = calls_on(*stream);
+    return calls && (*calls)(addresses, floats);
+  }
+
+  std::shared_ptr<const Calls> calls_on(int64_t stream) {
+    const auto found = calls_.find(stream);
+    if (found != calls_.end()) return found->second;
+    py::object kept = launch_.attr("kept")();
+    if (kept.is_none()) return nullptr;
+    if (calls_.size() >= MOST) calls_.clear();
+    return calls_[stream] = std::make_shared<const Calls>(std::move(kept));
+  }
+
+  // It says what is wrong, too, where CUDA has refused.
+  void by_python(Tensors tensors, Floats floats) const {
+    py::list given, numbers;
+    for (const Tensor* t : tensors) {
+      if (t->defined()) {
+        given.append(py::cast(*t));
+      } else {
+        given.append(py::none());
+      }
+    }
+    for (const double number : floats) numbers.append(number);
+    launch_(py::tuple(given), py::tuple(numbers));
+  }
+
+  py::object launch_;
+  std::shared_ptr<const Current> current_;
+  std::unordered_map<int64_t, std::shared_ptr<const Calls>> calls_;
 };
 
 }  // namespace syncbn

@@ -1,11 +1,9 @@
-// What is launched for tensors of some dtypes and sizes, on a stream.
+// What is launched for inputs of some dtypes and sizes.
 #pragma once
 
 #include <c10/core/DispatchKeySet.h>
 
-#include <memory>
-#include <optional>
-#include <unordered_map>
+#include <array>
 
 #include "launches.h"
 
@@ -15,7 +13,7 @@ namespace syncbn {
 struct Given {
   Tensor x, weight, bias, residual, mean, var, tracked;
   double eps = 0, momentum = 0;
-  bool relu = false;
+  bool relu = false, is_alone = true;
 };
 
 // Which gradients a backward pass writes besides that of x.
@@ -26,40 +24,36 @@ struct Wanted {
   size_t index() const { return weight + 2 * bias + 4 * residual; }
 };
 
-// How tensors that lie as x does are normalized. The launches of the backward pass are found out
-// later, by the first that needs them.
+// How inputs that lie alike are normalized: in a group of one, both kernels of a pass are one call;
+// else a message is between them.
 struct Plan {
-  int64_t stream;
   at::ScalarType dtype;
   std::vector<int64_t> sizes, strides;
+  bool is_alone;
   // Of the gate; less than zero if there is none.
   int64_t gate_bytes;
   // What kernels see in x: samples.view_of(x).
   py::object view;
-  std::shared_ptr<const Launches> forward;
-  std::array<std::shared_ptr<const Launches>, Wanted::KINDS> backward{};
+  std::shared_ptr<const Current> current;
+  // moments, in a larger group; normalize.
+  std::shared_ptr<std::vector<Launches>> forward;
+  // backward_reduce; through_gate, where that is beside the message; backward_elemt. Told when the
+  // first pass wants these gradients.
+  std::array<std::shared_ptr<std::vector<Launches>>, Wanted::KINDS> backward{};
 
   bool fits(const Tensor& t) const {
     return t.scalar_type() == dtype && t.sizes() == sizes && t.strides() == strides;
   }
 };
 
-// Functions of Python. Of torch: the current device, its current stream, and whether that captures.
-// Of node.py: the backward pass where there is no plan for it, as a function of dy, what has been
-// saved, which of the four inputs need gradients, the call, and the view of a plan. It returns the
-// gradients, and launches that would have done the same, if there are any.
-struct Python {
-  py::object device, stream, is_capturing, backward;
-  // Of an input whose gradient may take the memory of dy: ownership.py.
-  size_t least_bytes;
-
-  // Return the stream for a tensor, if launches on it may be those of a plan.
-  std::optional<int64_t> stream_for(const Tensor& x) const {
-    const py::object index = x.is_cpu() ? py::object(py::none()) : py::int_(x.get_device());
-    if (!device().equal(index) || py::cast<bool>(is_capturing())) return std::nullopt;
-    return py::cast<int64_t>(stream(index));
-  }
-};
+// Return launches of Python's.
+inline std::shared_ptr<std::vector<Launches>> make_launches(
+    const py::iterable& launches, const std::shared_ptr<const Current>& current) {
+  auto found = std::make_shared<std::vector<Launches>>();
+  for (const py::handle launch : launches)
+    found->emplace_back(py::reinterpret_borrow<py::object>(launch), current);
+  return found;
+}
 
 // Return whether a tensor is its memory and nothing else: no view of other values, of no transform.
 inline bool is_plain(const Tensor& t) {
@@ -75,7 +69,7 @@ inline bool is_plain(const Tensor& t) {
 }
 
 // Return whether the numbers of channels follow one another, where there are any.
-inline bool is_dense_numbers(const Tensor& t) {
+inline bool are_dense_numbers(const Tensor& t) {
   return !t.defined() || (is_plain(t) && t.is_contiguous());
 }
 
@@ -89,11 +83,10 @@ inline bool is_dense(const Tensor& x) {
 // What a plan depends on.
 class Key {
  public:
-  Key(const Given& given, int64_t stream) {
+  explicit Key(const Given& given) {
     numbers_.reserve(10 + 2 * given.x.dim());
-    add(stream);
     add(given.x.get_device());
-    add(given.relu);
+    add(given.relu + 2 * given.is_alone);
     for (const Tensor* t : {&given.x, &given.weight, &given.bias, &given.residual, &given.mean,
                             &given.var, &given.tracked})
       add(t->defined() ? static_cast<int64_t>(t->scalar_type()) : -1);
