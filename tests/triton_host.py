@@ -13,9 +13,12 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from syncbn import SyncBatchNorm2d, kernels, module
+from syncbn.autograd import node_build
 from syncbn.bench.timing import take_turns
 from syncbn.kernels import Kernel, triton
 from tests.triton_launches import active, build
@@ -61,9 +64,16 @@ def chain(ours: bool, after: str) -> Callable[[], object]:
     return lambda: torch.autograd.grad(forward(), inputs, dy)
 
 
+def measured(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Return microseconds of a layer, medians of rounds in which all take their turns."""
+    times = take_turns(calls, ROUNDS, BURST, lambda: None)
+    return {name: float(t.wall.median()) / LAYERS * 1e6 for name, t in times.items()}
+
+
 def main() -> None:
-    """Measure all, in turns."""
+    """Measure all alone, and ours in a group of two, whose messages nobody sends."""
     torch.set_num_threads(1)
+    print(f"the autograd node in C++: {node_build.describe()}")
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder))
         calls = {f"{name}{after}": chain(name == "ours", after) for after in PLACES for name in BY}
@@ -72,11 +82,16 @@ def main() -> None:
             patch.object(triton, "_why_none", lambda *_: None),
             patch.object(module, "choose", choose),
         ):
-            times = take_turns(calls, ROUNDS, BURST, lambda: None)
-    median = {name: float(t.wall.median()) / LAYERS * 1e6 for name, t in times.items()}
+            median = measured(calls)
+            dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+            together = measured(calls)
+            dist.destroy_process_group()
     for after in PLACES:
         theirs, ours = (median[f"{name}{after}"] for name in BY)
-        print(f"nn.BatchNorm2d{after}: {theirs:.1f} us, ours {ours:.1f} us, {ours / theirs:.2f}")
+        print(
+            f"nn.BatchNorm2d{after}: {theirs:.1f} us, ours {ours:.1f} us, {ours / theirs:.2f}; "
+            f"in a group of two {together[f'ours{after}']:.1f} us"
+        )
     theirs, ours = (
         sum(count * median[f"{name}{after}"] for after, count in PLACES.items()) for name in BY
     )
