@@ -14,6 +14,7 @@ CPP := syncbn/kernels/cpu.cpp $(wildcard syncbn/kernels/cpp/*)
 NODE := syncbn/autograd/node.cpp $(wildcard syncbn/autograd/cpp/*)
 export OMP_NUM_THREADS ?= 1
 
+.DELETE_ON_ERROR:
 .PHONY: demo calibration test test-triton test-node sanitize prepare check format clean
 
 demo: $(INSTALLED)
@@ -39,7 +40,7 @@ test-node: $(INSTALLED)
 SANITIZED := build/sanitized
 SANITIZERS := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 SANITIZED_LIBRARY := $(SANITIZED)/syncbn/kernels/libsyncbn_cpu.so
-$(SANITIZED_LIBRARY): $(INSTALLED) $(wildcard syncbn/*.py syncbn/*/*.py tests/*.py)
+$(SANITIZED_LIBRARY): $(INSTALLED) $(CPP) hatch_build.py $(wildcard syncbn/*.py syncbn/*/*.py tests/*.py)
 	rm -rf $(SANITIZED)
 	mkdir -p $(SANITIZED)
 	cp -r syncbn tests examples configs hatch_build.py pyproject.toml $(SANITIZED)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from functools import _lru_cache_wrapper
@@ -22,18 +22,22 @@ from torch import Tensor
 from syncbn.autograd import node
 from syncbn.autograd.call import Call
 from syncbn.kernels import triton, triton_driver, triton_launch, triton_passes
-from syncbn.kernels.kept import is_kept
+from syncbn.kernels.launched import is_launched
 from syncbn.kernels.triton_launch import Launch, Step
 
 _SIGNATURE = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
 
 
 class _Function(NamedTuple):
-    """What has been compiled: arguments that are passed, and what stands for constants."""
+    """What has been compiled: arguments that are passed, and what stands for constants.
+
+    Triton compiles for addresses that are multiples of 16, or for any.
+    """
 
     step: Step
     kinds: dict[str, torch.dtype | type]
     constants: dict[str, Any]
+    is_aligned: bool
 
 
 class Driver:
@@ -64,7 +68,8 @@ class Driver:
         arguments = {own: given.get(known) for own, known in names.items()}
         kinds = {name: _kind(value) for name, value in arguments.items() if value is not None}
         nothing = {name: None for name, value in arguments.items() if value is None}
-        self._functions.append(_Function(step, kinds, constants | nothing))
+        is_aligned = _are_aligned(arguments.values())
+        self._functions.append(_Function(step, kinds, constants | nothing, is_aligned))
         signature = {name: "fp64" if kind is float else "i64" for name, kind in kinds.items()}
         return SimpleNamespace(
             src=SimpleNamespace(signature=signature, constants={}),
@@ -77,16 +82,22 @@ class Driver:
             self.refusals -= 1
             return 1
         try:
-            step, kinds, constants = self._functions[function - 1]
+            known = self._functions[function - 1]
+            step, kinds, constants, _ = known
             self.launched.append(step.kernel.__name__)
             addresses = (ctypes.c_int64 * len(kinds)).from_address(arguments)
             told = dict(zip(kinds, map(_read, addresses, kinds.values()), strict=True))
             self.told.append(told)
             given = {name: _found(number, kinds[name]) for name, number in told.items()}
+            assert not known.is_aligned or _are_aligned(given.values()), told
             step.kernel[step.programs, 1, 1](**given, **constants)
         except BaseException as error:
             self.errors.append(error)
         return 0
+
+
+def _are_aligned(arguments: Iterable[object]) -> bool:
+    return all(t.data_ptr() % 16 == 0 for t in arguments if isinstance(t, Tensor))
 
 
 def _kind(value: object) -> torch.dtype | type:
@@ -157,7 +168,7 @@ def begin() -> None:
         *others, call = given
         tensors = [x, *others]
         if (
-            is_kept(call.kernel)
+            is_launched(call.kernel)
             and call.group is None
             and call.is_usual
             and x.numel() > x.shape[1] > 0

@@ -107,9 +107,19 @@ def test_what_a_compiler_failed_with_is_kept(compiler: Path) -> None:
     assert node_build.describe() == "compiled"
 
 
-def test_a_compiler_that_is_killed_may_succeed_another_time(compiler: Path) -> None:
-    (compiler / "does").write_text("kill -9 $$")
-    assert node_build.library() == f"{compiler / 'c++'} was ended by signal 9"
+@pytest.mark.parametrize(
+    ("does", "code"),
+    [
+        ("kill -9 $$", -9),
+        ("echo fatal error: Killed signal terminated program cc1plus >&2; exit 1", 1),
+        ("echo No space left on device >&2; exit 1", 1),
+    ],
+)
+def test_a_compiler_that_is_killed_may_succeed_another_time(
+    compiler: Path, does: str, code: int
+) -> None:
+    (compiler / "does").write_text(does)
+    assert node_build.library().startswith(f"{compiler / 'c++'} ended with {code}")
     assert files(compiler) == [""]
 
 
@@ -128,6 +138,24 @@ def test_no_compiler(compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_place_for_it(compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(compiler / "c++"))
     assert "Not a directory" in node_build.library()
+
+
+def test_a_module_that_is_there_needs_no_lock(compiler: Path) -> None:
+    """Its folder may be another user's, or part of an image."""
+    assert not isinstance(node_build.library(), str)
+    node_build.library.cache_clear()
+    with patch.object(node_build, "_one_at_a_time", side_effect=PermissionError):
+        assert not isinstance(node_build.library(), str)
+
+
+def test_a_module_that_cannot_be_loaded(compiler: Path) -> None:
+    assert not isinstance(node_build.library(), str)
+    (path,) = (compiler / "kept" / "syncbn").glob("*.so")
+    path.unlink()
+    path.write_bytes(b"of another machine")
+    node_build.library.cache_clear()
+    assert "invalid ELF header" in node_build.library() or "too short" in node_build.library()
+    assert node_build.describe() == node_build.library()
 
 
 def test_another_torch_has_another_module(compiler: Path) -> None:

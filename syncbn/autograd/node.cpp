@@ -55,6 +55,8 @@ std::optional<Given> read(py::handle x, py::handle weight, py::handle bias, py::
 bool is_served(const Given& given) {
   const auto& [x, weight, bias, residual, mean, var, tracked, eps, momentum, relu, is_alone] =
       given;
+  // torch.jit sees what is called, and launches are not.
+  if (c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer)) return false;
   if (x.numel() <= x.size(1) || !is_dense(x)) return false;
   if (residual.defined() && residual.strides() != x.strides()) return false;
   if (tracked.defined() && (tracked.scalar_type() != at::kLong || tracked.device() != x.device()))
@@ -65,6 +67,10 @@ bool is_served(const Given& given) {
 
 std::optional<Tensor> maybe(const Tensor& t) {
   return t.defined() ? std::make_optional(t) : std::nullopt;
+}
+
+at::ScalarType dtype_of(const Tensor& t) {
+  return t.defined() ? t.scalar_type() : at::ScalarType::Undefined;
 }
 
 class Plans {
@@ -86,9 +92,9 @@ class Plans {
                               : add(std::move(key), *given,
                                     python_->steps.attr("plan")(x, weight, bias, residual, call));
     const Computed found = compute(*given, *plan, *python_, call);
-    auto kept = c10::make_intrusive<Kept>(plan, python_, py::reinterpret_borrow<py::object>(call));
-    const Tensor y = SyncBatchNorm::apply(given->x, maybe(given->weight), maybe(given->bias),
-                                          maybe(given->residual), found, std::move(kept));
+    const Tensor y = SyncBatchNorm::apply(
+        given->x, maybe(given->weight), maybe(given->bias), maybe(given->residual), found,
+        Context{plan, python_, py::reinterpret_borrow<py::object>(call)});
     return py::reinterpret_steal<py::object>(THPVariable_Wrap(y));
   }
 
@@ -99,13 +105,17 @@ class Plans {
     Plan plan{x.scalar_type(),
               x.sizes().vec(),
               x.strides().vec(),
+              dtype_of(given.weight),
+              dtype_of(given.bias),
               given.is_alone,
               py::cast<int64_t>(told[1]),
               told[2],
               current_,
               make_launches(told[0], current_)};
     if (plans_.size() >= most_) plans_.clear();
-    return plans_[std::move(key)] = std::make_shared<Plan>(std::move(plan));
+    // Another thread may have been faster.
+    return plans_.try_emplace(std::move(key), std::make_shared<Plan>(std::move(plan)))
+        .first->second;
   }
 
   std::shared_ptr<const Python> python_;
@@ -119,7 +129,7 @@ class Plans {
 
 PYBIND11_MODULE(node, module) {
   using syncbn::Plans;
-  py::class_<Plans>(module, "Plans")
+  py::class_<Plans>(module, "Plans", py::module_local())
       .def(py::init([](py::object steps, py::object device, py::object stream,
                        py::object is_capturing, size_t least_bytes, size_t most) {
         return Plans(steps, {device, stream, is_capturing}, least_bytes, most);

@@ -19,7 +19,7 @@ from syncbn.autograd.function import Saved, SyncBatchNormFunction
 from syncbn.distributed import collectives
 from syncbn.distributed.collectives import Message
 from syncbn.kernels import Forward, Transform
-from syncbn.kernels.kept import is_kept
+from syncbn.kernels.launched import is_launched
 from syncbn.kernels.samples import view_of
 from syncbn.ownership import SMALL_ON_GPU
 
@@ -53,7 +53,7 @@ def normalize(
 ) -> Tensor:
     """Return what :class:`SyncBatchNormFunction` returns."""
     kernel = call.kernel
-    if is_kept(kernel) and call.is_usual and (plans := _plans(kernel.current())) is not None:
+    if is_launched(kernel) and call.is_usual and (plans := _plans(kernel.current())) is not None:
         found = plans.normalize(x, weight, bias, residual, call)
         if found is not None:
             return found
@@ -64,7 +64,7 @@ def normalize(
 
 
 class Steps:
-    """What `node.cpp` asks Python for. Tensors are those of :func:`normalize`."""
+    """What `node.cpp` asks Python for. Tensors and calls are those of :func:`normalize`."""
 
     @staticmethod
     def plan(
@@ -72,7 +72,7 @@ class Steps:
     ) -> tuple[tuple[Launch, ...], int, tuple[int, int, int] | None]:
         """Return the launches of a forward pass; the gate's bytes, or -1, and view, or None."""
         kernel = call.kernel
-        assert is_kept(kernel)
+        assert is_launched(kernel)
         gate = kernel.new_gate(x) if call.relu and residual is not None else None
         how = Forward(call.eps, weight, bias, call.relu, call.running, gate)
         launches = kernel.forward_launches(x, how, residual, call.group is None)
@@ -82,7 +82,7 @@ class Steps:
     def backward(saved: Saved, call: Call, needs: tuple[bool, ...]) -> tuple[Launch, ...]:
         """Return the launches of a backward pass that x needs."""
         kernel, (x, weight, bias, statistics, gate) = call.kernel, saved
-        assert is_kept(kernel)
+        assert is_launched(kernel)
         transform = Transform(statistics, weight, bias, call.relu and gate is None)
         wanted = weight if needs[1] else None, bias if needs[2] else None
         given = gate, x, transform, wanted

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shlex
 import shutil
 import subprocess
 import sysconfig
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
@@ -26,6 +27,8 @@ import torch
 
 _HERE = Path(__file__).parent
 _FLAGS = "-std=c++20 -O2 -fPIC -shared -fvisibility=hidden"
+# What compilers say where they were killed, or had no room.
+_FOR_NOW = "Killed", "No space left", "ut of memory", "memory exhausted"
 _LIBRARIES = "-ltorch -ltorch_cpu -ltorch_python -lc10"
 
 
@@ -38,10 +41,11 @@ def library() -> Any:
     try:
         command = _command()
         path = _path(command)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(path.parent / "lock"):
-            if not path.exists() and not _reason(path).exists():
-                _compile(command, path)
+        if not path.exists() and not _reason(path).exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _one_at_a_time(path.parent / "lock"):
+                if not path.exists() and not _reason(path).exists():
+                    _compile(command, path)
         return _load(path) if path.exists() else _failed(path)
     except (OSError, ImportError, RuntimeError, ValueError) as error:
         return f"{error}"
@@ -52,7 +56,7 @@ def describe() -> str:
     try:
         path = _path(_command())
         if path.exists():
-            return "compiled"
+            return found if isinstance(found := library(), str) else "compiled"
         return _failed(path) if _reason(path).exists() else "compiled when a GPU first needs it"
     except (OSError, RuntimeError, ValueError) as error:
         return f"{error}"
@@ -74,10 +78,11 @@ def _command() -> list[str]:
     headers = home / "include", home / "include/torch/csrc/api/include"
     return [
         *compiler,
+        *shlex.split(os.environ.get("CXXFLAGS", "")),
+        # After those, for the last of two standards counts.
         *_FLAGS.split(),
         f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         *[f"-isystem{folder}" for folder in (*headers, sysconfig.get_path("include"))],
-        *shlex.split(os.environ.get("CXXFLAGS", "")),
         f"{_HERE / 'node.cpp'}",
         f"-L{home / 'lib'}",
         *_LIBRARIES.split(),
@@ -86,8 +91,9 @@ def _command() -> list[str]:
 
 def _path(command: list[str]) -> Path:
     """Return where the module is, or will be: another one for whatever it depends on."""
-    of = torch.__version__, torch.version.git_version, sysconfig.get_config_var("SOABI")
-    found = hashlib.sha256(repr([command, of]).encode())
+    # Of several machines that share a folder, each may have another libc.
+    of = torch.__version__, torch.version.git_version, platform.libc_ver()
+    found = hashlib.sha256(repr([command, of, sysconfig.get_config_var("SOABI")]).encode())
     for source in [_HERE / "node.cpp", *sorted((_HERE / "cpp").glob("*.h"))]:
         found.update(source.read_bytes())
     cached = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -110,8 +116,10 @@ def _one_at_a_time(lock: Path) -> Iterator[None]:
     import fcntl
 
     with lock.open("a") as file:
-        # Until the file is closed, or the process ends, however it does.
-        fcntl.flock(file, fcntl.LOCK_EX)
+        # Some file systems of a network have no locks; all would compile then.
+        with suppress(OSError):
+            # Until the file is closed, or the process ends, however it does.
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -119,13 +127,14 @@ def _compile(command: list[str], path: Path) -> None:
     """Have the module there, whole, or the reason why not.
 
     Raises:
-        RuntimeError: a signal has ended the compiler, and it may succeed another time.
+        RuntimeError: memory, or the disk, did not suffice, and may do so another time.
     """
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made, said = Path(folder, path.name), Path(folder, "said")
         done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
-        if done.returncode < 0:
-            raise RuntimeError(f"{command[0]} was ended by signal {-done.returncode}")
+        if done.returncode < 0 or any(words in done.stderr for words in _FOR_NOW):
+            last = done.stderr.strip().splitlines()[-1:]
+            raise RuntimeError(f"{command[0]} ended with {done.returncode}: {''.join(last)}")
         if done.returncode > 0:
             said.write_text(f"{command[0]} failed\n{shlex.join(done.args)}\n{done.stderr}")
             said.replace(_reason(path))

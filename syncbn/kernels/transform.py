@@ -51,7 +51,7 @@ class Transform(NamedTuple):
 
 
 class Running(NamedTuple):
-    """Running averages, which a batch moves in place.
+    """Running averages, which a batch moves in place. `node.cpp` knows the order.
 
     Attributes:
         mean: any floating dtype, shape ``[C]``, or None.

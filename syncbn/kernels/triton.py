@@ -193,14 +193,14 @@ def backward_alone_gated(
 
 
 def current() -> Current | None:
-    """See :meth:`syncbn.kernels.kept.Kept.current`."""
+    """See :meth:`syncbn.kernels.launched.Launched.current`."""
     return None if IS_INTERPRETED else triton_launch.current()
 
 
 def forward_launches(
     x: Tensor, how: Forward, residual: Tensor | None, is_alone: bool
 ) -> tuple[Launch, ...]:
-    """See :meth:`syncbn.kernels.kept.Kept.forward_launches`."""
+    """See :meth:`syncbn.kernels.launched.Launched.forward_launches`."""
     x, samples = readable(x)
     mean, var, tracked, _ = how.running or _NOTHING
     numbers = _kinds((how.weight, how.bias, mean, var, tracked))
@@ -218,7 +218,7 @@ def backward_launches(
     is_alone: bool,
     is_beside: bool,
 ) -> tuple[Launch, ...]:
-    """See :meth:`syncbn.kernels.kept.Kept.backward_launches`."""
+    """See :meth:`syncbn.kernels.launched.Launched.backward_launches`."""
     x, samples = readable(x)
     statistics, weight, bias, relu = transform
 

@@ -4,7 +4,7 @@
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
+#include <ATen/ops/from_blob.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "plans.h"
@@ -26,28 +26,30 @@ struct Python {
   }
 };
 
-// What a backward pass knows besides tensors. Nodes may end in any thread.
-struct Kept : torch::CustomClassHolder {
-  Kept(std::shared_ptr<Plan> plan, std::shared_ptr<const Python> python, py::object call)
-      : plan(std::move(plan)), python(std::move(python)), call(std::move(call)) {}
-
-  ~Kept() override {
-    if (Py_IsInitialized()) {
-      const py::gil_scoped_acquire gil;
-      plan.reset();
-      python.reset();
-      call = py::object();
-    } else {
-      // Nobody counts references any more.
-      new std::shared_ptr(std::move(plan));
-      new std::shared_ptr(std::move(python));
-      call.release();
-    }
-  }
-
+// What a backward pass knows besides tensors.
+struct Context {
   std::shared_ptr<Plan> plan;
   std::shared_ptr<const Python> python;
   py::object call;
+
+  // Return a tensor that owns a context: of what autograd keeps for a node, tensors alone are
+  // known to compiled autograd.
+  static Tensor keep(Context&& context) {
+    auto* kept = new Context(std::move(context));
+    return at::from_blob(kept, {1}, &Context::end, at::kByte);
+  }
+
+  static const Context& of(const Tensor& keeper) {
+    return *static_cast<const Context*>(keeper.const_data_ptr());
+  }
+
+ private:
+  // Nodes may end in any thread; and when nobody counts references any more.
+  static void end(void* kept) {
+    if (!Py_IsInitialized()) return;
+    const py::gil_scoped_acquire gil;
+    delete static_cast<Context*>(kept);
+  }
 };
 
 // What autograd has saved: undefined where there is none.
@@ -63,13 +65,13 @@ struct Computed {
 using Needs = std::array<bool, 4>;
 inline const Tensor NONE;
 
-inline Tensor new_like(const Tensor& t) {
+// New memory may have to be waited for, and by others who need Python.
+struct Allocating {
+  const py::gil_scoped_release released;
   const at::AutoDispatchBelowADInplaceOrView below;
-  return at::empty_like(t);
-}
+};
 
 inline Tensor new_numbers(int64_t size, at::ScalarType dtype, const Tensor& x) {
-  const at::AutoDispatchBelowADInplaceOrView below;
   return at::empty({size}, x.options().dtype(dtype));
 }
 
@@ -78,14 +80,19 @@ inline Computed compute(const Given& given, const Plan& plan, const Python& pyth
   const at::NoGradGuard no_grad;
   const Tensor& x = given.x;
   const int64_t size = 2 * x.size(1) + 1;
+  Computed found;
   Tensor message;
+  {
+    const Allocating here;
+    found.y = at::empty_like(x);
+    found.statistics = new_numbers(size, at::kDouble, x);
+    if (plan.gate_bytes >= 0) found.gate = new_numbers(plan.gate_bytes, at::kByte, x);
+    if (!plan.is_alone) message = new_numbers(size, at::kDouble, x);
+  }
   if (!plan.is_alone) {
-    message = new_numbers(size, at::kDouble, x);
     plan.forward->front()({&x, &message});
     message = python.exchange(message, x, call, "forward");
   }
-  Computed found{new_like(x), new_numbers(size, at::kDouble, x), {}};
-  if (plan.gate_bytes >= 0) found.gate = new_numbers(plan.gate_bytes, at::kByte, x);
   plan.forward->back()({&x, &message, &given.residual, &found.y, &found.gate, &found.statistics,
                         &given.weight, &given.bias, &given.mean, &given.var, &given.tracked},
                        {given.eps, given.momentum});
@@ -99,8 +106,33 @@ inline Computed compute(const Given& given, const Plan& plan, const Python& pyth
 // own.
 inline bool is_unshared(const Tensor& dy, size_t least_bytes) {
   return dy.nbytes() >= least_bytes && dy.use_count() == 1 && dy.storage().use_count() == 1 &&
-         dy.storage().resizable() && !dy.requires_grad() &&
-         !c10::impl::TorchDispatchModeTLS::any_modes_set();
+         dy.storage().resizable();
+}
+
+// Where gradients are written. What comes through a gate is the residual's.
+struct Written {
+  Tensor dx, dweight, dbias, through;
+
+  variable_list gradients(const Tensor& dy, const Tensor& gate, Wanted wanted) const {
+    return {dx, dweight, dbias, !wanted.residual ? NONE : gate.defined() ? through : dy};
+  }
+};
+
+// Return new memory, and that of dy, if it may be overwritten.
+inline Written new_gradients(const Tensor& dy, const Saved& saved, Wanted wanted,
+                             bool may_overwrite) {
+  const Allocating here;
+  Written to;
+  if (wanted.weight) to.dweight = at::empty_like(saved.weight);
+  if (wanted.bias) to.dbias = at::empty_like(saved.bias);
+  const auto ours = [&] { return may_overwrite ? dy : at::empty_like(saved.x); };
+  if (saved.gate.defined()) to.through = ours();
+  if (wanted.residual) {
+    to.dx = at::empty_like(saved.x);
+  } else {
+    to.dx = saved.gate.defined() ? to.through : ours();
+  }
+  return to;
 }
 
 // first_order() of backward.py, in a group of one.
@@ -108,45 +140,38 @@ inline variable_list differentiate_alone(const Tensor& dy, const Saved& saved,
                                          std::vector<Launches>& launches, Wanted wanted,
                                          bool may_overwrite) {
   const auto& [x, weight, bias, statistics, gate] = saved;
-  const Tensor dweight = wanted.weight ? new_like(weight) : NONE;
-  const Tensor dbias = wanted.bias ? new_like(bias) : NONE;
-  Tensor gated, dx;
-  if (gate.defined()) {
-    gated = may_overwrite ? dy : new_like(x);
-    dx = wanted.residual ? new_like(x) : gated;
-  } else {
-    dx = may_overwrite && !wanted.residual ? dy : new_like(x);
-  }
-  launches.front()(
-      {&x, &NONE, &dy, &gate, &gated, &dx, &statistics, &weight, &bias, &dweight, &dbias});
-  return {dx, dweight, dbias, !wanted.residual ? NONE : gate.defined() ? gated : dy};
+  const Written to = new_gradients(dy, saved, wanted, may_overwrite);
+  launches.front()({&x, &NONE, &dy, &gate, &to.through, &to.dx, &statistics, &weight, &bias,
+                    &to.dweight, &to.dbias});
+  return to.gradients(dy, gate, wanted);
 }
 
-// The same in a larger group: what comes through a gate may be written beside the message.
+// The same in a larger group. Where there is a launch in between, what comes through a gate is
+// written beside the message, over nothing that is read.
 inline variable_list differentiate_together(const Tensor& dy, const Saved& saved,
                                             std::vector<Launches>& launches, Wanted wanted,
-                                            bool may_overwrite, const Kept& kept) {
+                                            bool may_overwrite, const Context& context) {
   const auto& [x, weight, bias, statistics, gate] = saved;
-  const Tensor dweight = wanted.weight ? new_like(weight) : NONE;
-  const Tensor dbias = wanted.bias ? new_like(bias) : NONE;
   const bool is_beside = launches.size() == 3;
-  Tensor sums = new_numbers(2 * x.size(1), at::kDouble, x), through;
-  if (gate.defined() && !is_beside) through = may_overwrite ? dy : new_like(x);
-  launches.front()(
-      {&x, &sums, &dy, &gate, &through, &NONE, &statistics, &weight, &bias, &dweight, &dbias});
+  const Written to = new_gradients(dy, saved, wanted, may_overwrite && !is_beside);
+  Tensor sums;
+  {
+    const Allocating here;
+    sums = new_numbers(2 * x.size(1), at::kDouble, x);
+  }
+  launches.front()({&x, &sums, &dy, &gate, is_beside ? &NONE : &to.through, &NONE, &statistics,
+                    &weight, &bias, &to.dweight, &to.dbias});
   if (is_beside) {
-    const py::object message = kept.python->steps.attr("begin")(sums, x, kept.call);
-    through = new_like(x);
-    launches[1]({&dy, &gate, &through});
+    const py::object message = context.python->steps.attr("begin")(sums, x, context.call);
+    launches[1]({&dy, &gate, &to.through});
     sums = py::cast<Tensor>(message.attr("wait")());
   } else {
-    sums = kept.python->exchange(sums, x, kept.call, "backward");
+    sums = context.python->exchange(sums, x, context.call, "backward");
   }
-  const Tensor& last = gate.defined() ? through : dy;
-  const bool is_over = !wanted.residual && (gate.defined() || may_overwrite);
-  const Tensor dx = is_over ? last : new_like(x);
-  launches.back()({&x, &sums, &last, &NONE, &NONE, &dx, &statistics, &weight, &bias, &NONE, &NONE});
-  return {dx, dweight, dbias, wanted.residual ? last : NONE};
+  const Tensor& last = gate.defined() ? to.through : dy;
+  launches.back()(
+      {&x, &sums, &last, &NONE, &NONE, &to.dx, &statistics, &weight, &bias, &NONE, &NONE});
+  return to.gradients(dy, gate, wanted);
 }
 
 struct SyncBatchNorm : torch::autograd::Function<SyncBatchNorm> {
@@ -154,22 +179,23 @@ struct SyncBatchNorm : torch::autograd::Function<SyncBatchNorm> {
 
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const Maybe& weight,
                         const Maybe& bias, const Maybe& residual, const Computed& found,
-                        c10::intrusive_ptr<Kept> kept) {
+                        Context&& context) {
     ctx->save_for_backward(
         {x, weight.value_or(NONE), bias.value_or(NONE), found.statistics, found.gate});
     ctx->saved_data["has"] = weight.has_value() + 2 * bias.has_value() + 4 * residual.has_value();
-    ctx->saved_data["kept"] = c10::IValue::make_capsule(std::move(kept));
+    ctx->saved_data["context"] = Context::keep(std::move(context));
     return found.y;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& given) {
     const variable_list tensors = ctx->get_saved_variables();
     const Saved saved{tensors[0], tensors[1], tensors[2], tensors[3], tensors[4]};
-    const auto capsule = ctx->saved_data.at("kept").toCapsule();
+    const Tensor keeper = ctx->saved_data.at("context").toTensor();
     const Needs needs = needs_of(*ctx);
     const py::gil_scoped_acquire gil;
     try {
-      auto found = differentiate(given[0], saved, static_cast<const Kept&>(*capsule), needs);
+      auto found = differentiate(given[0], saved, Context::of(keeper), needs);
+      // One for each argument of forward().
       found.resize(6);
       return found;
     } catch (py::error_already_set& error) {
@@ -190,14 +216,14 @@ struct SyncBatchNorm : torch::autograd::Function<SyncBatchNorm> {
     return needs;
   }
 
-  static variable_list differentiate(const Tensor& dy, const Saved& saved, const Kept& kept,
+  static variable_list differentiate(const Tensor& dy, const Saved& saved, const Context& context,
                                      const Needs& needs) {
-    const py::object& steps = kept.python->steps;
-    Plan& plan = *kept.plan;
+    const py::object& steps = context.python->steps;
+    Plan& plan = *context.plan;
     const auto [of_x, of_weight, of_bias, of_residual] = needs;
     const auto& [x, weight, bias, statistics, gate] = saved;
     const auto asked = [&](const char* name, auto&&... more) {
-      return steps.attr(name)(py::make_tuple(x, weight, bias, statistics, gate), kept.call,
+      return steps.attr(name)(py::make_tuple(x, weight, bias, statistics, gate), context.call,
                               py::make_tuple(of_x, of_weight, of_bias, of_residual), more...);
     };
     if (!of_x || at::GradMode::is_enabled() || !fits(dy, saved, plan))
@@ -209,9 +235,9 @@ struct SyncBatchNorm : torch::autograd::Function<SyncBatchNorm> {
       launches = make_launches(asked("backward"), plan.current);
       plan.backward[wanted.index()] = launches;
     }
-    const bool may_overwrite = is_unshared(dy, kept.python->least_bytes);
+    const bool may_overwrite = is_unshared(dy, context.python->least_bytes);
     if (plan.is_alone) return differentiate_alone(dy, saved, *launches, wanted, may_overwrite);
-    return differentiate_together(dy, saved, *launches, wanted, may_overwrite, kept);
+    return differentiate_together(dy, saved, *launches, wanted, may_overwrite, context);
   }
 
   static variable_list read(const py::iterable& gradients) {
@@ -221,12 +247,15 @@ struct SyncBatchNorm : torch::autograd::Function<SyncBatchNorm> {
     return found;
   }
 
-  // Hooks of saved tensors may have changed how they lie.
+  // Hooks of saved tensors may have changed what they are, and how they lie.
   static bool fits(const Tensor& dy, const Saved& saved, const Plan& plan) {
     const auto& [x, weight, bias, statistics, gate] = saved;
+    const int64_t channels = x.size(1);
     return is_plain(dy) && plan.fits(dy) && dy.device() == x.device() && is_plain(x) &&
-           plan.fits(x) && are_dense_numbers(weight) && are_dense_numbers(bias) &&
-           are_dense_numbers(statistics) && are_dense_numbers(gate);
+           plan.fits(x) && are_numbers(weight, channels, plan.of_weight, x) &&
+           are_numbers(bias, channels, plan.of_bias, x) &&
+           are_numbers(statistics, 2 * channels + 1, at::kDouble, x) &&
+           are_numbers(gate, plan.gate_bytes, at::kByte, x);
   }
 };
 

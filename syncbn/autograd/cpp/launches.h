@@ -29,6 +29,7 @@ struct Current {
   // Return the stream for a tensor, if launches may be those that are kept for it.
   std::optional<int64_t> stream_for(const Tensor& x) const {
     if (device.is_none()) return std::nullopt;
+    // As torch.device has it.
     const py::object index = x.is_cpu() ? py::object(py::none()) : py::int_(x.get_device());
     if (!device().equal(index) || py::cast<bool>(is_capturing())) return std::nullopt;
     return py::cast<int64_t>(stream(index));
@@ -119,7 +120,7 @@ class Launches {
     uint64_t all = 0;
     for (const Tensor* t : tensors) {
       if (!t->defined()) continue;
-      addresses.push_back(reinterpret_cast<uint64_t>(t->const_data_ptr()));
+      addresses.push_back(reinterpret_cast<uint64_t>(t->data_ptr()));
       all |= addresses.back();
     }
     if (all % ALIGNMENT != 0) return false;

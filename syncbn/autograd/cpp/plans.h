@@ -29,6 +29,8 @@ struct Wanted {
 struct Plan {
   at::ScalarType dtype;
   std::vector<int64_t> sizes, strides;
+  // Of weight and bias, where there are any.
+  at::ScalarType of_weight, of_bias;
   bool is_alone;
   // Of the gate; less than zero if there is none.
   int64_t gate_bytes;
@@ -68,9 +70,15 @@ inline bool is_plain(const Tensor& t) {
   return t.layout() == at::kStrided && !t.key_set().has_any(others);
 }
 
-// Return whether the numbers of channels follow one another, where there are any.
+// Return whether numbers follow one another, where there are any.
 inline bool are_dense_numbers(const Tensor& t) {
   return !t.defined() || (is_plain(t) && t.is_contiguous());
+}
+
+// Return whether numbers are so, and as many, of a dtype, where x is.
+inline bool are_numbers(const Tensor& t, int64_t size, at::ScalarType dtype, const Tensor& x) {
+  return !t.defined() || (are_dense_numbers(t) && t.numel() == size && t.scalar_type() == dtype &&
+                          t.device() == x.device());
 }
 
 // Return whether values follow one another, in an order that kernels know.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from syncbn.kernels.triton_launch import Current, Launch
 
 
-class Kept(Gated, Protocol):
+class Launched(Gated, Protocol):
     """What a kernel module may have besides.
 
     The launches are those of its functions for tensors that lie as those do which are given here: x
@@ -56,6 +56,6 @@ class Kept(Gated, Protocol):
         """
 
 
-def is_kept(kernel: Kernel) -> TypeGuard[Kept]:
+def is_launched(kernel: Kernel) -> TypeGuard[Launched]:
     """Return whether a kernel module has such launches."""
     return hasattr(kernel, "forward_launches")
