@@ -49,6 +49,7 @@ class Driver:
         stream: the current one.
         is_capturing: whether it captures a graph.
         refusals: how many of the next launches are refused.
+        floats: what they are compiled as.
         errors: of kernels.
     """
 
@@ -58,6 +59,7 @@ class Driver:
         self.stream = 7
         self.is_capturing = False
         self.refusals = 0
+        self.floats = "fp64"
         self.errors: list[BaseException] = []
         self.launch = _SIGNATURE(self._launch)
         self._functions: list[_Function] = []
@@ -70,7 +72,7 @@ class Driver:
         nothing = {name: None for name, value in arguments.items() if value is None}
         is_aligned = _are_aligned(arguments.values())
         self._functions.append(_Function(step, kinds, constants | nothing, is_aligned))
-        signature = {name: "fp64" if kind is float else "i64" for name, kind in kinds.items()}
+        signature = {name: self.floats if kind is float else "i64" for name, kind in kinds.items()}
         return SimpleNamespace(
             src=SimpleNamespace(signature=signature, constants={}),
             metadata=SimpleNamespace(num_warps=4, shared=0),
@@ -86,7 +88,10 @@ class Driver:
             step, kinds, constants, _ = known
             self.launched.append(step.kernel.__name__)
             addresses = (ctypes.c_int64 * len(kinds)).from_address(arguments)
-            told = dict(zip(kinds, map(_read, addresses, kinds.values()), strict=True))
+            told = {
+                name: self._read(address, kind)
+                for address, (name, kind) in zip(addresses, kinds.items(), strict=True)
+            }
             self.told.append(told)
             given = {name: _found(number, kinds[name]) for name, number in told.items()}
             assert not known.is_aligned or _are_aligned(given.values()), told
@@ -95,6 +100,13 @@ class Driver:
             self.errors.append(error)
         return 0
 
+    def _read(self, address: int, kind: torch.dtype | type) -> int | float:
+        of: Any = ctypes.c_int64
+        if kind is float:
+            of = ctypes.c_double if self.floats == "fp64" else ctypes.c_float
+        number: int | float = of.from_address(address).value
+        return number
+
 
 def _are_aligned(arguments: Iterable[object]) -> bool:
     return all(t.data_ptr() % 16 == 0 for t in arguments if isinstance(t, Tensor))
@@ -102,12 +114,6 @@ def _are_aligned(arguments: Iterable[object]) -> bool:
 
 def _kind(value: object) -> torch.dtype | type:
     return value.dtype if isinstance(value, Tensor) else type(value)
-
-
-def _read(address: int, kind: torch.dtype | type) -> int | float:
-    of: Any = ctypes.c_double if kind is float else ctypes.c_int64
-    number: int | float = of.from_address(address).value
-    return number
 
 
 def _found(number: Any, kind: torch.dtype | type) -> Any:

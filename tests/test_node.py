@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from syncbn.autograd import node
+from syncbn.autograd.function import SyncBatchNormFunction
 from tests.interpreted_driver import Driver, kept
 from tests.node import by_node, by_python, is_node, is_same, layer, no_gpu, step
 
@@ -169,6 +170,18 @@ def _negated(dy: Tensor) -> Tensor:
     return found
 
 
+def _other_dtypes(made: Layer, x: Tensor, r: Tensor, dy: Tensor) -> list[Tensor]:
+    """Hooks that save memory, which change what of all others kernels would take for theirs."""
+    with saved_tensors_hooks(lambda t: t.bfloat16() if t.dim() == 1 else t, lambda t: t):
+        y = made(x)
+    assert is_node(y)
+    return list(torch.autograd.grad(y, [x, made.weight], dy))
+
+
+def _as_numpy_has_it(dy: Tensor) -> Tensor:
+    return torch.from_numpy(dy.numpy().copy())
+
+
 def _anomaly(made: Layer, x: Tensor, r: Tensor, dy: Tensor) -> list[Tensor]:
     with torch.autograd.detect_anomaly(check_nan=True):
         return list(torch.autograd.grad(made(x, r), [x, r, made.weight], dy))
@@ -189,6 +202,8 @@ WAYS: dict[str, Callable[[Layer, Tensor, Tensor, Tensor], list[Tensor]]] = {
     "hooks of saved tensors": _hooks_of_saved_tensors,
     "a checkpoint": _checkpoint(False),
     "a reentrant checkpoint": _checkpoint(True),
+    "hooks that change dtypes": _other_dtypes,
+    "memory of NumPy": _after_a_hook(_as_numpy_has_it),
     "a gradient that lies otherwise": _after_a_hook(_turned),
     "a gradient without memory": _after_a_hook(lambda dy: dy[:1, :1, :1, :1].expand_as(dy)),
     "a gradient with gaps": _after_a_hook(_with_gaps),
@@ -218,3 +233,92 @@ def test_whatever_autograd_does(driver: Driver, way: str) -> None:
         wanted = [WAYS[way](twin, x, r, dy) for _ in range(2)]
     assert all(map(is_same, found, wanted))
     assert is_same(list(made.buffers()), list(twin.buffers()))
+
+
+def test_compiled_autograd(driver: Driver) -> None:
+    """It has to know what a node keeps. The function's kernels cannot be traced, interpreted."""
+    x, r, dy = (torch.randn(IMAGES).requires_grad_(learns) for learns in (True, True, False))
+    made = layer(6, activation="relu")
+    wanted = by_node(driver, made, x, dy, r)[1:5]
+    y = made(x, r)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        y.backward(dy)
+    assert is_node(y)
+    gradients = [x.grad, r.grad, made.weight.grad, made.bias.grad]
+    assert is_same([t for t in gradients if t is not None], wanted)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_sees_the_function(driver: Driver) -> None:
+    """Launches are no calls of torch, and torch.jit made a graph without them."""
+    x = torch.randn(IMAGES)
+    made = layer(6)
+    with patch.object(SyncBatchNormFunction, "apply", side_effect=ZeroDivisionError):
+        made(x)
+        with pytest.raises(ZeroDivisionError):
+            torch.jit.trace(made, (x,), check_trace=False)
+
+
+def test_what_a_plan_depends_on(driver: Driver) -> None:
+    """One layer, again and again, of inputs that differ in one thing each."""
+    x, r, dy = (torch.randn(IMAGES) for _ in range(3))
+    learned = x.clone().requires_grad_()
+    ways: dict[str, Callable[[Layer], list[Tensor]]] = {
+        "plain": lambda made: step(made, learned, dy),
+        "residual": lambda made: step(made, learned, dy, r),
+        "learned residual": lambda made: step(made, learned, dy, r.clone().requires_grad_()),
+        "fewer": lambda made: step(made, x[:3].clone().requires_grad_(), dy[:3]),
+        "wider": lambda made: step(
+            made, x.reshape(4, 6, 3, 5).requires_grad_(), dy.reshape(4, 6, 3, 5)
+        ),
+        "channels_last": lambda made: step(made, _turned(x).requires_grad_(), _turned(dy)),
+        "bfloat16": lambda made: step(made, x.bfloat16().requires_grad_(), dy.bfloat16()),
+    }
+
+    def run(made: Layer) -> list[Tensor]:
+        found: list[Tensor] = []
+        for relu in (None, "relu"):
+            made.activation = relu
+            for way in ways.values():
+                found += way(made)
+        return found
+
+    made, twin = layer(6), layer(6)
+    for _ in range(3):
+        found = run(made)
+    with patch.object(node, "_plans", lambda _: None):
+        for _ in range(3):
+            wanted = run(twin)
+    assert is_same(found, wanted)
+
+
+@pytest.mark.parametrize("first", [torch.float32, torch.bfloat16])
+def test_it_depends_on_the_dtypes_of_numbers(driver: Driver, first: torch.dtype) -> None:
+    dtypes = [first, torch.bfloat16, torch.float32]
+    x, dy = torch.randn(IMAGES).bfloat16().requires_grad_(), torch.randn(IMAGES).bfloat16()
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        made, twin = layer(6), layer(6)
+        for dtype in dtypes:
+            for each in (made, twin):
+                old = getattr(each, name)
+                old.data = old.data.to(dtype)
+            found = [step(made, x, dy) for _ in range(3)][-1]
+            assert is_same(found, by_python(twin, x, dy, times=3)), (name, dtype)
+
+
+def test_cumulative_averages_and_batches_of_one(driver: Driver) -> None:
+    x, dy = torch.randn(IMAGES, requires_grad=True), torch.randn(IMAGES)
+    made, twin = layer(6, momentum=None), layer(6, momentum=None)
+    found = [step(made, x, dy) for _ in range(3)][-1]
+    assert is_same(found, by_python(twin, x, dy, times=3))
+    for _ in range(3):
+        with pytest.raises(ValueError, match="a single value per channel"):
+            layer(6)(torch.randn(1, 6))
+
+
+def test_floats_of_32_bits(driver: Driver) -> None:
+    """As some versions of Triton compile what Python calls a float."""
+    driver.floats = "fp32"
+    x, dy = torch.randn(IMAGES, requires_grad=True), torch.randn(IMAGES)
+    found = by_node(driver, layer(6, eps=0.3), x, dy)
+    torch.testing.assert_close(found, by_python(layer(6, eps=0.3), x, dy, times=3))

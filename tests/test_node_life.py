@@ -108,6 +108,27 @@ def test_threads_take_turns(driver: Driver) -> None:
     assert len(driver.launched) == 2 * rounds * len(STEP)
 
 
+def test_threads_may_meet_a_new_kind_of_input_together(driver: Driver) -> None:
+    """What one had been told was taken from it by another that was told the same."""
+    number, together = 4, Barrier(4)
+    before = sys.getswitchinterval()
+
+    def run(made: Any) -> None:
+        with torch.no_grad():
+            for size in range(2, 42):
+                x = torch.randn(size, 6, 2, 2)
+                together.wait()
+                for _ in range(3):
+                    made(x)
+
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(number) as pool:
+            list(pool.map(run, [layer(6) for _ in range(number)]))
+    finally:
+        sys.setswitchinterval(before)
+
+
 KEEPS: dict[str, Callable[[Tensor], Any]] = {
     "the gradient": lambda g: g,
     "without its graph": lambda g: g.detach(),
@@ -195,11 +216,13 @@ def test_errors_of_autograd(driver: Driver, given: tuple[Tensor, Tensor, Tensor]
     h.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward(dy)
-    z = x.sum() * made.get_buffer("running_mean")
-    y = made(x)
-    assert is_node(y)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        z.sum().backward()
+    for name, buffer in made.named_buffers():
+        z = x.sum() * buffer
+        y = made(x)
+        assert is_node(y)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            z.sum().backward()
+        assert name in ("running_mean", "running_var", "num_batches_tracked")
 
 
 def test_an_error_in_python_reaches_who_differentiates(

@@ -77,7 +77,7 @@ def test_kept_launches_are_those_of_triton(tmp_path: Path) -> None:
 @pytest.mark.timeout(120)
 def test_the_node_launches_what_python_does(tmp_path: Path) -> None:
     found = printed_by("triton_node", cache=tmp_path)
-    assert len(found) == 8
+    assert len(found) == 9
     assert all(found.values()), found
 
 

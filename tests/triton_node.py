@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import time
 from pathlib import Path
+from threading import Thread
 from typing import Any
 from unittest.mock import patch
 
@@ -47,6 +49,23 @@ def is_told_the_same(recorder: Recorder, x: Tensor, residual: bool) -> bool:
     return found == wanted
 
 
+def others_go_on(recorder: Recorder, x: Tensor) -> bool:
+    """Return whether Python's other threads do, while CUDA's queue is full."""
+    made, seconds = layer(x.shape[1]), []
+    with torch.no_grad():
+        for _ in range(2):
+            made(x)
+        # Each of the two launches takes a second.
+        recorder.number("delay").value = 10**6
+        launching = Thread(target=made, args=(x,))
+        launching.start()
+        while launching.is_alive():
+            time.sleep(0.05)
+            seconds.append(time.perf_counter())
+        recorder.number("delay").value = 0
+    return len(seconds) > 10
+
+
 def main() -> None:
     """Compare, for vectors and where programs share channels, with a residual and without."""
     inputs = {
@@ -63,6 +82,7 @@ def main() -> None:
                 for name, x in inputs.items()
                 for residual in (False, True)
             }
+            found["others go on"] = others_go_on(recorder, inputs["vectors"].detach())
     json.dump(found, sys.stdout)
 
 

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -27,6 +28,7 @@ import torch
 
 _HERE = Path(__file__).parent
 _FLAGS = "-std=c++20 -O2 -fPIC -shared -fvisibility=hidden"
+_LOADING = threading.Lock()
 # What compilers say where they were killed, or had no room.
 _FOR_NOW = "Killed", "No space left", "ut of memory", "memory exhausted"
 _LIBRARIES = "-ltorch -ltorch_cpu -ltorch_python -lc10"
@@ -143,6 +145,12 @@ def _compile(command: list[str], path: Path) -> None:
 
 
 def _load(path: Path) -> Any:
+    # A thread may find what another has not done yet.
+    with _LOADING:
+        return _loaded(path)
+
+
+def _loaded(path: Path) -> Any:
     spec = spec_from_file_location("node", path, loader=ExtensionFileLoader("node", str(path)))
     assert spec is not None
     assert spec.loader is not None
