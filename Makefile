@@ -15,7 +15,7 @@ NODE := syncbn/autograd/node.cpp $(wildcard syncbn/autograd/cpp/*)
 export OMP_NUM_THREADS ?= 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo calibration test test-triton test-node sanitize prepare check format clean
+.PHONY: demo calibration test test-triton test-node sanitize node prepare check format clean
 
 demo: $(INSTALLED)
 	$(PYTHON) examples/demo.py
@@ -53,8 +53,11 @@ sanitize: $(SANITIZED_LIBRARY)
 		$(CURDIR)/$(PYTHON) -m pytest -n 2 --dist worksteal --capture=sys --durations=3 \
 		-k "not reference and not triton" tests/test_cpu_sizes.py tests/test_cpu_kernels.py tests/test_kernels.py
 
-# What CI begins with: each of the two keeps one core busy.
-prepare: check $(SANITIZED_LIBRARY)
+node: $(INSTALLED)
+	$(PYTHON) -c "from syncbn.autograd import node_build; print(node_build.library())"
+
+# What CI begins with: each keeps a core busy.
+prepare: check $(SANITIZED_LIBRARY) node
 
 check: $(INSTALLED)
 	$(PYTHON) -m ruff format --check
