@@ -161,7 +161,7 @@ def kept() -> Iterator[Driver]:
 
 
 def begin() -> None:
-    """Have the node serve what it can of all layers, the first time, too; until the end."""
+    """Launch by this driver what the node serves, until the end: all of it in a group of one."""
     # As on a CPU: of small gradients, too.
     patch.object(node, "SMALL_ON_GPU", 1 << 16).start()
     context = kept()

@@ -23,6 +23,8 @@ from tests.node import by_node, by_python, is_node, is_same, layer, no_gpu, step
 
 pytestmark = no_gpu
 IMAGES = (4, 6, 5, 3)
+# Bytes of its gate: a bit for each value, a row of 15 in two.
+GATE = 48
 LAYOUTS = {
     "images": (IMAGES, torch.contiguous_format),
     "images, channels_last": (IMAGES, torch.channels_last),
@@ -170,12 +172,24 @@ def _negated(dy: Tensor) -> Tensor:
     return found
 
 
-def _other_dtypes(made: Layer, x: Tensor, r: Tensor, dy: Tensor) -> list[Tensor]:
-    """Hooks that save memory, which change what of all others kernels would take for theirs."""
-    with saved_tensors_hooks(lambda t: t.bfloat16() if t.dim() == 1 else t, lambda t: t):
-        y = made(x)
-    assert is_node(y)
-    return list(torch.autograd.grad(y, [x, made.weight], dy))
+def _another_dtype(numel: int) -> Callable[..., list[Tensor]]:
+    """Hooks that save memory change what kernels would take for something else."""
+
+    def run(made: Layer, x: Tensor, r: Tensor, dy: Tensor) -> list[Tensor]:
+        def packed(t: Tensor) -> Tensor:
+            return t.to(torch.int32 if t.dtype is torch.uint8 else torch.bfloat16)
+
+        with saved_tensors_hooks(
+            lambda t: packed(t) if t.ndim == 1 and t.numel() == numel else t, lambda t: t
+        ):
+            y = made(x, r)
+        assert is_node(y)
+        try:
+            return list(torch.autograd.grad(y, [x, r, made.weight], dy))
+        except Exception as error:
+            return [torch.frombuffer(bytearray(f"{type(error)}".encode()), dtype=torch.uint8)]
+
+    return run
 
 
 def _as_numpy_has_it(dy: Tensor) -> Tensor:
@@ -202,7 +216,9 @@ WAYS: dict[str, Callable[[Layer, Tensor, Tensor, Tensor], list[Tensor]]] = {
     "hooks of saved tensors": _hooks_of_saved_tensors,
     "a checkpoint": _checkpoint(False),
     "a reentrant checkpoint": _checkpoint(True),
-    "hooks that change dtypes": _other_dtypes,
+    "parameters of another dtype": _another_dtype(6),
+    "statistics of another dtype": _another_dtype(13),
+    "a gate of another dtype": _another_dtype(GATE),
     "memory of NumPy": _after_a_hook(_as_numpy_has_it),
     "a gradient that lies otherwise": _after_a_hook(_turned),
     "a gradient without memory": _after_a_hook(lambda dy: dy[:1, :1, :1, :1].expand_as(dy)),

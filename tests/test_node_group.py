@@ -6,10 +6,11 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from syncbn.autograd import backward, node
 from tests.interpreted_driver import kept
-from tests.node import by_node, by_python, is_node, is_same, layer, no_gpu
+from tests.node import by_node, by_python, is_node, is_same, layer, no_gpu, step
 from tests.ranks import Ranks
 
 pytestmark = no_gpu
@@ -87,3 +88,19 @@ def test_ranks_may_differ_in_whether_it_serves_them(two_on_host: Ranks) -> None:
     first, second = two_on_host.run(_uneven)
     assert first[0] == second[0]
     assert second[1] == [0.0] * 6
+
+
+def _alone_and_together(rank: int) -> bool:
+    """A layer of a group and one of a rank alone, of inputs that lie alike."""
+    alone = [dist.new_group([i]) for i in range(2)][rank]
+    torch.manual_seed(rank)
+    x, dy = torch.randn(3, 6, 5, 3, requires_grad=True), torch.randn(3, 6, 5, 3)
+    with kept():
+        found = [step(layer(6, process_group=g), x, dy) for _ in range(3) for g in (alone, None)]
+    with patch.object(node, "_plans", lambda _: None):
+        wanted = [step(layer(6, process_group=g), x, dy) for _ in range(3) for g in (alone, None)]
+    return all(map(is_same, found, wanted)) and not is_same(found[0], found[1])
+
+
+def test_a_rank_may_be_alone_for_some_layers(two_on_host: Ranks) -> None:
+    assert two_on_host.run(_alone_and_together) == [True, True]

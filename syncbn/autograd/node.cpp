@@ -102,16 +102,17 @@ class Plans {
   // Keep a plan: launches of the forward pass, bytes of the gate, view.
   std::shared_ptr<Plan> add(Key key, const Given& given, const py::tuple& told) {
     const Tensor& x = given.x;
-    Plan plan{x.scalar_type(),
-              x.sizes().vec(),
-              x.strides().vec(),
-              dtype_of(given.weight),
-              dtype_of(given.bias),
-              given.is_alone,
-              py::cast<int64_t>(told[1]),
-              told[2],
-              current_,
-              make_launches(told[0], current_)};
+    Plan plan{.dtype = x.scalar_type(),
+              .sizes = x.sizes().vec(),
+              .strides = x.strides().vec(),
+              .of_weight = dtype_of(given.weight),
+              .of_bias = dtype_of(given.bias),
+              .is_alone = given.is_alone,
+              .gate_bytes = py::cast<int64_t>(told[1]),
+              .view = told[2],
+              .current = current_,
+              .forward = make_launches(told[0], current_),
+              .backward = {}};
     if (plans_.size() >= most_) plans_.clear();
     // Another thread may have been faster.
     return plans_.try_emplace(std::move(key), std::make_shared<Plan>(std::move(plan)))

@@ -44,7 +44,7 @@ class Launched(Gated, Protocol):
         is_alone: bool,
         is_beside: bool,
     ) -> tuple[Launch, ...]:
-        """Return the launch of both steps, or those of backward_reduce and backward_elemt.
+        """Return the launch of both steps, or theirs, and maybe that of through_gate in between.
 
         Args:
             gate: of the forward pass, if dy has yet to go through it.

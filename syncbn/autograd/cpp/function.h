@@ -109,9 +109,9 @@ inline bool is_unshared(const Tensor& dy, size_t least_bytes) {
          dy.storage().resizable();
 }
 
-// Where gradients are written. What comes through a gate is the residual's.
+// Where gradients are written, and the message. What comes through a gate is the residual's.
 struct Written {
-  Tensor dx, dweight, dbias, through;
+  Tensor dx, dweight, dbias, through, sums;
 
   variable_list gradients(const Tensor& dy, const Tensor& gate, Wanted wanted) const {
     return {dx, dweight, dbias, !wanted.residual ? NONE : gate.defined() ? through : dy};
@@ -120,9 +120,10 @@ struct Written {
 
 // Return new memory, and that of dy, if it may be overwritten.
 inline Written new_gradients(const Tensor& dy, const Saved& saved, Wanted wanted,
-                             bool may_overwrite) {
+                             bool may_overwrite, bool is_alone) {
   const Allocating here;
   Written to;
+  if (!is_alone) to.sums = new_numbers(2 * saved.x.size(1), at::kDouble, saved.x);
   if (wanted.weight) to.dweight = at::empty_like(saved.weight);
   if (wanted.bias) to.dbias = at::empty_like(saved.bias);
   const auto ours = [&] { return may_overwrite ? dy : at::empty_like(saved.x); };
@@ -140,7 +141,7 @@ inline variable_list differentiate_alone(const Tensor& dy, const Saved& saved,
                                          std::vector<Launches>& launches, Wanted wanted,
                                          bool may_overwrite) {
   const auto& [x, weight, bias, statistics, gate] = saved;
-  const Written to = new_gradients(dy, saved, wanted, may_overwrite);
+  const Written to = new_gradients(dy, saved, wanted, may_overwrite, true);
   launches.front()({&x, &NONE, &dy, &gate, &to.through, &to.dx, &statistics, &weight, &bias,
                     &to.dweight, &to.dbias});
   return to.gradients(dy, gate, wanted);
@@ -153,12 +154,8 @@ inline variable_list differentiate_together(const Tensor& dy, const Saved& saved
                                             bool may_overwrite, const Context& context) {
   const auto& [x, weight, bias, statistics, gate] = saved;
   const bool is_beside = launches.size() == 3;
-  const Written to = new_gradients(dy, saved, wanted, may_overwrite && !is_beside);
-  Tensor sums;
-  {
-    const Allocating here;
-    sums = new_numbers(2 * x.size(1), at::kDouble, x);
-  }
+  const Written to = new_gradients(dy, saved, wanted, may_overwrite && !is_beside, false);
+  Tensor sums = to.sums;
   launches.front()({&x, &sums, &dy, &gate, is_beside ? &NONE : &to.through, &NONE, &statistics,
                     &weight, &bias, &to.dweight, &to.dbias});
   if (is_beside) {
@@ -218,17 +215,16 @@ struct SyncBatchNorm : torch::autograd::Function<SyncBatchNorm> {
 
   static variable_list differentiate(const Tensor& dy, const Saved& saved, const Context& context,
                                      const Needs& needs) {
-    const py::object& steps = context.python->steps;
     Plan& plan = *context.plan;
-    const auto [of_x, of_weight, of_bias, of_residual] = needs;
-    const auto& [x, weight, bias, statistics, gate] = saved;
-    const auto asked = [&](const char* name, auto&&... more) {
-      return steps.attr(name)(py::make_tuple(x, weight, bias, statistics, gate), context.call,
-                              py::make_tuple(of_x, of_weight, of_bias, of_residual), more...);
+    // Captured by name: older compilers cannot capture what a structured binding names.
+    const auto asked = [&context, &saved, &needs](const char* name, auto&&... more) {
+      return context.python->steps.attr(name)(
+          py::make_tuple(saved.x, saved.weight, saved.bias, saved.statistics, saved.gate),
+          context.call, py::make_tuple(needs[0], needs[1], needs[2], needs[3]), more...);
     };
-    if (!of_x || at::GradMode::is_enabled() || !fits(dy, saved, plan))
-      return read(asked("gradients", dy, plan.view));
-    const Wanted wanted{of_weight, of_bias, of_residual};
+    if (!needs[0] || at::GradMode::is_enabled() || !fits(dy, saved, plan))
+      return gradients_of(asked("gradients", dy, plan.view));
+    const Wanted wanted{needs[1], needs[2], needs[3]};
     // Other threads may come while this one launches.
     auto launches = plan.backward[wanted.index()];
     if (!launches) {
@@ -240,7 +236,7 @@ struct SyncBatchNorm : torch::autograd::Function<SyncBatchNorm> {
     return differentiate_together(dy, saved, *launches, wanted, may_overwrite, context);
   }
 
-  static variable_list read(const py::iterable& gradients) {
+  static variable_list gradients_of(const py::iterable& gradients) {
     variable_list found;
     for (const py::handle gradient : gradients)
       found.push_back(gradient.is_none() ? NONE : py::cast<Tensor>(gradient));

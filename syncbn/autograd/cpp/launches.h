@@ -68,6 +68,7 @@ class Calls {
   }
 
  private:
+  // Bytes of an argument.
   static constexpr size_t SLOT = 8;
   // cuLaunchKernelEx: configuration, function, addresses of arguments, nothing.
   using Launch = int (*)(const void*, void*, void**, void**);
@@ -108,7 +109,7 @@ class Launches {
   }
 
  private:
-  // Of addresses that kept calls are for; and streams that are kept: those of others come and go.
+  // Of addresses that kept calls are for, and streams that are kept: _ALIGNMENT and _KEPT there.
   static constexpr uint64_t ALIGNMENT = 16;
   static constexpr size_t MOST = 128;
 

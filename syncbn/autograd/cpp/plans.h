@@ -41,7 +41,7 @@ struct Plan {
   std::shared_ptr<std::vector<Launches>> forward;
   // backward_reduce; through_gate, where that is beside the message; backward_elemt. Told when the
   // first pass wants these gradients.
-  std::array<std::shared_ptr<std::vector<Launches>>, Wanted::KINDS> backward{};
+  std::array<std::shared_ptr<std::vector<Launches>>, Wanted::KINDS> backward;
 
   bool fits(const Tensor& t) const {
     return t.scalar_type() == dtype && t.sizes() == sizes && t.strides() == strides;
@@ -66,7 +66,9 @@ inline bool is_plain(const Tensor& t) {
                                           DispatchKey::ZeroTensor,
                                           DispatchKey::Functionalize,
                                           DispatchKey::FuncTorchBatched,
-                                          DispatchKey::FuncTorchGradWrapper};
+                                          DispatchKey::FuncTorchGradWrapper,
+                                          DispatchKey::Batched,
+                                          DispatchKey::NestedTensor};
   return t.layout() == at::kStrided && !t.key_set().has_any(others);
 }
 
