@@ -5,6 +5,7 @@ Triton's interpreter does what the node tells it, see :mod:`tests.interpreted_dr
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -23,8 +24,6 @@ from tests.node import by_node, by_python, is_node, is_same, layer, no_gpu, step
 
 pytestmark = no_gpu
 IMAGES = (4, 6, 5, 3)
-# Bytes of its gate: a bit for each value, a row of 15 in two.
-GATE = 48
 LAYOUTS = {
     "images": (IMAGES, torch.contiguous_format),
     "images, channels_last": (IMAGES, torch.channels_last),
@@ -172,22 +171,20 @@ def _negated(dy: Tensor) -> Tensor:
     return found
 
 
-def _another_dtype(numel: int) -> Callable[..., list[Tensor]]:
-    """Hooks that save memory change what kernels would take for something else."""
+def _another_dtype(which: int) -> Callable[..., list[Tensor]]:
+    """Hooks that save memory may change what kernels would take for what it was."""
 
     def run(made: Layer, x: Tensor, r: Tensor, dy: Tensor) -> list[Tensor]:
-        def packed(t: Tensor) -> Tensor:
-            return t.to(torch.int32 if t.dtype is torch.uint8 else torch.bfloat16)
+        places = itertools.count()
 
-        with saved_tensors_hooks(
-            lambda t: packed(t) if t.ndim == 1 and t.numel() == numel else t, lambda t: t
-        ):
+        def packed(t: Tensor) -> Tensor:
+            other = torch.int32 if t.dtype is torch.uint8 else torch.bfloat16
+            return t.to(other) if next(places) == which else t
+
+        with saved_tensors_hooks(packed, lambda t: t):
             y = made(x, r)
         assert is_node(y)
-        try:
-            return list(torch.autograd.grad(y, [x, r, made.weight], dy))
-        except Exception as error:
-            return [torch.frombuffer(bytearray(f"{type(error)}".encode()), dtype=torch.uint8)]
+        return list(torch.autograd.grad(y, [x, r, *made.parameters()], dy))
 
     return run
 
@@ -216,9 +213,10 @@ WAYS: dict[str, Callable[[Layer, Tensor, Tensor, Tensor], list[Tensor]]] = {
     "hooks of saved tensors": _hooks_of_saved_tensors,
     "a checkpoint": _checkpoint(False),
     "a reentrant checkpoint": _checkpoint(True),
-    "parameters of another dtype": _another_dtype(6),
-    "statistics of another dtype": _another_dtype(13),
-    "a gate of another dtype": _another_dtype(GATE),
+    "a weight of another dtype": _another_dtype(1),
+    "a bias of another dtype": _another_dtype(2),
+    "statistics of another dtype": _another_dtype(3),
+    "a gate of another dtype": _another_dtype(4),
     "memory of NumPy": _after_a_hook(_as_numpy_has_it),
     "a gradient that lies otherwise": _after_a_hook(_turned),
     "a gradient without memory": _after_a_hook(lambda dy: dy[:1, :1, :1, :1].expand_as(dy)),

@@ -10,6 +10,7 @@ from threading import Barrier
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -188,6 +189,19 @@ def _bytes(kept_of_it: Any) -> bytes:
             return bytes(kept_of_it.tolist())
     found: bytes = kept_of_it.tobytes()
     return found
+
+
+def test_memory_of_others_stays(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An array that was made a gradient is still NumPy's."""
+    monkeypatch.setattr(node, "SMALL_ON_GPU", 0)
+    made, x = layer(6), torch.randn(IMAGES, requires_grad=True)
+    array = np.ones(IMAGES, dtype=np.float32)
+    for _ in range(3):
+        y = made(x)
+        y.register_hook(lambda dy: torch.from_numpy(array))
+        y.sum().backward()
+    assert is_node(y)
+    assert (array == 1).all()
 
 
 def test_a_gradient_that_two_need_stays(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
