@@ -50,7 +50,7 @@ $(SANITIZED_LIBRARY): $(INSTALLED) $(CPP) hatch_build.py $(wildcard syncbn/*.py 
 sanitize: $(SANITIZED_LIBRARY)
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
-		nice -n 10 $(CURDIR)/$(PYTHON) -m pytest -n 2 --dist worksteal --capture=sys --durations=3 --timeout=600 \
+		$(CURDIR)/$(PYTHON) -m pytest -n 2 --dist worksteal --capture=sys --durations=3 \
 		-k "not reference and not triton" tests/test_cpu_sizes.py tests/test_cpu_kernels.py tests/test_kernels.py
 
 node: $(INSTALLED)
