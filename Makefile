@@ -32,9 +32,11 @@ LAYERS := $(patsubst %,tests/test_%.py,accumulation checkpointing double_backwar
 test-triton: $(INSTALLED)
 	SYNCBN_TEST_TRITON=1 $(PYTHON) -m pytest -n $(WORKERS) --no-loadscope-reorder $(LAYERS)
 
+# Of what Python counts and launches; tests/test_node_*.py have the same for the node.
+OF_PYTHON := tests/test_overlap.py tests/test_ownership.py
 test-node: $(INSTALLED)
 	SYNCBN_TEST_TRITON=node $(PYTHON) -m pytest -n $(WORKERS) --no-loadscope-reorder \
-		$(filter-out tests/test_ownership.py,$(LAYERS))
+		$(filter-out $(OF_PYTHON),$(LAYERS))
 
 # On a copy of the tree, for the library in this one to stay. -O1: at -O3 the compiler takes minutes.
 SANITIZED := build/sanitized
