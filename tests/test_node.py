@@ -336,3 +336,14 @@ def test_floats_of_32_bits(driver: Driver) -> None:
     x, dy = torch.randn(IMAGES, requires_grad=True), torch.randn(IMAGES)
     found = by_node(driver, layer(6, eps=0.3), x, dy)
     torch.testing.assert_close(found, by_python(layer(6, eps=0.3), x, dy, times=3))
+
+
+def test_memory_that_is_shared_until_it_is_written(driver: Driver) -> None:
+    """Averages were moved in what they had been cloned from."""
+    x, dy = torch.randn(IMAGES, requires_grad=True), torch.randn(IMAGES)
+    made, other = layer(6), torch.zeros(6)
+    by_node(driver, made, x, dy)
+    made.running_mean = torch._lazy_clone(other)
+    step(made, x, dy)
+    assert made.running_mean.any()
+    assert not other.any()
