@@ -30,7 +30,7 @@ _HERE = Path(__file__).parent
 _FLAGS = "-std=c++20 -O2 -fPIC -shared -fvisibility=hidden"
 _LOADING = threading.Lock()
 # What compilers say where they were killed, or had no room.
-_FOR_NOW = "Killed", "No space left", "ut of memory", "memory exhausted"
+_FOR_NOW = "killed", "no space left", "out of memory", "memory exhausted"
 _LIBRARIES = "-ltorch -ltorch_cpu -ltorch_python -lc10"
 
 
@@ -134,7 +134,7 @@ def _compile(command: list[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made, said = Path(folder, path.name), Path(folder, "said")
         done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
-        if done.returncode < 0 or any(words in done.stderr for words in _FOR_NOW):
+        if done.returncode < 0 or any(words in done.stderr.lower() for words in _FOR_NOW):
             last = done.stderr.strip().splitlines()[-1:]
             raise RuntimeError(f"{command[0]} ended with {done.returncode}: {''.join(last)}")
         if done.returncode > 0:
@@ -145,15 +145,11 @@ def _compile(command: list[str], path: Path) -> None:
 
 
 def _load(path: Path) -> Any:
-    # A thread may find what another has not done yet.
-    with _LOADING:
-        return _loaded(path)
-
-
-def _loaded(path: Path) -> Any:
     spec = spec_from_file_location("node", path, loader=ExtensionFileLoader("node", str(path)))
     assert spec is not None
     assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
+    # Python would give a thread the module that another has not filled yet.
+    with _LOADING:
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
     return module

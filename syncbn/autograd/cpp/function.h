@@ -75,6 +75,7 @@ inline Tensor new_numbers(int64_t size, at::ScalarType dtype, const Tensor& x) {
   return at::empty({size}, x.options().dtype(dtype));
 }
 
+// forward() of function.py: what it saves, and the running averages moved.
 inline Computed compute(const Given& given, const Plan& plan, const Python& python,
                         py::handle call) {
   const at::NoGradGuard no_grad;
@@ -147,8 +148,8 @@ inline variable_list differentiate_alone(const Tensor& dy, const Saved& saved,
   return to.gradients(dy, gate, wanted);
 }
 
-// The same in a larger group. Where there is a launch in between, what comes through a gate is
-// written beside the message, over nothing that is read.
+// The same in a larger group. With three launches, what comes through a gate is written beside the
+// message, to memory of its own.
 inline variable_list differentiate_together(const Tensor& dy, const Saved& saved,
                                             std::vector<Launches>& launches, Wanted wanted,
                                             bool may_overwrite, const Context& context) {
@@ -171,6 +172,8 @@ inline variable_list differentiate_together(const Tensor& dy, const Saved& saved
   return to.gradients(dy, gate, wanted);
 }
 
+// SyncBatchNormFunction of function.py, whose docstring is the derivation. What a forward pass
+// gives has been computed before; a backward pass asks Python for what plans are not made for.
 struct SyncBatchNorm : torch::autograd::Function<SyncBatchNorm> {
   using Maybe = std::optional<Tensor>;
 
