@@ -2,7 +2,6 @@
 # make calibration    what recalibrating and mixing statistics are worth to a small network
 # make test    the whole test-suite
 # make test-triton  the tests of layers again, with the Triton kernels: on the GPU, if there is one
-# make test-node  and again, launched by the node in C++; without a GPU, as kernels are interpreted
 # make sanitize  the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 # make check   formatter, linter, type checker
 # Each makes and fills .venv itself; nothing but Python and make is needed.
@@ -11,11 +10,10 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 CPP := syncbn/kernels/cpu.cpp $(wildcard syncbn/kernels/cpp/*)
-NODE := syncbn/autograd/node.cpp $(wildcard syncbn/autograd/cpp/*)
 export OMP_NUM_THREADS ?= 1
 
 .DELETE_ON_ERROR:
-.PHONY: demo calibration test test-triton test-node sanitize node prepare check format clean
+.PHONY: demo calibration test test-triton sanitize prepare check format clean
 
 demo: $(INSTALLED)
 	$(PYTHON) examples/demo.py
@@ -31,12 +29,6 @@ LAYERS := $(patsubst %,tests/test_%.py,accumulation checkpointing double_backwar
 	module_errors overlap ownership synchronized_edges training transforms)
 test-triton: $(INSTALLED)
 	SYNCBN_TEST_TRITON=1 $(PYTHON) -m pytest -n $(WORKERS) --no-loadscope-reorder $(LAYERS)
-
-# Of what Python counts and launches; tests/test_node_*.py have the same for the node.
-OF_PYTHON := tests/test_overlap.py tests/test_ownership.py
-test-node: $(INSTALLED)
-	SYNCBN_TEST_TRITON=node $(PYTHON) -m pytest -n $(WORKERS) --no-loadscope-reorder \
-		$(filter-out $(OF_PYTHON),$(LAYERS))
 
 # On a copy of the tree, for the library in this one to stay. -O1: at -O3 the compiler takes minutes.
 SANITIZED := build/sanitized
@@ -55,22 +47,19 @@ sanitize: $(SANITIZED_LIBRARY)
 		$(CURDIR)/$(PYTHON) -m pytest -n 2 --dist worksteal --capture=sys --durations=3 \
 		-k "not reference and not triton" tests/test_cpu_sizes.py tests/test_cpu_kernels.py tests/test_kernels.py
 
-node: $(INSTALLED)
-	$(PYTHON) -c "from syncbn.autograd import node_build; print(node_build.library())"
-
 # What CI begins with: each keeps a core busy.
-prepare: check $(SANITIZED_LIBRARY) node
+prepare: check $(SANITIZED_LIBRARY)
 
 check: $(INSTALLED)
 	$(PYTHON) -m ruff format --check
-	$(VENV)/bin/clang-format --dry-run --Werror $(CPP) $(NODE)
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m mypy
 
 format: $(INSTALLED)
 	$(PYTHON) -m ruff format
 	$(PYTHON) -m ruff check --fix
-	$(VENV)/bin/clang-format -i $(CPP) $(NODE)
+	$(VENV)/bin/clang-format -i $(CPP)
 
 clean:
 	rm -rf $(VENV) build dist runs .mypy_cache .pytest_cache .ruff_cache .hypothesis

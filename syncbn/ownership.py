@@ -15,7 +15,7 @@ from syncbn.modes import is_watched
 _COUNT = "_use_count"
 # Bytes. What is smaller lies in the cache, as new memory does: nothing is gained by asking. On a
 # GPU it is memory that is gained, no time, and asking takes the host longer than a small layer.
-_SMALL, SMALL_ON_GPU = 1 << 16, 1 << 26
+_SMALL, _SMALL_ON_GPU = 1 << 16, 1 << 26
 
 
 class Owners(NamedTuple):
@@ -58,7 +58,7 @@ def is_unshared(gradient: Tensor, references: int) -> bool:
         gradient: the argument ``dy`` of a ``backward(ctx, dy)``.
         references: `sys.getrefcount` of it, called there.
     """
-    least = _SMALL if gradient.is_cpu else SMALL_ON_GPU
+    least = _SMALL if gradient.is_cpu else _SMALL_ON_GPU
     if gradient.nbytes < least or not hasattr(gradient, _COUNT):
         return False
     if gradient.requires_grad or _is_seen():

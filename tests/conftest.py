@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from syncbn.autograd import node_build
 from syncbn.kernels import cpu
 from tests import device
 from tests.conformance import MPIS, SUITE
@@ -24,11 +23,6 @@ settings.register_profile(
 )
 settings.load_profile("syncbn")
 device.begin()
-
-
-def pytest_sessionstart() -> None:
-    # Ranks that need it would wait for it, and for each other.
-    node_build.library()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

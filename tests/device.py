@@ -1,7 +1,7 @@
 """Where tests of layers run: on the CPU, or with the kernels in Triton (``make test-triton``).
 
 These run on a GPU, which all ranks share, if there is one. Else they are interpreted, in the place
-of the C++ kernels; and launched by the node in C++, where it serves (``make test-node``).
+of the C++ kernels.
 """
 
 from __future__ import annotations
@@ -31,10 +31,6 @@ def begin() -> None:
         from syncbn.kernels import triton
 
         cpu.load = lambda: triton  # type: ignore
-        if os.environ["SYNCBN_TEST_TRITON"] == "node":
-            from tests import interpreted_driver
-
-            interpreted_driver.begin()
 
 
 def seeded(seed: int) -> torch.Generator:

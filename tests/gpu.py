@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import syncbn
-from syncbn.autograd import Call, node
+from syncbn.autograd import Call, normalize
 from syncbn.kernels import Running, choose
 
 CUDA = torch.device("cuda")
@@ -31,7 +31,7 @@ def talking(layer: syncbn.SyncBatchNorm, group: dist.ProcessGroup) -> Layer:
         )
         relu, kernel = layer.activation == "relu", choose("triton", x)
         call = Call(layer.eps, relu, running, group, kernel, "layer")
-        return node.normalize(x, layer.weight, layer.bias, residual, call)
+        return normalize(x, layer.weight, layer.bias, residual, None, call)
 
     return normalized
 

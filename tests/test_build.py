@@ -123,10 +123,6 @@ def test_with_a_compiler_a_wheel_carries_the_library(checkout: Path) -> None:
     names = zipfile.ZipFile(path).namelist()
     assert "syncbn/kernels/libsyncbn_cpu.so" in names
     assert not any(name.endswith((".txt", ".cpp", ".h")) for name in names if "kernels" in name)
-    # Compiled where it is used.
-    sources = [ROOT / "syncbn/autograd/node.cpp", *(ROOT / "syncbn/autograd/cpp").glob("*.h")]
-    assert len(sources) == 4
-    assert {str(path.relative_to(ROOT)) for path in sources} <= set(names)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import syncbn
-from syncbn.autograd import backward, node
+from syncbn.autograd import backward
 from syncbn.distributed import collectives
 from syncbn.distributed.collectives import Message
 from syncbn.kernels import choose
@@ -55,16 +55,6 @@ def _gradients(kernel: str, rank: int, wanted: str) -> list[Tensor | None]:
 
 
 @contextmanager
-def _by(what: str) -> Iterator[None]:
-    """Have passes made by the node, which forgets what it was told; or by the function."""
-    node._plans.cache_clear()
-    plans = node._plans if what == "node" else lambda _: None
-    with patch.object(node, "_plans", plans):
-        yield
-    node._plans.cache_clear()
-
-
-@contextmanager
 def _noted(
     before: Callable[[str], None] = lambda _: None, after: Callable[[str], None] = lambda _: None
 ) -> Iterator[list[str]]:
@@ -96,7 +86,7 @@ def _noted(
         yield done
 
 
-def _beside(rank: int, by: str, folder: Path) -> tuple[list[str], list[Tensor | None]]:
+def _beside(rank: int, folder: Path) -> tuple[list[str], list[Tensor | None]]:
     """Rank 1 sends its message when rank 0, which has sent its own, has written the gradient."""
     written = folder / "written"
 
@@ -110,7 +100,7 @@ def _beside(rank: int, by: str, folder: Path) -> tuple[list[str], list[Tensor | 
             assert time.monotonic() < deadline, "rank 0 waits for the message, and writes nothing"
             time.sleep(0.01)
 
-    with _by(by), _noted(late, writing) as done:
+    with _noted(late, writing) as done:
         return done, _gradients("triton", rank, "x and r")
 
 
@@ -118,30 +108,27 @@ def _reference(rank: int, wanted: str) -> list[Tensor | None]:
     return _gradients("reference", rank, wanted)
 
 
-@pytest.mark.parametrize("by", ["node", "function"])
 def test_the_residuals_gradient_is_written_beside_the_message(
-    two_on_host: Ranks, by: str, tmp_path: Path
+    two_on_host: Ranks, tmp_path: Path
 ) -> None:
-    found = two_on_host.run(_beside, by, tmp_path)
+    found = two_on_host.run(_beside, tmp_path)
     assert [done for done, _ in found] == [["reduce", *BESIDE, "elemt"]] * 2
     gradients = [gradients for _, gradients in found]
     wanted = two_on_host.run(_reference, "x and r")
     torch.testing.assert_close(gradients, wanted, rtol=1e-5, atol=1e-5)
 
 
-def _written(rank: int, by: str, wanted: str, most: int) -> tuple[list[str], list[Tensor | None]]:
-    limits = patch.object(backward, "BESIDE", most), patch.object(node, "BESIDE", most)
-    with _by(by), limits[0], limits[1], _noted() as done:
+def _written(rank: int, wanted: str, most: int) -> tuple[list[str], list[Tensor | None]]:
+    with patch.object(backward, "BESIDE", most), _noted() as done:
         found = _gradients("triton", rank, wanted)
     return [step for step in done if step in BESIDE], found
 
 
-@pytest.mark.parametrize("by", ["node", "function"])
 @pytest.mark.parametrize("most", [-1, BYTES[0] - 1, BYTES[0]], ids=["none", "small", "all"])
 @pytest.mark.parametrize("wanted", ["x and r", "x", "r", ""])
-def test_gradients_of_a_group(three_ranks: Ranks, wanted: str, most: int, by: str) -> None:
+def test_gradients_of_a_group(three_ranks: Ranks, wanted: str, most: int) -> None:
     """Some write beside the message, others before it and wait; one rank has no values."""
-    found = three_ranks.run(_written, by, wanted, most)
+    found = three_ranks.run(_written, wanted, most)
     are_beside = [bool(wanted) and n <= most for n in BYTES]
     assert [done for done, _ in found] == [BESIDE if is_beside else [] for is_beside in are_beside]
     gradients = [gradients for _, gradients in found]
@@ -170,23 +157,21 @@ def test_a_gradient_is_laid_out_once(two_ranks: Ranks) -> None:
     assert two_ranks.run(_copies) == [1, 1]
 
 
-def _absent(rank: int, by: str) -> str:
+def _absent(rank: int) -> str:
     """Rank 1 leaves its backward pass out, when all is compiled that compiles."""
     _gradients("triton", rank, "x and r")
     hasty = dist.new_group([0, 1], timeout=timedelta(seconds=2))
     x, residual = torch.randn(2, *SHAPES[0], device=DEVICE).requires_grad_()
-    with _by(by):
-        y = _layer("triton", hasty)(x, residual)
-        if rank == 1:
-            return ""
-        with pytest.raises(RuntimeError) as caught:
-            y.backward(torch.ones_like(y))
+    y = _layer("triton", hasty)(x, residual)
+    if rank == 1:
+        return ""
+    with pytest.raises(RuntimeError) as caught:
+        y.backward(torch.ones_like(y))
     return str(caught.value)
 
 
-@pytest.mark.parametrize("by", ["node", "function"])
-def test_a_message_that_fails_names_the_layer(two_on_host: Ranks, by: str) -> None:
-    message = two_on_host.run(_absent, by)[0]
+def test_a_message_that_fails_names_the_layer(two_on_host: Ranks) -> None:
+    message = two_on_host.run(_absent)[0]
     assert message.startswith("SyncBatchNorm2d(4) backward, torch.float32 input: the all-reduce")
     assert "8 numbers failed on rank 0 of 2" in message
     two_on_host.close()  # The group is broken.

@@ -74,13 +74,6 @@ def test_kept_launches_are_those_of_triton(tmp_path: Path) -> None:
     assert all(found.values()), found
 
 
-@pytest.mark.timeout(120)
-def test_the_node_launches_what_python_does(tmp_path: Path) -> None:
-    found = printed_by("triton_node", cache=tmp_path)
-    assert len(found) == 9
-    assert all(found.values()), found
-
-
 @pytest.mark.parametrize("what", ["triton is not installed", "a C compiler", "headers of Python"])
 def test_what_compiling_needs_is_said(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the first launch on a GPU would be where it is missed."""

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from syncbn import SyncBatchNorm2d, kernels, module
-from syncbn.autograd import node_build
 from syncbn.bench.timing import take_turns
 from syncbn.kernels import Kernel, triton
 from tests.triton_launches import active, build
@@ -73,7 +72,6 @@ def measured(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
 def main() -> None:
     """Measure all alone, and ours in a group of two, whose messages nobody sends."""
     torch.set_num_threads(1)
-    print(f"the autograd node in C++: {node_build.describe()}")
     with tempfile.TemporaryDirectory() as folder:
         build(Path(folder))
         calls = {f"{name}{after}": chain(name == "ours", after) for after in PLACES for name in BY}

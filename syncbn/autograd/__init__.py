@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from syncbn import modes
-from syncbn.autograd import any_order, masking, node
+from syncbn.autograd import any_order, masking
 from syncbn.autograd.call import Call as Call
+from syncbn.autograd.function import SyncBatchNormFunction
 
 
 def normalize(
@@ -38,7 +39,9 @@ def normalize(
     if modes.is_transformed() or modes.is_forward_differentiated():
         y = any_order.forward(x, weight, bias, residual, call)
     else:
-        y = node.normalize(x, weight, bias, residual, call)
+        # torch.compile refuses one tensor as two arguments.
+        residual = x.view_as(x) if residual is x else residual
+        y = SyncBatchNormFunction.apply(x, weight, bias, residual, call)
     return y if mask is None else torch.where(mask, y, 0)
 
 

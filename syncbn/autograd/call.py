@@ -17,7 +17,7 @@ from syncbn.kernels import Kernel, Running
 
 
 class Call(NamedTuple):
-    """How a batch is normalized. `node.cpp` knows the order.
+    """How a batch is normalized.
 
     Attributes:
         eps: added to the variance.

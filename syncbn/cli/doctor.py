@@ -22,7 +22,6 @@ from rich.console import Console
 from rich.table import Table
 
 import syncbn
-from syncbn.autograd import node_build
 from syncbn.cli import config_path
 from syncbn.distributed.launcher import launcher
 from syncbn.kernels import cpu, missing_triton
@@ -48,7 +47,6 @@ def installation() -> dict[str, str]:
         "torch.distributed backends": ", ".join(name for name, has in backends.items() if has),
         "C++ kernels": cpu.describe(),
         "Triton kernels": missing_triton() or f"Triton {_version('triton')}",
-        "autograd node in C++": node_build.describe(),
         "mpi4py": _version("mpi4py") or "not installed",
     }
 

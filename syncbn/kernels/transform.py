@@ -51,7 +51,7 @@ class Transform(NamedTuple):
 
 
 class Running(NamedTuple):
-    """Running averages, which a batch moves in place. `node.cpp` knows the order.
+    """Running averages, which a batch moves in place.
 
     Attributes:
         mean: any floating dtype, shape ``[C]``, or None.

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from triton.runtime.interpreter import InterpretedFunction
 
-from syncbn.kernels import reference, triton_kernels, triton_launch
+from syncbn.kernels import reference, triton_kernels
 from syncbn.kernels import triton_passes as passes
 from syncbn.kernels.samples import Samples, alike, empty_like, readable
 from syncbn.kernels.transform import Forward, Running, Transform, Wanted
-from syncbn.kernels.triton_launch import Current, Launch, capability
+from syncbn.kernels.triton_launch import capability
 from syncbn.kernels.triton_tiles import COMPUTE, gate_bytes
 
 IS_INTERPRETED = isinstance(triton_kernels.moments, InterpretedFunction)
@@ -190,50 +190,6 @@ def backward_alone_gated(
     gated, dx = None if gate is None else ours, empty_like(x, samples) if keep_gated else ours
     given = x, None, dy, gate, gated, dx
     return gated if keep_gated else None, dx, *_backward(samples, stride, transform, wanted, given)
-
-
-def current() -> Current | None:
-    """See :meth:`syncbn.kernels.launched.Launched.current`."""
-    return None if IS_INTERPRETED else triton_launch.current()
-
-
-def forward_launches(
-    x: Tensor, how: Forward, residual: Tensor | None, is_alone: bool
-) -> tuple[Launch, ...]:
-    """See :meth:`syncbn.kernels.launched.Launched.forward_launches`."""
-    x, samples = readable(x)
-    mean, var, tracked, _ = how.running or _NOTHING
-    numbers = _kinds((how.weight, how.bias, mean, var, tracked))
-    message, statistics = None if is_alone else torch.float64, torch.float64
-    kinds = x.dtype, message, *_kinds((residual, x, how.gate)), statistics, *numbers
-    last = passes.forward(samples, x.device, kinds, how.relu, False)
-    return (last,) if is_alone else (passes.moments(samples, x.device, x.dtype), last)
-
-
-def backward_launches(
-    gate: Tensor | None,
-    x: Tensor,
-    transform: Transform,
-    wanted: Wanted,
-    is_alone: bool,
-    is_beside: bool,
-) -> tuple[Launch, ...]:
-    """See :meth:`syncbn.kernels.launched.Launched.backward_launches`."""
-    x, samples = readable(x)
-    statistics, weight, bias, relu = transform
-
-    def launch(*given: Tensor | None, wanted: Wanted = (None, None)) -> Launch:
-        kinds = _kinds((x, *given, statistics, weight, bias, *wanted))
-        return passes.backward(samples, x.device, kinds, samples.dense_stride, relu)
-
-    sums, gated = statistics, None if gate is None else x
-    if is_alone:
-        return (launch(None, x, gate, gated, x, wanted=wanted),)
-    last = launch(sums, x, None, None, x)
-    if gate is None or not is_beside:
-        return launch(sums, x, gate, gated, None, wanted=wanted), last
-    beside = passes.through_gate(samples, x.device, x.dtype, samples.dense_stride)
-    return launch(sums, x, gate, None, None, wanted=wanted), beside, last
 
 
 def _backward(

@@ -7,7 +7,7 @@ compiled is called by :mod:`syncbn.kernels.triton_driver` from then on.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from math import gcd
@@ -32,10 +32,6 @@ _KEPT = 128
 # cudaStreamPerThread: a stream for each thread.
 _OF_A_THREAD = 2
 _MAKING = threading.Lock()
-
-#: Functions of torch: of nothing, the current device; of that, its current stream; of nothing,
-#: whether a graph of it is captured.
-Current: TypeAlias = "tuple[Callable[[], int], Callable[[int], int], Callable[[], bool]]"
 
 # What functions of torch.cuda call, once they have seen that CUDA is there and has been started.
 # CPU builds of torch have none of them.
@@ -132,12 +128,6 @@ class Launch:
         if calls is None or calls(addresses, floats):
             self._first(tensors, floats, stream, key)
 
-    def kept(self) -> Calls | None:
-        """Return the calls on the current stream, of the current device, for aligned addresses."""
-        if self._is_interpreted:
-            return None
-        return self._calls.get(_current_stream(self.device.index))
-
     def _first(
         self,
         tensors: Sequence[Tensor | None],
@@ -216,11 +206,6 @@ def _memory_of(device: torch.device, stream: int) -> _Memory:
 
 def _new(shared: Shared, device: torch.device) -> dict[str, Tensor]:
     return _Memory(device).of(shared)
-
-
-def current() -> Current:
-    """Return where launches are, for who launches by himself."""
-    return _current_device, _current_stream, _is_capturing
 
 
 @cache
