@@ -14,7 +14,7 @@ from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION.
 _OVERLAPS = 6
@@ -73,24 +73,6 @@ class Compiled:
         return {k: kind for k, kind in found.items() if kind != "constexpr" and k not in fixed}
 
 
-class Parts(NamedTuple):
-    """What launches some kernels, as addresses.
-
-    Attributes:
-        launch: cuLaunchKernelEx.
-        arguments: memory for the addresses of a call's tensors and its floats, eight bytes each.
-        kernels: for each, the first three arguments of cuLaunchKernelEx.
-        floats: a letter of :mod:`struct` for each.
-        lock: held while that memory is written, and the kernels are launched.
-    """
-
-    launch: int
-    arguments: int
-    kernels: list[tuple[int, int, int]]
-    floats: str
-    lock: threading.Lock
-
-
 class Calls:
     """Launches of some kernels on a stream, one after the other.
 
@@ -116,7 +98,6 @@ class Calls:
     ) -> None:
         types = ChainMap(*(kernel.types for kernel in kernels))
         formats = "".join(_FORMATS[types.get(name, "fp64")] for name in floats)
-        self._floats = formats.replace("4x", "")
         self._pack = struct.Struct(f"={len(addresses)}Q{formats}").pack_into
         changing = {name: i for i, name in enumerate((*addresses, *floats))}
         given = [number for k in kernels for number in k.given.values()]
@@ -144,15 +125,6 @@ class Calls:
                 if error:
                     return error
         return 0
-
-    @property
-    def parts(self) -> Parts:
-        """What a call in another language needs; it owns nothing of it."""
-        launch: Any = ctypes.cast(self._launch, ctypes.c_void_p).value
-        kernels = [
-            (config.value, function.value, of.value) for config, function, of, _ in self._launches
-        ]
-        return Parts(launch, ctypes.addressof(self._arguments), kernels, self._floats, self._lock)
 
     def _launch_of(self, kernel: Compiled, places: dict[str, int], stream: int) -> tuple[Any, ...]:
         """Return the arguments of cuLaunchKernelEx."""
