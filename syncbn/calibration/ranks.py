@@ -13,6 +13,7 @@ from torch import Tensor
 
 from syncbn.calibration.interrupts import Held
 from syncbn.distributed.collectives import all_reduce
+from syncbn.distributed.objects import all_gather_objects
 
 _FAILED = -1
 T = TypeVar("T")
@@ -96,10 +97,7 @@ class Ranks:
 
     def objects(self, value: T) -> list[T]:
         """Return the values of all ranks, anything that pickles; every rank must call this."""
-        values = [value] * self.size
-        if self._group is not None:
-            dist.all_gather_object(values, value, group=self._group)
-        return values
+        return [value] if self._group is None else all_gather_objects(value, self._group)
 
     def sharing_memory(self) -> int:
         """Return how many of the ranks share this one's memory; every rank must call this."""

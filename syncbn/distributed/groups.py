@@ -9,6 +9,8 @@ from typing import TypeAlias
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from syncbn.distributed.objects import all_gather_objects
+
 #: What a group may be described by; see :func:`resolve_group`.
 GroupLike: TypeAlias = "str | int | DeviceMesh | dist.ProcessGroup | None"
 
@@ -72,9 +74,8 @@ def _consecutive_ranks(size: int) -> dist.ProcessGroup | None:
 
 def _ranks_of_this_node() -> dist.ProcessGroup | None:
     _require_initialized()
-    nodes: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
     # GROUP_RANK numbers torchrun's agents: containers may share a host name.
-    dist.all_gather_object(nodes, (os.environ.get("GROUP_RANK", ""), socket.gethostname()))
+    nodes = all_gather_objects((os.environ.get("GROUP_RANK", ""), socket.gethostname()))
     members = [[r for r, node in enumerate(nodes) if node == name] for name in sorted(set(nodes))]
     return _own_of(members)
 
