@@ -25,6 +25,9 @@ KERNELS = Path(__file__).parent / "syncbn" / "kernels"
 LIBRARY = KERNELS / "libsyncbn_cpu.so"
 # Says, where the library is missing, why.
 REASON = LIBRARY.with_suffix(".txt")
+# Not imported: the package needs torch, which may not be there when it is built.
+DIGEST = runpy.run_path(str(KERNELS / "digest.py"))
+CHECKSUM = DIGEST["checksum_path"](LIBRARY)
 
 # Nothing that changes results for NaN, infinities or subnormals, and nothing for this machine only.
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno"
@@ -46,8 +49,10 @@ class CustomBuildHook(BuildHookInterface[Any]):
             build_data["pure_python"] = False
             build_data["tag"] = f"py3-none-{platform_tag(sysconfig.get_platform())}"
             self._add(LIBRARY, build_data)
+            self._add(CHECKSUM, build_data)
         else:
             LIBRARY.unlink(missing_ok=True)
+            CHECKSUM.unlink(missing_ok=True)
             REASON.write_text(f"{reason}\n")
             self.app.display_warning(f"syncbn without C++ kernels: {reason}")
             self._add(REASON, build_data)
@@ -76,13 +81,21 @@ def build_if_changed(library: Path) -> str | None:
     if compiler is None:
         return "no C++ compiler was found (g++ or clang++, or what CXX names)"
     mark = fingerprint(compiler)
-    if library.exists() and mark.encode() in library.read_bytes():
+    if is_built(library, mark):
         return None
     try:
         build(library, compiler, mark)
     except subprocess.CalledProcessError as error:
         return f"{shlex.join(error.cmd)} failed:\n{error.stderr}"
     return None
+
+
+def is_built(library: Path, mark: str) -> bool:
+    """Return whether a library has a mark and is not damaged."""
+    try:
+        return mark.encode() in library.read_bytes() and bool(DIGEST["is_intact"](library))
+    except FileNotFoundError:
+        return False
 
 
 def find_compiler() -> list[str] | None:
@@ -101,9 +114,7 @@ def find_compiler() -> list[str] | None:
 def fingerprint(compiler: list[str]) -> str:
     """Return what a build depends on, in short; the library holds it."""
     how = [*compiler, os.environ.get("CXXFLAGS", ""), Path(__file__).read_text()]
-    # Not imported: the package needs torch, which may not be there when it is built.
-    of_sources = runpy.run_path(str(KERNELS / "digest.py"))["digest"](KERNELS)
-    return f"{of_sources}, built as {hashlib.sha256(repr(how).encode()).hexdigest()}"
+    return f"{DIGEST['digest'](KERNELS)}, built as {hashlib.sha256(repr(how).encode()).hexdigest()}"
 
 
 def build(library: Path, compiler: list[str], mark: str = "") -> None:
@@ -133,8 +144,12 @@ def build(library: Path, compiler: list[str], mark: str = "") -> None:
                 unit.result()
         linked = Path(folder) / library.name
         _run([*compiler, "-shared", *openmp, *extra, *objects, "-o", str(linked)])
-        # A process that has loaded the old one keeps it.
+        checksum = Path(folder) / "checksum"
+        checksum.write_text(DIGEST["checksum"](linked))
+        # A process that has loaded the old library keeps it.
         linked.replace(library)
+        # A process that starts in between uses the reference kernels.
+        checksum.replace(DIGEST["checksum_path"](library))
 
 
 def _accepts(compiler: list[str], flag: str) -> bool:

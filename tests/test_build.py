@@ -18,6 +18,7 @@ import torch
 import hatch_build
 from syncbn import kernels
 from syncbn.kernels import cpu
+from syncbn.kernels.digest import checksum
 from tests.kernels import needs_cpp
 
 BUILT = cpu.PATH
@@ -50,7 +51,7 @@ print(json.dumps(found))
 def checkout(tmp_path: Path) -> Path:
     """Return a copy of the sources, for builds to leave this one alone."""
     copy = tmp_path / "checkout"
-    ignored = shutil.ignore_patterns("*.so", "libsyncbn_cpu.txt", "__pycache__")
+    ignored = shutil.ignore_patterns("libsyncbn_cpu.*", "__pycache__")
     for folder in ("syncbn", "configs"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=ignored)
     for name in ("hatch_build.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -116,12 +117,13 @@ def test_without_a_compiler_there_is_the_reference(
 
 @pytest.mark.skipif(hatch_build.find_compiler() is None, reason="there is no C++ compiler")
 def test_with_a_compiler_a_wheel_carries_the_library(checkout: Path) -> None:
-    shutil.copy(cpu.PATH, checkout / cpu.PATH.relative_to(ROOT))
+    for file in (BUILT, hatch_build.CHECKSUM):
+        shutil.copy(file, checkout / file.relative_to(ROOT))
     path = wheel(checkout, os.environ.get("CXX", ""))
     assert "-py3-none-" in path.name
     assert not path.name.endswith("-any.whl")
     names = zipfile.ZipFile(path).namelist()
-    assert "syncbn/kernels/libsyncbn_cpu.so" in names
+    assert {"syncbn/kernels/libsyncbn_cpu.so", "syncbn/kernels/libsyncbn_cpu.sha256"} <= set(names)
     assert not any(name.endswith((".txt", ".cpp", ".h")) for name in names if "kernels" in name)
 
 
@@ -137,6 +139,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_a_library_of_something_else_is_not_used(library: Path) -> None:
     library.write_bytes(b"not a library")
+    library.with_suffix(".sha256").write_text(checksum(library))
     assert "cannot be used" in cpu.describe()
     with pytest.raises(RuntimeError, match=r"kernel 'cpu': .* cannot be used"):
         kernels.choose("cpu", torch.empty(1, 1))
@@ -146,13 +149,72 @@ def test_a_library_of_something_else_is_not_used(library: Path) -> None:
 @pytest.mark.parametrize("sources", ["none", "its own", "others"])
 def test_a_library_of_other_sources_is_not_used(library: Path, sources: str) -> None:
     """After a pull, with functions of other arguments, it was a crash."""
-    shutil.copy(BUILT, library)
+    for file in (BUILT, hatch_build.CHECKSUM):
+        shutil.copy(file, library.parent)
     if sources != "none":
         shutil.copy(BUILT.parent / "cpu.cpp", library.parent)
         shutil.copytree(BUILT.parent / "cpp", library.parent / "cpp")
     if sources == "others":
         (library.parent / "cpp" / "more.h").write_text("// more")
     assert ("is of other sources" in cpu.describe()) == (sources == "others")
+
+
+def damage(library: Path, how: str) -> None:
+    """Change a library, and not its checksum."""
+    size = library.stat().st_size
+    match how:
+        case "cut":
+            os.truncate(library, size // 2)
+        case "empty":
+            os.truncate(library, 0)
+        case "changed":
+            with library.open("r+b") as file:
+                file.seek(size // 2)
+                byte = file.read(1)[0]
+                file.seek(size // 2)
+                file.write(bytes([byte ^ 1]))
+        case "without a checksum":
+            library.with_suffix(".sha256").unlink()
+
+
+DAMAGES = ["cut", "empty", "changed", "without a checksum"]
+
+
+@needs_cpp
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_library_is_not_used(how: str, checkout: Path) -> None:
+    """A truncated library ended every process that loaded it by SIGBUS."""
+    for file in (BUILT, hatch_build.CHECKSUM):
+        shutil.copy(file, checkout / file.relative_to(ROOT))
+    damage(checkout / BUILT.relative_to(ROOT), how)
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=checkout, capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["path"].startswith(str(checkout))
+    assert found["reference"]
+    reason = "cannot be used: " if how == "without a checksum" else "is damaged: "
+    assert reason in found["reason"]
+    assert "install syncbn again" in found["reason"]
+    assert found["doctor"] == found["reason"]
+    assert found["message"].startswith(f"kernel 'cpu': {found['reason']}")
+
+
+@pytest.mark.skipif(hatch_build.find_compiler() is None, reason="there is no C++ compiler")
+def test_a_damaged_library_is_built_again(tmp_path: Path) -> None:
+    """A library with the right mark was not built again after damage."""
+    library = tmp_path / BUILT.name
+    compiler = hatch_build.find_compiler()
+    assert compiler is not None
+    mark = hatch_build.fingerprint(compiler)
+    for how in DAMAGES:
+        for file in (BUILT, hatch_build.CHECKSUM):
+            shutil.copy(file, tmp_path)
+        assert hatch_build.is_built(library, mark)
+        assert not hatch_build.is_built(library, f"{mark} of others")
+        damage(library, how)
+        assert not hatch_build.is_built(library, mark)
 
 
 @needs_cpp

@@ -20,7 +20,7 @@ from torch.autograd.graph import increment_version
 
 from syncbn.kernels import cpu_call as call
 from syncbn.kernels import reference
-from syncbn.kernels.digest import digest, sources
+from syncbn.kernels.digest import checksum_path, digest, is_intact, sources
 from syncbn.kernels.samples import alike, empty_like, readable
 from syncbn.kernels.transform import Forward, Transform, Wanted
 
@@ -189,6 +189,9 @@ def load() -> CPU | str:
         reason = _REASON.read_text().strip() if _REASON.exists() else "it has not been built"
         return f"there is no {PATH}: {reason}; see to it, and install syncbn again"
     try:
+        # Before it is mapped: a page that is missing from the file ends the process by SIGBUS.
+        if not is_intact(PATH):
+            return f"{PATH} is damaged: not as in {checksum_path(PATH)}; install syncbn again"
         library = ctypes.CDLL(str(PATH))
         for name in _FUNCTIONS:
             function = getattr(library, f"syncbn_{name}")
