@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,15 +22,14 @@ _CROWDED = {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
 _SECONDS_BETWEEN_LOOKS = 1e-4
 
 
-def become_mpirun(ranks: int, program: Sequence[str]) -> NoReturn:
-    """Run ``python PROGRAM`` on several ranks, in place of this process.
+def become_mpirun(ranks: int) -> NoReturn:
+    """Run the command of this process on several ranks, in place of this process.
 
     In place, and not as a child: Ctrl-C and other signals reach mpirun itself, which ends the
     ranks, and its exit code is that of the command.
 
     Args:
         ranks: how many.
-        program: arguments of the interpreter.
 
     Raises:
         FileNotFoundError: there is no mpirun.
@@ -43,7 +42,8 @@ def become_mpirun(ranks: int, program: Sequence[str]) -> NoReturn:
         )
     # The ranks write to a pipe and cannot see how wide the terminal is.
     width = {"COLUMNS": str(shutil.get_terminal_size().columns)} if sys.stdout.isatty() else {}
-    command = [found, "-n", str(ranks), sys.executable, *program]
+    # Not -m for a console script: Python would put the current folder before its own modules.
+    command = [found, "-n", str(ranks), sys.executable, *sys.orig_argv[1:]]
     sys.stdout.flush()
     crowd = _CROWDED if ranks > _cores() else {}
     os.execve(found, command, {**_AS_ROOT, **crowd, **width, **os.environ})

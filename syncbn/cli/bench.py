@@ -27,6 +27,7 @@ from rich.table import Table
 from syncbn.bench.mpirun import become_mpirun
 from syncbn.bench.report import Benchmark, Report
 from syncbn.cli import config_path
+from syncbn.cli.signals import deferred_termination
 from syncbn.distributed.launcher import is_one_of_several
 from syncbn.files import replacing
 
@@ -131,7 +132,8 @@ def run(name: str, benchmark: Benchmark) -> None:
         show(report)
         if benchmark.json is not None:
             about = {"benchmark": name, "settings": benchmark, "facts": report.facts}
-            write({**about, "results": report.results}, Path(benchmark.json))
+            with deferred_termination():
+                write({**about, "results": report.results}, Path(benchmark.json))
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -149,7 +151,7 @@ def main() -> None:
             with _errors_of_the_user():
                 benchmark = settle(name, overrides)
                 if benchmark.ranks > 1 and not is_one_of_several(os.environ):
-                    become_mpirun(benchmark.ranks, ["-m", "syncbn.cli.bench", *sys.argv[1:]])
+                    become_mpirun(benchmark.ranks)
             run(name, benchmark)
 
 

@@ -1,0 +1,42 @@
+"""Signals that end a command, deferred while it writes a file."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_NAMES = ("SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+
+
+@contextmanager
+def deferred_termination() -> Iterator[None]:
+    """Complete the body before SIGTERM or SIGHUP ends the process, with no temporary file left.
+
+    Signals that the process ignores (``nohup``) or handles are unchanged. An exception in place of
+    the deferral would discard the result of the command, and pass through torch's C++ writer. A
+    handler for the whole command would keep a rank alive that waits in a collective, since Python
+    runs handlers only between its own instructions. SIGKILL cannot be deferred.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+
+    numbers = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
+    deferred = [n for n in numbers if signal.getsignal(n) is signal.SIG_DFL]
+    for number in deferred:
+        signal.signal(number, remember)
+    try:
+        yield
+    finally:
+        for number in deferred:
+            signal.signal(number, signal.SIG_DFL)
+        for number in received:
+            os.kill(os.getpid(), number)
