@@ -9,6 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
 
+from syncbn.cli.signals import deferred_termination
+from syncbn.files import replacing
+
 YARDSTICK, LOCAL, SYNC = "#9ca3af", "#d97706", "#1d4ed8"
 # Float64 resolves no difference below this at a loss near one; equal losses are drawn here.
 RESOLUTION = 1e-16
@@ -55,7 +58,8 @@ def draw(alone: Run, local: Run, sync: Run, target: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#eeeeee")
         axes.set_axisbelow(True)
-    figure.savefig(target)
+    with deferred_termination(), replacing(target) as file:
+        figure.savefig(file, format="png")
 
 
 def _draw_distance(axes: Axes, alone: Run, runs: tuple[tuple[Run, str], ...]) -> None:

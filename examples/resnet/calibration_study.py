@@ -30,6 +30,7 @@ from corruptions import Corruption, low_contrast, noise
 from images import Images
 from resnet import build_resnet
 from rich.progress import track
+from storage import writing
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
@@ -181,7 +182,8 @@ def main() -> None:
         noisy.append(compare_on_corrupted(net, test_set, noise, NOISE))
         flat.append(compare_on_corrupted(net, test_set, low_contrast, CONTRAST_LOSS))
     text = tables(findings, weighted, noisy, flat)
-    (home / "calibration.md").write_text(text)
+    with writing(home / "calibration.md") as file:
+        file.write(text.encode())
     draw(findings, noisy, flat, home / "calibration.png")
     print(f"{text}\npicture: {home / 'calibration.png'}")
 

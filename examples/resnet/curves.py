@@ -6,6 +6,7 @@ import metrics
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
+from storage import writing
 
 TRAIN, TEST, PALE = "#64748b", "#c2410c", "#dbe2ea"
 
@@ -52,7 +53,8 @@ def plot(source: Path, target: Path, title: str) -> None:
     low = accuracy.get_ylim()[0]
     accuracy.set_ylim(low - 0.03 * (1 - low), 1.02)
     accuracy.legend(frameon=False, loc="lower right")
-    figure.savefig(target)
+    with writing(target) as file:
+        figure.savefig(file, format="png")
 
 
 def _series(entries: list[metrics.Entry], key: str) -> tuple[list[float], list[float]]:

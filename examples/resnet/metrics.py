@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from storage import writing
+
 Entry: TypeAlias = dict[str, Any]
 
 
@@ -24,7 +26,8 @@ class MetricsFile:
         self._file = None
         if path is not None:
             kept = [entry for entry in read(path) if entry["step"] <= step] if step else []
-            path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+            with writing(path) as file:
+                file.write("".join(json.dumps(entry) + "\n" for entry in kept).encode())
             # One line at a time reaches the disk, so the file can be followed while training.
             self._file = path.open("a", buffering=1)
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from agree import agree
 from config import TrainConfig
 from omegaconf import OmegaConf
+from storage import writing
 
 CHECKPOINT = "last.pt"
 
@@ -47,7 +48,8 @@ def open_run_dir(cfg: TrainConfig) -> RunDir:
         if dist.get_rank() == 0:
             run = _choose(cfg)
             run.path.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(OmegaConf.structured(cfg), run.path / "config.yaml")
+            with writing(run.path / "config.yaml") as file:
+                file.write(OmegaConf.to_yaml(OmegaConf.structured(cfg)).encode())
             box[0] = run
     dist.broadcast_object_list(box, src=0)
     chosen = box[0]

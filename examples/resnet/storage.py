@@ -1,20 +1,36 @@
-"""Checkpoint files: written so that a crash leaves the old one whole, read without running code."""
+"""Files of a run: written so that a crash leaves the old one whole, read without running code."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
+from syncbn.cli.signals import deferred_termination
 from syncbn.files import replacing
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file whole or not at all, also if SIGTERM or SIGHUP ends the process.
+
+    Raises:
+        ValueError: ``path`` exists and is not a regular file.
+        OSError: the disk is full, or the folder cannot be written; an old file stays as it was.
+    """
+    with deferred_termination(), replacing(path) as file:
+        yield file
 
 
 def save(saved: dict[str, Any], path: Path) -> None:
     """Write a file so that ``path`` is at any time absent, the old version, or the new one.
 
     Raises:
+        ValueError: ``path`` exists and is not a regular file.
         OSError: the disk is full, or the folder cannot be written; an old file stays as it was.
     """
-    with replacing(path) as file:
+    with writing(path) as file:
         torch.save(saved, file)
 
 

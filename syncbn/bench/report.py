@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from syncbn.files import require_file
 from syncbn.kernels import cpu
 
 T = TypeVar("T")
@@ -105,10 +106,13 @@ def in_a_folder(name: str, path: str | None) -> None:
     """Check the name of a file to write, if there is one.
 
     Raises:
-        ValueError: its folder does not exist.
+        ValueError: the folder does not exist or is not writable, or the file is not a regular one.
     """
-    if path is not None and not Path(path).absolute().parent.is_dir():
-        raise ValueError(f"{name}: got {path}; expected a file in a folder that exists")
+    if path is not None:
+        try:
+            require_file(Path(path))
+        except ValueError as error:
+            raise ValueError(f"{name}: got {error}") from error
 
 
 def machine_facts() -> dict[str, str]:

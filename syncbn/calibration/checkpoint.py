@@ -5,7 +5,6 @@ Files are read without running code from them, and written whole or not at all.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.files import replacing
+from syncbn.files import replacing, require_file
 
 _SAFETENSORS = ".safetensors"
 # Of several state dicts that fit, the weights themselves come before averages of them.
@@ -68,7 +67,9 @@ class Checkpoint:
         )
 
     def write(self, path: Path, overwrite: bool = False) -> None:
-        """Write everything to a file of the same kind; it is there whole or not at all.
+        """Write everything to a file of the same kind, complete or not at all.
+
+        The file grants its group and other users no more than the file that was read.
 
         Args:
             path: to write.
@@ -79,7 +80,7 @@ class Checkpoint:
             OSError: the file cannot be written.
         """
         require_output(self.path, path, overwrite)
-        with replacing(path) as file:
+        with replacing(path, source=self.path) as file:
             if path.suffix == _SAFETENSORS:
                 from safetensors.torch import save
 
@@ -210,7 +211,8 @@ def require_output(source: Path, output: Path, overwrite: bool) -> None:
     """Raise unless a checkpoint may be written to a file.
 
     Raises:
-        ValueError: it is the source, or of another kind; its folder does not exist.
+        ValueError: it is the source, of another kind, or no regular file; its folder does not
+            exist.
     """
     require_file(output)
     if (output.suffix == _SAFETENSORS) != (source.suffix == _SAFETENSORS):
@@ -219,20 +221,6 @@ def require_output(source: Path, output: Path, overwrite: bool) -> None:
         raise ValueError(
             f"{output}: is the checkpoint that is read; give another output, or overwrite=true"
         )
-
-
-def require_file(path: Path) -> None:
-    """Raise unless a file can be where a path says.
-
-    Raises:
-        ValueError: its folder does not exist or cannot be written; it is a folder.
-    """
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: the folder {path.parent} does not exist; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"{path}: the folder {path.parent} cannot be written")
-    if path.is_dir():
-        raise ValueError(f"{path}: is a folder; expected the name of a file")
 
 
 def _read_safetensors(path: Path) -> Checkpoint:

@@ -157,7 +157,12 @@ class CalibrationReport:
         return render(self)
 
     def save(self, path: str | Path) -> None:
-        """Write the figures of all layers as JSON; the file is there whole or not at all."""
+        """Write the figures of all layers as JSON; the file is complete or absent.
+
+        Raises:
+            ValueError: ``path`` exists and is not a regular file.
+            OSError: the file cannot be written.
+        """
         found = {
             "verdict": self.verdict(),
             "layers": [layer.figures() for layer in self.layers],
@@ -170,6 +175,8 @@ class CalibrationReport:
         """Draw drift against depth.
 
         Raises:
+            ValueError: ``path`` exists and is not a regular file.
+            OSError: the file cannot be written.
             ImportError: matplotlib is not installed.
         """
         from syncbn.calibration.plot import draw

@@ -9,6 +9,7 @@ import json
 import os
 import platform
 import socket
+import sys
 import time
 from importlib import metadata
 from pathlib import Path
@@ -23,12 +24,16 @@ from rich.table import Table
 
 import syncbn
 from syncbn.cli import config_path
+from syncbn.cli.signals import deferred_termination
 from syncbn.distributed.launcher import launcher
+from syncbn.distributed.objects import all_gather_objects
+from syncbn.files import replacing, require_file
 from syncbn.kernels import cpu, missing_triton
 
 # Numbers in the message of a layer with 512 channels.
 _MESSAGE = 1025
 _REPEATS = 30
+_WRONG_USE = 2
 
 
 def installation() -> dict[str, str]:
@@ -85,8 +90,7 @@ def rank_report(place: syncbn.RankInfo) -> dict[str, Any]:
 
 def report(place: syncbn.RankInfo) -> dict[str, Any]:
     """Return the whole report, the same on every rank."""
-    ranks: list[dict[str, Any]] = [{} for _ in range(place.world_size)]
-    dist.all_gather_object(ranks, rank_report(place))
+    ranks = all_gather_objects(rank_report(place))
     backend = dist.get_backend()
     return {
         "installation": {**installation(), **(mpi() if backend == "mpi4py" else {})},
@@ -98,7 +102,8 @@ def report(place: syncbn.RankInfo) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     """Print a report as two tables."""
-    console = Console()
+    # Not markup: it would drop the brackets of 'syncbn[cuda]'.
+    console = Console(markup=False)
     table = Table(title="Installation", show_header=False, title_justify="left")
     for name, value in found["installation"].items():
         table.add_row(name, value)
@@ -138,12 +143,30 @@ def _version(package: str) -> str | None:
 def main(config: DictConfig) -> None:
     """Print the report on rank 0; write it where ``json=`` says."""
     place = syncbn.init_process_group(config.backend)
+    path = None if config.json is None else Path(config.json)
+    refusal = _refusal(path) if place.rank == 0 else None
+    if any(all_gather_objects(refusal)):
+        dist.destroy_process_group()
+        if refusal is not None:
+            sys.stderr.write(f"syncbn-doctor: {refusal}\n")
+        sys.exit(_WRONG_USE)
     found = report(place)
     if place.rank == 0:
         show(found)
-        if config.json is not None:
-            Path(config.json).write_text(json.dumps(found, indent=2) + "\n")
+        if path is not None:
+            with deferred_termination(), replacing(path) as file:
+                file.write((json.dumps(found, indent=2) + "\n").encode())
     dist.destroy_process_group()
+
+
+def _refusal(path: Path | None) -> str | None:
+    """Return the reason why a file cannot be written, for all ranks to stop."""
+    try:
+        if path is not None:
+            require_file(path)
+    except ValueError as error:
+        return f"json: {error}"
+    return None
 
 
 if __name__ == "__main__":

@@ -27,15 +27,15 @@ from syncbn.calibration.checkpoint import (
     Checkpoint,
     StateDict,
     read_checkpoint,
-    require_file,
     require_output,
 )
 from syncbn.calibration.evaluate import evaluate
 from syncbn.calibration.ranks import Ranks
 from syncbn.calibration.table import render_metrics
 from syncbn.cli import config_path
+from syncbn.cli.signals import deferred_termination
 from syncbn.distributed.collectives import communicating_group
-from syncbn.files import replacing
+from syncbn.files import replacing, require_file
 
 _WRONG_USE = 2
 # Settings that name files to write beside the output.
@@ -74,7 +74,8 @@ def run(config: DictConfig, place: syncbn.RankInfo) -> None:
 
     def finish() -> None:
         if place.rank == 0:
-            write(config, report, checkpoint, state, model)
+            with deferred_termination():
+                write(config, report, checkpoint, state, model)
 
     ranks.agreed(finish)
 
@@ -191,6 +192,19 @@ def _named(path: str | None) -> Iterator[Path | None]:
         raise ValueError(f"{path}: cannot be written: {error}") from error
 
 
+def add_to_path(folder: Path) -> None:
+    """Append a folder to the module path, after the standard library and the packages.
+
+    A downloaded checkpoint may lie beside a ``safetensors.py``, which must not run in place of the
+    package. ``python -m`` puts the current folder first, so this entry is removed, after the
+    imports of this module; an entry of PYTHONPATH remains.
+    """
+    here = str(Path.cwd())
+    if sys.path[0] in ("", here) and not getattr(sys.flags, "safe_path", False):
+        del sys.path[0]
+    sys.path.append(str(folder.absolute()))
+
+
 @hydra.main(version_base="1.3", config_path=config_path(), config_name="recalibrate")
 def main(config: DictConfig) -> None:
     """Recalibrate the checkpoint that the command line names."""
@@ -199,7 +213,7 @@ def main(config: DictConfig) -> None:
     except (ValueError, RuntimeError, ImportError) as error:
         _exit(error)
     config.rank, config.world_size = place.rank, place.world_size
-    sys.path.insert(0, str(Path(config.path).absolute()))
+    add_to_path(Path(config.path))
     try:
         run(config, place)
     except (InstantiationException, OmegaConfBaseException) as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import syncbn
 from syncbn.calibration.checkpoint import read_checkpoint
@@ -98,6 +101,73 @@ def test_modules_are_found_from_any_folder(source: Path, tmp_path: Path) -> None
     done = run(command, tmp_path, {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     assert "recalibration changes" in done.stdout
+
+
+@pytest.mark.parametrize("start", ["syncbn-recalibrate", "-m"])
+def test_modules_beside_a_checkpoint_replace_no_package(start: str, tmp_path: Path) -> None:
+    """A safetensors.py in the folder of a downloaded checkpoint ran in place of the package."""
+    save_file(network().state_dict(), tmp_path / "in.safetensors")
+    evil = "from pathlib import Path; Path('owned').touch(); raise ImportError('evil')"
+    # rich imports colorsys: with -m before the command begins, from the folder that Python prefers.
+    for name in ("safetensors", "matplotlib", *(["colorsys"] if start != "-m" else [])):
+        (tmp_path / f"{name}.py").write_text(evil)
+    (tmp_path / "mine.py").write_text("from tests.calibration.networks import batches, network")
+    script = Path(sys.executable).with_name("syncbn-recalibrate")
+    program = [script] if start != "-m" else [sys.executable, "-m", "syncbn.cli.recalibrate"]
+    settings = [
+        *("checkpoint=in.safetensors", "output=out.safetensors", "plot=drift.png"),
+        *("+model._target_=mine.network", "+data._target_=mine.batches", "+data.batch_size=4"),
+    ]
+    done = run([*program, *settings], tmp_path, {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out.safetensors").exists()
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("setting", ["output", "report", "plot", "between"])
+def test_a_target_that_is_no_file_is_refused_first(setting: str, source: Path) -> None:
+    """As root, output=/dev/null replaced the device of the whole machine by a file."""
+    target = source.with_name("target.pt")
+    os.mkfifo(target)
+    link = source.with_name("link.pt")
+    link.symlink_to(target)
+    for path in (target, link):
+        other = [] if setting == "output" else ["dry_run=true"]
+        done = command(source, "+data.batch_size=4", f"{setting}={path}", *other, forked=True)
+        assert done.returncode == 2, done.stderr
+        assert f"{path}: is a device, a pipe or a socket" in done.stderr
+        assert done.stdout == ""
+        assert target.is_fifo()
+
+
+def test_an_output_is_as_private_as_its_checkpoint(source: Path) -> None:
+    """Others could read the output of a checkpoint that they could not read."""
+    source.chmod(0o600)
+    output = source.with_name("out.pt")
+    done = command(source, "+data.batch_size=4", f"output={output}", forked=True)
+    assert done.returncode == 0, done.stderr
+    assert output.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["TERM", "HUP"])
+def test_a_signal_while_writing_leaves_no_temporary_file(number: int, source: Path) -> None:
+    """Half a checkpoint remained after each job that a scheduler ended during the write."""
+    content = {**torch.load(source), "rest": torch.zeros(100, 2**19)}  # 200 MB, for a slow write
+    torch.save(content, source)
+    output, expected = source.with_name("out.pt"), {"in.pt", "out.pt"}
+    settings = [f"checkpoint={source}", f"output={output}", "+data.batch_size=4"]
+    program = [sys.executable, "-m", "syncbn.cli.recalibrate", *settings]
+    targets = [f"+model._target_={NETWORKS}.network", f"+data._target_={NETWORKS}.batches"]
+    with subprocess.Popen([*program, *targets], cwd=ROOT, stdout=subprocess.PIPE) as job:
+        while job.poll() is None:
+            if {path.name for path in source.parent.iterdir()} - expected:
+                break
+            time.sleep(0.001)
+        job.send_signal(number)
+        job.communicate(timeout=50)
+    assert job.returncode in (-number, 0)  # 0: it was quicker
+    assert {path.name for path in source.parent.iterdir()} == expected
+    assert torch.load(output).keys() == content.keys()
 
 
 @pytest.mark.parametrize(

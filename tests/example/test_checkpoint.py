@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from tests.example.support import (
     fit_rank,
     group_of_one,
 )
+from tests.processes import run
 from tests.ranks import Ranks
 
 
@@ -192,6 +196,22 @@ def test_interrupted_write_leaves_the_old_file(
     with pytest.raises(OSError, match="disk full"):
         storage.save({"step": 2}, path)
     assert storage.load(path) == {"step": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_signal_leaves_no_temporary_file(tmp_path: Path) -> None:
+    """A job that a scheduler ended during a write left half a checkpoint behind."""
+    path = tmp_path / "last.pt"
+    program = (
+        "import os, signal, sys; from pathlib import Path; import storage\n"
+        "with storage.writing(Path(sys.argv[1])) as file:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    file.write(b'whole')"
+    )
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = run([sys.executable, "-c", program, path], tmp_path, environment)
+    assert done.returncode == -signal.SIGTERM, done.stderr
+    assert path.read_bytes() == b"whole"
     assert list(tmp_path.iterdir()) == [path]
 
 

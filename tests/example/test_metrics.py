@@ -4,12 +4,14 @@ from pathlib import Path
 
 import curves
 import metrics
+import pytest
 import torch
 from meter import Meter
 from metrics import MetricsFile
 from PIL import Image
 
 import syncbn
+from tests.disk import almost_full
 from tests.ranks import Ranks
 
 
@@ -18,6 +20,17 @@ def write(path: Path | None, start: int, steps: range) -> None:
     for step in steps:
         file.write("step", step=step, epoch=step / 4, loss=1 / step, lr=0.1)
     file.close()
+
+
+def test_a_full_disk_leaves_the_entries(tmp_path: Path) -> None:
+    """A resumed run first emptied the file, and wrote the entries again."""
+    path = tmp_path / "metrics.jsonl"
+    write(path, 0, range(1, 40))
+    before = path.read_bytes()
+    with almost_full(1000), pytest.raises(OSError, match="File too large"):
+        MetricsFile(path, 30)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_resumed_file_is_that_of_an_uninterrupted_run(tmp_path: Path) -> None:

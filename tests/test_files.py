@@ -1,0 +1,232 @@
+"""Files that are written whole or not at all, by real processes that are really interrupted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Barrier, Thread
+
+import pytest
+
+from syncbn.files import replacing, require_file
+from tests.transports import ROOT
+
+WRITER = """
+import sys
+from pathlib import Path
+from syncbn.cli.signals import deferred_termination
+from syncbn.files import replacing
+with deferred_termination(), replacing(Path(sys.argv[1])) as file:
+    file.write(b"first ")
+    file.flush()
+    print("writing", flush=True)
+    sys.stdin.readline()
+    file.write(b"second")
+print("not ended")
+"""
+
+
+@contextmanager
+def umask(value: int) -> Iterator[None]:
+    before = os.umask(value)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def write(path: Path, source: Path | None = None) -> None:
+    with replacing(path, source) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["TERM", "HUP"])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_signal_ends_the_process_after_the_file(
+    number: signal.Signals, ignored: bool, tmp_path: Path
+) -> None:
+    """A temporary file remained. Under nohup the process goes on."""
+    program = [sys.executable, "-c", WRITER, str(tmp_path / "out")]
+    if ignored:
+        program = ["bash", "-c", f'trap "" {number.name[3:]}; exec "$@"', "-", *program]
+    with subprocess.Popen(
+        program, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as job:
+        assert job.stdin is not None
+        assert job.stdout is not None
+        assert job.stdout.readline() == "writing\n"
+        job.send_signal(number)
+        # The signal may have ended the process already.
+        with suppress(BrokenPipeError):
+            job.stdin.write("\n")
+            job.stdin.flush()
+        printed = job.stdout.read()
+        job.wait(timeout=50)
+    assert job.returncode == (0 if ignored else -number)
+    assert printed == ("not ended\n" if ignored else "")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out").read_bytes() == b"first second"
+
+
+def test_threads_that_write_one_file(tmp_path: Path) -> None:
+    """Both wrote to one temporary file, so the result had parts of each."""
+    path, barrier = tmp_path / "out", Barrier(2, timeout=20)
+    texts = b"a" * 100_000, b"b" * 200_000
+
+    def write_slowly(text: bytes) -> None:
+        with replacing(path) as file:
+            for half in (text[: len(text) // 2], text[len(text) // 2 :]):
+                file.write(half)
+                file.flush()
+                barrier.wait()
+
+    threads = [Thread(target=write_slowly, args=[text]) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_bytes() in texts
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
+    """The temporary name was predictable, and a link with this name was followed."""
+    victim, path = tmp_path / "victim", tmp_path / "out"
+    victim.write_bytes(b"old")
+    (tmp_path / f".out.{os.getpid()}.tmp").symlink_to(victim)
+    write(path)
+    assert victim.read_bytes() == b"old"
+
+
+def test_a_name_of_the_greatest_length(tmp_path: Path) -> None:
+    write(tmp_path / ("x" * 255))
+
+
+def special_files(folder: Path, listener: socket.socket) -> dict[str, Path]:
+    os.mkfifo(folder / "fifo")
+    listener.bind(str(folder / "socket"))
+    (folder / "link").symlink_to("fifo")
+    (folder / "folder").mkdir()
+    return {path.name: path for path in folder.iterdir()}
+
+
+def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
+    """As root, output=/dev/null replaced the device of the whole machine by a file."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        paths = special_files(tmp_path, listener)
+        for path in paths.values():
+            before = path.lstat()
+            with pytest.raises(ValueError, match=r"is a (device, a pipe or a socket|folder)"):
+                require_file(path)
+            with pytest.raises(ValueError, match="expected the name of a"), replacing(path):
+                raise AssertionError("not reached")
+            assert path.lstat() == before
+    for device in ("/dev/null", "/dev/zero"):
+        with pytest.raises(ValueError, match=rf"{device}: is a device"):
+            require_file(Path(device))
+    assert len(list(tmp_path.iterdir())) == len(paths)
+
+
+def test_places_where_no_file_can_be(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    (tmp_path / "far").symlink_to("no/such/file")
+    for name in ("loop", "file/out", "no/out", "far"):
+        with pytest.raises(ValueError, match=rf"{tmp_path / name}: "):
+            require_file(tmp_path / name)
+    require_file(tmp_path / "out")
+
+
+def test_a_link_to_a_file_remains(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("file")
+    for _ in range(2):  # the file is absent in the first turn
+        require_file(tmp_path / "link")
+        write(tmp_path / "link")
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "file").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_a_new_file_has_the_permissions_of_any_new_file(mask: int, tmp_path: Path) -> None:
+    with umask(mask):
+        write(tmp_path / "out")
+        (tmp_path / "other").touch()
+    assert mode_of(tmp_path / "out") == mode_of(tmp_path / "other")
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444, 0o400])
+def test_a_derived_file_is_not_more_readable(mode: int, tmp_path: Path) -> None:
+    """A private checkpoint gave an output with the permissions of the umask."""
+    source, out, old = tmp_path / "in", tmp_path / "out", tmp_path / "old"
+    source.touch(mode)
+    old.touch()
+    old.chmod(0o666)
+    with umask(0o022):
+        write(out, source)
+    write(old, source)
+    # The owner can write the new file.
+    assert mode_of(out) == mode_of(old) == mode | 0o600
+
+
+def test_a_group_without_access_to_the_source_gets_none(tmp_path: Path) -> None:
+    """An output with another group gave its members the permissions of the source's group."""
+    source = tmp_path / "in"
+    source.touch(0o640)
+    group = [group for group in (*os.getgroups(), 12345) if group != os.getegid()][:1]
+    with suppress(PermissionError):  # root may set any group
+        os.chown(source, -1, *group)
+    with umask(0o022):
+        write(tmp_path / "out", source)
+    same = source.stat().st_gid == (tmp_path / "out").stat().st_gid
+    assert mode_of(tmp_path / "out") == (0o640 if same else 0o600)
+
+
+def test_an_old_file_keeps_its_permissions_and_owner(tmp_path: Path) -> None:
+    """Root replaced the file of a user by its own, which the user could not write."""
+    path = tmp_path / "out"
+    path.touch()
+    with suppress(PermissionError):  # root may set any owner
+        os.chown(path, 12345, 54321)
+    path.chmod(0o664)
+    before = path.stat()
+    write(path)
+    after = path.stat()
+    assert after.st_ino != before.st_ino
+    assert (after.st_uid, after.st_gid) == (before.st_uid, before.st_gid)
+    assert after.st_mode == before.st_mode
+
+
+def test_a_file_of_another_user_and_group() -> None:
+    """A writer outside the file's group cannot keep the group, so its own group gets no more."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        path = Path(folder, "out")
+        path.touch()
+        path.chmod(0o664)
+        group = path.stat().st_gid
+        if (child := os.fork()) == 0:
+            status = 1
+            try:
+                if os.geteuid() == 0:
+                    os.setgroups([])
+                    os.setgid(12345)
+                    os.setuid(12345)
+                write(path)
+                status = 0
+            finally:
+                os._exit(status)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert mode_of(path) == (0o664 if path.stat().st_gid == group else 0o644)
