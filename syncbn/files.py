@@ -111,7 +111,9 @@ def _set_access(descriptor: int, old: os.stat_result | None, limit: os.stat_resu
     for status in (old, limit):
         if status is not None:
             mode &= _allowed(status, new.st_gid)
-    os.fchmod(descriptor, mode)
+    # Some file systems have one mode for all files and refuse any change.
+    if mode != stat.S_IMODE(new.st_mode):
+        os.fchmod(descriptor, mode)
 
 
 def _allowed(status: os.stat_result, group: int | None = None) -> int:
