@@ -86,7 +86,7 @@ def moments(
     off = sum_.to(COMPUTE) * share
     variance = sum_sq.to(COMPUTE) * share - off * off
     # Also where squares are beyond float32, which around a pivot they may not be.
-    is_far = ((off * off <= _FAR * variance) & (variance < float("inf"))) == 0
+    is_far = ((off * off <= variance * _FAR) & (variance < float("inf"))) == 0
     if tl.max(is_far.to(tl.int32), 0) > 0:
         pivot = off
         sum_, sum_sq, size = sums_around(
@@ -126,7 +126,7 @@ def normalize(
     mean = total * share_of_one
     squares = total_sq - total * mean
     # By a product, which keeps NaN.
-    squares *= (squares > _ROUNDING * total_sq).to(tl.float64)
+    squares *= (squares > total_sq * _ROUNDING).to(tl.float64)
     invstd = tl.rsqrt(squares * share_of_one + eps)
     if group == 0:
         tl.store(statistics_ptr + c, mean, here_c)
