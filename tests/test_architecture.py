@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
@@ -139,6 +141,16 @@ def test_public_names() -> None:
     ]
     assert syncbn.__all__ == wanted
     assert all(hasattr(syncbn, name) for name in wanted)
+
+
+@pytest.mark.parametrize("name", syncbn.__all__)
+def test_public_annotations_can_be_evaluated(name: str) -> None:
+    """An alias that is a string raises NameError where its names are not imported."""
+    public = getattr(syncbn, name)
+    members = [member for _, member in inspect.getmembers(public, inspect.isroutine)]
+    for function in (public, *members):
+        if str(getattr(function, "__module__", None)).startswith("syncbn"):
+            get_type_hints(function)
 
 
 def test_import_needs_torch_alone() -> None:

@@ -11,8 +11,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from syncbn.distributed.objects import all_gather_objects
 
-#: What a group may be described by; see :func:`resolve_group`.
-GroupLike: TypeAlias = "str | int | DeviceMesh | dist.ProcessGroup | None"
+#: Description of a process group; see :func:`resolve_group`. Types, not a string: a string would be
+#: evaluated in the module whose annotation uses the alias, and that module has no ``DeviceMesh``.
+GroupLike: TypeAlias = str | int | DeviceMesh | dist.ProcessGroup | None
 
 
 def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:
