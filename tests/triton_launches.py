@@ -32,7 +32,6 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from syncbn.kernels import Forward, Running, Transform, triton, triton_launch
-from syncbn.kernels.triton_addresses import HAS_PDL
 from syncbn.kernels.triton_driver import Calls
 from syncbn.kernels.triton_launch import Launch
 
@@ -278,7 +277,7 @@ def main() -> None:
         "no values": (torch.randn(0, 5, 7, 7), torch.ones(5)),
         "shared channels": (few_channels, torch.ones(4)),
     }
-    overlapping = {"PDL": True, "launch_pdl": True} if HAS_PDL else {"PDL": False}
+    overlapping = {"PDL": True, "launch_pdl": True}
     with tempfile.TemporaryDirectory() as folder:
         recorder = Recorder(build(Path(folder)))
         with active(STREAM):

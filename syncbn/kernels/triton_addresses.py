@@ -7,31 +7,17 @@ and small: so a loop has one addition of 64 bits for each 16 bytes.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 # fmt: off
 
-from inspect import signature
-
 import triton
 import triton.language as tl
 from triton.language.extra import cuda
 
-# Triton has it from 3.5 on. Before, it refuses what names it, also where it is not compiled; 3.4
-# has one that wants a builder, which it is not given.
-HAS_PDL = hasattr(cuda, "gdc_wait") and "_semantic" in signature(cuda.gdc_wait).parameters
 
-if HAS_PDL:
-
-    @triton.jit
-    def begin(PDL: tl.constexpr):
-        """Wait for the launch before, and let the next be prepared, where launches overlap."""
-        if PDL:
-            cuda.gdc_wait()
-            cuda.gdc_launch_dependents()
-
-else:
-
-    @triton.jit
-    def begin(PDL: tl.constexpr):
-        """Do nothing: launches do not overlap."""
-        tl.static_assert(not PDL)
+@triton.jit
+def begin(PDL: tl.constexpr):
+    """Wait for the launch before, and let the next be prepared, where launches overlap."""
+    if PDL:
+        cuda.gdc_wait()
+        cuda.gdc_launch_dependents()
 
 
 @triton.jit

@@ -66,11 +66,9 @@ class Compiled:
     @property
     def types(self) -> dict[str, str]:
         """What arguments have been compiled for, in order; constants are none."""
-        signature, constants = self.kernel.src.signature, self.kernel.src.constants
+        signature = self.kernel.src.signature
         found = {known: signature.get(name, "constexpr") for name, known in self.names.items()}
-        # Up to Triton 3.2, constants are in the signature, too.
-        fixed = {self.names[name] for name in constants if isinstance(name, str)}
-        return {k: kind for k, kind in found.items() if kind != "constexpr" and k not in fixed}
+        return {k: kind for k, kind in found.items() if kind != "constexpr"}
 
 
 class Calls:

@@ -18,7 +18,6 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from syncbn.kernels import triton_driver
-from syncbn.kernels.triton_addresses import HAS_PDL
 from syncbn.kernels.triton_driver import Calls, Compiled
 
 # Bytes; Triton compiles for addresses that are multiples, or for any.
@@ -216,8 +215,8 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 @cache
 def _overlap(device: torch.device) -> dict[str, bool]:
-    """Return how launches begin: while the one before ends, where GPU and Triton can."""
+    """Return how launches begin: while the one before ends, where GPU and driver can."""
     can = device.type == "cuda" and capability(device) >= _OVERLAPPING
-    if can and HAS_PDL and triton_driver.version() >= _CAPTURING:
+    if can and triton_driver.version() >= _CAPTURING:
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
