@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from syncbn.kernels import Running
 from syncbn.kernels.reference import move_running
 from syncbn.module import SyncBatchNorm
+from syncbn.moments import Moments, message_size
 
 
 @contextmanager
@@ -52,7 +53,8 @@ def accumulate_statistics(model: nn.Module) -> Iterator[None]:
         for layer in counting:
             mean, var, tracked = layer.running_mean, layer.running_var, layer.num_batches_tracked
             if layer.pending_moments is not None:
-                move_running(layer.pending_moments, Running(mean, var, tracked, layer.momentum))
+                moments = Moments.unpack(layer.pending_moments, layer.num_features)
+                move_running(moments, Running(mean, var, tracked, layer.momentum))
     finally:
         for layer in counting:
             layer.__dict__.pop("pending_moments", None)
@@ -66,4 +68,5 @@ def _nothing(layer: SyncBatchNorm) -> Tensor:
             f"{layer.sync_name or type(layer).__name__}: has no sizes yet; run it once before "
             "accumulate_statistics()"
         )
-    return torch.zeros(2 * layer.num_features + 1, dtype=torch.float64, device=buffers[0].device)
+    size = message_size(layer.num_features, buffers[0].dtype)
+    return torch.zeros(size, dtype=torch.float64, device=buffers[0].device)

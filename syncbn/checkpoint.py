@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 Contexts = tuple[AbstractContextManager[object], AbstractContextManager[object]]
+#: The moments of a layer, and a description of its input.
+Kept = tuple[Tensor, str]
 
 
 class Pass(ABC):
@@ -20,13 +22,14 @@ class Pass(ABC):
 
     @abstractmethod
     def message(
-        self, exchange: Callable[[], Tensor], channels: int, label: str
+        self, exchange: Callable[[], Tensor], inputs: str, label: str
     ) -> tuple[Tensor, bool]:
         """Return the moments of a layer's group, and whether they are new.
 
         Args:
             exchange: computes them, with the other ranks.
-            channels: C, of moments of shape ``[2C + 1]``.
+            inputs: channels and dtype of the layer's input, which determine the format of its
+                moments.
             label: names the layer in error messages.
         """
 
@@ -34,40 +37,40 @@ class Pass(ABC):
 class _Forward(Pass):
     """Keeps the moments of the layers it meets, in their order."""
 
-    def __init__(self, kept: list[Tensor], around: Pass | None) -> None:
+    def __init__(self, kept: list[Kept], around: Pass | None) -> None:
         self._kept, self._around = kept, around
 
     def message(
-        self, exchange: Callable[[], Tensor], channels: int, label: str
+        self, exchange: Callable[[], Tensor], inputs: str, label: str
     ) -> tuple[Tensor, bool]:
         if self._around is None:
             found = exchange(), True
         else:
             # A region within a region: the outer one may be recomputing.
-            found = self._around.message(exchange, channels, label)
-        self._kept.append(found[0])
+            found = self._around.message(exchange, inputs, label)
+        self._kept.append((found[0], inputs))
         return found
 
 
 class _Recomputation(Pass):
     """Gives the moments of the forward pass, in their order."""
 
-    def __init__(self, kept: list[Tensor]) -> None:
+    def __init__(self, kept: list[Kept]) -> None:
         self._kept, self._left = kept, iter(kept)
 
     def message(
-        self, exchange: Callable[[], Tensor], channels: int, label: str
+        self, exchange: Callable[[], Tensor], inputs: str, label: str
     ) -> tuple[Tensor, bool]:
-        kept = next(self._left, None)
-        if kept is None or kept.numel() != 2 * channels + 1:
-            there = "has ended" if kept is None else f"had one of {kept.numel() // 2} channels"
+        moments, kept = next(self._left, (None, None))
+        if moments is None or kept != inputs:
+            there = "has ended" if kept is None else f"had one of {kept}"
             raise RuntimeError(
                 f"{label}: activations are recomputed, and here, at a synchronized layer of "
-                f"{channels} channels, the forward pass {there}; expected the same layers in the "
+                f"{inputs}, the forward pass {there}; expected the same layers in the "
                 "same order. If the region decides by something that has changed meanwhile, let "
                 "it not"
             )
-        return kept, False
+        return moments, False
 
 
 _PASS: ContextVar[Pass | None] = ContextVar("syncbn_checkpoint_pass", default=None)
@@ -107,7 +110,7 @@ def checkpoint_contexts(context_fn: Callable[[], Contexts] | None = None) -> Con
     if torch.compiler.is_compiling():
         # Modes are all that a compiler takes here.
         return _recompute_everything() if context_fn is None else context_fn()
-    kept: list[Tensor] = []
+    kept: list[Kept] = []
     forward, recomputation = (None, None) if context_fn is None else context_fn()
     return (
         _During(lambda: _Forward(kept, current()), forward),

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from syncbn import kernels
 from syncbn.kernels import Forward, Kernel, Transform, alone, cpu, reference
+from syncbn.moments import Moments, has_two_parts
 from tests import interpreter
 
 interpreter.begin()
 EPS = 1e-5
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 needs_cpp = pytest.mark.skipif(isinstance(cpu.load(), str), reason=f"{cpu.load()}")
 KERNELS = [
     pytest.param("reference", id="reference"),
@@ -27,6 +29,19 @@ KERNELS = [
             pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
         ],
     ),
+]
+
+
+def dtypes_of(kernel: str) -> list[torch.dtype]:
+    """Return the input dtypes that a kernel serves."""
+    return DTYPES[1:] if kernel == "triton" else DTYPES
+
+
+#: Every kernel with every input dtype that it serves.
+KERNELS_AND_DTYPES = [
+    pytest.param(*row.values, dtype, id=f"{row.id}-{dtype}", marks=row.marks)
+    for row in KERNELS
+    for dtype in dtypes_of(str(row.id))
 ]
 
 
@@ -51,21 +66,29 @@ def on_its_device(kernel: str) -> Kernel:
 def normalize(kernel: Kernel, x: Tensor, how: Transform, residual: Tensor | None = None) -> Tensor:
     """Return x normalized with given statistics, by way of a message that has them, and eps = 0."""
     count, mean = how.values, how.mean
-    message = torch.cat([mean, how.invstd**-2 + mean**2, count.new_ones(1)]) * count
+    around = torch.zeros_like(mean), count * how.invstd**-2
+    moments = Moments.around(count, mean, *around, has_two_parts(x.dtype))
     forward = Forward(0.0, how.weight, how.bias, how.relu)
-    return kernel.normalize(x, message, forward, residual)[0]
+    return kernel.normalize(x, moments.pack(), forward, residual)[0]
+
+
+def totals(message: Tensor, channels: int) -> Tensor:
+    """Return ``[sum (C) | sum_sq (C) | count (1)]`` of packed moments of one part or two."""
+    found = Moments.unpack(message, channels)
+    return torch.cat([*found.totals(), found.count.reshape(1)])
 
 
 def transform(x: Tensor, relu: bool = False) -> Transform:
     """Return the transform of a batch, with a weight and a bias."""
     numbers = torch.linspace(0.5, 1.5, x.shape[1], dtype=torch.float64)
     weight, bias = numbers.to(x.dtype), (numbers - 1).to(x.dtype)
-    return Transform(reference.statistics(reference.moments(x.double()), EPS), weight, bias, relu)
+    moments = Moments.unpack(reference.moments(x.double()), x.shape[1])
+    return Transform(reference.statistics(moments, EPS), weight, bias, relu)
 
 
 def everything(kernel: Kernel, x: Tensor, dy: Tensor, how: Transform) -> list[Tensor]:
     """Return what the functions find, where rounding cannot move a value through a ReLU."""
-    message = kernel.moments(x)
+    message = totals(kernel.moments(x), x.shape[1])
     sums, _, _ = kernel.backward_reduce(dy, x, how)
     given = torch.ones_like(sums)
     found = [message, sums, normalize(kernel, x, how), kernel.backward_elemt(dy, x, how, given)]

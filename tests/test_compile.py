@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 import syncbn
 from syncbn.bench.resnet20 import resnet20
 from syncbn.kernels import traced
-from tests.kernels import tolerance
+from tests.kernels import DTYPES, tolerance
 from tests.ranks import Ranks
-from tests.test_kernels import DTYPES, LAYOUTS, SHAPES, check_module
+from tests.test_kernels import LAYOUTS, SHAPES, check_module
 
 # Of torch, when it compiles.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")

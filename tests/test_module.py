@@ -170,8 +170,7 @@ def test_a_single_value_reaches_no_buffer(value: float) -> None:
     """CPU refuses such a batch; on CUDA, where reading the count would stall, this keeps it out."""
     mean, var = torch.zeros(2), torch.ones(2)
     one, sums = torch.tensor(1.0).double(), torch.full((2,), value).double()
-    message = Moments(one, sums, sums.square()).pack()
-    reference.move_running(message, Running(mean, var, None, 0.1))
+    reference.move_running(Moments(one, sums, sums.square()), Running(mean, var, None, 0.1))
     assert torch.equal(mean, torch.zeros(2))
     assert torch.equal(var, torch.ones(2))
 

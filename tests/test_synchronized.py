@@ -14,10 +14,16 @@ from oracle import EPS, Case, Result, batch, expected, parameters, relative_erro
 from torch import nn
 
 import syncbn
-from tests.kernels import KERNELS, device_of, tolerance
+from tests.kernels import (
+    DTYPES,
+    KERNELS,
+    KERNELS_AND_DTYPES,
+    device_of,
+    dtypes_of,
+    tolerance,
+)
 from tests.ranks import RankError, Ranks
 
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 # Samples on each of three ranks; two ranks take the last two.
 SPLITS = {
     "equal": (4, 4, 4),
@@ -58,8 +64,7 @@ def shapes(ranks: Ranks, split: str, channels: int, *space: int) -> tuple[tuple[
     return tuple((samples, channels, *space) for samples in SPLITS[split][-ranks.size :])
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("kernel", "dtype"), KERNELS_AND_DTYPES)
 @pytest.mark.parametrize("split", SPLITS)
 def test_layer_equals_one_process_on_the_whole_batch(
     ranks: Ranks, kernel: str, dtype: torch.dtype, split: str
@@ -98,7 +103,8 @@ def test_layer_keeps_precision_of_tiny_variances(ranks: Ranks, kernel: str) -> N
 def test_spatial_size_may_differ_between_ranks(ranks: Ranks, kernel: str) -> None:
     """Weighted by elements, not by samples."""
     sizes = ((2, 3, 5, 4), (3, 3, 11, 2), (1, 3, 1, 1))[: ranks.size]
-    check(ranks, [Case(sizes, torch.float64), Case(sizes, layout="channels_last")], kernel)
+    widest = dtypes_of(kernel)[0]
+    check(ranks, [Case(sizes, widest), Case(sizes, layout="channels_last")], kernel)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

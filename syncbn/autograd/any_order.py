@@ -13,6 +13,7 @@ from syncbn import modes
 from syncbn.autograd.call import Call, moments
 from syncbn.distributed.collectives import sum_over_ranks
 from syncbn.kernels import Forward, reference
+from syncbn.moments import Moments, add_message
 
 # Of the function whose gradients second() returns.
 _ARGUMENTS = 8
@@ -36,9 +37,10 @@ def forward(
     message = moments(reference.moments, x, call)
     message = sum_over_ranks(message, call.group, call.about("forward", x))
     if call.running is not None:
-        reference.move_running(message.detach(), call.running)
+        group = Moments.unpack(message.detach(), x.shape[1])
+        reference.move_running(group, call.running)
     if call.pending is not None:
-        call.pending.add_(message.detach())
+        add_message(call.pending, message.detach(), x.shape[1])
     how = Forward(call.eps, weight, bias, call.relu)
     return reference.normalize(x, message, how, residual)[0]
 

@@ -14,6 +14,7 @@ from syncbn.autograd import masking
 from syncbn.autograd.masking import Filling
 from syncbn.distributed import collectives
 from syncbn.kernels import Kernel, Running
+from syncbn.moments import add_message
 
 
 class Call(NamedTuple):
@@ -27,7 +28,7 @@ class Call(NamedTuple):
         kernel: from :func:`syncbn.kernels.choose`.
         label: names the layer in error messages.
         filling: what stands where values do not count; None if all do.
-        pending: where messages are added up, float64 ``[2C + 1]``; or None.
+        pending: where messages are added up, packed moments; or None.
     """
 
     eps: float
@@ -57,7 +58,7 @@ class Call(NamedTuple):
 
 
 def moments(of: Callable[[Tensor], Tensor], x: Tensor, call: Call) -> Tensor:
-    """Return the moments of what counts here, float64 ``[2C + 1]``.
+    """Return the packed moments of what counts here.
 
     Args:
         of: :meth:`syncbn.kernels.Kernel.moments`.
@@ -87,7 +88,8 @@ def group_message(x: Tensor, call: Call) -> tuple[Tensor, bool]:
         message, is_new = exchange(), True
     else:
         with modes.hidden(x):
-            message, is_new = around.message(exchange, x.shape[1], call.label)
+            inputs = f"{x.shape[1]} channels and {x.dtype} inputs"
+            message, is_new = around.message(exchange, inputs, call.label)
     if is_new and call.pending is not None:
-        call.pending.add_(message)
+        add_message(call.pending, message, x.shape[1])
     return message, is_new

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from syncbn.kernels.reference import per_channel, reduced_dims
 from syncbn.kernels.transform import compute_dtype
+from syncbn.moments import Moments, has_two_parts
 
 
 class Filling(NamedTuple):
@@ -43,7 +44,7 @@ def fill(x: Tensor, mask: Tensor) -> tuple[Tensor, Filling]:
 
 
 def moments(of: Callable[[Tensor], Tensor], x: Tensor, filling: Filling) -> Tensor:
-    """Return the moments of the values that count, float64 ``[2C + 1]``.
+    """Return the packed moments of the values that count.
 
     They are taken around the filling, which then adds zeros: were it taken off the sums afterwards,
     what few values have between them would be lost in the sums of many.
@@ -53,8 +54,7 @@ def moments(of: Callable[[Tensor], Tensor], x: Tensor, filling: Filling) -> Tens
         x: from :func:`fill`.
         filling: from there.
     """
-    around = of(x.to(compute_dtype(x.dtype)) - per_channel(filling.value, x))
-    channels, value, count = x.shape[1], filling.value.double(), filling.counting
-    rest, rest_sq = around[:channels], around[channels:-1]
-    total = rest + count * value
-    return torch.cat([total, rest_sq + value * (rest + total), count.reshape(1)])
+    differences = x.to(compute_dtype(x.dtype)) - per_channel(filling.value, x)
+    first, second = Moments.unpack(of(differences), x.shape[1]).totals()
+    pivot, two_parts = filling.value.double(), has_two_parts(x.dtype)
+    return Moments.around(filling.counting, pivot, first, second, two_parts).pack()

@@ -35,7 +35,7 @@ def one_pass(
     def look(layer: Layer, x: Tensor) -> None:
         if x.numel():
             samples[layer.index].add(x)
-            batch = Moments.unpack(choose("auto", x).moments(x))
+            batch = Moments.unpack(choose("auto", x).moments(x), layer.channels)
             observe(layer, batch)
             layer.use_moments(batch, unbiased=False)
 

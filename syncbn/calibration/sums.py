@@ -16,7 +16,7 @@ class Sums:
     """Sums over a set of samples; sets add.
 
     Attributes:
-        moments: of all values.
+        moments: two-part sums of all values.
         spread: of all samples, about the pivot.
         pivot: float64 ``[C]``.
     """
@@ -29,7 +29,7 @@ class Sums:
     def nothing(pivot: Tensor) -> Sums:
         """Return the sums over no samples."""
         channels = pivot.numel()
-        return Sums.unpack(pivot.new_zeros(2 * channels + 1 + 5 * channels + 2), pivot)
+        return Sums.unpack(pivot.new_zeros(9 * channels + 3), pivot)
 
     @staticmethod
     def of(n: Tensor, mean: Tensor, var: Tensor, pivot: Tensor) -> Sums:
@@ -41,17 +41,23 @@ class Sums:
             var: float64 ``[N, C]``, biased.
             pivot: float64 ``[C]``.
         """
-        moments = Moments(n.sum(), (n * mean).sum(0), (n * (var + mean * mean)).sum(0))
+        count = n.sum()
+        near = (n * mean).sum(0) / count
+        differences = mean - near
+        first, second = (n * differences).sum(0), (n * (var + differences.square())).sum(0)
+        moments = Moments.around(count, near, first, second, two_parts=True)
         return Sums(moments, Spread.of(n, mean - pivot, var), pivot)
 
     @staticmethod
     def unpack(vector: Tensor, pivot: Tensor) -> Sums:
-        """Read the message format, ``[7C + 3]``."""
-        split = 2 * pivot.numel() + 1
-        return Sums(Moments.unpack(vector[:split]), Spread.unpack(vector[split:]), pivot)
+        """Read the message format, ``[9C + 3]``."""
+        channels = pivot.numel()
+        split = 4 * channels + 1
+        moments = Moments.unpack(vector[:split], channels)
+        return Sums(moments, Spread.unpack(vector[split:]), pivot)
 
     def pack(self) -> Tensor:
-        """Return the message, float64 ``[7C + 3]``."""
+        """Return the message, float64 ``[9C + 3]``."""
         return torch.cat([self.moments.pack(), self.spread.pack()])
 
     def __add__(self, other: Sums) -> Sums:

@@ -18,7 +18,7 @@ from syncbn.distributed.collectives import communicating_group, sum_over_ranks
 from syncbn.inference.convert import convert_inference, reverted_after
 from syncbn.inference.rule import Rule
 from syncbn.module import SyncBatchNorm
-from syncbn.moments import Moments
+from syncbn.moments import Moments, message_size
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -100,7 +100,7 @@ class PriorMix(Rule):
         """Return the mixed mean and variance, ``[1, C]``."""
         message = torch.cat([_moments(x).pack(), layer.running_mean.new_tensor([len(x)]).double()])
         total = sum_over_ranks(message, _group(layer.module), f"prior_mix in {layer.name}")
-        moments, samples = Moments.unpack(total[:-1]), total[-1]
+        moments, samples = Moments.unpack(total[:-1], x.shape[1]), total[-1]
         share = samples / (self.pseudo_samples + samples)
         old_mean, old_var = layer.running_mean.double(), layer.running_var.double()
         mean = old_mean + share * (moments.mean() - old_mean)
@@ -115,11 +115,14 @@ class PriorMix(Rule):
 def _moments(x: Tensor) -> Moments:
     if not x.numel():
         # Zeros that depend on x: the backward pass of this rank must come here, too.
-        return Moments.unpack(x.double().sum().expand(2 * x.shape[1] + 1))
+        zeros = x.double().sum().expand(message_size(x.shape[1], torch.float64))
+        return Moments.unpack(zeros, x.shape[1])
     n, rounded, var, rest = precise(x)
     mean = rounded.double() + rest
+    pivot = mean.detach().mean(0)
+    first, second = n * (mean - pivot).sum(0), n * (var + (mean - pivot).square()).sum(0)
     count = mean.new_tensor(float(n * len(x)))
-    return Moments(count, n * mean.sum(0), n * (var + mean * mean).sum(0))
+    return Moments.around(count, pivot, first, second, two_parts=True)
 
 
 def _group(module: _BatchNorm) -> dist.ProcessGroup | None:

@@ -34,7 +34,10 @@ class Kernel(Protocol):
     """The local computations of batch normalization."""
 
     def moments(self, x: Tensor) -> Tensor:
-        """Return ``[sum (C) | sum_sq (C) | count (1)]``, float64 ``[2C + 1]``."""
+        """Return packed :class:`syncbn.moments.Moments`: float64 ``[2C + 1]``.
+
+        Two-part sums for float64 inputs: ``[4C + 1]``.
+        """
 
     def normalize(
         self, x: Tensor, message: Tensor, how: Forward, residual: Tensor | None = None

@@ -20,6 +20,7 @@ from syncbn.kernels.transform import (
     normalize_coefficients,
     split_mean,
 )
+from syncbn.moments import Moments, has_two_parts, message_size
 
 
 def moments(x: Tensor) -> Tensor:
@@ -27,7 +28,8 @@ def moments(x: Tensor) -> Tensor:
     channels = x.shape[1]
     count = x.numel() // channels
     if count == 0:
-        return torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)
+        size = message_size(channels, x.dtype)
+        return torch.zeros(size, dtype=torch.float64, device=x.device)
     if x.dtype in (torch.float16, torch.bfloat16):
         # A half type cannot hold a variation its mean dwarfs, so there is nothing to shift away.
         values, pivot = x, torch.zeros(channels, dtype=torch.float64, device=x.device)
@@ -42,18 +44,19 @@ def moments(x: Tensor) -> Tensor:
     rest = mean.double()
     low, high = torch.aminmax(values.movedim(1, 0).reshape(channels, -1), dim=1)
     variance = torch.where(low == high, 0.0, invstd.double().square().reciprocal())
-    mean = pivot + rest
-    tail = mean.new_full((1,), count)
-    return torch.cat([mean * count, (variance + mean.square()) * count, tail])
+    first, second = rest * count, (variance + rest.square()) * count
+    two_parts = has_two_parts(x.dtype)
+    return Moments.around(pivot.new_full((), count), pivot, first, second, two_parts).pack()
 
 
 def normalize(
     x: Tensor, message: Tensor, how: Forward, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See :func:`syncbn.kernels.reference.normalize`."""
+    group = Moments.unpack(message, x.shape[1])
     if how.running is not None:
-        move_running(message, how.running)
-    found = statistics(message, how.eps)
+        move_running(group, how.running)
+    found = statistics(group, how.eps)
     y = _affine(x, Transform(found, how.weight, how.bias))
     if residual is not None:
         y.add_(residual)

@@ -23,6 +23,7 @@ from syncbn.kernels import reference
 from syncbn.kernels.digest import checksum_path, digest, is_intact, sources
 from syncbn.kernels.samples import alike, empty_like, readable
 from syncbn.kernels.transform import Forward, Transform, Wanted
+from syncbn.moments import Moments, message_size
 
 # Built by hatch_build.py.
 PATH = Path(__file__).with_name("libsyncbn_cpu.so")
@@ -51,7 +52,8 @@ class CPU:
     def moments(self, x: Tensor) -> Tensor:
         """See :func:`syncbn.kernels.reference.moments`."""
         x, samples = readable(x)
-        message = x.new_empty(2 * samples.channels + 1, dtype=torch.float64)
+        size = message_size(samples.channels, x.dtype)
+        message = x.new_empty(size, dtype=torch.float64)
         self._run(self.library.moments, x, samples, message.data_ptr())
         return message
 
@@ -63,7 +65,7 @@ class CPU:
         averages = None if running is None else call.averages(running)
         found = self._output(self.library.normalize, x, message, how, residual, averages)
         if running is not None and averages is None:
-            reference.move_running(message, running)
+            reference.move_running(Moments.unpack(message, x.shape[1]), running)
         return found
 
     def backward_reduce(

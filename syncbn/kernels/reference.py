@@ -19,11 +19,11 @@ from syncbn.kernels.transform import (
     normalize_coefficients,
     split_mean,
 )
-from syncbn.moments import Moments
+from syncbn.moments import Moments, has_two_parts
 
 
 def moments(x: Tensor) -> Tensor:
-    """Return this rank's ``[sum (C) | sum_sq (C) | count (1)]``.
+    """Return this rank's ``[sum (C) | sum_sq (C) | count (1)]``; two-part sums of float64 inputs.
 
     The sums are taken around the local mean and moved to the origin in float64, so that squares of
     a large mean never meet a small variance in float32. Squares are of the compute dtype: in
@@ -33,32 +33,33 @@ def moments(x: Tensor) -> Tensor:
         x: shape ``[N, C, *]``, any floating dtype; may have no elements.
 
     Returns:
-        float64, shape ``[2C + 1]``: the format of :meth:`syncbn.moments.Moments.unpack`.
+        float64, shape ``[2C + 1]``, or ``[4C + 1]`` for float64 inputs: the format of
+        :meth:`syncbn.moments.Moments.pack`.
     """
     dims = reduced_dims(x)
     count = x.numel() // x.shape[1]
     values = x.to(compute_dtype(x.dtype))
     pivot = values.sum(dims) / max(count, 1)
     centred = values - per_channel(pivot, x)
-    pivot, rest = pivot.double(), centred.sum(dims).double()
-    total = rest + count * pivot
-    total_sq = centred.square().sum(dims).double() + pivot * (rest + total)
-    return torch.cat([total, total_sq, total.new_full((1,), count)])
+    pivot, first = pivot.double(), centred.sum(dims).double()
+    second = centred.square().sum(dims).double()
+    two_parts = has_two_parts(x.dtype)
+    return Moments.around(pivot.new_full((), count), pivot, first, second, two_parts).pack()
 
 
-def statistics(message: Tensor, eps: float) -> Tensor:
+def statistics(group: Moments, eps: float) -> Tensor:
     """Return ``[mean (C) | invstd (C) | count (1)]``, float64: :class:`Transform`'s statistics.
 
     Args:
-        message: :func:`moments` summed over the group.
+        group: :func:`moments` summed over the group.
         eps: added to the variance.
     """
-    group = Moments.unpack(message)
-    invstd = (group.variance() + eps).rsqrt()
-    return torch.cat([group.mean(), invstd, group.count.reshape(1)])
+    mean, squares = group.centre()
+    invstd = (squares / group.count.clamp(min=1) + eps).rsqrt()
+    return torch.cat([mean, invstd, group.count.reshape(1)])
 
 
-def move_running(message: Tensor, running: Running) -> None:
+def move_running(group: Moments, running: Running) -> None:
     """Count a batch, and move running averages towards it, in place, without a host sync.
 
     ``running <- (1 - momentum) running + momentum batch``, with the unbiased variance, as torch.
@@ -66,10 +67,9 @@ def move_running(message: Tensor, running: Running) -> None:
     is empty, averages and counter stay as they are, and no NaN reaches them.
 
     Args:
-        message: :func:`moments` summed over the group.
+        group: :func:`moments` summed over the group.
         running: the averages.
     """
-    group = Moments.unpack(message)
     mean, var, tracked, momentum = running
     counts = group.count > 1
     weight: float | Tensor = 0.0 if momentum is None else momentum
@@ -98,9 +98,10 @@ def normalize(
         how: the rest.
         residual: shape and dtype of x, or None.
     """
+    group = Moments.unpack(message, x.shape[1])
     if how.running is not None:
-        move_running(message, how.running)
-    found = statistics(message, how.eps)
+        move_running(group, how.running)
+    found = statistics(group, how.eps)
     y = affine(x, Transform(found, how.weight, how.bias))
     if residual is not None:
         y = y + residual

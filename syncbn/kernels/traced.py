@@ -2,7 +2,8 @@
 
 Nothing is written to memory between them, so that what would be a copy of twice the size elsewhere
 is a conversion in a register here. What :mod:`syncbn.kernels.reference` does to keep float32 exact,
-another pass over the input and twice as many operations to compile, is not needed.
+another pass over the input and twice as many operations to compile, is not needed. A float64 input
+does need it, so its moments are those of the reference, on a single rank, too.
 
 Numbers by channel are packed before they meet the input again: a compiler would otherwise put
 their arithmetic, roots and quotients, into the loop over the input.
@@ -13,13 +14,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from syncbn.kernels import reference
 from syncbn.kernels.reference import per_channel, reduced_dims
 from syncbn.kernels.transform import Forward, Running, Transform, Wanted
-from syncbn.moments import Moments
+from syncbn.moments import Moments, has_two_parts
 
 
 def moments(x: Tensor) -> Tensor:
     """See :func:`syncbn.kernels.reference.moments`."""
+    if has_two_parts(x.dtype):
+        return reference.moments(x)
     dims, wide = reduced_dims(x), x.double()
     total = wide.sum(dims)
     return torch.cat([total, (wide * wide).sum(dims), total.new_full((1,), _values(x))])
@@ -29,8 +33,9 @@ def normalize(
     x: Tensor, message: Tensor, how: Forward, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """See :func:`syncbn.kernels.reference.normalize`."""
-    group = Moments.unpack(message)
-    mean, var = group.mean(), group.variance()
+    group = Moments.unpack(message, x.shape[1])
+    mean, squares = group.centre()
+    var = squares / group.count.clamp(min=1)
     if how.running is not None:
         _move(mean, var, group.count, how.running)
     statistics = torch.cat([mean, (var + how.eps).rsqrt(), group.count.reshape(1)])
@@ -55,6 +60,8 @@ def backward_elemt(
 
 def forward_alone(x: Tensor, how: Forward, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     """See :func:`syncbn.kernels.alone.forward`. The number of values is known: it is left out."""
+    if has_two_parts(x.dtype):
+        return normalize(x, moments(x), how, residual)
     values = _values(x)
     var, mean = torch.var_mean(x.double(), reduced_dims(x), correction=0)
     if values == 0:
@@ -137,9 +144,10 @@ def _input_gradient(
 ) -> Tensor:
     mean, invstd = _halves(x, transform.statistics)
     slope = sums[1] * invstd / values
-    packed = torch.stack([slope, sums[0] / values - mean * slope, _scale(invstd, transform.weight)])
-    slope, offset, scale = (per_channel(v, x) for v in packed.unbind())
-    return ((dy - offset - x * slope) * scale).to(x.dtype)
+    packed = torch.stack([slope, sums[0] / values, _scale(invstd, transform.weight)])
+    slope, mean_dy, scale = (per_channel(v, x) for v in packed.unbind())
+    # x * slope would lose the digits of a large mean, in float64 inputs.
+    return ((dy - mean_dy - (x - per_channel(mean, x)) * slope) * scale).to(x.dtype)
 
 
 def _move(mean: Tensor, var: Tensor, count: Tensor | int, running: Running) -> None:

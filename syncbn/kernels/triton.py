@@ -24,6 +24,7 @@ from syncbn.kernels.samples import Samples, alike, empty_like, readable
 from syncbn.kernels.transform import Forward, Running, Transform, Wanted
 from syncbn.kernels.triton_launch import capability
 from syncbn.kernels.triton_tiles import COMPUTE, gate_bytes
+from syncbn.moments import Moments
 
 IS_INTERPRETED = isinstance(triton_kernels.moments, InterpretedFunction)
 # Of GPUs that Triton compiles for.
@@ -74,7 +75,7 @@ def forward_alone(
     mean, var, tracked, momentum = running = how.running or _NOTHING
     if running is not _NOTHING and not _can_move(running, x.device):
         message = moments(x) if message is None else message
-        reference.move_running(message, running)
+        reference.move_running(Moments.unpack(message, samples.channels), running)
         mean, var, tracked, momentum = running = _NOTHING
     if cumulative := momentum is None and tracked is not None:
         # By itself: all programs read what one of them would write.

@@ -17,7 +17,6 @@ COMPUTE = {
     torch.float16: tl.float32,
     torch.bfloat16: tl.float32,
     torch.float32: tl.float32,
-    torch.float64: tl.float64,
 }
 # What a thread can read at a time.
 _BYTES_AT_A_TIME = 16

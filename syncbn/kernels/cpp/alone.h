@@ -26,7 +26,7 @@ struct Tile {
   int64_t bytes;
   int threads;
 
-  // Of packed numbers: two for each channel, and a count.
+  // Of packed statistics: two for each channel, and a count.
   int64_t numbers() const { return 2 * channels + 1; }
 
   Input of(const Input& in) const {
@@ -40,11 +40,11 @@ struct Tile {
     if (t.data == nullptr) return t;
     return {static_cast<char*>(t.data) + first * size_of(t.dtype), t.dtype};
   }
-  void scatter(const double* own, double* packed) const {
-    for (int64_t c = 0; c < channels; ++c) {
-      packed[first + c] = own[c];
-      packed[all.channels + first + c] = own[channels + c];
-    }
+  // Copy so many numbers of each channel to where they are among those of all channels.
+  void scatter(const double* own, int numbers, double* packed) const {
+    for (int k = 0; k < numbers; ++k)
+      for (int64_t c = 0; c < channels; ++c)
+        packed[k * all.channels + first + c] = own[k * channels + c];
   }
   void gather(const double* packed, double* own) const {
     for (int64_t c = 0; c < channels; ++c) {

@@ -8,8 +8,8 @@
 
 namespace {
 
-// Relative rounding of a raw float64 sum of squares (moments.py).
-constexpr double ROUNDING = 1e-15;
+// Relative rounding of a raw float64 sum of squares, and of a two-part one (moments.py).
+constexpr double ROUNDING = 1e-15, TWO_PART_ROUNDING = 0x1p-72;
 
 inline double at_least_one(double count) { return count > 1 ? count : 1; }
 
@@ -56,35 +56,98 @@ inline void write_all(const double* from, int64_t size, Numbers to) {
   });
 }
 
-// Message [sum (C) | sum of squares (C) | count] from sums around pivots.
-inline void write_message(const Sums* sums, const Shape& shape, double* message) {
-  int64_t channels = shape.channels;
-  for (int64_t c = 0; c < channels; ++c) {
-    const Sums& s = sums[c];
-    double sum = s.first + s.n * s.pivot;
-    message[c] = sum;
-    message[channels + c] = s.second + s.pivot * (s.first + sum);
-  }
-  message[2 * channels] = static_cast<double>(shape.batch * shape.space);
+// Moments of an input in a message: [sum (C) | sum of squares (C) | count], or, for float64 inputs,
+// [sum (C) | sum of squares (C) | low parts of both (2C) | count].
+struct Packed {
+  double* data;
+  int64_t channels;
+  Dtype dtype;
+
+  bool has_two_parts() const { return ::has_two_parts(dtype); }
+  double* part(int k) const { return data + k * channels; }
+  double& count() const { return data[message_size(channels, dtype) - 1]; }
+};
+
+// A value as the sum of a float64 and its rounding error.
+struct Pair {
+  double high, low;
+};
+
+inline Pair two_sum(double a, double b) {
+  double sum = a + b, rest = sum - a;
+  return {sum, (a - (sum - rest)) + (b - rest)};
 }
 
-// From a message, the mean, and the sum of squares around it: zero within its rounding.
-inline void centre(const double* message, int64_t channels, double* mean, double* squares) {
-  double count = at_least_one(message[2 * channels]);
-  for (int64_t c = 0; c < channels; ++c) {
-    double sum_sq = message[channels + c];
-    mean[c] = message[c] / count;
-    double around = sum_sq - message[c] * mean[c];
-    // A product, for NaN to stay.
-    squares[c] = around * (around > ROUNDING * sum_sq);
+// Not inlined: -ffp-contract=fast would fuse the product with a sum of the caller, and the error
+// would be that of another product.
+__attribute__((noinline)) Pair two_product(double a, double b) {
+  double product = a * b;
+  return {product, std::fma(a, b, -product)};
+}
+
+// The first 26 bits as the high part; those of several ranks add without rounding. Dekker's way
+// would be a product that -ffp-contract=fast fuses, too.
+inline Pair split(Pair v) {
+  auto high = bits_of<double>(bits_of<uint64_t>(v.high) & ~0ull << 27);
+  return {high, (v.high - high) + v.low};
+}
+
+// Message from sums around pivots: Moments.around.
+inline void write_message(const Sums* sums, const Shape& shape, Packed message) {
+  for (int64_t c = 0; c < shape.channels; ++c) {
+    const Sums& s = sums[c];
+    if (!message.has_two_parts()) {
+      double sum = s.first + s.n * s.pivot;
+      message.part(0)[c] = sum;
+      message.part(1)[c] = s.second + s.pivot * (s.first + sum);
+      continue;
+    }
+    Pair moved = two_product(s.n, s.pivot), sum = two_sum(moved.high, s.first);
+    sum.low += moved.low;
+    Pair both = two_sum(sum.high, s.first), square = two_product(s.pivot, both.high);
+    Pair sum_sq = two_sum(square.high, s.second);
+    sum_sq.low += square.low + s.pivot * (both.low + sum.low);
+    sum = split(sum);
+    sum_sq = split(sum_sq);
+    message.part(0)[c] = sum.high;
+    message.part(1)[c] = sum_sq.high;
+    message.part(2)[c] = sum.low;
+    message.part(3)[c] = sum_sq.low;
+  }
+  message.count() = static_cast<double>(shape.batch * shape.space);
+}
+
+// The mean, and the sum of squares around it: zero within its rounding. Moments.centre.
+inline void centre(Packed message, double* mean, double* squares) {
+  double count = at_least_one(message.count());
+  const double *sum = message.part(0), *sum_sq = message.part(1);
+  if (!message.has_two_parts()) {
+    for (int64_t c = 0; c < message.channels; ++c) {
+      mean[c] = sum[c] / count;
+      double around = sum_sq[c] - sum[c] * mean[c];
+      // A product, for NaN to stay.
+      squares[c] = around * (around > ROUNDING * sum_sq[c]);
+    }
+    return;
+  }
+  const double *sum_low = message.part(2), *sum_sq_low = message.part(3);
+  for (int64_t c = 0; c < message.channels; ++c) {
+    double rough = (sum[c] + sum_low[c]) / count;
+    Pair product = two_product(count, rough), square = two_product(rough, product.high);
+    double rest = (sum[c] - product.high) + (sum_low[c] - product.low), shift = rest / count;
+    double around = (sum_sq[c] - square.high) + (sum_sq_low[c] - square.low);
+    around -= rough * product.low + rest * (2 * rough + shift);
+    mean[c] = rough + shift;
+    squares[c] = around * (around > TWO_PART_ROUNDING * sum_sq[c]);
   }
 }
 
 // Statistics [mean (C) | invstd (C) | count].
-inline void write_statistics(const double* message, int64_t channels, double eps, double* out) {
+inline void write_statistics(Packed message, double eps, double* out) {
+  int64_t channels = message.channels;
   double* invstd = out + channels;
-  centre(message, channels, out, invstd);
-  double count = message[2 * channels];
+  centre(message, out, invstd);
+  double count = message.count();
   for (int64_t c = 0; c < channels; ++c)
     invstd[c] = 1 / std::sqrt(invstd[c] / at_least_one(count) + eps);
   out[2 * channels] = count;
@@ -92,9 +155,9 @@ inline void write_statistics(const double* message, int64_t channels, double eps
 
 // Count a batch if it has a variance; running <- running + (batch - running) momentum, with the
 // unbiased variance. A momentum of NaN is 1/tracked, after counting.
-inline void move_running(const double* message, int64_t channels, const Running& running) {
-  int64_t* tracked = running.tracked;
-  if (!(message[2 * channels] > 1)) return;
+inline void move_running(Packed message, const Running& running) {
+  int64_t channels = message.channels, *tracked = running.tracked;
+  if (!(message.count() > 1)) return;
   if (tracked != nullptr) ++*tracked;
   if (running.mean.data == nullptr && running.var.data == nullptr) return;
   double momentum = running.momentum;
@@ -102,8 +165,8 @@ inline void move_running(const double* message, int64_t channels, const Running&
     momentum = tracked == nullptr ? 0 : 1 / at_least_one(static_cast<double>(*tracked));
   Scratch<double> scratch(3 * channels);
   double *means = scratch.data(), *vars = means + channels, *moved = vars + channels;
-  centre(message, channels, means, vars);
-  double degrees = at_least_one(message[2 * channels] - 1);
+  centre(message, means, vars);
+  double degrees = at_least_one(message.count() - 1);
   for (int64_t c = 0; c < channels; ++c) vars[c] /= degrees;
   auto move = [&](const double* batch, Numbers average) {
     if (average.data == nullptr) return;

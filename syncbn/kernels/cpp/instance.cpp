@@ -36,13 +36,14 @@ void map(const Input& in, Operand pair, Operand out, const compute_t<T>* coeffic
 void moments(Input in, double* message) {
   Scratch<Sums> sums(in.shape.channels);
   with_type(in.dtype, [&](auto t) { sum<Moments, decltype(t)>(in, {}, nullptr, sums.data()); });
-  write_message(sums.data(), in.shape, message);
+  write_message(sums.data(), in.shape, {message, in.shape.channels, in.dtype});
 }
 
-void normalize(Input in, const double* message, double eps, Transform transform, Operand residual,
+void normalize(Input in, double* message, double eps, Transform transform, Operand residual,
                Operand y, Running running) {
-  move_running(message, in.shape.channels, running);
-  write_statistics(message, in.shape.channels, eps, transform.statistics);
+  Packed packed{message, in.shape.channels, in.dtype};
+  move_running(packed, running);
+  write_statistics(packed, eps, transform.statistics);
   with_type(in.dtype, [&](auto t) {
     using T = decltype(t);
     Coefficients<compute_t<T>> all(transform.statistics, in.shape.channels, transform.weight,
@@ -89,20 +90,24 @@ void backward_elemt(Input in, Transform transform, const double* sums, Operand d
 
 void forward_alone(Input in, double eps, Transform transform, Operand residual, Operand y,
                    Running running) {
-  Scratch<double> message(2 * in.shape.channels + 1);
+  int64_t channels = in.shape.channels;
+  Scratch<double> message(message_size(channels, in.dtype));
+  int parts = has_two_parts(in.dtype) ? 4 : 2;
   Numbers weight = transform.weight, bias = transform.bias;
   each_tile(in, [&](const Tile& tile) {
-    Scratch<double> own(2 * tile.numbers());
-    double *own_message = own.data(), *own_statistics = own_message + tile.numbers();
+    int64_t size = message_size(tile.channels, in.dtype);
+    Scratch<double> own(size + tile.numbers());
+    double *own_message = own.data(), *own_statistics = own_message + size;
     moments(tile.of(in), own_message);
     Transform part{own_statistics, tile.of(weight), tile.of(bias), transform.relu};
     normalize(tile.of(in), own_message, eps, part, tile.of(residual), tile.of(y), {});
-    tile.scatter(own_message, message.data());
-    tile.scatter(own_statistics, transform.statistics);
+    tile.scatter(own_message, parts, message.data());
+    tile.scatter(own_statistics, 2, transform.statistics);
   });
-  message.data()[2 * in.shape.channels] = transform.statistics[2 * in.shape.channels] =
+  Packed packed{message.data(), channels, in.dtype};
+  packed.count() = transform.statistics[2 * channels] =
       static_cast<double>(in.shape.batch * in.shape.space);
-  move_running(message.data(), in.shape.channels, running);
+  move_running(packed, running);
 }
 
 void backward_alone(Input in, Transform transform, Operand dy, double* sums,
@@ -116,7 +121,7 @@ void backward_alone(Input in, Transform transform, Operand dy, double* sums,
     Transform part{own_statistics, tile.of(weight), tile.of(bias), transform.relu};
     backward_reduce(tile.of(in), part, tile.of(dy), own_sums, {});
     backward_elemt(tile.of(in), part, own_sums, tile.of(dy), tile.of(dx));
-    tile.scatter(own_sums, sums);
+    tile.scatter(own_sums, 2, sums);
   });
   write_parameter_gradients(sums, in.shape.channels, gradients);
 }

@@ -16,6 +16,12 @@ struct Operand {
   int64_t stride;
 };
 
+// Numbers in packed moments (moments.py): two-part sums for float64 inputs.
+constexpr bool has_two_parts(Dtype dtype) { return dtype == Dtype::float64; }
+constexpr int64_t message_size(int64_t channels, Dtype dtype) {
+  return (has_two_parts(dtype) ? 4 : 2) * channels + 1;
+}
+
 // An input, and how it is to be worked on.
 struct Input {
   Shape shape;
@@ -49,8 +55,8 @@ struct ParameterGradients {
 struct Kernels {
   void (*moments)(Input, double* message);
   // Writes the statistics of the transform, too.
-  void (*normalize)(Input, const double* message, double eps, Transform, Operand residual,
-                    Operand y, Running);
+  void (*normalize)(Input, double* message, double eps, Transform, Operand residual, Operand y,
+                    Running);
   void (*backward_reduce)(Input, Transform, Operand dy, double* sums, ParameterGradients);
   void (*backward_elemt)(Input, Transform, const double* sums, Operand dy, Operand dx);
   // The functions above in two, for who has no other rank to wait for.
