@@ -4,7 +4,8 @@
     NPROC=3 launch/mpirun.sh examples/error_table.py
 
 Prints the largest relative error over all ranks (the largest error over the largest value) of the
-output, the input gradient, the parameter gradients and the running averages.
+output, the input gradient, the parameter gradients and the running averages. A second table is for
+float64 inputs, beside torch.nn.BatchNorm2d on the whole batch in one process.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import itertools
 import torch
 import torch.distributed as dist
 from oracle import EPS, MOMENTUM, Case, Result, batch, expected, parameters, relative_errors
-from torch import Tensor
+from torch import Tensor, nn
 
 import syncbn
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("contiguous", "channels_last")
-OFFSETS = (0.0, 100.0, 1e4)
+OFFSETS, FLOAT64_OFFSETS = (0.0, 100.0, 1e4), (0.0, 1e4, 1e6)
 QUANTITIES = ("y", "dx", "dweight", "dbias", "running_mean", "running_var")
 CHANNELS = 33
 IMAGE = (56, 56)
@@ -42,6 +43,19 @@ def observe(case: Case, rank: int, device: torch.device, kernel: str = "auto") -
     ).to(device)
     layer.sync_kernel = kernel
     x, dy = (t.to(device) for t in batch(case, rank))
+    return step(layer, case, x, dy)
+
+
+def observe_torch(case: Case) -> Result:
+    """Run torch.nn.BatchNorm2d forward and backward on the batches of all ranks."""
+    dtype = case.parameter_dtype
+    layer = nn.BatchNorm2d(case.channels, EPS, MOMENTUM, case.affine, dtype=dtype)
+    x, dy = map(torch.cat, zip(*(batch(case, r) for r in range(len(case.shapes))), strict=True))
+    return step(layer, case, x, dy)
+
+
+def step(layer: nn.BatchNorm2d, case: Case, x: Tensor, dy: Tensor) -> Result:
+    """Run a layer forward and backward, with the weight and bias of a case."""
     x.requires_grad_()
     with torch.no_grad():
         for parameter, value in zip((layer.weight, layer.bias), parameters(case), strict=True):
@@ -68,25 +82,56 @@ def row(case: Case, place: syncbn.RankInfo) -> list[float]:
     return largest.tolist()
 
 
-def table(place: syncbn.RankInfo) -> list[str]:
-    """Return the Markdown table, computed by all ranks together."""
-    lines = [
-        "| dtype | layout | ranks | mean/std | " + " | ".join(QUANTITIES) + " |",
+def torch_row(case: Case) -> list[float]:
+    """Return the errors of torch.nn.BatchNorm2d."""
+    parts = expected(case)
+    whole = {name: torch.cat([part[name] for part in parts]) for name in ("y", "dx")}
+    whole |= {name: sum(part[name] for part in parts) for name in ("dweight", "dbias")}
+    errors = relative_errors(observe_torch(case), parts[0] | whole)
+    return [errors[name] for name in QUANTITIES]
+
+
+def head(first: str) -> list[str]:
+    """Return the first lines of a Markdown table."""
+    return [
+        f"| {first} | layout | ranks | mean/std | " + " | ".join(QUANTITIES) + " |",
         "|---|---|---|---|" + "---|" * len(QUANTITIES),
     ]
+
+
+def line(first: str, case: Case, split: str, errors: list[float]) -> str:
+    """Return a line of a Markdown table."""
+    cells = " | ".join(f"{error:.1e}" for error in errors)
+    return f"| {first} | {case.layout} | {split} | {case.offset:g} | {cells} |"
+
+
+def float64_table(place: syncbn.RankInfo) -> list[str]:
+    """Return the Markdown table of float64 inputs, computed by all ranks together."""
+    lines = head("float64")
+    corners = itertools.product(splits(place.world_size).items(), FLOAT64_OFFSETS)
+    for (split, sizes), offset in corners:
+        shapes = tuple((size, CHANNELS, *IMAGE) for size in sizes)
+        case = Case(shapes, torch.float64, "contiguous", offset)
+        lines.append(line("SyncBatchNorm", case, split, row(case, place)))
+        lines.append(line("nn.BatchNorm2d", case, split, torch_row(case)))
+    return lines
+
+
+def table(place: syncbn.RankInfo) -> list[str]:
+    """Return the Markdown table, computed by all ranks together."""
+    lines = head("dtype")
     corners = itertools.product(DTYPES, LAYOUTS, splits(place.world_size).items(), OFFSETS)
     for dtype, layout, (split, sizes), offset in corners:
         shapes = tuple((size, CHANNELS, *IMAGE) for size in sizes)
-        cells = row(Case(shapes, dtype, layout, offset), place)
-        head = f"| {str(dtype)[6:]} | {layout} | {split} | {offset:g} | "
-        lines.append(head + " | ".join(f"{cell:.1e}" for cell in cells) + " |")
+        case = Case(shapes, dtype, layout, offset)
+        lines.append(line(str(dtype)[6:], case, split, row(case, place)))
     return lines
 
 
 def main() -> None:
     """Compute the table on all ranks; rank 0 prints it."""
     place = syncbn.init_process_group()
-    lines = table(place)
+    lines = [*table(place), "", *float64_table(place)]
     if place.rank == 0:
         print("\n".join(lines))
     dist.destroy_process_group()

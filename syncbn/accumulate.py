@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from syncbn.kernels import Running
 from syncbn.kernels.reference import move_running
 from syncbn.module import SyncBatchNorm
-from syncbn.moments import Moments, message_size
+from syncbn.moments import Moments, get_packed_size
 
 
 @contextmanager
@@ -68,5 +68,5 @@ def _nothing(layer: SyncBatchNorm) -> Tensor:
             f"{layer.sync_name or type(layer).__name__}: has no sizes yet; run it once before "
             "accumulate_statistics()"
         )
-    size = message_size(layer.num_features, buffers[0].dtype)
+    size = get_packed_size(layer.num_features, buffers[0].dtype)
     return torch.zeros(size, dtype=torch.float64, device=buffers[0].device)

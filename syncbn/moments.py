@@ -20,7 +20,7 @@ def has_two_parts(dtype: torch.dtype) -> bool:
     return dtype is torch.float64
 
 
-def message_size(channels: int, dtype: torch.dtype) -> int:
+def get_packed_size(channels: int, dtype: torch.dtype) -> int:
     """Return the length of packed moments: ``4C + 1`` for float64 inputs, ``2C + 1`` for others."""
     return (4 if has_two_parts(dtype) else 2) * channels + 1
 
@@ -61,7 +61,7 @@ class Moments:
         return Moments(vector[-1], *parts)
 
     @staticmethod
-    def around(
+    def from_pivot(
         count: Tensor, pivot: Tensor, first: Tensor, second: Tensor, two_parts: bool
     ) -> Moments:
         """Return the raw moments of values from their sums around a pivot.
@@ -103,13 +103,13 @@ class Moments:
         """Return the moments of both sets; both have one part, or both have two."""
         return Moments.unpack(self.pack() + other.pack(), self.sum.numel())
 
-    def totals(self) -> tuple[Tensor, Tensor]:
+    def round_sums(self) -> tuple[Tensor, Tensor]:
         """Return the sum and the sum of squares, rounded to one float64, shape ``[C]`` each."""
         if self.sum_low is None or self.sum_sq_low is None:
             return self.sum, self.sum_sq
         return self.sum + self.sum_low, self.sum_sq + self.sum_sq_low
 
-    def centre(self) -> tuple[Tensor, Tensor]:
+    def mean_and_m2(self) -> tuple[Tensor, Tensor]:
         """Return the mean and the sum of squares around it, float64, shape ``[C]`` each.
 
         Both are zero where there are no values. The sum of squares is zero below the rounding of
@@ -133,7 +133,7 @@ class Moments:
 
     def mean(self) -> Tensor:
         """Return the mean, float64, shape ``[C]``; zero where there are no values."""
-        return self.centre()[0]
+        return self.mean_and_m2()[0]
 
     def variance(self, *, unbiased: bool = False) -> Tensor:
         """Return the variance, float64, shape ``[C]``; zero where it is undefined.
@@ -142,10 +142,10 @@ class Moments:
             unbiased: divide by ``count - 1`` (running statistics) instead of ``count``
                 (normalization).
         """
-        return self.centre()[1] / (self.count - 1 if unbiased else self.count).clamp(min=1)
+        return self.mean_and_m2()[1] / (self.count - 1 if unbiased else self.count).clamp(min=1)
 
 
-def add_message(total: Tensor, message: Tensor, channels: int) -> None:
+def add_packed(total: Tensor, message: Tensor, channels: int) -> None:
     """Add packed moments to others in place; the total keeps its number of parts.
 
     Args:
@@ -155,10 +155,10 @@ def add_message(total: Tensor, message: Tensor, channels: int) -> None:
     """
     if message.numel() != total.numel():
         found = Moments.unpack(message, channels)
-        sums = found.totals()
+        sums = found.round_sums()
         two_parts = total.numel() > message.numel()
         pivot = torch.zeros_like(found.sum)
-        message = Moments.around(found.count, pivot, *sums, two_parts).pack()
+        message = Moments.from_pivot(found.count, pivot, *sums, two_parts).pack()
     total.add_(message)
 
 

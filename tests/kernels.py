@@ -67,7 +67,7 @@ def normalize(kernel: Kernel, x: Tensor, how: Transform, residual: Tensor | None
     """Return x normalized with given statistics, by way of a message that has them, and eps = 0."""
     count, mean = how.values, how.mean
     around = torch.zeros_like(mean), count * how.invstd**-2
-    moments = Moments.around(count, mean, *around, has_two_parts(x.dtype))
+    moments = Moments.from_pivot(count, mean, *around, has_two_parts(x.dtype))
     forward = Forward(0.0, how.weight, how.bias, how.relu)
     return kernel.normalize(x, moments.pack(), forward, residual)[0]
 
@@ -75,7 +75,7 @@ def normalize(kernel: Kernel, x: Tensor, how: Transform, residual: Tensor | None
 def totals(message: Tensor, channels: int) -> Tensor:
     """Return ``[sum (C) | sum_sq (C) | count (1)]`` of packed moments of one part or two."""
     found = Moments.unpack(message, channels)
-    return torch.cat([*found.totals(), found.count.reshape(1)])
+    return torch.cat([*found.round_sums(), found.count.reshape(1)])
 
 
 def transform(x: Tensor, relu: bool = False) -> Transform:

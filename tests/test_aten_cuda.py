@@ -19,6 +19,7 @@ from syncbn.kernels import aten_cuda
 from syncbn.kernels.transform import compute_dtype
 from syncbn.moments import Moments
 from tests.kernels import DTYPES, tolerance
+from tests.test_far_from_zero import check_kernel
 from tests.test_kernels import LAYOUTS, SHAPES, check_module
 
 CPU = torch.device("cpu")
@@ -108,6 +109,12 @@ def test_arithmetic_agrees_with_float64(dtype: torch.dtype, layout: str) -> None
 def test_arithmetic_keeps_precision_far_from_zero(layout: str, offset: float) -> None:
     for shape in SHAPES[-2:]:
         check_module(aten_cuda, Case((shape,), layout=layout, offset=offset), 1e-6, CPU)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_arithmetic_of_float64_far_from_zero(layout: str) -> None:
+    """Raw float64 sums lost the variance."""
+    check_kernel(aten_cuda, layout)
 
 
 def test_arithmetic_ignores_where_the_outlier_is() -> None:

@@ -131,21 +131,23 @@ def test_without_contexts_statistics_move_twice(reentrant: bool) -> None:
     assert net.get_buffer("first.1.num_batches_tracked") == 2
 
 
-def test_another_recomputation_is_an_error() -> None:
-    first, second = syncbn.SyncBatchNorm(3), syncbn.SyncBatchNorm(4)
-    x = torch.randn(5, 7, requires_grad=True)
+@pytest.mark.parametrize(("channels", "dtype"), [(3, torch.float32), (2, torch.float64)])
+def test_another_recomputation_is_an_error(channels: int, dtype: torch.dtype) -> None:
+    """Moments of 2 float64 channels are as long as those of 4 float32 ones."""
+    first, second = syncbn.SyncBatchNorm(channels, dtype=dtype), syncbn.SyncBatchNorm(4)
+    x = torch.randn(5, channels + 4, requires_grad=True)
     calls = 0
 
     def region(x: Tensor) -> Any:
         nonlocal calls
         calls += 1
-        a, b = x.split([3, 4], 1)
-        if calls == 1:
-            return first(a).sum() + second(b).sum()
-        return second(b).sum() + first(a).sum()
+        a, b = x.split([channels, 4], 1)
+        layers: list[Any] = [lambda: first(a.to(dtype)).sum(), lambda: second(b).sum()]
+        return sum(layer() for layer in (layers if calls == 1 else layers[::-1]))
 
     y = ours(region, x)
-    with pytest.raises(RuntimeError, match="layer of 4 channels, the forward pass had one of 3"):
+    there = f"had one of {channels} channels and {dtype} inputs"
+    with pytest.raises(RuntimeError, match=f"of 4 channels and .*, the forward pass {there}"):
         y.backward()
-    assert first(torch.randn(5, 3)).shape == (5, 3)
+    assert first(torch.randn(5, channels, dtype=dtype)).shape == (5, channels)
     assert syncbn.checkpoint.current() is None

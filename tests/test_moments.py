@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from fractions import Fraction
+
 import pytest
 import torch
 
 from syncbn.kernels import reference
-from syncbn.moments import Moments
+from syncbn.moments import Moments, add_packed
 
 
 def moments_of(x: torch.Tensor) -> Moments:
@@ -62,3 +64,35 @@ def test_no_values_give_zeros() -> None:
     assert empty.count == 0
     assert torch.equal(empty.mean(), torch.zeros(3, dtype=torch.float64))
     assert torch.equal(empty.variance(unbiased=True), torch.zeros(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("mean", [0.1, -1e4 - 0.1, 1e6 + 0.3, 3e9])
+def test_a_constant_float64_channel_on_many_ranks_is_constant(mean: float) -> None:
+    """The low parts round with every addition; what that leaves is no variance."""
+    sizes = torch.randint(1, 1000, (1024,)).tolist()
+    channel = torch.full((1,), mean, dtype=torch.float64)
+    total = torch.zeros(5, dtype=torch.float64)
+    for size in sizes:
+        total += moments_of(channel.expand(size, 1)).pack()
+    found = Moments.unpack(total, 1)
+    assert torch.equal(found.mean(), channel)
+    assert found.variance() == 0
+
+
+def test_high_parts_add_without_rounding() -> None:
+    """All of the rounding of two-part sums is in their low parts."""
+    parts = [moments_of(torch.randn(3, 2, dtype=torch.float64) + 1e6) for _ in range(1000)]
+    total = torch.stack([part.sum for part in parts]).sum(0)
+    wanted = [sum(Fraction(part.sum[c].item()) for part in parts) for c in range(2)]
+    assert [Fraction(value) for value in total.tolist()] == wanted
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_messages_of_one_part_and_of_two_add(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Micro-batches of another dtype than the running averages."""
+    x = torch.randn(20, 3) + 1
+    total = reference.moments(x[:8].to(dtypes[0]))
+    add_packed(total, reference.moments(x[8:].to(dtypes[1])), 3)
+    found, values = Moments.unpack(total, 3), x.double()
+    torch.testing.assert_close(found.mean(), values.mean(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.variance(), values.var(0, correction=0), rtol=1e-6, atol=0)

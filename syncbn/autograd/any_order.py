@@ -13,7 +13,7 @@ from syncbn import modes
 from syncbn.autograd.call import Call, moments
 from syncbn.distributed.collectives import sum_over_ranks
 from syncbn.kernels import Forward, reference
-from syncbn.moments import Moments, add_message
+from syncbn.moments import Moments, add_packed
 
 # Of the function whose gradients second() returns.
 _ARGUMENTS = 8
@@ -40,7 +40,7 @@ def forward(
         group = Moments.unpack(message.detach(), x.shape[1])
         reference.move_running(group, call.running)
     if call.pending is not None:
-        add_message(call.pending, message.detach(), x.shape[1])
+        add_packed(call.pending, message.detach(), x.shape[1])
     how = Forward(call.eps, weight, bias, call.relu)
     return reference.normalize(x, message, how, residual)[0]
 

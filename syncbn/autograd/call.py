@@ -14,7 +14,7 @@ from syncbn.autograd import masking
 from syncbn.autograd.masking import Filling
 from syncbn.distributed import collectives
 from syncbn.kernels import Kernel, Running
-from syncbn.moments import add_message
+from syncbn.moments import add_packed
 
 
 class Call(NamedTuple):
@@ -91,5 +91,5 @@ def group_message(x: Tensor, call: Call) -> tuple[Tensor, bool]:
             inputs = f"{x.shape[1]} channels and {x.dtype} inputs"
             message, is_new = around.message(exchange, inputs, call.label)
     if is_new and call.pending is not None:
-        add_message(call.pending, message, x.shape[1])
+        add_packed(call.pending, message, x.shape[1])
     return message, is_new

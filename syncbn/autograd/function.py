@@ -29,7 +29,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
         mean, invstd     [C]           float64; equal on every rank
         n_r = N_r S_r                  values per channel here;  n = sum_r n_r
 
-    Forward, one message of 2C + 1 float64 numbers::
+    Forward, one message of 2C + 1 float64 numbers (4C + 1 for float64 inputs, whose sums have two
+    parts: :class:`syncbn.moments.Moments`)::
 
         [sum_r sum(x) | sum_r sum(x^2) | n]  <-  all_reduce [sum(x) | sum(x^2) | n_r]
         mean   = sum(x) / n

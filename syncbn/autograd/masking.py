@@ -55,6 +55,6 @@ def moments(of: Callable[[Tensor], Tensor], x: Tensor, filling: Filling) -> Tens
         filling: from there.
     """
     differences = x.to(compute_dtype(x.dtype)) - per_channel(filling.value, x)
-    first, second = Moments.unpack(of(differences), x.shape[1]).totals()
+    first, second = Moments.unpack(of(differences), x.shape[1]).round_sums()
     pivot, two_parts = filling.value.double(), has_two_parts(x.dtype)
-    return Moments.around(filling.counting, pivot, first, second, two_parts).pack()
+    return Moments.from_pivot(filling.counting, pivot, first, second, two_parts).pack()

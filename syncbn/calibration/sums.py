@@ -45,7 +45,7 @@ class Sums:
         near = (n * mean).sum(0) / count
         differences = mean - near
         first, second = (n * differences).sum(0), (n * (var + differences.square())).sum(0)
-        moments = Moments.around(count, near, first, second, two_parts=True)
+        moments = Moments.from_pivot(count, near, first, second, two_parts=True)
         return Sums(moments, Spread.of(n, mean - pivot, var), pivot)
 
     @staticmethod

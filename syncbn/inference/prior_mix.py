@@ -18,7 +18,7 @@ from syncbn.distributed.collectives import communicating_group, sum_over_ranks
 from syncbn.inference.convert import convert_inference, reverted_after
 from syncbn.inference.rule import Rule
 from syncbn.module import SyncBatchNorm
-from syncbn.moments import Moments, message_size
+from syncbn.moments import Moments, get_packed_size
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -115,14 +115,14 @@ class PriorMix(Rule):
 def _moments(x: Tensor) -> Moments:
     if not x.numel():
         # Zeros that depend on x: the backward pass of this rank must come here, too.
-        zeros = x.double().sum().expand(message_size(x.shape[1], torch.float64))
+        zeros = x.double().sum().expand(get_packed_size(x.shape[1], torch.float64))
         return Moments.unpack(zeros, x.shape[1])
     n, rounded, var, rest = precise(x)
     mean = rounded.double() + rest
     pivot = mean.detach().mean(0)
     first, second = n * (mean - pivot).sum(0), n * (var + (mean - pivot).square()).sum(0)
     count = mean.new_tensor(float(n * len(x)))
-    return Moments.around(count, pivot, first, second, two_parts=True)
+    return Moments.from_pivot(count, pivot, first, second, two_parts=True)
 
 
 def _group(module: _BatchNorm) -> dist.ProcessGroup | None:

@@ -20,7 +20,7 @@ from syncbn.kernels.transform import (
     normalize_coefficients,
     split_mean,
 )
-from syncbn.moments import Moments, has_two_parts, message_size
+from syncbn.moments import Moments, has_two_parts, get_packed_size
 
 
 def moments(x: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def moments(x: Tensor) -> Tensor:
     channels = x.shape[1]
     count = x.numel() // channels
     if count == 0:
-        size = message_size(channels, x.dtype)
+        size = get_packed_size(channels, x.dtype)
         return torch.zeros(size, dtype=torch.float64, device=x.device)
     if x.dtype in (torch.float16, torch.bfloat16):
         # A half type cannot hold a variation its mean dwarfs, so there is nothing to shift away.
@@ -46,7 +46,7 @@ def moments(x: Tensor) -> Tensor:
     variance = torch.where(low == high, 0.0, invstd.double().square().reciprocal())
     first, second = rest * count, (variance + rest.square()) * count
     two_parts = has_two_parts(x.dtype)
-    return Moments.around(pivot.new_full((), count), pivot, first, second, two_parts).pack()
+    return Moments.from_pivot(pivot.new_full((), count), pivot, first, second, two_parts).pack()
 
 
 def normalize(

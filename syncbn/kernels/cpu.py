@@ -23,7 +23,7 @@ from syncbn.kernels import reference
 from syncbn.kernels.digest import checksum_path, digest, is_intact, sources
 from syncbn.kernels.samples import alike, empty_like, readable
 from syncbn.kernels.transform import Forward, Transform, Wanted
-from syncbn.moments import Moments, message_size
+from syncbn.moments import Moments, get_packed_size
 
 # Built by hatch_build.py.
 PATH = Path(__file__).with_name("libsyncbn_cpu.so")
@@ -52,7 +52,7 @@ class CPU:
     def moments(self, x: Tensor) -> Tensor:
         """See :func:`syncbn.kernels.reference.moments`."""
         x, samples = readable(x)
-        size = message_size(samples.channels, x.dtype)
+        size = get_packed_size(samples.channels, x.dtype)
         message = x.new_empty(size, dtype=torch.float64)
         self._run(self.library.moments, x, samples, message.data_ptr())
         return message

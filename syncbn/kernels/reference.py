@@ -44,7 +44,7 @@ def moments(x: Tensor) -> Tensor:
     pivot, first = pivot.double(), centred.sum(dims).double()
     second = centred.square().sum(dims).double()
     two_parts = has_two_parts(x.dtype)
-    return Moments.around(pivot.new_full((), count), pivot, first, second, two_parts).pack()
+    return Moments.from_pivot(pivot.new_full((), count), pivot, first, second, two_parts).pack()
 
 
 def statistics(group: Moments, eps: float) -> Tensor:
@@ -54,7 +54,7 @@ def statistics(group: Moments, eps: float) -> Tensor:
         group: :func:`moments` summed over the group.
         eps: added to the variance.
     """
-    mean, squares = group.centre()
+    mean, squares = group.mean_and_m2()
     invstd = (squares / group.count.clamp(min=1) + eps).rsqrt()
     return torch.cat([mean, invstd, group.count.reshape(1)])
 

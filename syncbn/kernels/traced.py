@@ -34,7 +34,7 @@ def normalize(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`syncbn.kernels.reference.normalize`."""
     group = Moments.unpack(message, x.shape[1])
-    mean, squares = group.centre()
+    mean, squares = group.mean_and_m2()
     var = squares / group.count.clamp(min=1)
     if how.running is not None:
         _move(mean, var, group.count, how.running)

@@ -65,7 +65,7 @@ struct Packed {
 
   bool has_two_parts() const { return ::has_two_parts(dtype); }
   double* part(int k) const { return data + k * channels; }
-  double& count() const { return data[message_size(channels, dtype) - 1]; }
+  double& count() const { return data[packed_size(channels, dtype) - 1]; }
 };
 
 // A value as the sum of a float64 and its rounding error.
@@ -92,7 +92,7 @@ inline Pair split(Pair v) {
   return {high, (v.high - high) + v.low};
 }
 
-// Message from sums around pivots: Moments.around.
+// Message from sums around pivots: Moments.from_pivot.
 inline void write_message(const Sums* sums, const Shape& shape, Packed message) {
   for (int64_t c = 0; c < shape.channels; ++c) {
     const Sums& s = sums[c];
@@ -117,7 +117,7 @@ inline void write_message(const Sums* sums, const Shape& shape, Packed message) 
   message.count() = static_cast<double>(shape.batch * shape.space);
 }
 
-// The mean, and the sum of squares around it: zero within its rounding. Moments.centre.
+// The mean, and the sum of squares around it: zero within its rounding. Moments.mean_and_m2.
 inline void centre(Packed message, double* mean, double* squares) {
   double count = at_least_one(message.count());
   const double *sum = message.part(0), *sum_sq = message.part(1);

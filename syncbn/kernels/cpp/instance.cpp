@@ -91,11 +91,11 @@ void backward_elemt(Input in, Transform transform, const double* sums, Operand d
 void forward_alone(Input in, double eps, Transform transform, Operand residual, Operand y,
                    Running running) {
   int64_t channels = in.shape.channels;
-  Scratch<double> message(message_size(channels, in.dtype));
+  Scratch<double> message(packed_size(channels, in.dtype));
   int parts = has_two_parts(in.dtype) ? 4 : 2;
   Numbers weight = transform.weight, bias = transform.bias;
   each_tile(in, [&](const Tile& tile) {
-    int64_t size = message_size(tile.channels, in.dtype);
+    int64_t size = packed_size(tile.channels, in.dtype);
     Scratch<double> own(size + tile.numbers());
     double *own_message = own.data(), *own_statistics = own_message + size;
     moments(tile.of(in), own_message);
