@@ -20,7 +20,7 @@ from syncbn.kernels.transform import (
     normalize_coefficients,
     split_mean,
 )
-from syncbn.moments import Moments, has_two_parts, get_packed_size
+from syncbn.moments import Moments, get_packed_size, has_two_parts
 
 
 def moments(x: Tensor) -> Tensor:
