@@ -9,7 +9,8 @@ from torch import Tensor
 
 # Relative rounding of a raw float64 sum of squares after a few additions (a unit is 1.1e-16).
 ROUNDING = 1e-15
-# The same of a two-part sum: the high part has 26 bits, the low part 53 more (a unit is 2^-79).
+# The same for a two-part sum: 26 bits in the high part and 53 in the low part make a unit 2^-79.
+# 128 units cover the additions of 1000 ranks.
 TWO_PART_ROUNDING = 2.0**-72
 # Dekker's constant: it splits the 53 bits of a float64 into two halves of 26 bits and a sign.
 _SPLITTER = 2.0**27 + 1
@@ -21,7 +22,7 @@ def has_two_parts(dtype: torch.dtype) -> bool:
 
 
 def get_packed_size(channels: int, dtype: torch.dtype) -> int:
-    """Return the length of packed moments: ``4C + 1`` for float64 inputs, ``2C + 1`` for others."""
+    """Return the length of packed moments: ``4C + 1`` for float64 inputs, or ``2C + 1``."""
     return (4 if has_two_parts(dtype) else 2) * channels + 1
 
 
@@ -35,10 +36,11 @@ class Moments:
     1e-16 (mean/std)^2, and counts are exact up to 2^53. Sending (mean, invstd, count) of every rank
     instead grows with the world size and recovers small variances through eps.
 
-    A float64 input deserves more. Its moments are two-part sums, ``sum + sum_low`` and
-    ``sum_sq + sum_sq_low``, with a relative error of 2^-79 (mean/std)^2: 2e-12 at mean/std = 1e6.
-    The high part of a set is rounded to 26 bits, so the high parts of several sets add without
-    rounding while the largest is below 2^27 times the smallest; a plain all-reduce suffices.
+    Moments of float64 inputs are two-part sums, ``sum + sum_low`` and ``sum_sq + sum_sq_low``: the
+    relative error of the variance is 2^-79 (mean/std)^2, or 2e-12 at mean/std = 1e6. The high part
+    of a set has 26 bits, so high parts add without rounding while their total is below 2^27 times
+    the smallest, and a plain all-reduce suffices. Beyond, the sets differ so much in size or mean
+    that their variance dwarfs the rounding.
 
     Attributes:
         count: values per channel, float64 scalar tensor. May be zero.
@@ -71,7 +73,7 @@ class Moments:
             pivot: near the mean, float64, shape ``[C]``.
             first: sum of ``x - pivot``, float64, shape ``[C]``.
             second: sum of ``(x - pivot)^2``, float64, shape ``[C]``.
-            two_parts: whether to return two-part sums.
+            two_parts: True for two-part sums.
         """
         if not two_parts:
             total = first + count * pivot
@@ -112,9 +114,9 @@ class Moments:
     def mean_and_m2(self) -> tuple[Tensor, Tensor]:
         """Return the mean and the sum of squares around it, float64, shape ``[C]`` each.
 
-        Both are zero where there are no values. The sum of squares is zero below the rounding of
-        the moments: a constant channel of value v would otherwise have a variance of up to
-        1e-15 v^2, which is far above eps for v = 1e6.
+        Both are zero for a count of zero. The sum of squares is zero below the rounding of the
+        moments: a constant channel of value v would otherwise have a variance of up to 1e-15 v^2,
+        far above eps for v = 1e6.
         """
         count = self.count.clamp(min=1)
         if self.sum_low is None or self.sum_sq_low is None:
@@ -146,7 +148,7 @@ class Moments:
 
 
 def add_packed(total: Tensor, message: Tensor, channels: int) -> None:
-    """Add packed moments to others in place; the total keeps its number of parts.
+    """Add packed moments to a total in place; the total keeps its number of parts.
 
     Args:
         total: ``[2C + 1]`` or ``[4C + 1]``.

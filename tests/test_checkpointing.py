@@ -133,7 +133,7 @@ def test_without_contexts_statistics_move_twice(reentrant: bool) -> None:
 
 @pytest.mark.parametrize(("channels", "dtype"), [(3, torch.float32), (2, torch.float64)])
 def test_another_recomputation_is_an_error(channels: int, dtype: torch.dtype) -> None:
-    """Moments of 2 float64 channels are as long as those of 4 float32 ones."""
+    """Packed moments of 2 float64 channels have the length of 4 float32 channels."""
     first, second = syncbn.SyncBatchNorm(channels, dtype=dtype), syncbn.SyncBatchNorm(4)
     x = torch.randn(5, channels + 4, requires_grad=True)
     calls = 0

@@ -1,8 +1,7 @@
 """Float64 inputs far from zero, where raw float64 sums lose the variance.
 
 The values are a mean plus small multiples of 2^-20. Subtracting the mean is exact then, and batch
-norm does not depend on it: the expected values are those of torch.nn.functional.batch_norm around
-zero.
+norm does not depend on it: torch.nn.functional.batch_norm of the values around zero is exact.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def test_no_values_give_zeros() -> None:
 
 @pytest.mark.parametrize("mean", [0.1, -1e4 - 0.1, 1e6 + 0.3, 3e9])
 def test_a_constant_float64_channel_on_many_ranks_is_constant(mean: float) -> None:
-    """The low parts round with every addition; what that leaves is no variance."""
+    """The low parts round with every addition, by less than the threshold of a variance."""
     sizes = torch.randint(1, 1000, (1024,)).tolist()
     channel = torch.full((1,), mean, dtype=torch.float64)
     total = torch.zeros(5, dtype=torch.float64)

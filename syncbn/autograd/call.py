@@ -28,7 +28,7 @@ class Call(NamedTuple):
         kernel: from :func:`syncbn.kernels.choose`.
         label: names the layer in error messages.
         filling: what stands where values do not count; None if all do.
-        pending: where messages are added up, packed moments; or None.
+        pending: packed moments of earlier micro-batches, to which these are added; or None.
     """
 
     eps: float
@@ -58,7 +58,7 @@ class Call(NamedTuple):
 
 
 def moments(of: Callable[[Tensor], Tensor], x: Tensor, call: Call) -> Tensor:
-    """Return the packed moments of what counts here.
+    """Return the packed moments of the unmasked values of this rank.
 
     Args:
         of: :meth:`syncbn.kernels.Kernel.moments`.

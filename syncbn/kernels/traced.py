@@ -2,8 +2,8 @@
 
 Nothing is written to memory between them, so that what would be a copy of twice the size elsewhere
 is a conversion in a register here. What :mod:`syncbn.kernels.reference` does to keep float32 exact,
-another pass over the input and twice as many operations to compile, is not needed. A float64 input
-does need it, so its moments are those of the reference, on a single rank, too.
+another pass over the input and twice as many operations to compile, is not needed. Float64 inputs
+do need it, so the reference computes their moments, also on a single rank.
 
 Numbers by channel are packed before they meet the input again: a compiler would otherwise put
 their arithmetic, roots and quotients, into the loop over the input.

@@ -40,7 +40,7 @@ struct Tile {
     if (t.data == nullptr) return t;
     return {static_cast<char*>(t.data) + first * size_of(t.dtype), t.dtype};
   }
-  // Copy so many numbers of each channel to where they are among those of all channels.
+  // Copy rows of this tile, [numbers][tile channels], into rows of all channels.
   void scatter(const double* own, int numbers, double* packed) const {
     for (int k = 0; k < numbers; ++k)
       for (int64_t c = 0; c < channels; ++c)

@@ -78,15 +78,15 @@ inline Pair two_sum(double a, double b) {
   return {sum, (a - (sum - rest)) + (b - rest)};
 }
 
-// Not inlined: -ffp-contract=fast would fuse the product with a sum of the caller, and the error
-// would be that of another product.
+// Not inlined: -ffp-contract=fast would fuse the product with a sum of the caller, which then adds
+// an unrounded product to the error of the rounded one.
 __attribute__((noinline)) Pair two_product(double a, double b) {
   double product = a * b;
   return {product, std::fma(a, b, -product)};
 }
 
-// The first 26 bits as the high part; those of several ranks add without rounding. Dekker's way
-// would be a product that -ffp-contract=fast fuses, too.
+// The first 26 bits as the high part: high parts of several ranks add without rounding. Dekker's
+// split multiplies, and -ffp-contract=fast would fuse the product.
 inline Pair split(Pair v) {
   auto high = bits_of<double>(bits_of<uint64_t>(v.high) & ~0ull << 27);
   return {high, (v.high - high) + v.low};
