@@ -119,7 +119,7 @@ finally:
 """,
     )
     assert job.finish() != 0
-    assert "all_reduce #1 (7 float64) on rank 0 of 2" in job.output
+    assert "all_reduce #1 (8 float64) on rank 0 of 2" in job.output
     assert message in job.output
     assert re.search(r"waited [3-7] s", job.output), job.output
     assert_gone(job, 2)
@@ -207,6 +207,35 @@ if "{end}" == "MPI.Finalize()":
     )
     assert job.finish() == 0, job.output
     assert "got 0.0" in job.output
+    assert_gone(job, 2)
+
+
+@pytest.mark.parametrize("transport", MPIS)
+def test_forked_children_of_a_rank_end(launch: Launch, transport: str) -> None:
+    """A child that ended by sys.exit waited for the other ranks in MPI_Finalize."""
+    job = launch(
+        transport,
+        2,
+        """
+import multiprocessing
+from torch.utils.data import DataLoader
+join()
+dist.all_reduce(torch.ones(3))
+if (child := os.fork()) == 0:
+    sys.exit(3)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+process = multiprocessing.get_context("fork").Process(target=sys.exit, args=(4,))
+process.start()
+process.join()
+assert process.exitcode == 4
+loader = DataLoader(range(4), num_workers=2, multiprocessing_context="fork")
+assert sorted(int(batch) for batch in loader) == [0, 1, 2, 3]
+dist.barrier()
+print("ended", flush=True)
+""",
+    )
+    job.read_until("ended", times=2)
+    assert job.finish() == 0, job.output
     assert_gone(job, 2)
 
 

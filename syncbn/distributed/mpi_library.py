@@ -1,11 +1,14 @@
 """The MPI library that mpi4py loads: present, started, able to serve threads and device memory.
 
-Importing this file loads the library and does not start it; :func:`start` does.
+Importing this file loads the library and does not start it; :func:`start` does. The process that
+started MPI finalizes it at exit.
 """
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import os
 import sys
 from datetime import timedelta
 from functools import cache
@@ -16,9 +19,10 @@ try:
     import mpi4py
 
     if "mpi4py.MPI" not in sys.modules:
-        # Starting MPI on import could wait for the other ranks for ever.
+        # Starting MPI on import could wait for the other ranks for ever. mpi4py would also finalize
+        # MPI in forked children that end by sys.exit, which hang there.
         mpi4py.rc.initialize = False
-        mpi4py.rc.finalize = True
+        mpi4py.rc.finalize = False
     from mpi4py import MPI as MPI
 except (ImportError, RuntimeError) as error:  # no mpi4py; or mpi4py, and no libmpi
     raise ImportError(
@@ -58,12 +62,19 @@ def start(timeout: timedelta) -> None:
             ) from None
         for communicator in (MPI.COMM_WORLD, MPI.COMM_SELF):
             communicator.Set_errhandler(MPI.ERRORS_RETURN)
+        atexit.register(_finalize, os.getpid())
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise RuntimeError(
             f"{LIBRARY} was started with thread level {MPI.Query_thread()}; the mpi4py backend "
             f"needs MPI_THREAD_MULTIPLE ({MPI.THREAD_MULTIPLE}): leave mpi4py.rc.thread_level at "
             "'multiple'"
         )
+
+
+def _finalize(pid: int) -> None:
+    """Finalize MPI in the process that started it; a forked child is no rank."""
+    if pid == os.getpid() and not MPI.Is_finalized():
+        MPI.Finalize()
 
 
 @cache
