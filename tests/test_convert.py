@@ -284,5 +284,5 @@ def test_a_users_subclass_of_the_layer_is_kept_by_both() -> None:
 def test_groups_need_an_initialized_process_group() -> None:
     with pytest.raises(RuntimeError, match="call syncbn"):
         syncbn.convert_sync_batchnorm(nn.BatchNorm2d(2), process_group=2)
-    with pytest.raises(ValueError, match="got process group 'rack'; expected 'world', 'node'"):
+    with pytest.raises(ValueError, match="got process group 'rack'; expected 'world', 'own'"):
         syncbn.convert_sync_batchnorm(nn.BatchNorm2d(2), process_group="rack")

@@ -12,7 +12,7 @@ from torch import Tensor
 from syncbn import checkpoint, modes
 from syncbn.autograd import masking
 from syncbn.autograd.masking import Filling
-from syncbn.distributed import collectives
+from syncbn.distributed import collectives, fingerprint
 from syncbn.kernels import Kernel, Running
 from syncbn.moments import add_packed
 
@@ -29,6 +29,7 @@ class Call(NamedTuple):
         label: names the layer in error messages.
         filling: what stands where values do not count; None if all do.
         pending: packed moments of earlier micro-batches, to which these are added; or None.
+        number: number of the forward all-reduce in its group, for the label of the backward one.
     """
 
     eps: float
@@ -39,6 +40,7 @@ class Call(NamedTuple):
     label: str
     filling: Filling | None = None
     pending: Tensor | None = None
+    number: int = 0
 
     @property
     def is_usual(self) -> bool:
@@ -53,8 +55,14 @@ class Call(NamedTuple):
         return self.group is None and self.is_usual
 
     def about(self, direction: str, x: Tensor) -> str:
-        """Return what a message is about, for error messages."""
-        return f"{self.label} {direction}, {x.dtype} input"
+        """Return the label of an all-reduce; empty for a layer without label, under compilation."""
+        call = f" of call {self.number}" if self.number else ""
+        return f"{self.label} {direction}{call}, {x.dtype} input" if self.label else ""
+
+    def numbered(self) -> Call:
+        """Return the call with its number, after the forward all-reduce."""
+        number = fingerprint.count(self.group)
+        return self._replace(number=number) if number else self
 
 
 def moments(of: Callable[[Tensor], Tensor], x: Tensor, call: Call) -> Tensor:

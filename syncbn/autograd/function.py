@@ -107,7 +107,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
 
         kept = y if masks and gate is None else gate
         ctx.save_for_backward(x, weight, bias, statistics, kept)
-        ctx.call, ctx.view = call, None if gate is None else view_of(x)
+        ctx.call, ctx.view = call.numbered(), None if gate is None else view_of(x)
         return y
 
     @staticmethod

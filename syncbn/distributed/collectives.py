@@ -1,4 +1,4 @@
-"""The one message of a layer's forward and the one of its backward: a summed float64 vector.
+"""The one all-reduce of a layer's forward pass and of its backward pass: a summed float64 vector.
 
 Collectives know no batch norm. This is the only file that may import private names of
 torch.distributed.
@@ -14,7 +14,9 @@ import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.autograd import Function
 
+from syncbn.distributed import fingerprint
 from syncbn.distributed.agreement import as_bytes, disagreement
+from syncbn.distributed.groups import group_of_all_ranks
 
 # As a number: torch's own comparison takes a microsecond.
 _DETAIL = dist.DebugLevel.DETAIL.value if dist.is_available() else None
@@ -37,7 +39,7 @@ def communicating_group(process_group: dist.ProcessGroup | None) -> dist.Process
             )
         return None
     if process_group is None:
-        process_group = dist.group.WORLD
+        process_group = group_of_all_ranks()
     not_a_member: object = dist.GroupMember.NON_GROUP_MEMBER  # an int
     if process_group == not_a_member:
         raise ValueError(
@@ -53,73 +55,81 @@ def communicating_group(process_group: dist.ProcessGroup | None) -> dist.Process
 
 
 def all_reduce(vector: Tensor, group: dist.ProcessGroup | None, label: str) -> Tensor:
-    """Sum a vector over a group, in place.
+    """Return a vector summed over a group.
 
-    With ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` the ranks first compare their labels, so that two layers
-    that meet in one message are reported instead of added up.
+    The ranks compare fingerprints of their labels with the sum (:mod:`.fingerprint`), so that two
+    layers that meet in one all-reduce are an error. With ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` they
+    compare the labels themselves, before the sum.
 
     Args:
-        vector: contiguous, the same shape and dtype on every rank.
+        vector: float64, contiguous, the same shape on every rank; may be overwritten.
         group: from :func:`communicating_group`; None leaves the vector as it is.
-        label: what is being summed, for error messages: the layer and the direction.
-
-    Returns:
-        The vector.
+        label: summed quantity, for fingerprint and error messages: layer, direction, input dtype.
+            Empty if the layer is unknown.
 
     Raises:
-        RuntimeError: the ranks disagree on the message (debug level), or the transport failed or
-            timed out; the message has the label. (NCCL reports failures later, through its
-            watchdog, which knows no label.)
+        RuntimeError: the ranks disagree on the label, or the transport failed or timed out; the
+            message has the label. (NCCL reports failures later, through its watchdog, without it.)
     """
     if group is None:
         return vector
+    value = fingerprint.fingerprint(label, vector.device)
+    payload = fingerprint.append(vector, value)
     if torch.compiler.is_compiling():
-        summed: Tensor = functional.all_reduce(vector, "sum", group)
-        return summed
-    _begin(vector, group, label, asynchronous=False)
-    return vector
+        payload = functional.all_reduce(payload, "sum", group)
+    else:
+        _begin(payload, group, label, asynchronous=False)
+        fingerprint.check(payload, value, group, label)
+    return payload if value is None else payload[..., : vector.shape[-1]]
 
 
 class Message(NamedTuple):
-    """A vector that is being summed.
+    """An all-reduce under way.
 
     Attributes:
-        vector: is the sum after :meth:`wait`.
-        label: what is being summed, for error messages.
-        work: torch.distributed's; None if there is nobody to wait for.
+        payload: return value of :func:`syncbn.distributed.fingerprint.append`.
+        size: length of the vector in it.
+        label: label of the all-reduce.
+        value: fingerprint of the label; None if the payload has none.
+        group: group of the all-reduce; None if it is over.
+        work: work object of torch.distributed; None if it is over.
     """
 
-    vector: Tensor
+    payload: Tensor
+    size: int
     label: str
-    work: dist.Work | None
+    value: float | None = None
+    group: dist.ProcessGroup | None = None
+    work: dist.Work | None = None
 
     def wait(self) -> Tensor:
-        """Wait until the sum is there; on a GPU, have the current stream do so.
-
-        Returns:
-            The vector.
+        """Wait for the sum, on a GPU on the current stream, and return it.
 
         Raises:
             RuntimeError: as :func:`all_reduce`.
         """
-        if self.work is None:
-            return self.vector
+        if self.work is None or self.group is None:
+            return self.payload
         try:
             self.work.wait()
         except RuntimeError as error:
-            raise _explained(error, self.vector, self.label) from error
-        return self.vector
+            raise _explained(error, self.payload, self.label) from error
+        fingerprint.check(self.payload, self.value, self.group, self.label)
+        return self.payload[..., : self.size]
 
 
 def begin_all_reduce(vector: Tensor, group: dist.ProcessGroup | None, label: str) -> Message:
-    """Begin to sum a vector over a group, in place; under ``torch.compile``, sum it.
+    """Begin to sum a vector over a group; under ``torch.compile``, sum it.
 
-    What is done before :meth:`Message.wait` may be done beside it. Arguments and errors are those
-    of :func:`all_reduce`.
+    Work before :meth:`Message.wait` overlaps with the all-reduce. Arguments and errors are as for
+    :func:`all_reduce`.
     """
     if group is None or torch.compiler.is_compiling():
-        return Message(all_reduce(vector, group, label), label, None)
-    return Message(vector, label, _begin(vector, group, label, asynchronous=True))
+        return Message(all_reduce(vector, group, label), vector.shape[-1], label)
+    value = fingerprint.fingerprint(label, vector.device)
+    payload = fingerprint.append(vector, value)
+    work = _begin(payload, group, label, asynchronous=True)
+    return Message(payload, vector.shape[-1], label, value, group, work)
 
 
 def sum_over_ranks(vector: Tensor, group: dist.ProcessGroup | None, label: str) -> Tensor:
@@ -148,15 +158,21 @@ class _SumOverRanks(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.group, ctx.label = inputs
+        _, ctx.group, label = inputs
+        # Two calls of one layer differ by it in the backward pass.
+        ctx.label = f"{label}, call {fingerprint.count(ctx.group)}" if label else ""
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return sum_over_ranks(grad.contiguous(), ctx.group, f"{ctx.label} backward"), None, None
+        return (
+            sum_over_ranks(grad.contiguous(), ctx.group, _derived(ctx.label, "backward")),
+            None,
+            None,
+        )
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        return sum_over_ranks(tangent, ctx.group, f"{ctx.label} tangent")
+        return sum_over_ranks(tangent, ctx.group, _derived(ctx.label, "tangent"))
 
     @staticmethod
     def vmap(
@@ -164,6 +180,10 @@ class _SumOverRanks(Function):
     ) -> tuple[Tensor, int]:
         samples_first = vector.movedim(in_dims[0], 0).contiguous()
         return sum_over_ranks(samples_first, group, label), 0
+
+
+def _derived(label: str, direction: str) -> str:
+    return f"{label} {direction}" if label else ""
 
 
 def _begin(vector: Tensor, group: dist.ProcessGroup, label: str, asynchronous: bool) -> Any:
@@ -180,7 +200,7 @@ def _begin(vector: Tensor, group: dist.ProcessGroup, label: str, asynchronous: b
 
 def _explained(error: RuntimeError, vector: Tensor, label: str) -> RuntimeError:
     return RuntimeError(
-        f"{label}: the all-reduce of {vector.numel()} numbers failed on rank "
+        f"{label or 'a compiled layer'}: the all-reduce of {vector.numel()} numbers failed on rank "
         f"{dist.get_rank()} of {dist.get_world_size()}. If another rank ended or never reached "
         f"this layer, look there: layers must run in the same order on every rank. {error}"
     )

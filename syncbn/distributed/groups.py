@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+from datetime import timedelta
 from typing import TypeAlias
+from weakref import WeakKeyDictionary, ref
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -15,16 +18,46 @@ from syncbn.distributed.objects import all_gather_objects
 #: evaluated in the module whose annotation uses the alias, and that module has no ``DeviceMesh``.
 GroupLike: TypeAlias = str | int | DeviceMesh | dist.ProcessGroup | None
 
+# The layers' group of all ranks, by default group. Torch owns both: a reference that outlives
+# destroy_process_group would keep Gloo's threads alive, which may abort the process at exit.
+_layers_groups: WeakKeyDictionary[dist.ProcessGroup, ref[dist.ProcessGroup]] = WeakKeyDictionary()
+
+
+def create_layers_group(timeout: timedelta | None) -> None:
+    """Create a group of all ranks for layers with ``process_group=None``; collective.
+
+    DistributedDataParallel sends gradient buckets over the default group. With
+    ``find_unused_parameters`` their order among the layers' all-reduces differs between ranks.
+
+    Args:
+        timeout: timeout of a collective; None for torch's default.
+    """
+    default = dist.group.WORLD
+    assert default is not None
+    group = dist.new_group(timeout=timeout, group_desc="syncbn_layers")
+    _layers_groups[default] = ref(group)
+
+
+@torch.compiler.assume_constant_result  # the compiler cannot trace weak references
+def group_of_all_ranks() -> dist.ProcessGroup:
+    """Return the layers' group of all ranks, or the default group if the layers share that."""
+    default = dist.group.WORLD
+    assert default is not None
+    own = _layers_groups.get(default)
+    return default if own is None else own() or default
+
 
 def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:
     """Return the process group that a description stands for.
 
-    "node" and integers create groups, which is collective: every rank must call this, in the same
-    order.
+    "own", "node" and integers create groups, which is collective: every rank must call this, in
+    the same order.
 
     Args:
-        group: None or "world" (all ranks), "node" (the ranks of one machine; with torchrun, those
-            that one launcher started),
+        group: None or "world" (all ranks), "own" (all ranks in a new group: for layers under
+            DistributedDataParallel with ``find_unused_parameters``, unless
+            :func:`syncbn.init_process_group` made one), "node" (the ranks of one machine; with
+            torchrun, the ranks of one launcher),
             an integer n (n consecutive ranks: 0..n-1, n..2n-1, and so on), a one-dimensional
             ``DeviceMesh``, or a process group, which is returned as it is.
 
@@ -44,6 +77,9 @@ def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:
                 "this rank is not in the process group it was given; every rank must pass a group "
                 "that it is a member of"
             )
+        case "own":
+            _require_initialized()
+            return dist.new_group() if dist.get_world_size() > 1 else None
         case "node":
             return _ranks_of_this_node()
         case bool():
@@ -60,8 +96,8 @@ def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:
         case dist.ProcessGroup():
             return group
     raise ValueError(
-        f"got process group {group!r}; expected 'world', 'node', a number of ranks, a DeviceMesh, "
-        "a torch.distributed.ProcessGroup or None"
+        f"got process group {group!r}; expected 'world', 'own', 'node', a number of ranks, a "
+        "DeviceMesh, a torch.distributed.ProcessGroup or None"
     )
 
 

@@ -1,0 +1,104 @@
+"""Fingerprints that show whether all ranks of a group sum the same thing.
+
+Each payload ends with a hash of its label. The sum of the hashes is the number of ranks times the
+own hash if all ranks sent the same label. Otherwise it is not: the rank with the largest hash
+always notices, any other rank misses it once in 2^32. Integers below 2^53 add up exactly.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_LARGEST = 2.0**32
+# Checked all-reduces of each group. The counts are equal on all ranks by construction: all ranks
+# pass a check or none does. Counts in the layers would differ after copies and reloads.
+_checked: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
+
+
+def count(group: dist.ProcessGroup | None) -> int:
+    """Return the number of all-reduces of a group that passed the check; 0 under compilation."""
+    if group is None or torch.compiler.is_compiling():
+        return 0
+    return _checked.get(group, 0)
+
+
+def fingerprint(label: str, device: torch.device) -> float | None:
+    """Return the value to append to a payload; None for no value.
+
+    A check on an accelerator waits for the device. There, payloads carry a value only if
+    ``TORCH_DISTRIBUTED_DEBUG`` is INFO or DETAIL.
+
+    Args:
+        label: layer, direction, call and dtype; empty if unknown.
+        device: device of the payload.
+
+    Returns:
+        An integer from 1 to 2^32, or NaN if there is no label or a compiler traces the call: a
+        graph cannot raise an error that depends on data, but its payload needs the eager size.
+    """
+    if device.type != "cpu" and not _is_debugging():
+        return None
+    if not label or torch.compiler.is_compiling():
+        return math.nan
+    return zlib.crc32(label.encode()) + 1.0
+
+
+def append(vector: Tensor, value: float | None) -> Tensor:
+    """Return a payload: each row of a vector, shape ``[*, n]``, followed by the value.
+
+    The rows get an even length. Then a forward payload, 2C + 2, has the size of a backward payload,
+    and a rank that skips a backward pass causes an error here instead of an abort in Gloo.
+    """
+    if value is None:
+        return vector
+    return torch.constant_pad_nd(vector, (0, 2 - vector.shape[-1] % 2), value)
+
+
+def check(payload: Tensor, value: float | None, group: dist.ProcessGroup, label: str) -> None:
+    """Check that all ranks sent this rank's fingerprint, and count the all-reduce.
+
+    Args:
+        payload: return value of :func:`append`, summed over the group.
+        value: fingerprint of this rank.
+        group: group of the sum.
+        label: label behind the value, for the error message.
+
+    Raises:
+        RuntimeError: another rank sent another label, or took part in another operation.
+    """
+    if value is None or math.isnan(value) or _is_capturing(payload.device):
+        return
+    ranks, total = group.size(), payload.flatten()[-1].item()
+    if total == ranks * value:
+        _checked[group] = count(group) + 1
+        return
+    # NaN comes from a compiled rank, the own value from torch's "fake" backend, which sums nothing.
+    if math.isnan(total) or total == value:
+        return
+    other = "another layer, direction, call or input dtype"
+    if not (total.is_integer() and ranks <= total <= ranks * _LARGEST):
+        other = (
+            "another operation of this group, such as a gradient bucket of DistributedDataParallel "
+            "(process_group='own' gives the layers a group of their own)"
+        )
+    raise RuntimeError(
+        f"{label}: this was all-reduce {count(group) + 1} of the layers in their group on rank "
+        f"{dist.get_rank()} of {dist.get_world_size()}, but at least one other rank was in {other}."
+        " The sum is discarded. Run the same layers in the same order on every rank, forward and "
+        "backward; TORCH_DISTRIBUTED_DEBUG=DETAIL names the layer of every rank."
+    )
+
+
+@torch.compiler.assume_constant_result  # the compiler cannot trace the call
+def _is_debugging() -> bool:
+    return bool(dist.get_debug_level().value >= dist.DebugLevel.INFO.value)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
