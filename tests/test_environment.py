@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 import syncbn
-from tests import transports
+from tests import processes, transports
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = {
@@ -59,6 +60,59 @@ def test_torchrun(tmp_path: Path) -> None:
     assert lines == ["0 2 0 cpu gloo 1.0", "1 2 1 cpu gloo 1.0"]
 
 
+def test_torchrun_recovers_from_the_death_of_a_rank(tmp_path: Path) -> None:
+    """The second attempt found the first one's addresses in the agent's store."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        """
+import os, signal, sys, torch, torch.distributed as dist, syncbn
+from datetime import timedelta
+place = syncbn.init_process_group(timeout=timedelta(seconds=15))
+dist.barrier()
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and place.rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+layer = syncbn.SyncBatchNorm1d(2, momentum=1.0)
+layer(torch.full((1, 2), 2.0 * place.rank))
+sys.stdout.write(f"{place.rank} {layer.running_mean[0].item()}\\n")
+dist.barrier()
+dist.destroy_process_group()
+"""
+    )
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1")
+    done = processes.run([sys.executable, "-m", *torchrun, program], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["0 1.0", "1 1.0"]
+
+
+def _start_by_rank_and_world_size(program: Path, port: int) -> list[subprocess.Popen[str]]:
+    clean = {name: value for name, value in os.environ.items() if "RANK" not in name}
+    address = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store of the test, on a port that is free
+        "OMP_NUM_THREADS": "1",
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, program],
+            env={**clean, **address, "RANK": str(rank), "WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def test_local_ranks_are_counted_where_a_cluster_sets_none(tmp_path: Path) -> None:
+    """Kubernetes operators set RANK and WORLD_SIZE, but not LOCAL_RANK."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    jobs = _start_by_rank_and_world_size(program, store.port)
+    lines = [job.communicate(timeout=50)[0].strip() for job in jobs]
+    assert lines == ["0 2 0 cpu gloo 1.0", "1 2 1 cpu gloo 1.0"]
+
+
 def test_alone_is_a_group_of_one(tmp_path: Path) -> None:
     assert run([sys.executable], tmp_path / "program.py") == ["0 1 0 cpu gloo 0.0"]
 
@@ -102,7 +156,7 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.parametrize("missing", sorted(TORCHRUN))
+@pytest.mark.parametrize("missing", sorted(set(TORCHRUN) - {"LOCAL_RANK"}))
 def test_missing_variables_are_named(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     for name, value in TORCHRUN.items():
         if name != missing:

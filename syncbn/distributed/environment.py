@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import socket
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,11 +14,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
+from syncbn.distributed.groups import create_layers_group
 from syncbn.distributed.launcher import MPI_SIZES, PMI_RANKS
 from syncbn.distributed.place import Place
 
 _BACKENDS = ("nccl", "gloo", "mpi4py")
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# As for torch itself; local ranks are then counted by host name.
+_REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,10 @@ def init_process_group(backend: str | None = None, timeout: timedelta | None = N
 
     Reads the environment of torchrun, else that of mpirun or of srun with PMI. A process that no
     launcher started becomes a group of one, so that the same program (DDP included) runs alone. On
-    CUDA the current device is set.
+    CUDA the current device is set. Without LOCAL_RANK, local ranks are counted by host name.
+
+    Over Gloo and mpi4py, layers with ``process_group=None`` get a second group of all ranks, apart
+    from the gradient buckets of DistributedDataParallel. It ends with the default group.
 
     Args:
         backend: "nccl", "gloo", "mpi4py", or None for NCCL when every local rank has a GPU, else
@@ -69,7 +76,8 @@ def init_process_group(backend: str | None = None, timeout: timedelta | None = N
         )
     processes = _mpi_processes(os.environ)
     if any(name in os.environ for name in _TORCHRUN[:3]):
-        place, backend_without_gpus = _torchrun_place(os.environ), "gloo"
+        place = _torchrun_place(os.environ, timeout or default_pg_timeout)
+        backend_without_gpus = "gloo"
     elif processes > 1:
         # Imported here: importing it starts MPI.
         from syncbn.distributed import mpi_launch
@@ -90,15 +98,18 @@ def init_process_group(backend: str | None = None, timeout: timedelta | None = N
     dist.init_process_group(
         backend,
         store=place.store,
-        rank=place.rank if place.store is not None else -1,
-        world_size=place.world_size if place.store is not None else -1,
+        rank=place.rank,
+        world_size=place.world_size,
         timeout=timeout,
     )
+    # Not for NCCL: a second communicator takes GPU memory and time to start.
+    if place.world_size > 1 and backend != "nccl":
+        create_layers_group(timeout)
     return RankInfo(place.rank, place.world_size, place.local_rank, device)
 
 
-def _torchrun_place(environ: Mapping[str, str]) -> Place:
-    missing = [name for name in _TORCHRUN if name not in environ]
+def _torchrun_place(environ: Mapping[str, str], timeout: timedelta) -> Place:
+    missing = [name for name in _REQUIRED if name not in environ]
     if missing:
         present = [name for name in _TORCHRUN if name in environ]
         raise RuntimeError(
@@ -106,15 +117,33 @@ def _torchrun_place(environ: Mapping[str, str]) -> Place:
             "torchrun, which sets them all, or unset them all to run alone"
         )
     _number(environ, "MASTER_PORT")
-    rank, world_size, local_rank = (_number(environ, name) for name in _TORCHRUN[:3])
+    rank, world_size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
     if rank >= world_size:
         raise ValueError(
             f"got RANK={rank} with WORLD_SIZE={world_size}; "
             f"expected a rank from 0 to {world_size - 1}"
         )
+    local_rank = _number(environ, "LOCAL_RANK", 0)
     # Without it all ranks are taken to be on one node: every rank must choose the same backend.
     local_world_size = _number(environ, "LOCAL_WORLD_SIZE", world_size)
-    return Place(rank, world_size, local_rank, local_world_size, None)
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    if local_world_size == world_size:
+        # The agent's store outlives an attempt and a destroyed group, and with them old addresses.
+        # Agents of several nodes count attempts differently, so the count is no prefix there.
+        attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"syncbn/attempt_{attempt}", store)
+        store = dist.PrefixStore(str(store.add(f"joined/{rank}", 1)), store)
+    if "LOCAL_RANK" not in environ:
+        local_rank, local_world_size = _place_on_host(store, rank, world_size)
+    return Place(rank, world_size, local_rank, local_world_size, store)
+
+
+def _place_on_host(store: dist.Store, rank: int, world_size: int) -> tuple[int, int]:
+    """Return local rank and local world size, from the host names of all ranks."""
+    host = socket.gethostname()
+    store.set(f"host/{rank}", host)
+    hosts = [store.get(f"host/{other}").decode() for other in range(world_size)]
+    return hosts[:rank].count(host), hosts.count(host)
 
 
 def _mpi_processes(environ: Mapping[str, str]) -> int:

@@ -15,11 +15,11 @@ class Place(NamedTuple):
         world_size: processes in the job.
         local_rank: number of this process on its machine.
         local_world_size: processes of the job on this machine.
-        store: by which the ranks find each other; None for the one that the environment describes.
+        store: key-value store shared by the ranks of the job.
     """
 
     rank: int
     world_size: int
     local_rank: int
     local_world_size: int
-    store: dist.Store | None
+    store: dist.Store
