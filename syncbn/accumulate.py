@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from syncbn.kernels import Running
 from syncbn.kernels.reference import move_running
+from syncbn.layer_state import layer_channels, layer_tensors
 from syncbn.module import SyncBatchNorm
 from syncbn.moments import Moments, get_packed_size
 
@@ -25,7 +26,8 @@ def accumulate_statistics(model: nn.Module) -> Iterator[None]:
     the others are not known yet. If the body raises, the averages stay as they were.
 
     Args:
-        model: whose synchronized layers, in training and with running averages, are meant.
+        model: whose synchronized layers, in training and with running averages, are meant. Layers
+            whose buffers were removed are left alone.
 
     Raises:
         ValueError: there is no synchronized layer, or one is in the body of another call.
@@ -43,30 +45,34 @@ def accumulate_statistics(model: nn.Module) -> Iterator[None]:
             f"got a {type(model).__name__} without synchronized layers; expected one that "
             "convert_sync_batchnorm() has converted"
         )
-    if any(layer.pending_moments is not None for layer in layers):
+    if any(layer._syncbn_pending is not None for layer in layers):
         raise ValueError("accumulate_statistics() is already at work on layers of this model")
-    counting = [layer for layer in layers if layer.track_running_stats]
+    counting = [layer for layer in layers if layer.track_running_stats and _averages(layer)]
     try:
         for layer in counting:
-            layer.pending_moments = _nothing(layer)
+            layer._syncbn_pending = _nothing(layer)
         yield
         for layer in counting:
-            mean, var, tracked = layer.running_mean, layer.running_var, layer.num_batches_tracked
-            if layer.pending_moments is not None:
-                moments = Moments.unpack(layer.pending_moments, layer.num_features)
-                move_running(moments, Running(mean, var, tracked, layer.momentum))
+            if layer._syncbn_pending is not None:
+                moments = Moments.unpack(layer._syncbn_pending, layer_channels(layer))
+                move_running(moments, Running(*layer_tensors(layer)[2:], layer.momentum))
     finally:
         for layer in counting:
-            layer.__dict__.pop("pending_moments", None)
+            layer.__dict__.pop("_syncbn_pending", None)
+
+
+def _averages(layer: SyncBatchNorm) -> list[Tensor]:
+    """Return the running statistics and the counter that a layer has."""
+    return [tensor for tensor in layer_tensors(layer)[2:] if tensor is not None]
 
 
 def _nothing(layer: SyncBatchNorm) -> Tensor:
-    """Return the moments of no values, where the layer's averages are."""
-    buffers = list(layer.buffers())
-    if any(map(is_lazy, buffers)):
+    """Return the moments of no values, on the device of the layer's averages."""
+    averages = _averages(layer)
+    if any(map(is_lazy, averages)):
         raise ValueError(
-            f"{layer.sync_name or type(layer).__name__}: has no sizes yet; run it once before "
+            f"{layer._syncbn_name or type(layer).__name__}: has no sizes yet; run it once before "
             "accumulate_statistics()"
         )
-    size = get_packed_size(layer.num_features, buffers[0].dtype)
-    return torch.zeros(size, dtype=torch.float64, device=buffers[0].device)
+    size = get_packed_size(layer_channels(layer), averages[0].dtype)
+    return torch.zeros(size, dtype=torch.float64, device=averages[0].device)

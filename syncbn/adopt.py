@@ -7,8 +7,10 @@ from typing import Any, TypeAlias, cast
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
+from syncbn.layer_state import LayerState
 from syncbn.lazy import LazySyncBatchNorm1d, LazySyncBatchNorm2d, LazySyncBatchNorm3d
 from syncbn.module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
@@ -29,6 +31,8 @@ _ADOPTED: dict[LayerClass, LayerClass] = {}
 # What a subclass may define besides: the synchronized class does not have it, or takes its version.
 _HARMLESS = {
     *("__init__", "__module__", "__doc__", "__annotations__", "_check_input_dim"),
+    # Those of SyncBatchNorm call the next class's.
+    *("__getattr__", "__setattr__", "__setstate__"),
     *("__static_attributes__", "__firstlineno__"),  # set by Python 3.13
 }
 
@@ -41,22 +45,22 @@ def synchronized(original: LayerClass) -> LayerClass:
     if (known := _SYNCHRONIZED.get(original) or _ADOPTED.get(original)) is not None:
         return known
     namespace: dict[str, Any] = {
-        "original_class": original,
+        "_syncbn_original": original,
         "__module__": original.__module__,
         "__doc__": f"Synchronized {original.__qualname__}.",
         "__reduce_ex__": _reduce,
     }
     if original._check_input_dim is not _BatchNorm._check_input_dim:
         namespace["_check_input_dim"] = original._check_input_dim
-    if (becomes := getattr(original, "cls_to_become", None)) is not None:
-        namespace["cls_to_become"] = synchronized(becomes)
+    if issubclass(original, LazyModuleMixin):
+        namespace["cls_to_become"] = synchronized(cast(LayerClass, original.cls_to_become))
     adopted = type(f"Sync{original.__name__}", (SyncBatchNorm, original), namespace)
     return _ADOPTED.setdefault(original, adopted)
 
 
 def original(synchronized: LayerClass) -> LayerClass | None:
     """Return the class that a synchronized one was made from; None for a user's own subclass."""
-    found: LayerClass | None = vars(synchronized).get("original_class")
+    found: LayerClass | None = vars(synchronized).get("_syncbn_original")
     return _ORIGINAL.get(synchronized) or found
 
 
@@ -70,7 +74,7 @@ def obstacle(layer: _BatchNorm) -> str | None:
         return None
     if kind.forward is not _BatchNorm.forward:
         return f"{name} overrides forward"
-    ours = set(vars(SyncBatchNorm)) - _HARMLESS
+    ours = (set(vars(SyncBatchNorm)) | set(vars(LayerState))) - _HARMLESS
     for parent in kind.__mro__:
         if parent in _SYNCHRONIZED or parent is _BatchNorm:
             return None
@@ -106,8 +110,7 @@ def _is_parametrized(kind: type) -> bool:
 
 def _reduce(layer: SyncBatchNorm, protocol: Any) -> tuple[Any, ...]:
     # The class has no name to import it by: it is made again from the original.
-    original_class = type(layer).original_class  # type: ignore[attr-defined]  # of adopted ones
-    return _new, (original_class,), layer.__getstate__()
+    return _new, (type(layer)._syncbn_original,), layer.__getstate__()
 
 
 def _new(original: LayerClass) -> nn.Module:

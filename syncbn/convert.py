@@ -52,12 +52,15 @@ def convert_sync_batchnorm(module: M, process_group: GroupLike = None) -> M:
             if (reason := adopt.obstacle(layer)) is not None:
                 left_alone.setdefault(reason, []).append(name or "the module")
                 continue
-            layer.__dict__.setdefault("process_group", None)
+            # Of torch's own layer: in any other, such an attribute is the user's.
+            is_torchs = isinstance(layer, nn.SyncBatchNorm)
+            own_group = layer.__dict__.pop("process_group", None) if is_torchs else None
             adopt.change_class(layer, adopt.synchronized)
+            layer._syncbn_group = own_group
         converted = cast(SyncBatchNorm, layer)
         if process_group is not None:
-            converted.process_group = group
-        converted.sync_name = name
+            converted._syncbn_group = group
+        converted._syncbn_name = name
     for reason, names in left_alone.items():
         warnings.warn(
             f"{reason}, so these layers are left unsynchronized: {', '.join(names)}. Derive the "
@@ -84,17 +87,19 @@ def revert_sync_batchnorm(module: M) -> M:
         ValueError: a layer applies an activation, which torch's layers do not; nothing is changed.
     """
     for name, layer in module.named_modules():
-        if isinstance(layer, SyncBatchNorm) and layer.activation and adopt.original(type(layer)):
+        if not isinstance(layer, SyncBatchNorm) or layer._syncbn_activation is None:
+            continue
+        if adopt.original(type(layer)) is not None:
             raise ValueError(
-                f"{name or 'the module'}: got a layer with activation={layer.activation!r}, which "
+                f"{name or 'the module'}: got a layer with "
+                f"activation={layer._syncbn_activation!r}, which "
                 "torch's layers do not have; undo() what syncbn.fuse() returned, or use a ReLU "
                 "of its own, before"
             )
     for layer in module.modules():
         if isinstance(layer, SyncBatchNorm) and adopt.change_class(layer, adopt.original):
-            attributes = ["sync_name", "sync_kernel"]
-            if not isinstance(layer, nn.SyncBatchNorm):
-                attributes.append("process_group")
-            for attribute in attributes:
-                layer.__dict__.pop(attribute, None)
+            own = vars(layer)
+            settings = {k: own.pop(k) for k in list(own) if k.startswith("_syncbn_")}
+            if isinstance(layer, nn.SyncBatchNorm):
+                layer.process_group = settings["_syncbn_group"]
     return module

@@ -18,6 +18,7 @@ from syncbn.kernels import Running
 Activation = Literal["relu"]
 
 _HALVES = (torch.float16, torch.bfloat16)
+_FLOATING = frozenset((*_HALVES, torch.float32, torch.float64))
 _PLAIN = (Tensor, Parameter)
 _PER_CHANNEL = ("running_mean", "running_var", "weight", "bias")
 
@@ -44,8 +45,9 @@ def sync_batch_norm(
     group must call this the same number of times in the same order, with or without data.
 
     Args:
-        input: shape ``[N, C, *]``, a floating dtype; N and the sizes behind C may differ between
-            ranks, and N may be zero.
+        input: shape ``[N, C, *]``, float16, bfloat16, float32 or float64; N and the sizes behind C
+            may differ between ranks, and N may be zero. The other tensors may have any of these
+            dtypes, whatever the input's.
         running_mean: shape ``[C]``; updated in place in training. None to keep no average.
         running_var: shape ``[C]``; updated in place in training, with the unbiased variance.
         weight: shape ``[C]``, or None for ones.
@@ -69,7 +71,7 @@ def sync_batch_norm(
 
     Raises:
         ValueError: an input that is not floating, has fewer than two dimensions or no channels;
-            tensors whose length is not C, or whose dtype or device does not go with the input's; an
+            tensors whose length is not C, that are not floating or on another device; an
             unknown activation; a group this rank is not in; running averages missing outside
             training; or, on CPU, a single value per channel in the whole group.
         RuntimeError: the transport failed or timed out, or the ranks disagree (debug level).
@@ -106,11 +108,20 @@ def evaluate(
     activation: Activation | None,
     mask: Tensor | None,
 ) -> Tensor:
-    """Normalize with the running averages; the arguments have been checked."""
+    """Normalize with the running averages; the arguments have been checked.
+
+    The output has the dtype of the input.
+    """
     if mask is not None:
         # Nor may it come into the gradients of the parameters.
         input = torch.where(mask, input, 0)
-    y = F.batch_norm(input, running_mean, running_var, weight, bias, False, 0.0, eps)
+    numbers = running_mean, running_var, weight, bias
+    wide = torch.float32 if input.dtype in _HALVES else input.dtype
+    dtypes = {tensor.dtype for tensor in numbers if tensor is not None}
+    if len(dtypes) > 1 or not dtypes <= {input.dtype, wide}:
+        # F.batch_norm accepts one dtype for all four: the input's, or float32 for half inputs.
+        numbers = tuple(None if tensor is None else tensor.to(wide) for tensor in numbers)
+    y = F.batch_norm(input, *numbers, False, 0.0, eps)
     return finish(y, residual, activation is not None, mask)
 
 
@@ -126,7 +137,7 @@ def check_input(input: Tensor) -> None:
             "the batch: give the layer x.to_local() of an x that is sharded along dimension 0, and "
             "the ranks of its mesh as process group"
         )
-    if not input.is_floating_point():
+    if input.dtype not in _FLOATING:
         raise ValueError(
             f"got an input of dtype {input.dtype}; expected float16, bfloat16, float32 or float64"
         )
@@ -148,21 +159,20 @@ def check_parameters(
     running_mean: Tensor | None,
     running_var: Tensor | None,
 ) -> None:
-    """Check what is per channel against an input that has passed :func:`check_input`.
+    """Check per-channel tensors against an input that has passed :func:`check_input`.
 
-    Dtypes must be those that torch takes in evaluation, so that a model that trains also runs.
+    Any mix of the four floating dtypes is accepted, in training and in evaluation.
 
     Raises:
-        ValueError: a length that is not C, another device than the input's, another dtype (float32
-            goes with half inputs, too), or a DTensor.
+        ValueError: a length that is not C, another device than the input's, a dtype that is not
+            floating, or a DTensor.
     """
-    size, dtype, device = (input.shape[1],), input.dtype, input.device
-    other = torch.float32 if dtype in _HALVES else dtype
+    size, device = (input.shape[1],), input.device
     tensors = running_mean, running_var, weight, bias
     for i, tensor in enumerate(tensors):
         if tensor is None:
             continue
-        fits = tensor.dtype is other or tensor.dtype is dtype
+        fits = tensor.dtype in _FLOATING
         if not fits or tensor.shape != size or tensor.device != device or _is_sharded(tensor):
             raise ValueError(_misfit(input, _PER_CHANNEL[i], tensor))
 
@@ -189,11 +199,9 @@ def _misfit(input: Tensor, name: str, tensor: Tensor) -> str:
             "leave synchronized layers out of what shards or replicates modules (FSDP2 may shard "
             "them: it gathers them before they run)"
         )
-    half = input.dtype in _HALVES
-    allowed = f"{input.dtype} or torch.float32" if half else f"{input.dtype}"
     return (
-        f"got an input of dtype {input.dtype} and a {name} of dtype {tensor.dtype}; "
-        f"expected {allowed}: convert the input or the layer"
+        f"got a {name} of dtype {tensor.dtype}; expected float16, bfloat16, float32 or float64: "
+        "convert the layer"
     )
 
 

@@ -20,11 +20,12 @@ PACKAGE = ROOT / "syncbn"
 
 # From the ground up: a room imports from the ones before it, and within itself.
 ROOMS = [
-    ("checkpoint", "files", "modes", "moments"),
+    ("checkpoint", "files", "modes", "moments", "traced_call"),
     ("ownership", "distributed"),
     ("kernels",),
     ("autograd",),
     ("functional",),
+    ("layer_state",),
     ("module",),
     ("accumulate", "fusion", "lazy"),
     ("adopt",),

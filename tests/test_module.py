@@ -185,30 +185,6 @@ def test_gradient_of_a_constant_channel(value: float) -> None:
     torch.testing.assert_close(layer.running_var, torch.full((2,), 0.9))
 
 
-@pytest.mark.parametrize(
-    ("dtype", "parameters", "allowed"),
-    [
-        (torch.float32, torch.float32, True),
-        (torch.float16, torch.float32, True),
-        (torch.bfloat16, torch.bfloat16, True),
-        (torch.float64, torch.float32, False),
-        (torch.float32, torch.bfloat16, False),
-        (torch.float16, torch.bfloat16, False),
-    ],
-)
-@pytest.mark.parametrize("training", [True, False])
-def test_what_trains_also_runs(
-    dtype: torch.dtype, parameters: torch.dtype, allowed: bool, training: bool
-) -> None:
-    layer = syncbn.SyncBatchNorm2d(3, dtype=parameters).train(training)
-    x = torch.randn(4, 3, 5, 5).to(dtype)
-    if allowed:
-        assert layer(x).dtype == dtype
-        return
-    with pytest.raises(ValueError, match=f"dtype {dtype} and a running_mean of dtype {parameters}"):
-        layer(x)
-
-
 def test_frozen_input_and_parameters_get_no_gradient() -> None:
     layer = syncbn.SyncBatchNorm2d(3)
     layer.bias.requires_grad_(False)

@@ -2,6 +2,10 @@
 
 Derivatives of third and higher order, forward-mode differentiation, and the transforms of
 `torch.func`: all of them see the formulas of :mod:`syncbn.kernels.reference` and a sum over ranks.
+
+A transform may also begin after the forward pass: ``torch.func.vmap`` over
+``torch.autograd.grad``, and ``torch.autograd.grad(is_grads_batched=True)``. Then the gradients that
+arrive are batched tensors without memory of their own, which other kernels cannot read.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from torch import Tensor
 from syncbn import modes
 from syncbn.autograd.call import Call, moments
 from syncbn.distributed.collectives import sum_over_ranks
-from syncbn.kernels import Forward, reference
+from syncbn.kernels import Forward, Transform, reference
 from syncbn.moments import Moments, add_packed
 
 # Of the function whose gradients second() returns.
@@ -80,6 +84,93 @@ def second(
         allow_unused=True,
     )
     return *found, *(None,) * (_ARGUMENTS - len(found))
+
+
+def transformed_first(
+    dy: Tensor,
+    x: Tensor,
+    transform: Transform,
+    closed: Tensor | None,
+    call: Call,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, weight, bias and residual under a transform of `torch.func`.
+
+    All rows of a batched dy take one all-reduce.
+
+    Args:
+        dy: gradient of the output, shape of x; may be batched.
+        x: shape ``[N, C, *]``.
+        transform: of the forward pass, without ReLU.
+        closed: bool, true where the ReLU blocks the gradient, shape of x; None without ReLU.
+        call: of the forward pass.
+        needs: gradient flags of x, weight, bias and residual.
+    """
+    weight, bias = transform.weight, transform.bias
+    if torch.is_grad_enabled():
+        # The saved statistics have no graph to x: the forward pass is differentiated anew.
+        found = _first(dy, x, weight, bias, closed, call)
+        return tuple(t if need else None for t, need in zip(found, needs, strict=False))
+    g = dy if closed is None else dy.masked_fill(closed, 0)
+    wanted = weight if needs[1] else None, bias if needs[2] else None
+    sums, dweight, dbias = reference.backward_reduce(g, x, transform, wanted)
+    # Also on ranks that need no dx: the others wait for their sums.
+    sums = sum_over_ranks(sums, call.group, call.about("backward", x))
+    dx = reference.backward_elemt(g, x, transform, sums) if needs[0] else None
+    return dx, dweight, dbias, g if needs[3] else None
+
+
+def transformed_second(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    closed: Tensor | None,
+    call: Call,
+    arriving: tuple[Tensor | None, ...],
+) -> tuple[Tensor | None, ...]:
+    """Return the result of :func:`second` under a transform of `torch.func`.
+
+    Transforms forbid ``requires_grad_()``, which :func:`second` needs.
+
+    Args:
+        dy: gradient of the output.
+        x: shape ``[N, C, *]``.
+        weight: shape ``[C]``, or None.
+        closed: bool, true where the ReLU blocks the gradient, shape of x; None without ReLU.
+        call: of the forward pass.
+        arriving: gradients of dx, dweight, dbias and dresidual; may be batched.
+    """
+    present = [i for i, gradient in enumerate(arriving) if gradient is not None]
+    bias = x.new_zeros(x.shape[1])
+
+    def first(dy: Tensor, x: Tensor, affine: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+        outputs = _first(dy, x, affine.get("weight"), bias, closed, call)
+        return tuple(outputs[i] for i in present)
+
+    _, pull = torch.func.vjp(first, dy, x, {} if weight is None else {"weight": weight})
+    ddy, dx, affine = pull(tuple(arriving[i] for i in present))
+    return ddy, dx, affine.get("weight"), *(None,) * (_ARGUMENTS - 3)
+
+
+def _first(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    closed: Tensor | None,
+    call: Call,
+) -> tuple[Tensor | None, ...]:
+    """Return differentiable gradients of x, weight, bias and residual."""
+    g = dy if closed is None else dy.masked_fill(closed, 0)
+    plain = call._replace(relu=False, running=None, pending=None)
+    affine = {k: t for k, t in (("weight", weight), ("bias", bias)) if t is not None}
+
+    def output(x: Tensor, affine: dict[str, Tensor]) -> Tensor:
+        return forward(x, affine.get("weight"), affine.get("bias"), None, plain)
+
+    _, pull = torch.func.vjp(output, x, affine)
+    dx, found = pull(g)
+    return dx, found.get("weight"), found.get("bias"), g
 
 
 def _apart(t: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn.autograd import any_order
+from syncbn import modes
+from syncbn.autograd import any_order, rows
 from syncbn.autograd.call import Call
 from syncbn.distributed import collectives
 from syncbn.kernels import Transform, Wanted, alone, gated
@@ -198,6 +199,14 @@ class SyncBatchNormBackward(torch.autograd.Function):
         """Return the gradients of dy, x and weight."""
         dy, x, weight, statistics, first_mine, first, closed = ctx.saved_tensors
         call: Call = ctx.call
+
+        def transformed(*arriving: Tensor | None) -> tuple[Tensor | None, ...]:
+            return any_order.transformed_second(dy, x, weight, closed, call, arriving)
+
+        if any(gradient is not None and rows.is_batched(gradient) for gradient in (h, u, v, t)):
+            return rows.over_rows(transformed, h, u, v, t)
+        if modes.is_transformed():
+            return transformed(h, u, v, t)
         if torch.is_grad_enabled():
             return any_order.second(dy, x, weight, closed, call, (h, u, v, t))
         channels, transform = x.shape[1], Transform(statistics, weight)

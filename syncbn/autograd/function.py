@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from syncbn import modes
+from syncbn.autograd import any_order, rows
 from syncbn.autograd.backward import SyncBatchNormBackward, first_order
 from syncbn.autograd.call import Call, group_message
 from syncbn.kernels import Forward, Transform, alone, gated
+from syncbn.kernels.reference import affine
 from syncbn.kernels.samples import seen_as, view_of
 from syncbn.ownership import is_unshared
 
@@ -116,6 +120,11 @@ class SyncBatchNormFunction(torch.autograd.Function):
 
         With ``create_graph=True`` by :class:`SyncBatchNormBackward`, which has a backward pass.
         """
+        if not torch.compiler.is_compiling():
+            if rows.is_batched(dy):
+                return *rows.over_rows(partial(_transformed_gradients, ctx), dy), None
+            if modes.is_transformed():
+                return *_transformed_gradients(ctx, dy), None
         references = None if torch.compiler.is_compiling() else sys.getrefcount(dy)
         mine = references is not None and is_unshared(dy, references)
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad
@@ -155,6 +164,20 @@ def gradients(
     if kept is not None and view is None:
         dy, may_overwrite, kept = gated.through_relu(dy, kept, may_overwrite), True, None
     return first_order(dy, x, transform, call, needs, may_overwrite, kept)[:4]
+
+
+def _transformed_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, weight, bias and residual under a transform of `torch.func`."""
+    x, weight, bias, statistics, kept = ctx.saved_tensors
+    call: Call = ctx.call
+    if ctx.view is not None and gated.is_gated(call.kernel):
+        kept = call.kernel.opened(kept, seen_as(x, ctx.view))
+    transform = Transform(statistics, weight, bias)
+    closed = None
+    if call.relu:
+        closed = (affine(x, transform) if kept is None else kept) <= 0
+    needs = ctx.needs_input_grad
+    return any_order.transformed_first(dy, x, transform, closed, call, needs)
 
 
 def _refuse_one_value(x: Tensor, statistics: Tensor, call: Call) -> None:

@@ -89,7 +89,7 @@ def find_layers(model: nn.Module) -> list[Layer]:
         if not isinstance(module, _BatchNorm):
             continue
         name = _name_in_the_plain_model(full_name, model)
-        if (rule := module._modules.get("inference_rule")) is not None:
+        if (rule := module._modules.get("_syncbn_rule")) is not None:
             raise ValueError(
                 f"{name}: follows {rule} instead of its running statistics; expected a layer "
                 "without a rule (syncbn.inference.revert_inference takes it away)"

@@ -41,7 +41,7 @@ class Fusion:
         for module, before, _ in self._modules:
             module.__class__ = before
         for layer in self._layers:
-            del layer.activation
+            layer._syncbn_activation = None
         self._modules.clear()
         self._layers.clear()
         self.fused.clear()

@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from syncbn.module import SyncBatchNorm
+from syncbn.traced_call import has_hooks
 
 _RELUS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 _ADDS_IN_PLACE = {operator.iadd, "add_"}
@@ -70,18 +71,6 @@ def last_call(graph: Graph) -> Node | None:
 def takes_one_argument(call: Node) -> bool:
     """Return whether a layer that is called so can be given a residual as well."""
     return len(call.args) + len(call.kwargs) == 1
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Return whether somebody sees what a module gets or returns."""
-    return any(
-        (
-            module._forward_hooks,
-            module._forward_pre_hooks,
-            module._backward_hooks,
-            module._backward_pre_hooks,
-        )
-    )
 
 
 def _added_to(root: nn.Module, add: Node, norms: set[str]) -> Node | None:

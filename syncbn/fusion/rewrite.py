@@ -9,9 +9,10 @@ from typing import Any, NamedTuple, NoReturn
 from torch import nn
 from torch.fx import Graph, Node
 
-from syncbn.fusion.pattern import Place, has_hooks, last_call, places, takes_one_argument
+from syncbn.fusion.pattern import Place, last_call, places, takes_one_argument
 from syncbn.fusion.trace import compiled, source, trace
 from syncbn.module import SyncBatchNorm
+from syncbn.traced_call import has_hooks
 
 # The argument of modules that pass a residual on to the layer that they end in.
 _RESIDUAL = "residual_of_the_last_layer"
@@ -139,7 +140,7 @@ class Rewriting:
         for module, _, fused in self.modules:
             module.__class__ = fused
         for layer in self.layers:
-            layer.activation = "relu"
+            layer._syncbn_activation = "relu"
 
     def _is_mine(self, module: nn.Module) -> bool:
         """Return whether a module has one place in the model, and nobody sees what it returns."""
@@ -148,7 +149,7 @@ class Rewriting:
 
 def _is_plain(layer: SyncBatchNorm) -> bool:
     forward = vars(layer).get("forward", type(layer).forward)
-    return forward is SyncBatchNorm.forward and layer.activation is None
+    return forward is SyncBatchNorm.forward and layer._syncbn_activation is None
 
 
 def _fused(kind: type[nn.Module], graph: Graph) -> type[nn.Module]:

@@ -49,7 +49,7 @@ def convert_inference(model: M, make_rule: Callable[[Layer], Rule | None]) -> M:
             stacklevel=2,
         )
     for module, rule in rules:
-        module.inference_rule = rule
+        module._syncbn_rule = rule
         change_class(module, ruled)
     return model
 
@@ -65,7 +65,7 @@ def revert_inference(model: M) -> M:
     """
     for module in list(model.modules()):
         if isinstance(module, Ruled) and change_class(module, beneath):
-            del module.inference_rule
+            del module._syncbn_rule
     return model
 
 

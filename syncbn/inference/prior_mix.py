@@ -17,6 +17,7 @@ from syncbn.calibration.per_sample import precise
 from syncbn.distributed.collectives import communicating_group, sum_over_ranks
 from syncbn.inference.convert import convert_inference, reverted_after
 from syncbn.inference.rule import Rule
+from syncbn.layer_state import active_group
 from syncbn.module import SyncBatchNorm
 from syncbn.moments import Moments, get_packed_size
 
@@ -128,7 +129,7 @@ def _moments(x: Tensor) -> Moments:
 def _group(module: _BatchNorm) -> dist.ProcessGroup | None:
     match module:
         case SyncBatchNorm():
-            return module.communicating_group()
+            return active_group(module)
         case nn.SyncBatchNorm():
             return communicating_group(module.process_group)
     return None

@@ -8,12 +8,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.autograd import finish
 from syncbn.calibration.layers import Layer
 from syncbn.functional import check_input, check_parameters
 from syncbn.kernels.transform import normalize_coefficients
+from syncbn.traced_call import record_call
 
 # One for each class met, so that layers of one class stay of one class.
 _RULED: dict[type[_BatchNorm], type[_BatchNorm]] = {}
@@ -49,12 +51,12 @@ class Rule(nn.Module, ABC):
 
 
 class Ruled(_BatchNorm):
-    """A batch-norm layer that follows its ``inference_rule`` in evaluation; in training, its class.
+    """A batch-norm layer that follows its ``_syncbn_rule`` in evaluation; in training, its class.
 
     Mixed into the class that the layer had, so that it stays an instance of it.
     """
 
-    inference_rule: Rule
+    _syncbn_rule: Rule
 
     def forward(
         self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
@@ -64,25 +66,34 @@ class Ruled(_BatchNorm):
         Raises:
             ValueError: there is a mask, and the statistics are to be those of the input.
         """
-        if self.training or self.inference_rule.is_evaluation:
+        if isinstance(input, Proxy):
+            return cast(Tensor, record_call(self, input, residual, mask))
+        if self.training or self._syncbn_rule.is_evaluation:
             more = {"residual": residual, "mask": mask}
             return super().forward(input, **{k: v for k, v in more.items() if v is not None})
         if mask is not None:
             raise ValueError(
-                f"{self.inference_rule.layer_name}: got a mask; inference rules take inputs that "
+                f"{self._syncbn_rule.layer_name}: got a mask; inference rules take inputs that "
                 "count everywhere"
             )
         self._check_input_dim(input)
         check_input(input)
         check_parameters(input, self.weight, self.bias, self.running_mean, self.running_var)
-        rule = self.inference_rule
+        rule = self._syncbn_rule
         mean, var = rule.statistics(Layer(0, rule.layer_name, self), input)
         invstd = (var + self.eps).rsqrt()
         numbers = normalize_coefficients(mean, invstd, self.weight, self.bias, input.dtype)
         trailing = (1,) * (input.dim() - 2)
         pivot, scale, shift = (number.reshape(*number.shape, *trailing) for number in numbers)
         y = torch.addcmul(shift, input - pivot, scale).to(input.dtype)
-        return finish(y, residual, getattr(self, "activation", None) is not None, None)
+        return finish(y, residual, getattr(self, "_syncbn_activation", None) is not None, None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Pickles written before the private name.
+        modules = state["_modules"]
+        if isinstance(modules.get("inference_rule"), Rule) and "_syncbn_rule" not in modules:
+            modules["_syncbn_rule"] = modules.pop("inference_rule")
+        super().__setstate__(state)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The class has no name to import it by: it is made again from the one beneath.

@@ -115,7 +115,7 @@ def test_copies_follow_the_rule(rule: str, through: Any) -> None:
 def test_what_a_rule_holds_moves_with_the_model() -> None:
     layer = single(3, torch.float32)
     convert_example_weighted(layer, 4, between(layer))
-    rule: Any = layer.inference_rule
+    rule: Any = layer._syncbn_rule
     layer.double()
     assert rule.between.dtype == torch.float64
     assert layer.to("meta")(torch.empty(2, 3, 4, 4, device="meta").double()).device.type == "meta"
@@ -158,7 +158,7 @@ def test_compiled_without_a_graph_break(rule: str) -> None:
 def test_the_rule_shows_in_the_model() -> None:
     net = convert_prior_mix(evaluated(), 16)
     assert "RuledBatchNorm2d" in str(net)
-    assert "(inference_rule): PriorMix(pseudo_samples=16)" in str(net)
+    assert "(_syncbn_rule): PriorMix(pseudo_samples=16)" in str(net)
 
 
 BAD: dict[str, tuple[Any, str]] = {

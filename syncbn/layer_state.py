@@ -1,0 +1,167 @@
+"""The state that a layer has besides that of torch: private attributes, copies and pickles."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncbn.distributed.collectives import communicating_group
+from syncbn.functional import Activation, check_activation
+
+# Public attributes, and the private ones that the library reads. A converted layer may carry
+# attributes of its own under the public names; those keep their values and their meaning.
+_PRIVATE = {
+    "activation": "_syncbn_activation",
+    "process_group": "_syncbn_group",
+    "sync_kernel": "_syncbn_kernel",
+    "sync_name": "_syncbn_name",
+}
+
+
+@dataclass(frozen=True)
+class DetachedGroup:
+    """What is left of a process group in a pickle: a live one cannot leave its process.
+
+    Attributes:
+        ranks: global ranks that were in the group; none if it had been destroyed.
+    """
+
+    ranks: tuple[int, ...]
+
+
+class LayerState(_BatchNorm):
+    """Attributes of a synchronized layer: their storage, copies and pickles.
+
+    The library reads private names alone, which only the library sets. A layer that is converted
+    may carry attributes of any other name.
+    """
+
+    process_group: dist.ProcessGroup | DetachedGroup | None
+    sync_kernel: str
+    sync_name: str
+    activation: Activation | None
+    _syncbn_group: dist.ProcessGroup | DetachedGroup | None = None
+    _syncbn_kernel: str = "auto"
+    _syncbn_name: str = ""
+    _syncbn_activation: Activation | None = None
+    # Sums of moments in the body of accumulate_statistics(), float64 [2C + 1].
+    _syncbn_pending: Tensor | None = None
+    # The user's class that a layer was converted from; None for our own classes.
+    _syncbn_original: type[_BatchNorm] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        # Called only where the layer, its class and its submodules have no such attribute.
+        if name in _PRIVATE and _is_setting(self, name):
+            return getattr(self, _PRIVATE[name])
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _PRIVATE and _is_setting(self, name):
+            if name == "activation":
+                check_activation(value)
+            name = _PRIVATE[name]
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_syncbn_pending", None)
+        if isinstance(group := self._syncbn_group, dist.ProcessGroup):
+            try:
+                ranks = tuple(dist.get_process_group_ranks(group))
+            except KeyError:  # the group has been destroyed
+                ranks = ()
+            state["_syncbn_group"] = DetachedGroup(ranks)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "_syncbn_group" not in state:
+            # Pickles written before the private names. An activation of a user's class is its own.
+            names = {k: v for k, v in _PRIVATE.items() if k != "activation" or _is_own(self)}
+            state = {names.get(name, name): value for name, value in state.items()}
+        super().__setstate__(state)
+
+    def __copy__(self) -> LayerState:
+        # The default goes through __getstate__, which detaches a live group.
+        clone = type(self).__new__(type(self))
+        clone.__dict__.update(self.__dict__)
+        clone.__dict__.pop("_syncbn_pending", None)
+        return clone
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerState:
+        group = self.__dict__.get("_syncbn_group")
+        memo[id(group)] = group
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        # Only the original accumulates.
+        clone.__dict__.pop("_syncbn_pending", None)
+        return clone
+
+
+# Functions instead of methods: a converted layer may carry attributes of any name.
+
+
+def layer_tensors(layer: _BatchNorm) -> tuple[Tensor | None, ...]:
+    """Return weight, bias, running mean, running variance and batch counter."""
+    own, kept = layer._parameters, layer._buffers
+    try:
+        # What nn.Module finds by looking everywhere, which takes a microsecond each.
+        averages = kept["running_mean"], kept["running_var"], kept["num_batches_tracked"]
+        return own["weight"], own["bias"], *averages
+    except KeyError:  # some are computed, or stand for others
+        averages = layer.running_mean, layer.running_var, layer.num_batches_tracked
+        return layer.weight, layer.bias, *averages
+
+
+def layer_channels(layer: _BatchNorm) -> int:
+    """Return the length of the layer's tensors, or ``num_features`` if it has none."""
+    return first_length(layer_tensors(layer), layer.num_features)
+
+
+def layer_label(layer: LayerState) -> str:
+    """Return the name of a layer in error messages: name, class and channels."""
+    kind = f"{type(layer).__name__}({layer.num_features})"
+    return f"{layer._syncbn_name} {kind}" if layer._syncbn_name else kind
+
+
+def active_group(layer: LayerState) -> dist.ProcessGroup | None:
+    """Return the group of a layer's collectives, or None for a single rank.
+
+    Raises:
+        RuntimeError: the layer was unpickled and has lost its group.
+        ValueError: this rank is not in the group.
+    """
+    if isinstance(layer._syncbn_group, DetachedGroup):
+        raise RuntimeError(
+            f"{layer_label(layer)}: was unpickled and has lost its process group of the ranks "
+            f"{list(layer._syncbn_group.ranks)}; give it one with convert_sync_batchnorm("
+            "model, process_group=...)"
+        )
+    return communicating_group(layer._syncbn_group)
+
+
+def first_length(tensors: tuple[Tensor | None, ...], default: int) -> int:
+    """Return the length of the first tensor of :func:`layer_tensors` that has a length."""
+    for tensor in tensors[:4]:
+        if tensor is not None:
+            return tensor.numel()
+    return default
+
+
+def _is_own(layer: LayerState) -> bool:
+    """Return whether a layer is of our own classes, not of a user's class that was converted."""
+    return type(layer)._syncbn_original is None
+
+
+def _is_setting(layer: LayerState, name: str) -> bool:
+    """Return whether a name of :data:`_PRIVATE` is the library's in this layer."""
+    if not _is_own(layer) or hasattr(type(layer), name):
+        return False
+    own = vars(layer)
+    members = (own.get(kind, ()) for kind in ("_parameters", "_buffers", "_modules"))
+    return name not in own and not any(name in member for member in members)
