@@ -14,7 +14,7 @@ from syncbn.layer_state import LayerState
 from syncbn.lazy import LazySyncBatchNorm1d, LazySyncBatchNorm2d, LazySyncBatchNorm3d
 from syncbn.module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
-LayerClass: TypeAlias = "type[_BatchNorm]"
+LayerClass: TypeAlias = type[_BatchNorm]
 
 _SYNCHRONIZED: dict[LayerClass, LayerClass] = {
     nn.BatchNorm1d: SyncBatchNorm1d,

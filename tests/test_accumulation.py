@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -81,6 +82,40 @@ def test_what_does_not_move_averages_is_left_alone() -> None:
     assert frozen.num_batches_tracked == 0
 
 
+@pytest.mark.parametrize("flag", [False, True])
+@pytest.mark.parametrize("extra", [False, True])
+def test_layers_that_have_lost_their_buffers_are_left_alone(flag: bool, extra: bool) -> None:
+    """torch.func.replace_all_batch_norm_modules_ takes them away; the flag may stay."""
+    torch.manual_seed(0)
+    norms: Any = [nn.BatchNorm1d(4), nn.BatchNorm1d(4)]
+    model = syncbn.convert_sync_batchnorm(nn.Sequential(nn.Linear(3, 4), *norms))
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        setattr(model[1], name, None)
+    model[1].track_running_stats = flag
+    if extra:  # of somebody else
+        for layer in norms:
+            layer.register_buffer("mine", torch.zeros(7, device="meta"))
+    x = torch.randn(6, 3)
+    with syncbn.accumulate_statistics(model):
+        for part in x.split(3):
+            model(part).sum().backward()
+    assert model[2].num_batches_tracked == 1
+    assert model[1].running_mean is None
+
+
+def test_layers_whose_channels_were_cut() -> None:
+    """The sums had the size of num_features, which keeps the old number."""
+    layer, whole = syncbn.SyncBatchNorm1d(5), nn.BatchNorm1d(3)
+    for name in ("running_mean", "running_var"):
+        setattr(layer, name, getattr(layer, name)[:3])
+    layer.weight, layer.bias = nn.Parameter(layer.weight[:3]), nn.Parameter(layer.bias[:3])
+    x = torch.randn(8, 3)
+    with syncbn.accumulate_statistics(layer):
+        layer(x[:4]), layer(x[4:])
+    whole(x)
+    torch.testing.assert_close(layer.running_var, whole.running_var)
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -105,11 +140,12 @@ def test_once_at_a_time() -> None:
     assert layer.num_batches_tracked == 1
 
 
-def test_copies_do_not_accumulate() -> None:
+@pytest.mark.parametrize("made", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_do_not_accumulate(made: Any) -> None:
     layer = syncbn.SyncBatchNorm(3)
     with syncbn.accumulate_statistics(layer):
         layer(torch.randn(4, 3))
-        clone = copy.deepcopy(layer)
+        clone = made(layer)
     clone(torch.randn(4, 3))
     assert clone.num_batches_tracked == 1
     with syncbn.accumulate_statistics(clone):

@@ -1,0 +1,116 @@
+"""Copies of a layer whose group is alive, by every way that Python and torch copy."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.optim.swa_utils import AveragedModel
+
+import syncbn
+from tests.ranks import Ranks
+
+
+class Subclass(nn.BatchNorm1d):
+    pass
+
+
+def _attributes(layer: nn.Module) -> nn.Module:
+    clone: Any = syncbn.SyncBatchNorm1d(4).double()
+    for name, value in vars(layer).items():
+        setattr(clone, name, value)
+    return clone
+
+
+def _saved(layer: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
+
+
+#: Whether a copy keeps a live group; a pickle may be read by another process.
+WAYS: dict[str, tuple[Callable[[nn.Module], Any], bool]] = {
+    "copy": (copy.copy, True),
+    "deepcopy": (copy.deepcopy, True),
+    "deepcopy of a copy": (lambda layer: copy.deepcopy(copy.copy(layer)), True),
+    "attributes": (_attributes, True),
+    "average": (lambda layer: AveragedModel(layer).module, True),
+    "share_memory": (lambda layer: copy.deepcopy(layer).share_memory(), True),
+    "to": (lambda layer: copy.deepcopy(layer).to(torch.float64), True),
+    "pickle": (lambda layer: pickle.loads(pickle.dumps(layer)), False),
+    "torch.save": (_saved, False),
+}
+
+
+def _whole() -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(6, 4, generator=generator, dtype=torch.float64)
+
+
+def _own_group(rank: int) -> Any:
+    """Return a group that is not the default one, which a copy without a group would use."""
+    pair, single = dist.new_group([0, 1]), dist.new_group([2])
+    return single if rank == 2 else pair
+
+
+def _on_a_rank(rank: int, kind: type[nn.BatchNorm1d], parametrized: bool) -> list[str]:
+    group = _own_group(rank)
+    layer: Any = kind(4).double()
+    if parametrized:
+        parametrizations.weight_norm(layer, dim=0)
+    syncbn.convert_sync_batchnorm(layer, group)
+    x = _whole()
+    wanted = nn.BatchNorm1d(4).double()(x)
+    part, wanted = (x, wanted) if rank == 2 else (t.chunk(2)[rank] for t in (x, wanted))
+    seen = []
+    for name, (made, is_live) in WAYS.items():
+        if parametrized and (not is_live or name == "attributes"):
+            continue  # torch refuses the pickle
+        clone = made(layer)
+        if not is_live:
+            with pytest.raises(RuntimeError, match="lost its process group of the ranks"):
+                clone(part)
+            clone.eval()(part)
+            syncbn.convert_sync_batchnorm(clone, group).train()
+        torch.testing.assert_close(clone(part), wanted, rtol=1e-10, atol=1e-12)
+        seen.append(name)
+    return seen
+
+
+@pytest.mark.parametrize("parametrized", [False, True])
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, Subclass])
+def test_copies_talk_to_the_same_ranks(
+    three_ranks: Ranks, kind: type[nn.BatchNorm1d], parametrized: bool
+) -> None:
+    """A shallow copy lost its group, as if it had come from another process."""
+    for seen in three_ranks.run(_on_a_rank, kind, parametrized):
+        assert len(seen) >= 6
+
+
+def test_a_shallow_copy_shares_tensors_as_in_torch() -> None:
+    layer = syncbn.SyncBatchNorm1d(4)
+    clone = copy.copy(layer)
+    assert type(clone) is type(layer)
+    assert clone.weight is layer.weight
+    layer(torch.randn(5, 4))
+    assert clone.num_batches_tracked == 1
+
+
+def test_a_shallow_copy_does_not_accumulate() -> None:
+    """Only the original is taken out of accumulation at its end."""
+    layer = syncbn.SyncBatchNorm1d(4)
+    with syncbn.accumulate_statistics(layer):
+        layer(torch.randn(5, 4))
+        clone = copy.copy(layer)
+    clone(torch.randn(5, 4))
+    assert layer.num_batches_tracked == 2

@@ -1,0 +1,230 @@
+"""Inputs, parameters and running statistics of any mix of floating dtypes."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+import syncbn
+from syncbn.inference import example_weighted, prior_mix
+from tests.device import seeded
+from tests.kernels import KERNELS, device_of
+from tests.ranks import Ranks
+
+EPS, MOMENTUM = 1e-3, 0.25
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+# Rounding of results of a dtype, relative to one and to the expected value.
+ERROR = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+BETWEEN = {"0": torch.full((4,), 0.1)}
+RULES = (lambda net: prior_mix(net, 4), lambda net: example_weighted(net, 4, BETWEEN))
+
+
+class Case(NamedTuple):
+    """An input, its gradient and per-channel tensors, each of its own dtype."""
+
+    x: Tensor
+    dy: Tensor
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    var: Tensor
+
+    def wide(self) -> Case:
+        return Case(*(t.detach().double().cpu() for t in self))
+
+
+def _case(dtypes: tuple[torch.dtype, ...], device: torch.device) -> Case:
+    kind, weight, bias, mean, var = dtypes
+    generator = seeded(1)
+    x, dy = torch.randn(2, 3, 4, 2, 3, generator=generator, dtype=torch.float64) + 0.5
+    numbers = torch.rand(4, 4, generator=generator, dtype=torch.float64) + 0.5
+    values = [t.to(k) for t, k in zip(numbers, (weight, bias, mean, var), strict=True)]
+    return Case(*(t.to(device) for t in (x.to(kind), dy.to(kind), *values)))
+
+
+def _mixes() -> list[tuple[torch.dtype, ...]]:
+    """Return every combination of an input, parameters and statistics; and pairs that differ."""
+    same = [(x, p, p, s, s) for x, p, s in itertools.product(DTYPES, repeat=3)]
+    rotated = {dtype: DTYPES[i - 1] for i, dtype in enumerate(DTYPES)}
+    return same + [(x, p, rotated[p], s, rotated[s]) for x, p, _, s, _ in same[:: len(DTYPES) + 1]]
+
+
+def _formula(case: Case, training: bool) -> list[Tensor]:
+    """Return y, dx, dweight, dbias and the moved statistics, float64."""
+    x, dy, weight, bias, mean, var = case.wide()
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    shape, count = (1, -1, 1, 1), x.numel() / x.shape[1]
+    moved = [mean, var]
+    if training:
+        var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+        unbiased = var * count / (count - 1)
+        moved = [old.lerp(new, MOMENTUM) for old, new in zip(moved, (mean, unbiased), strict=True)]
+    y = (x - mean.view(shape)) / (var.view(shape) + EPS).sqrt()
+    y = y * weight.view(shape) + bias.view(shape)
+    return [y, *torch.autograd.grad(y, leaves, dy), *moved]
+
+
+def _compare(case: Case, found: list[Tensor], wanted: list[Tensor]) -> None:
+    kinds = case.x.dtype, case.x.dtype, case.weight.dtype, case.bias.dtype
+    for value, expected, kind in zip(
+        found, wanted, (*kinds, case.mean.dtype, case.var.dtype), strict=True
+    ):
+        assert value.dtype == kind
+        error = max(ERROR[kind], ERROR[case.x.dtype])
+        torch.testing.assert_close(value.double().cpu(), expected, rtol=error, atol=error)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_functional_form(kernel: str, training: bool) -> None:
+    """Evaluation refused mixes that training accepts: "expected BFloat16 but found Float"."""
+    for dtypes in _mixes():
+        case = _case(dtypes, device_of(kernel))
+        wanted = _formula(case, training)
+        leaves = [t.requires_grad_() for t in (case.x, case.weight, case.bias)]
+        x, dy, weight, bias, mean, var = case
+        arguments = x, mean, var, weight, bias, training, MOMENTUM, EPS
+        y = syncbn.sync_batch_norm(*arguments, kernel=kernel)
+        found = [y, *torch.autograd.grad(y, leaves, dy), mean, var]
+        _compare(case, found, wanted)
+
+
+def _layer(case: Case, kernel: str = "auto") -> Any:
+    layer: Any = syncbn.SyncBatchNorm2d(4, EPS, MOMENTUM)
+    layer.sync_kernel = kernel
+    layer.weight, layer.bias = nn.Parameter(case.weight), nn.Parameter(case.bias)
+    layer.running_mean, layer.running_var = case.mean.clone(), case.var.clone()
+    return layer.to(case.x.device)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_layer(training: bool) -> None:
+    for dtypes in _mixes():
+        case = _case(dtypes, torch.device("cpu"))
+        layer = _layer(case).train(training)
+        x = case.x.clone().requires_grad_()
+        y = layer(x)
+        gradients = torch.autograd.grad(y, [x, layer.weight, layer.bias], case.dy)
+        found = [y, *gradients, layer.running_mean, layer.running_var]
+        _compare(case, found, _formula(case, training))
+
+
+def test_second_order_in_training() -> None:
+    for dtypes in _mixes():
+        case = _case(dtypes, torch.device("cpu"))
+        x, weight = (t.clone().requires_grad_() for t in (case.x, case.weight))
+        wide, wide_weight = (t.detach().double().requires_grad_() for t in (x, weight))
+        found, wanted = (
+            _second(x, weight, case) for x, weight in ((x, weight), (wide, wide_weight))
+        )
+        for value, expected, kind in zip(found, wanted, (x.dtype, weight.dtype), strict=True):
+            assert value.dtype == kind
+            error = 4 * max(ERROR[kind], ERROR[x.dtype])
+            torch.testing.assert_close(value.double(), expected, rtol=error, atol=error)
+
+
+def _second(x: Tensor, weight: Tensor, case: Case) -> tuple[Tensor, ...]:
+    bias = case.bias.to(weight.dtype) if x.dtype == torch.float64 else case.bias
+    y = syncbn.sync_batch_norm(x, None, None, weight, bias, True, 0.1, EPS)
+    dy = case.dy.to(x.dtype)
+    (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+    return torch.autograd.grad(dx, [x, weight], dy.flip(0))
+
+
+def test_rules_of_inference_and_calibration() -> None:
+    for dtypes in _mixes():
+        case = _case(dtypes, torch.device("cpu"))
+        wide = case.wide()
+        net, alone = nn.Sequential(_layer(case)).eval(), nn.Sequential(_layer(wide)).eval()
+        error = max(ERROR[kind] for kind in dtypes)
+        for rule in RULES:
+            with rule(net), rule(alone):
+                y, wanted = net(case.x), alone(wide.x)
+            assert y.dtype == case.x.dtype
+            torch.testing.assert_close(y.double(), wanted, rtol=error, atol=error)
+        for model, x in ((net, case.x), (alone, wide.x)):
+            syncbn.recalibrate(model, [x[:2], x[2:]])
+        for name in ("running_mean", "running_var"):
+            value = net.get_buffer(f"0.{name}")
+            expected = alone.get_buffer(f"0.{name}")
+            torch.testing.assert_close(value.double(), expected, rtol=error, atol=error)
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.bool, torch.complex64])
+@pytest.mark.parametrize("training", [True, False])
+def test_dtypes_that_are_not_floating_are_refused(kind: torch.dtype, training: bool) -> None:
+    x, mean, var = torch.randn(3, 4), torch.zeros(4), torch.ones(4)
+    with pytest.raises(ValueError, match=f"got a weight of dtype {kind}; expected float16"):
+        syncbn.sync_batch_norm(x, mean, var, torch.ones(4, dtype=kind), training=training)
+
+
+class Net(nn.Module):
+    """Two layers with batch norm, for 2-D inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU())
+        self.head = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.body(x))
+        return y
+
+
+def _batches() -> list[Tensor]:
+    return list(torch.randn(3, 12, 5, generator=seeded(2)))
+
+
+def _sharded(rank: int, kind: torch.dtype, parts: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
+    net = syncbn.convert_sync_batchnorm(Net())
+    policy = MixedPrecisionPolicy(kind, torch.float32, output_dtype=torch.float32)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in (net.body, net.head, net) if parts else (net,):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    batches = [x.chunk(2)[rank] for x in _batches()]
+    outputs = []
+    for x in batches:
+        net(x).square().mean().backward()
+    net.eval()
+    with torch.no_grad():
+        outputs.append(net(batches[0]))
+    with prior_mix(net, 4), torch.no_grad():
+        outputs.append(net(batches[0]))
+    syncbn.recalibrate(net, batches)
+    with torch.no_grad():
+        outputs.append(net(batches[0]))
+    buffers = {name: t.clone() for name, t in net.named_buffers()}
+    return outputs, buffers
+
+
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_fully_sharded_models_validate_and_recalibrate(
+    two_ranks: Ranks, kind: torch.dtype, parts: bool
+) -> None:
+    """Weights of the half type and float32 statistics trained, and raised in evaluation."""
+    alone, batches = Net(), _batches()
+    for x in batches:
+        alone(x)
+    alone.eval()
+    wanted = [alone(batches[0])]
+    with prior_mix(alone, 4):
+        wanted.append(alone(batches[0]))
+    syncbn.recalibrate(alone, batches)
+    wanted.append(alone(batches[0]))
+    answers = two_ranks.run(_sharded, kind, parts)
+    for i, expected in enumerate(wanted):
+        found = torch.cat([outputs[i] for outputs, _ in answers])
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.06)
+    for _, buffers in answers:
+        assert all(t.dtype in (torch.float32, torch.int64) for t in buffers.values())
+        expected_buffers = dict(alone.named_buffers())
+        torch.testing.assert_close(buffers, expected_buffers, rtol=0.02, atol=0.02)

@@ -1,0 +1,75 @@
+"""Channels cut out of a layer: its tensors count, and not what num_features says."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import syncbn
+from syncbn.inference import prior_mix
+
+KEPT = torch.tensor([0, 2, 3, 6])
+
+
+def _cut(layer: Any) -> None:
+    for name in ("weight", "bias"):
+        if getattr(layer, name) is not None:
+            setattr(layer, name, nn.Parameter(getattr(layer, name).detach()[KEPT]))
+    for name in ("running_mean", "running_var"):
+        if getattr(layer, name) is not None:
+            setattr(layer, name, getattr(layer, name)[KEPT])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"affine": False}, {"track_running_stats": False}], ids=str
+)
+@pytest.mark.parametrize("converted_before", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_as_torchs_layers(options: dict[str, bool], converted_before: bool, training: bool) -> None:
+    """Pruning scripts leave num_features as it was: "expected 8 channels"."""
+    torch.manual_seed(0)
+    plain = nn.BatchNorm2d(8, **options)
+    plain(torch.randn(4, 8, 3, 3) * 3 + 1)
+    layer = copy.deepcopy(plain)
+    if converted_before:
+        syncbn.convert_sync_batchnorm(layer)
+    _cut(plain), _cut(layer)
+    if not converted_before:
+        syncbn.convert_sync_batchnorm(layer)
+    x = torch.randn(4, 4, 3, 3)
+    plain.train(training), layer.train(training)
+    torch.testing.assert_close(layer(x), plain(x))
+    torch.testing.assert_close(dict(layer.named_buffers()), dict(plain.named_buffers()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_without_tensors_any_number_of_channels_will_do(training: bool) -> None:
+    layer = syncbn.SyncBatchNorm1d(8, affine=False, track_running_stats=False).train(training)
+    plain = nn.BatchNorm1d(8, affine=False, track_running_stats=False).train(training)
+    x = torch.randn(6, 5)
+    torch.testing.assert_close(layer(x), plain(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_old_number_of_channels_is_refused(training: bool) -> None:
+    layer = syncbn.SyncBatchNorm2d(8).train(training)
+    _cut(layer)
+    with pytest.raises(
+        ValueError, match=r"SyncBatchNorm2d\(8\): got an input .*expected 4 channels"
+    ):
+        layer(torch.randn(2, 8, 3, 3))
+
+
+def test_calibration_and_rules_of_inference() -> None:
+    layer, plain = syncbn.SyncBatchNorm2d(8).eval(), nn.BatchNorm2d(4).eval()
+    _cut(layer)
+    x = torch.randn(6, 4, 3, 3)
+    for model in (layer, plain):
+        syncbn.recalibrate(model, [x])
+    torch.testing.assert_close(layer.running_var, plain.running_var)
+    with prior_mix(layer, 4), prior_mix(plain, 4):
+        torch.testing.assert_close(layer(x), plain(x))
