@@ -12,7 +12,6 @@ import pytest
 
 import syncbn
 
-
 # The packages whose names are re-exported for users.
 PUBLIC = ["syncbn", *(f"syncbn.{name}" for name in ("calibration", "distributed", "inference"))]
 
