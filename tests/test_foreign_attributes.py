@@ -135,6 +135,23 @@ def test_no_name_is_read_that_the_library_has_not_set(kind: Any, name: str, valu
     assert getattr(layer, name) is value
 
 
+class Conditional(nn.BatchNorm2d):
+    """Takes arguments whose names and places are those of ours, and means something else."""
+
+    def forward(self, input: Tensor, domain: int, mask: str) -> Tensor:  # type: ignore[override]
+        assert (domain, mask) == (1, "night")
+        return super().forward(input)
+
+
+def test_calibration_reads_no_mask_from_a_layer_of_the_users() -> None:
+    """Its third argument was taken for a mask, which calibration refuses."""
+    layer, x = Conditional(4).eval(), torch.randn(6, 4, 3, 3)
+    syncbn.recalibrate(layer, [x], forward=lambda model, batch: model(batch, 1, "night"))
+    plain = nn.BatchNorm2d(4, momentum=1.0)
+    plain(x)
+    torch.testing.assert_close(layer.running_var, plain.running_var)
+
+
 def test_fuse_reaches_a_layer_that_carries_an_activation() -> None:
     """The library's own activation is stored apart from the user's."""
     model = nn.Sequential(Named(4, "gelu"), nn.ReLU())

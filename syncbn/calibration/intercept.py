@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from syncbn.calibration.layers import Layer
+from syncbn.module import SyncBatchNorm
 
-# Of a layer of ours; those of torch take the first.
+# Arguments of our layers. Another layer may give the later ones another meaning.
 _ARGUMENTS = ("input", "residual", "mask")
 
 
@@ -36,7 +37,7 @@ def intercepted(layers: Sequence[Layer], look: Callable[[Layer, Tensor], None]) 
 def _hook(layer: Layer, look: Callable[[Layer, Tensor], None]) -> Callable[..., None]:
     def hook(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         named = dict(zip(_ARGUMENTS, args, strict=False)) | kwargs
-        if named.get("mask") is not None:
+        if isinstance(module, SyncBatchNorm) and named.get("mask") is not None:
             raise ValueError(
                 f"{layer.name}: called with a mask; calibration takes inputs that count everywhere"
             )
