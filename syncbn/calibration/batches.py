@@ -20,22 +20,26 @@ Forward = Callable[[nn.Module, Any], object]
 def default_forward(model: nn.Module, batch: Any) -> object:
     """Call ``model(batch)``, ``model(batch[0])`` for a sequence, ``model(**batch)`` for a mapping.
 
-    A sequence is what most loaders give: inputs, then labels.
+    Most loaders yield sequences of inputs and labels. A list of several inputs looks the same, so
+    a model that takes such a list needs a ``forward`` of the user.
 
     Raises:
-        TypeError: the batch is none of a tensor, a sequence and a mapping.
+        TypeError: the batch is neither a tensor, a mapping, nor a sequence that begins with a
+            tensor.
     """
     match batch:
         case Tensor():
             return model(batch)
         case Mapping():
             return model(**batch)
-        case Sequence() if len(batch) and not isinstance(batch, str | bytes):
+        case Sequence() if len(batch) and isinstance(batch[0], Tensor):
             return model(batch[0])
+    kind = f"a batch of type {type(batch).__name__}"
+    if isinstance(batch, Sequence) and len(batch) and not isinstance(batch, str | bytes):
+        kind += f" that begins with a {type(batch[0]).__name__}"
     raise TypeError(
-        f"got a batch of type {type(batch).__name__}; expected a tensor, a sequence that begins "
-        "with the input, or a mapping of arguments; else pass forward=, called as "
-        "forward(model, batch)"
+        f"got {kind}; expected a tensor, a sequence that begins with the input tensor, or a "
+        "mapping of arguments; else pass forward=, called as forward(model, batch)"
     )
 
 

@@ -49,18 +49,16 @@ class Checkpoint:
         Raises:
             ValueError: none fits; the message says what the nearest lacks.
         """
-        found = [StateDict(name, values, prefix) for name, values in _nested(self.content)
+        found = [StateDict(name, values, prefix) for name, values in _nested(self.content, where)
                  for prefix in _prefixes(values, model)]  # fmt: skip
-        if where is not None:
-            found = [state for state in found if state.where == where]
         if not found:
             place = "anywhere" if where is None else f"at {where!r}"
             raise ValueError(f"{self.path}: no state dict found {place}; expected tensors by name")
-        problems = [(state, state.problems(model)) for state in found]
-        fitting = [state for state, problem in problems if not problem]
-        if fitting:
-            return min(fitting, key=lambda state: state.is_average)
-        state, problem = min(problems, key=lambda pair: len(pair[1]))
+        # A generator: the problems of thousands of prefixes would take gigabytes.
+        problems = ((state, state.problems(model)) for state in found)
+        state, problem = min(problems, key=lambda pair: (len(pair[1]), pair[0].is_average))
+        if not problem:
+            return state
         raise ValueError(
             f"{self.path}: does not fit the model; {state.name()}: {_few(problem)}; expected the "
             "names and shapes of the model"
@@ -236,19 +234,33 @@ def _read_safetensors(path: Path) -> Checkpoint:
         raise ValueError(f"{path}: cannot be read as safetensors ({error})") from None
 
 
-def _nested(content: MutableMapping[str, Any]) -> Iterator[tuple[str, MutableMapping[str, Any]]]:
-    """Yield the mappings in a mapping, itself included, that have tensors by name."""
-    level = [("", content)]
+def _nested(
+    content: MutableMapping[str, Any], where: str | None
+) -> Iterator[tuple[str, MutableMapping[str, Any]]]:
+    """Yield the mappings in a mapping, itself included, that have tensors by name.
+
+    Each mapping is visited once, on its shortest path: a file of 25 KB can hold a mapping at
+    millions of paths.
+
+    Args:
+        content: mapping to search.
+        where: the only path to yield, keys joined by dots; None for all.
+    """
+    level, visited = [("", content)], {id(content)}
     for _ in range(_DEEPEST):
         deeper: list[tuple[str, MutableMapping[str, Any]]] = []
-        for where, values in level:
-            if any(isinstance(v, Tensor) and isinstance(k, str) for k, v in values.items()):
-                yield where, values
-            deeper += [
-                (f"{where}.{key}" if where else str(key), value)
-                for key, value in values.items()
-                if isinstance(value, MutableMapping)
-            ]
+        for path, values in level:
+            if where in (None, path) and any(
+                isinstance(v, Tensor) and isinstance(k, str) for k, v in values.items()
+            ):
+                yield path, values
+            for key, value in values.items():
+                if not isinstance(value, MutableMapping) or id(value) in visited:
+                    continue
+                below = f"{path}.{key}" if path else str(key)
+                if where is None or f"{where}.".startswith(f"{below}."):
+                    visited.add(id(value))
+                    deeper.append((below, value))
         level = deeper
 
 

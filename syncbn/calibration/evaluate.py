@@ -76,7 +76,7 @@ def evaluate(
                 sums[name] = sums.get(name, 0.0) + float(value) * size
             samples += size
 
-    ranks.agreed(work)
+    ranks.agreed(work, "the evaluation")
     everyone = ranks.objects((samples, sums))
     total = sum(number for number, _ in everyone)
     if not total:

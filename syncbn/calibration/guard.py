@@ -7,18 +7,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from syncbn.calibration.interrupts import uninterrupted
-from syncbn.calibration.layers import Layer, put_back
+from syncbn.calibration.layers import Backup, put_back
 from syncbn.calibration.randomness import same_randomness
 from syncbn.calibration.wrappers import without_communication
 
 
 @contextmanager
-def untouched(
-    model: nn.Module, layers: list[Layer], statistics: list[tuple[Tensor, Tensor]]
-) -> Iterator[None]:
+def untouched(model: nn.Module, backup: Backup) -> Iterator[None]:
     """Put a model into inference mode for the body, alone on its rank, and everything back after.
 
     Back come training flags and the state of random generators, and on any exception the running
@@ -27,8 +25,7 @@ def untouched(
 
     Args:
         model: wrapped or not.
-        layers: of the model.
-        statistics: running means and variances of the layers, to be put back on an exception.
+        backup: statistics to restore on an exception.
     """
     flags = [(module, module.training) for module in model.modules()]
     with ExitStack() as stack:
@@ -44,7 +41,7 @@ def untouched(
             yield
         except BaseException:
             with uninterrupted():
-                put_back(layers, statistics)
+                put_back(backup)
             raise
         finally:
             with uninterrupted():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -76,35 +77,33 @@ class Layer:
                 )
 
 
+#: Layers with copies of their running means and variances, ``[C]``.
+Backup: TypeAlias = list[tuple[Layer, Tensor, Tensor]]
+
+
 def find_layers(model: nn.Module) -> list[Layer]:
     """Return the batch-norm layers that have running statistics, each once.
 
     Raises:
-        ValueError: there are none; one follows a rule of :mod:`syncbn.inference`; one is lazy and
-            has no size yet; one always normalizes with the statistics of its batch, whose outputs
-            and all that follows depend on the batch size.
+        ValueError: the model has no batch-norm layer; see also :func:`require_statistics`.
     """
-    found: list[Layer] = []
-    for full_name, module in model.named_modules():
-        if not isinstance(module, _BatchNorm):
-            continue
-        name = _name_in_the_plain_model(full_name, model)
-        if (rule := module._modules.get("_syncbn_rule")) is not None:
-            raise ValueError(
-                f"{name}: follows {rule} instead of its running statistics; expected a layer "
-                "without a rule (syncbn.inference.revert_inference takes it away)"
-            )
-        if isinstance(module.running_mean, nn.UninitializedBuffer):
-            raise ValueError(
-                f"{name}: got a lazy layer without a size; run one batch through the model first"
-            )
-        if module.running_mean is None or module.running_var is None:
-            raise ValueError(
-                f"{name}: got a layer with track_running_stats=False, which has no population "
-                "statistics and makes those of later layers depend on the batch size; expected "
-                "running_mean and running_var"
-            )
-        found.append(Layer(len(found), name, module))
+    layers = [Layer(index, name, module) for index, (name, module) in enumerate(batch_norms(model))]
+    for layer in layers:
+        require_statistics(layer.name, layer.module)
+    return layers
+
+
+def batch_norms(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
+    """Return the batch-norm layers with their names in the plain model, each once.
+
+    Raises:
+        ValueError: the model has no batch-norm layer.
+    """
+    found = [
+        (plain_name(name, model), module)
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+    ]
     if not found:
         raise ValueError(
             f"got {type(model).__name__} without a batch-norm layer; expected nn.BatchNorm*, "
@@ -113,14 +112,45 @@ def find_layers(model: nn.Module) -> list[Layer]:
     return found
 
 
-def put_back(layers: list[Layer], statistics: list[tuple[Tensor, Tensor]]) -> None:
-    """Write statistics into the buffers."""
-    for layer, (mean, var) in zip(layers, statistics, strict=True):
+def require_statistics(name: str, module: _BatchNorm) -> None:
+    """Raise unless a layer normalizes with running statistics in evaluation mode.
+
+    Raises:
+        ValueError: the layer follows a rule of :mod:`syncbn.inference`; is lazy and has no size
+            yet; has no running statistics, or integer ones.
+    """
+    if (rule := module._modules.get("_syncbn_rule")) is not None:
+        raise ValueError(
+            f"{name}: follows {rule} instead of its running statistics; expected a layer "
+            "without a rule (syncbn.inference.revert_inference takes it away)"
+        )
+    mean, var = module.running_mean, module.running_var
+    if isinstance(mean, nn.UninitializedBuffer):
+        raise ValueError(
+            f"{name}: got a lazy layer without a size; run one batch through the model first"
+        )
+    if mean is None or var is None:
+        raise ValueError(
+            f"{name}: got a layer with track_running_stats=False, which has no population "
+            "statistics and makes those of later layers depend on the batch size; expected "
+            "running_mean and running_var"
+        )
+    for buffer in (mean, var):
+        if not buffer.is_floating_point():
+            raise ValueError(
+                f"{name}: got running statistics of dtype {buffer.dtype}, which cannot hold a "
+                "fraction; expected floating-point buffers (such as buffer.float())"
+            )
+
+
+def put_back(backup: Backup) -> None:
+    """Write saved statistics into the buffers."""
+    for layer, mean, var in backup:
         layer.use(mean, var)
 
 
-def _name_in_the_plain_model(name: str, model: nn.Module) -> str:
-    """Return a name without what DDP and torch.compile put into it."""
+def plain_name(name: str, model: nn.Module) -> str:
+    """Return the name of a module without the prefixes of DDP and torch.compile."""
     name = name.replace("_orig_mod.", "").removesuffix("_orig_mod")
     while True:
         if isinstance(model, DistributedDataParallel):

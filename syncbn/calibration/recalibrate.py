@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.calibration.batches import Batches, Forward, default_forward
 from syncbn.calibration.budget import free_bytes
 from syncbn.calibration.guard import untouched
 from syncbn.calibration.interrupts import uninterrupted
 from syncbn.calibration.job import Job
-from syncbn.calibration.layers import Layer, find_layers, old_statistics, put_back
+from syncbn.calibration.layers import Backup, Layer, old_statistics, put_back
 from syncbn.calibration.progress import progress_bar
 from syncbn.calibration.ranks import Ranks
 from syncbn.calibration.report import CalibrationReport
+from syncbn.calibration.selection import Modules, Selection, select_layers
 from syncbn.calibration.sums import Sums
 from syncbn.distributed import resolve_group
 from syncbn.distributed.collectives import communicating_group
@@ -29,6 +32,8 @@ def recalibrate(
     batches: Iterable[Any],
     *,
     method: Method = "lockstep",
+    layers: Modules | None = None,
+    skip: Modules | None = None,
     num_samples: int | None = None,
     forward: Forward | None = None,
     process_group: Any = None,
@@ -63,6 +68,18 @@ def recalibrate(
     counters of batches, or the state of random generators. On any error, Ctrl-C included, the
     statistics are put back.
 
+    If some batch-norm layers of the model are in training mode, those in evaluation mode are frozen
+    and left alone. If all are in the same mode, all are calibrated. ``layers`` replaces this rule.
+    Layers that are left alone normalize with their running statistics, which must be the same on
+    every rank. The exception is a layer without running statistics, or with an inference rule: if
+    ``layers`` or ``skip`` excludes it, it normalizes as in inference, and results depend on the
+    batches if its outputs do.
+
+    Every rank fails if one rank fails. The ranks compare arguments and layers at the start, and
+    confirm the end: a rank keeps new statistics only if every rank has computed them. The exception
+    is a rank that dies during this last exchange: the rest may end with or without an error. Ctrl-C
+    after it is raised, and leaves the new statistics in place if other ranks have them, too.
+
     A sample is an entry of the first dimension of the first tensor in a batch.
 
     Args:
@@ -71,11 +88,16 @@ def recalibrate(
         batches: this rank's part of the calibration set; may be empty on some ranks. Tensors are
             moved to the device of the first layer.
         method: see above.
+        layers: modules to calibrate, as modules of the model, as dotted names in the plain model
+            (those of the report), or a list of both; every batch-norm layer in them is calibrated.
+            None for the rule above.
+        skip: modules to leave alone, in the same form.
         num_samples: how many samples to use, of all ranks together, each an equal share; None for
             all.
         forward: called as ``forward(model, batch)``; by default ``model(batch)``,
-            ``model(batch[0])`` for a sequence, or ``model(**batch)`` for a mapping. By default, and
-            if the model's forward reads no values, ``lockstep`` computes small batches of equal
+            ``model(batch[0])`` for a sequence that begins with a tensor, or ``model(**batch)`` for
+            a mapping. A model that takes a list of tensors needs a forward of yours. By default,
+            and if the model's forward reads no values, ``lockstep`` computes small batches of equal
             shapes together, up to 32 samples and 256 KiB of input; a forward of your own gets the
             batches as they are. Not within ``torch.inference_mode()``, for ``lockstep``.
         process_group: the ranks that calibrate together, described as for
@@ -89,50 +111,107 @@ def recalibrate(
 
     Raises:
         ValueError: no batch norm in the model; no or too little data; NaN or infinite activations;
-            an unknown method; one-shot batches for ``sequential``; batches that come to different
-            layers, for ``lockstep``; a wrapper that cannot be served.
+            an unknown method; ``layers`` or ``skip`` without a batch-norm layer; integer statistics
+            or shared buffers; one-shot batches for ``sequential``; batches that come to different
+            layers, for ``lockstep``; a wrapper that cannot be served; ranks with different
+            arguments or layers.
+        TypeError: a batch that the default forward cannot pass on; ``layers`` or ``skip`` of
+            another type.
         MemoryError: ``lockstep`` would take more than ``max_bytes``.
-        RuntimeError: another rank has failed.
+        RuntimeError: another rank has failed or cannot be reached.
 
     Reference:
         Wu and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576, section 3.
     """
-    run = _method(method)
-    if num_samples is not None and not (isinstance(num_samples, int) and num_samples >= 1):
-        raise ValueError(f"got num_samples={num_samples!r}; expected 1 or more, or None for all")
-    layers = find_layers(model)
-    device = layers[0].running_mean.device
-    own = old_statistics(layers)
-    with (
-        uninterrupted(undo=lambda: put_back(layers, own)) as interrupts,
-        untouched(model, layers, own),
-    ):
+    backup: Backup = []
+    with uninterrupted(undo=lambda: put_back(backup)) as interrupts:
         group = communicating_group(resolve_group(process_group))
+        device = _device(model)
         ranks = Ranks(group, device, interrupts)
-        _start_alike(layers, ranks)
-        old = old_statistics(layers)
-        title = f"recalibrating ({method})"
-        with progress_bar(ranks.rank == 0, progress, title) as report_progress:
-            totals = run(
-                Job(
-                    model=model,
-                    layers=layers,
-                    pivots=[mean.double().nan_to_num(0.0, 0.0, 0.0) for mean, _ in old],
-                    batches=Batches(batches, _share(num_samples, ranks), device),
-                    forward=forward or default_forward,
-                    ranks=ranks,
-                    max_bytes=_room(max_bytes, ranks, device),
-                    report_progress=report_progress,
+
+        def prepare() -> tuple[Callable[[Job], dict[Layer, Sums]], Selection]:
+            _check_number(num_samples)
+            return _method(method), select_layers(model, layers, skip)
+
+        run, (chosen, left_alone) = ranks.agreed(prepare)
+        own = old_statistics(chosen)
+        backup += [(layer, *statistics) for layer, statistics in zip(chosen, own, strict=True)]
+        ranks.require_same(_describe(method, num_samples, chosen, left_alone))
+        with untouched(model, backup):
+            _start_alike(chosen, ranks)
+            old = old_statistics(chosen)
+            title = f"recalibrating ({method})"
+            with progress_bar(ranks.rank == 0, progress, title) as report_progress:
+                totals = run(
+                    Job(
+                        model=model,
+                        layers=chosen,
+                        pivots=[mean.double().nan_to_num(0.0, 0.0, 0.0) for mean, _ in old],
+                        batches=Batches(batches, _share(num_samples, ranks), device),
+                        forward=forward or default_forward,
+                        ranks=ranks,
+                        max_bytes=_room(max_bytes, ranks, device),
+                        report_progress=report_progress,
+                    )
                 )
+            report = ranks.agreed(
+                lambda: _report(chosen, list(left_alone), old, own, totals),
+                "the end of the calibration",
             )
-        totals = {layer: sums for layer, sums in totals.items() if sums.spread.samples > 0}
-        if not totals:
-            raise ValueError(
-                "no sample came to any of the batch-norm layers "
-                f"({', '.join(layer.name for layer in layers)}); expected batches with samples "
-                "and a forward that calls these layers"
-            )
-        return CalibrationReport.of(layers, old, own, totals)
+            if ranks.size > 1:
+                backup.clear()  # the other ranks keep the new statistics from here on
+        return report
+
+
+def _device(model: nn.Module) -> torch.device:
+    """Return the device of the first batch-norm layer, else of the model."""
+    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
+    tensors = (t for module in (*norms, model) for t in (*module.buffers(), *module.parameters()))
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def _describe(
+    method: str, num_samples: int | None, layers: list[Layer], left_alone: dict[str, _BatchNorm]
+) -> list[str]:
+    """Return a line for every argument and layer that must be the same on all ranks."""
+    return [
+        f"method {method!r}",
+        f"num_samples {num_samples}",
+        *(
+            f"layer {layer.name!r} with {layer.channels} channels, {layer.running_mean.dtype} and "
+            f"{layer.running_var.dtype}, eps {layer.module.eps}, momentum {layer.module.momentum}"
+            for layer in layers
+        ),
+        *(
+            f"{name!r} left alone with statistics {_digest(module.running_mean)} "
+            f"{_digest(module.running_var)}"
+            for name, module in left_alone.items()
+        ),
+    ]
+
+
+def _digest(buffer: Tensor | None) -> str:
+    if buffer is None:
+        return "None"
+    content = bytes(buffer.detach().cpu().contiguous().view(torch.uint8).tolist())
+    return hashlib.blake2b(content, digest_size=4).hexdigest()
+
+
+def _report(
+    layers: list[Layer],
+    left_alone: list[str],
+    old: list[tuple[Tensor, Tensor]],
+    own: list[tuple[Tensor, Tensor]],
+    totals: dict[Layer, Sums],
+) -> CalibrationReport:
+    totals = {layer: sums for layer, sums in totals.items() if sums.spread.samples > 0}
+    if not totals:
+        raise ValueError(
+            "no sample came to any of the batch-norm layers "
+            f"({', '.join(layer.name for layer in layers)}); expected batches with samples "
+            "and a forward that calls these layers"
+        )
+    return CalibrationReport.of(layers, left_alone, old, own, totals)
 
 
 def _start_alike(layers: list[Layer], ranks: Ranks) -> None:
@@ -141,6 +220,11 @@ def _start_alike(layers: list[Layer], ranks: Ranks) -> None:
     parts = iter(ranks.first(torch.cat(old)).split([len(part) for part in old]))
     for layer, mean, var in zip(layers, parts, parts, strict=True):
         layer.use(mean, var)
+
+
+def _check_number(num_samples: object) -> None:
+    if num_samples is not None and not (isinstance(num_samples, int) and num_samples >= 1):
+        raise ValueError(f"got num_samples={num_samples!r}; expected 1 or more, or None for all")
 
 
 def _method(name: str) -> Callable[[Job], dict[Layer, Sums]]:

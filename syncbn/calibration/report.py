@@ -84,15 +84,19 @@ class CalibrationReport:
     Attributes:
         layers: that were calibrated, in the order of the forward.
         not_reached: names of layers that no batch came to; they keep their statistics.
+        left_alone: names of layers that were not to be calibrated: frozen in evaluation mode, or
+            excluded by the ``layers`` and ``skip`` of the call.
     """
 
     layers: list[LayerReport]
     not_reached: list[str]
+    left_alone: list[str]
     _undo: list[tuple[Layer, Tensor, Tensor]] = field(repr=False)
 
     @staticmethod
     def of(
         layers: list[Layer],
+        left_alone: list[str],
         old: list[tuple[Tensor, Tensor]],
         own: list[tuple[Tensor, Tensor]],
         totals: dict[Layer, Sums],
@@ -100,7 +104,8 @@ class CalibrationReport:
         """Compare the statistics of layers with their old ones.
 
         Args:
-            layers: of the model.
+            layers: calibrated layers of the model.
+            left_alone: names of its other layers.
             old: statistics to compare with, the same on every rank.
             own: statistics that this rank had, to put back.
             totals: sums over the inputs of the layers that were reached.
@@ -123,6 +128,7 @@ class CalibrationReport:
         return CalibrationReport(
             layers=reports,
             not_reached=[layer.name for layer in layers if layer not in totals],
+            left_alone=left_alone,
             _undo=[(layer, *own[layer.index]) for layer in layers],
         )
 
@@ -167,6 +173,7 @@ class CalibrationReport:
             "verdict": self.verdict(),
             "layers": [layer.figures() for layer in self.layers],
             "not_reached": self.not_reached,
+            "left_alone": self.left_alone,
         }
         with replacing(Path(path)) as file:
             file.write((json.dumps(found, indent=2) + "\n").encode())

@@ -9,6 +9,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from syncbn.calibration.printable import escape_controls
+
 if TYPE_CHECKING:
     from syncbn.calibration.report import CalibrationReport
 
@@ -23,7 +25,7 @@ def render(report: CalibrationReport) -> str:
         table.add_column(heading, justify="right")
     for layer in report.layers:
         table.add_row(
-            layer.name,
+            escape_controls(layer.name),
             str(layer.samples),
             f"{layer.count:.3g}",
             f"{layer.mean_shift:.3f}",
@@ -38,6 +40,11 @@ def render(report: CalibrationReport) -> str:
     ]
     if report.not_reached:
         notes.append(f"not reached, unchanged: {', '.join(report.not_reached)}")
+    if report.left_alone:
+        notes.append(
+            "left alone (in evaluation mode while others are in training mode, or excluded by "
+            f"layers or skip): {', '.join(report.left_alone)}"
+        )
     return _text(table, *notes, report.verdict())
 
 
@@ -48,13 +55,16 @@ def render_metrics(before: dict[str, float], after: dict[str, float]) -> str:
     for heading in ("before", "after"):
         table.add_column(heading, justify="right")
     for name in before:
-        table.add_row(name, f"{before[name]:.4f}", f"{after[name]:.4f}")
+        table.add_row(escape_controls(name), f"{before[name]:.4f}", f"{after[name]:.4f}")
     return _text(table)
 
 
 def _text(*parts: Table | str) -> str:
     text = io.StringIO()
-    console = Console(file=text, width=_COLUMNS, highlight=False, color_system=None)
+    # Names may contain brackets and colons, which are no markup.
+    console = Console(
+        file=text, width=_COLUMNS, highlight=False, color_system=None, markup=False, emoji=False
+    )
     for part in parts:
-        console.print(part)
+        console.print(escape_controls(part) if isinstance(part, str) else part)
     return text.getvalue()

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import syncbn
+from syncbn.calibration.printable import escape_controls
 from syncbn.cli import config_path
 from syncbn.cli.signals import deferred_termination
 from syncbn.distributed.launcher import launcher
@@ -103,17 +104,18 @@ def report(place: syncbn.RankInfo) -> dict[str, Any]:
 def show(found: dict[str, Any]) -> None:
     """Print a report as two tables."""
     # Not markup: it would drop the brackets of 'syncbn[cuda]'.
-    console = Console(markup=False)
+    console = Console(markup=False, emoji=False)
     table = Table(title="Installation", show_header=False, title_justify="left")
     for name, value in found["installation"].items():
-        table.add_row(name, value)
+        table.add_row(name, escape_controls(value, keep="\n"))
     console.print(table)
     title = f"{len(found['ranks'])} rank(s), backend {found['backend']}"
     table = Table(title=f"{title}, launcher: {found['launcher']}", title_justify="left")
     for name in found["ranks"][0]:
         table.add_column(name.replace("_", " "), justify="right")
     for rank in found["ranks"]:
-        table.add_row(*(f"{v:.0f}" if isinstance(v, float) else str(v) for v in rank.values()))
+        cells = (f"{v:.0f}" if isinstance(v, float) else str(v) for v in rank.values())
+        table.add_row(*map(escape_controls, cells))
     console.print(table)
     console.print(
         f"all reduce us: median of {_REPEATS} sums of {_MESSAGE} float64 numbers, the message of a "

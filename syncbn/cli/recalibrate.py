@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
@@ -30,6 +30,7 @@ from syncbn.calibration.checkpoint import (
     require_output,
 )
 from syncbn.calibration.evaluate import evaluate
+from syncbn.calibration.printable import escape_controls
 from syncbn.calibration.ranks import Ranks
 from syncbn.calibration.table import render_metrics
 from syncbn.cli import config_path
@@ -58,11 +59,14 @@ def run(config: DictConfig, place: syncbn.RankInfo) -> None:
     model.to(place.device)
     batches = ranks.agreed(lambda: instantiate(config.data))
     measure = ranks.agreed(lambda: measurement(config, model, batches, ranks, place.device))
+    layers, skip = ranks.agreed(lambda: (_names(config, "layers"), _names(config, "skip")))
     before = measure()
     report = syncbn.recalibrate(
         model,
         batches,
         method=config.method,
+        layers=layers,
+        skip=skip,
         num_samples=config.num_samples,
         max_bytes=config.max_bytes,
     )
@@ -77,7 +81,7 @@ def run(config: DictConfig, place: syncbn.RankInfo) -> None:
             with deferred_termination():
                 write(config, report, checkpoint, state, model)
 
-    ranks.agreed(finish)
+    ranks.agreed(finish, "the output")
 
 
 def open_checkpoint(config: DictConfig) -> Checkpoint:
@@ -134,6 +138,25 @@ def load(checkpoint: Checkpoint, model: nn.Module, config: DictConfig) -> StateD
     return state
 
 
+def _names(config: DictConfig, setting: str) -> list[str] | None:
+    """Return the names in a setting: none, one or a list.
+
+    Raises:
+        ValueError: a name was read as a number with digits lost, such as 3.10.
+    """
+    value = config[setting]
+    if value is None:
+        return None
+    names = list(value) if isinstance(value, ListConfig) else [value]
+    for name in names:
+        if isinstance(name, float):
+            raise ValueError(
+                f"{setting}: got the number {name}; expected names, in quotes if they look like "
+                f"numbers: '{setting}=[\"3.10\"]'"
+            )
+    return [str(name) for name in names]  # the children of nn.Sequential are integers
+
+
 def measurement(
     config: DictConfig, model: nn.Module, batches: Any, ranks: Ranks, device: torch.device
 ) -> Callable[[], dict[str, float]]:
@@ -181,7 +204,7 @@ def write(
         with _named(config.output) as path:
             assert path is not None
             checkpoint.write(path, config.overwrite)
-        print(f"written: {config.output} ({state.name()})")
+        print(escape_controls(f"written: {config.output} ({state.name()})"))
 
 
 @contextmanager
@@ -230,7 +253,8 @@ def main(config: DictConfig) -> None:
 def _exit(error: BaseException) -> NoReturn:
     # Without a traceback: the message says what to do. That of a KeyError is only the key.
     kind = f"{type(error).__name__}: " if isinstance(error, LookupError) else ""
-    sys.stderr.write(f"syncbn-recalibrate: {kind}{error}\n")
+    message = escape_controls(f"{kind}{error}", keep="\n\t")
+    sys.stderr.write(f"syncbn-recalibrate: {message}\n")
     sys.exit(_WRONG_USE)
 
 

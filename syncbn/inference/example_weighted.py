@@ -43,7 +43,7 @@ def example_weighted(
             all ranks together if synchronized.
         between: s^2 of every layer: the report of :func:`syncbn.recalibrate`, or tensors ``[C]`` by
             the name of the layer, such as ``report.between()``. Layers that the calibration did not
-            reach are left as they are.
+            reach, or left alone, are left as they are.
 
     Raises:
         ValueError: B is less than 1 or NaN; s^2 of a layer is missing, of another shape, negative
@@ -87,12 +87,12 @@ def convert_example_weighted(
     if not batch_size >= 1:
         raise ValueError(f"got batch_size={batch_size}; expected 1 or more")
     if isinstance(between, CalibrationReport):
-        values, not_reached = between.between(), between.not_reached
+        values, unknown = between.between(), {*between.not_reached, *between.left_alone}
     else:
-        values, not_reached = dict(between), []
+        values, unknown = dict(between), set()
 
     def make(layer: Layer) -> Rule | None:
-        if layer.name in not_reached:
+        if layer.name in unknown:
             return None
         return ExampleWeighted(batch_size, _checked(values.get(layer.name), layer))
 

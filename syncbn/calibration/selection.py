@@ -1,0 +1,137 @@
+"""Selection of the layers to calibrate: by name, by module, or by training mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncbn.calibration.layers import Layer, batch_norms, plain_name, require_statistics
+
+#: A module or its dotted name in the plain model, or several: all layers in them are meant.
+Modules: TypeAlias = str | nn.Module | Iterable[str | nn.Module]
+
+_MAX_NAMES = 8
+
+
+class Selection(NamedTuple):
+    """The batch-norm layers of a model.
+
+    Attributes:
+        layers: layers to calibrate.
+        left_alone: other layers, by name.
+    """
+
+    layers: list[Layer]
+    left_alone: dict[str, _BatchNorm]
+
+
+def select_layers(
+    model: nn.Module, layers: Modules | None = None, skip: Modules | None = None
+) -> Selection:
+    """Return the layers to calibrate and the layers to leave alone.
+
+    If some batch-norm layers of the model are in training mode, those in evaluation mode are frozen
+    and left alone. If all are in the same mode, all are calibrated. ``layers`` replaces this rule;
+    ``skip`` takes layers away from either choice.
+
+    Args:
+        model: network, wrapped or not.
+        layers: modules to calibrate; None for the rule.
+        skip: modules to leave alone.
+
+    Raises:
+        TypeError: an entry is neither a name nor a module.
+        ValueError: an entry contains no batch-norm layer of the model; no layer remains; a layer
+            to calibrate has no usable statistics or shares a buffer with another layer.
+    """
+    norms = batch_norms(model)
+    wanted = None if layers is None else _find_norms("layers", layers, model)
+    skipped = set() if skip is None else _find_norms("skip", skip, model)
+    partly_frozen = len({module.training for _, module in norms}) > 1
+    chosen: list[Layer] = []
+    left_alone: dict[str, _BatchNorm] = {}
+    for name, module in norms:
+        excluded = module in skipped or (wanted is not None and module not in wanted)
+        # A forward gives a lazy layer its sizes, which would change the model.
+        if not excluded or isinstance(module.running_mean, nn.UninitializedBuffer):
+            require_statistics(name, module)
+        if excluded or (wanted is None and partly_frozen and not module.training):
+            left_alone[name] = module
+        else:
+            chosen.append(Layer(len(chosen), name, module))
+    if not chosen:
+        raise ValueError(
+            f"all {len(norms)} batch-norm layers are left alone; expected one to calibrate: name "
+            "it in layers=, skip fewer, or put it into training mode"
+        )
+    _require_own_buffers(chosen, left_alone)
+    return Selection(chosen, left_alone)
+
+
+def _find_norms(argument: str, entries: Modules, model: nn.Module) -> set[_BatchNorm]:
+    if isinstance(entries, str | nn.Module) or not isinstance(entries, Iterable):
+        entries = [entries]
+    by_name: dict[str, nn.Module] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        by_name.setdefault(plain_name(name, model), module)
+    inside = set(model.modules())
+    found: set[_BatchNorm] = set()
+    for entry in entries:
+        if not isinstance(entry, str | nn.Module):
+            raise TypeError(
+                f"{argument}: got {entry!r} of type {type(entry).__name__}; expected the name of a "
+                "module, a module, or several of them"
+            )
+        module = by_name.get(entry) if isinstance(entry, str) else entry
+        below = [] if module is None else [m for m in module.modules() if isinstance(m, _BatchNorm)]
+        if not below or not inside.issuperset(below):
+            shown = repr(entry) if isinstance(entry, str) else f"a {type(entry).__name__}"
+            raise ValueError(
+                f"{argument}: got {shown}, which is no module of the model with a batch-norm layer "
+                f"in it; expected layers, or modules above them: {_shorten(batch_norms(model))}"
+            )
+        found.update(below)
+    return found
+
+
+def _shorten(norms: list[tuple[str, _BatchNorm]]) -> str:
+    more = f" and {len(norms) - _MAX_NAMES} more" if len(norms) > _MAX_NAMES else ""
+    return ", ".join(repr(name) for name, _ in norms[:_MAX_NAMES]) + more
+
+
+def _require_own_buffers(chosen: list[Layer], left_alone: dict[str, _BatchNorm]) -> None:
+    """Raise if two buffers share memory, one of them in a layer to calibrate.
+
+    Elements are compared, not storages: buffers may be columns of one tensor.
+    """
+    named = [(layer.name, layer.module) for layer in chosen] + list(left_alone.items())
+    buffers = [
+        (f"{name}.{kind}".lstrip("."), index < len(chosen), buffer)
+        for index, (name, module) in enumerate(named)
+        for kind in ("running_mean", "running_var")
+        if (buffer := getattr(module, kind)) is not None
+    ]
+    addresses, order = torch.cat([_addresses(buffer) for *_, buffer in buffers]).sort(stable=True)
+    owners = torch.repeat_interleave(torch.tensor([buffer.numel() for *_, buffer in buffers]))[
+        order
+    ]
+    repeated = addresses[1:] == addresses[:-1]
+    for left, right in zip(
+        owners[:-1][repeated].tolist(), owners[1:][repeated].tolist(), strict=True
+    ):
+        (first, is_chosen, _), (second, _, _) = buffers[left], buffers[right]
+        if is_chosen and first != second:
+            raise ValueError(
+                f"{first} and {second} share memory, so the statistics of one would overwrite "
+                "the other; expected separate buffers (such as buffer.clone())"
+            )
+
+
+def _addresses(buffer: Tensor) -> Tensor:
+    """Return the address of every element of a buffer ``[C]``, int64 ``[C]``."""
+    step = buffer.stride(0) * buffer.element_size()
+    return buffer.data_ptr() + step * torch.arange(buffer.numel(), device="cpu")
