@@ -107,6 +107,21 @@ def test_brackets_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "pip install 'syncbn[cuda]'" in capsys.readouterr().out
 
 
+def test_values_do_not_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of host names, paths and messages of compilers; brackets were taken for markup."""
+    rank = {"rank": 0, "host": "node\x1b[2J", "all_reduce_us": 3.0}
+    found = {
+        "installation": {"C++": "a\x1b]0;title\x07 [bold]"},
+        "backend": "gloo",
+        "launcher": "none",
+    }
+    doctor.show({**found, "ranks": [rank]})
+    printed = capsys.readouterr().out
+    assert all(c.isprintable() or c == "\n" for c in printed)
+    assert r"node\x1b[2J" in printed
+    assert r"a\x1b]0;title\x07 [bold]" in printed
+
+
 def test_without_mpi4py(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(package: str) -> str:
         raise metadata.PackageNotFoundError(package)

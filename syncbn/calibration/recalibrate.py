@@ -68,8 +68,8 @@ def recalibrate(
     counters of batches, or the state of random generators. On any error, Ctrl-C included, the
     statistics are put back.
 
-    If some batch-norm layers of the model are in training mode, those in evaluation mode are frozen
-    and left alone. If all are in the same mode, all are calibrated. ``layers`` replaces this rule.
+    If some batch-norm layers are in training mode, the layers in evaluation mode are frozen and
+    left alone. If all are in the same mode, all are calibrated. ``layers`` replaces this rule.
     Layers that are left alone normalize with their running statistics, which must be the same on
     every rank. The exception is a layer without running statistics, or with an inference rule: if
     ``layers`` or ``skip`` excludes it, it normalizes as in inference, and results depend on the
@@ -89,7 +89,7 @@ def recalibrate(
             moved to the device of the first layer.
         method: see above.
         layers: modules to calibrate, as modules of the model, as dotted names in the plain model
-            (those of the report), or a list of both; every batch-norm layer in them is calibrated.
+            (as in the report), or a list of both; every batch-norm layer in them is calibrated.
             None for the rule above.
         skip: modules to leave alone, in the same form.
         num_samples: how many samples to use, of all ranks together, each an equal share; None for
@@ -164,7 +164,7 @@ def recalibrate(
 
 
 def _device(model: nn.Module) -> torch.device:
-    """Return the device of the first batch-norm layer, else of the model."""
+    """Return the device of the first batch-norm layer, or of a model without one."""
     norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
     tensors = (t for module in (*norms, model) for t in (*module.buffers(), *module.parameters()))
     return next((tensor.device for tensor in tensors), torch.device("cpu"))

@@ -34,8 +34,8 @@ def select_layers(
 ) -> Selection:
     """Return the layers to calibrate and the layers to leave alone.
 
-    If some batch-norm layers of the model are in training mode, those in evaluation mode are frozen
-    and left alone. If all are in the same mode, all are calibrated. ``layers`` replaces this rule;
+    If some batch-norm layers are in training mode, the layers in evaluation mode are frozen and
+    left alone. If all are in the same mode, all are calibrated. ``layers`` replaces this rule;
     ``skip`` takes layers away from either choice.
 
     Args:

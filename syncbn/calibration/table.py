@@ -42,8 +42,8 @@ def render(report: CalibrationReport) -> str:
         notes.append(f"not reached, unchanged: {', '.join(report.not_reached)}")
     if report.left_alone:
         notes.append(
-            "left alone (in evaluation mode while others are in training mode, or excluded by "
-            f"layers or skip): {', '.join(report.left_alone)}"
+            "left alone (frozen in evaluation mode, or excluded by layers= or skip=): "
+            f"{', '.join(report.left_alone)}"
         )
     return _text(table, *notes, report.verdict())
 

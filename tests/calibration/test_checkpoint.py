@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import os
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,44 @@ def test_weights_before_their_averages_unless_asked(tmp_path: Path) -> None:
     assert torch.equal(new["model"]["1.running_mean"], content["model"]["1.running_mean"])  # type: ignore[index]
     with pytest.raises(ValueError, match="no state dict found at 'optimizer'"):
         checkpoint.find(network(), "optimizer")
+
+
+def test_a_mapping_at_a_million_paths(tmp_path: Path) -> None:
+    """A file of 25 KB took all memory: each path to a mapping was held."""
+    content: dict[str, Any] = {"step": 1}
+    for _ in range(4):
+        content = {f"{number:03}": content for number in range(100)}
+    torch.save(content, tmp_path / "in.pt")
+    assert (tmp_path / "in.pt").stat().st_size < 25_000
+    checkpoint, net = read_checkpoint(tmp_path / "in.pt"), network()
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="no state dict found anywhere"):
+        checkpoint.find(net)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_a_thousand_prefixes(tmp_path: Path) -> None:
+    """The problems of every prefix were held: memory grew with the product."""
+    content = {f"{number}.0.weight": torch.zeros(1) for number in range(1000)}
+    torch.save(content, tmp_path / "in.pt")
+    checkpoint, net = read_checkpoint(tmp_path / "in.pt"), network()
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="does not fit the model"):
+        checkpoint.find(net)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2 << 20
+
+
+def test_a_state_dict_with_two_names(tmp_path: Path) -> None:
+    shared = weights()
+    torch.save({"model": shared, "all": {"best": shared}}, tmp_path / "in.pt")
+    checkpoint = read_checkpoint(tmp_path / "in.pt")
+    assert checkpoint.content["model"] is checkpoint.content["all"]["best"]
+    for where in (None, "model", "all.best"):
+        assert checkpoint.find(network(), where).where == (where or "model")
 
 
 def test_entries_that_share_memory(tmp_path: Path) -> None:

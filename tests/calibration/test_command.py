@@ -196,6 +196,29 @@ def test_a_dry_run_writes_nothing(source: Path) -> None:
     assert list(source.parent.iterdir()) == [source]
 
 
+def test_layers_by_name(source: Path) -> None:
+    """Integers, as in nn.Sequential, and the whole model in evaluation mode: none is frozen."""
+    output = source.with_name("out.pt")
+    settings = ["+data.batch_size=4", f"output={output}", "layers=[1,3.first,11]", "skip=11"]
+    done = command(source, *settings, forked=True)
+    assert done.returncode == 0, done.stderr
+    assert "excluded by layers= or skip=): 3.second.1, 6, 11" in " ".join(done.stdout.split())
+    expected, net = network(), network()
+    syncbn.recalibrate(expected, batches(24), layers=["1", "3.first"])
+    read_checkpoint(output).find(net).load_into(net)
+    assert distance(statistics(net), statistics(expected)) < 1e-12
+
+
+def test_names_in_a_checkpoint_do_not_control_the_terminal(source: Path) -> None:
+    content = torch.load(source)
+    content["\x1b]0;title\x07"] = {**content.pop("model"), "\x1b[2Jclear": torch.zeros(1)}
+    torch.save(content, source)
+    done = command(source, "+data.batch_size=4", "dry_run=true", forked=True)
+    assert done.returncode == 2
+    assert r"\x1b[2Jclear is unexpected" in done.stderr
+    assert all(c.isprintable() or c == "\n" for c in done.stderr)
+
+
 BAD = {
     "no output": (["+data.batch_size=4"], "got no output="),
     "the input": (["+data.batch_size=4", "output={source}"], "is the checkpoint that is read"),
@@ -227,6 +250,14 @@ BAD = {
     "a number": (
         ["+data.batch_size=4", "dry_run=true", "num_samples=many"],
         "got num_samples='many'; expected 1 or more, or None for all",
+    ),
+    "a layer that is a number": (
+        ["+data.batch_size=4", "dry_run=true", "skip=[6,3.10]"],
+        "skip: got the number 3.1; expected names, in quotes if they look like numbers",
+    ),
+    "a layer": (
+        ["+data.batch_size=4", "dry_run=true", "layers=backbone"],
+        "layers: got 'backbone', which is no module of the model with a batch-norm layer in it",
     ),
     "a key": (
         [f"data._target_={NETWORKS}.without_a_key", "dry_run=true"],

@@ -97,6 +97,21 @@ BAD: dict[str, tuple[Callable[[nn.Module], None], Any, dict[str, Any], str]] = {
         {},
         r"got a batch of type float; expected a tensor, a sequence .* else pass forward=",
     ),
+    "samples of detection": (
+        _unchanged,
+        [[{"image": images(1)[0]}, {"image": images(1)[0]}]],
+        {},
+        r"got a batch of type list that begins with a dict; .* else pass forward=, called as",
+    ),
+    "pairs": (
+        _unchanged,
+        [((images(2), images(2)), 1)],
+        {},
+        r"type tuple that begins with a tuple",
+    ),
+    "names": (_unchanged, [["a", "b"]], {}, r"type list that begins with a str; expected a tensor"),
+    "text": (_unchanged, ["a"], {}, r"got a batch of type str; expected a tensor"),
+    "an empty batch": (_unchanged, [[]], {}, r"got a batch of type list; expected a tensor"),
     "a forward that uses nothing": (
         _unchanged,
         images().split(6),

@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 import syncbn
+from syncbn.calibration.table import render_metrics
 from tests.calibration.networks import images, network
 
 
@@ -123,6 +124,23 @@ def test_table_json_and_picture(tmp_path: Path) -> None:
     report.plot(tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.png"]
+
+
+def test_names_do_not_control_the_terminal() -> None:
+    """A layer's name from a file moved the cursor; one in brackets was taken for markup."""
+    names = ["a\x1b[2Jb", "x\u202ey\nz", "[red]", ":smile:"]
+    net = nn.Sequential()
+    for name in names:
+        net.add_module(name, nn.BatchNorm2d(2))
+    net.add_module("later\x07", nn.BatchNorm2d(2))
+    net.train()[-1].eval()
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(8, 2, 3, 3))).float()
+    table = syncbn.recalibrate(net, x.split(2)).table()
+    assert all(c.isprintable() or c == "\n" for c in table)
+    for shown in (r"a\x1b[2Jb", r"x\u202ey\nz", "[red]", ":smile:", r"later\x07"):
+        assert shown in table
+    shown = render_metrics({"loss\x1b[31m": 1.0}, {"loss\x1b[31m": 0.5})
+    assert r"loss\x1b[31m   1.0000   0.5000" in shown
 
 
 def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:

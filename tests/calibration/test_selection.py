@@ -1,0 +1,301 @@
+"""Which layers are calibrated: by training mode, by name, by module."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import syncbn
+from syncbn.inference import example_weighted
+from tests.calibration.networks import (
+    as_they_are,
+    by_hand,
+    distance,
+    images,
+    layers,
+    network,
+    statistics,
+)
+from tests.calibration.test_exact import EXACT
+from tests.ranks import Ranks
+
+FROZEN = ("1", "3.second.1")
+
+
+class Affine(nn.Module):
+    """A frozen layer, written out: no batch norm, so no calibration can change it."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.norm = [norm]  # no submodule
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var, weight, bias = (
+            values.view(-1, *(1,) * (x.dim() - 2))
+            for values in (
+                self.norm[0].running_mean,
+                self.norm[0].running_var,
+                self.norm[0].weight,
+                self.norm[0].bias,
+            )
+        )
+        y: Tensor = (x - mean) / (var + self.norm[0].eps).sqrt() * weight + bias
+        return y
+
+
+def partly_frozen() -> nn.Sequential:
+    net = network().train()
+    for name in FROZEN:
+        layers(net)[name].eval()
+    return net
+
+
+def with_affine_layers() -> nn.Sequential:
+    net = network()
+    for name in FROZEN:
+        parent, _, last = name.rpartition(".")
+        net.get_submodule(parent)._modules[last] = Affine(layers(net)[name])
+    return net
+
+
+def only(names: Any, net: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    return {name: pair for name, pair in statistics(net).items() if name in names}
+
+
+@pytest.mark.parametrize("method", [*EXACT, "pooled", "average", "ema"])
+def test_frozen_layers_are_left_alone(method: Any) -> None:
+    """A fine-tuned model lost the statistics of its frozen backbone."""
+    net, expected = partly_frozen(), with_affine_layers()
+    before, modes = statistics(net), [module.training for module in net.modules()]
+    if method in EXACT:
+        by_hand(expected, images())
+    else:
+        syncbn.recalibrate(expected, images().split(4), method=method)
+    report = syncbn.recalibrate(net, images().split(4), method=method)
+    assert distance(only(FROZEN, net), {name: before[name] for name in FROZEN}) == 0.0
+    assert distance(only(statistics(expected), net), statistics(expected)) < 1e-12
+    assert report.left_alone == list(FROZEN)
+    assert [layer.name for layer in report.layers] == ["3.first.1", "6", "11"]
+    assert [module.training for module in net.modules()] == modes
+    report.undo()
+    assert distance(statistics(net), before) == 0.0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_in_one_mode_are_all_calibrated(training: bool) -> None:
+    net, expected = network().train(training), network()
+    report = syncbn.recalibrate(net, images().split(4))
+    by_hand(expected, images())
+    assert distance(statistics(net), statistics(expected)) < 1e-12
+    assert report.left_alone == []
+
+
+def _compiled(net: nn.Module) -> Any:
+    return torch.compile(net, backend="eager")
+
+
+CHOICES: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "a layer": ({"layers": "6"}, ["6"]),
+    "a module above": ({"layers": "3"}, ["3.first.1", "3.second.1"]),
+    "a list": ({"layers": ["11", "3.first"]}, ["3.first.1", "11"]),
+    "all but": ({"skip": "3"}, ["1", "6", "11"]),
+    "both": ({"layers": ["3", "6"], "skip": ["3.second"]}, ["3.first.1", "6"]),
+    "the root": ({"layers": ""}, ["1", "3.first.1", "3.second.1", "6", "11"]),
+    "none to skip": ({"skip": []}, ["1", "3.first.1", "3.second.1", "6", "11"]),
+}
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, _compiled], ids=["plain", "compiled"])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_names(choice: str, wrap: Any) -> None:
+    arguments, chosen = CHOICES[choice]
+    net = network()
+    before = statistics(net)
+    report = syncbn.recalibrate(wrap(net), images().split(4), **arguments)
+    assert [layer.name for layer in report.layers] == chosen
+    assert report.left_alone == [name for name in before if name not in chosen]
+    for name, pair in before.items():
+        assert (distance({name: pair}, only([name], net)) == 0.0) is (name not in chosen)
+
+
+def test_names_override_the_mode_of_frozen_layers() -> None:
+    net = partly_frozen()
+    report = syncbn.recalibrate(net, images().split(4), layers=["1", "6"])
+    assert [layer.name for layer in report.layers] == ["1", "6"]
+    net = partly_frozen()
+    report = syncbn.recalibrate(net, images().split(4), skip="11")
+    assert [layer.name for layer in report.layers] == ["3.first.1", "6"]
+
+
+def test_modules() -> None:
+    net, named = network(), network()
+    syncbn.recalibrate(named, images().split(4), layers=["3", "6"], skip="3.first")
+    block: Any = net[3]
+    syncbn.recalibrate(net, images().split(4), layers=[block, net[6]], skip=block.first)
+    assert distance(statistics(net), statistics(named)) == 0.0
+
+
+def test_every_name_of_a_shared_module() -> None:
+    shared = nn.BatchNorm2d(3).double()
+    net = nn.ModuleDict({"student": shared, "teacher": shared, "other": nn.BatchNorm2d(3).double()})
+    report = syncbn.recalibrate(
+        net, images().split(4), layers="teacher", forward=lambda net, x: net["student"](x)
+    )
+    assert [layer.name for layer in report.layers] == ["student"]
+    assert report.left_alone == ["other"]
+
+
+class Unread:
+    def __iter__(self) -> Iterator[Tensor]:
+        raise AssertionError("read before the names were checked")
+
+
+NAMES = "'1', '3.first.1', '3.second.1', '6', '11'"
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no such module": ({"layers": "backbone"}, rf"layers: got 'backbone'.* above them: {NAMES}"),
+    "part of a name": ({"skip": ["3.fir"]}, r"skip: got '3\.fir', which is no module"),
+    "no batch norm in it": ({"skip": ["6", "0"]}, r"skip: got '0', which is no module of the"),
+    "another model": ({"layers": nn.BatchNorm2d(3)}, r"layers: got a BatchNorm2d, which is no"),
+    "a number": ({"layers": 6}, r"layers: got 6 of type int; expected the name of a module"),
+    "nothing": ({"layers": []}, r"all 5 batch-norm layers are left alone; expected one"),
+    "all": ({"skip": ""}, r"all 5 batch-norm layers are left alone"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_names_without_a_layer(what: str) -> None:
+    arguments, message = BAD[what]
+    net = network()
+    before = statistics(net)
+    with pytest.raises((ValueError, TypeError), match=message):
+        syncbn.recalibrate(net, Unread(), **arguments)
+    assert distance(statistics(net), before) == 0.0
+
+
+def _wrong_name(rank: int) -> str:
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        syncbn.recalibrate(network(), Unread(), layers="6" if rank == 0 else "backbone")
+    return str(caught.value)
+
+
+def test_a_wrong_name_on_one_rank_ends_all(two_ranks: Ranks) -> None:
+    """The other rank waited for the timeout of the process group."""
+    first, second = two_ranks.run(_wrong_name)
+    assert first == "calibration was ended by an error on rank 1; see there"
+    assert second.startswith("layers: got 'backbone'")
+
+
+def _distributed(rank: int, method: Any) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
+    net = partly_frozen()
+    net[6] = nn.BatchNorm2d(5).double()  # DDP takes no torch.nn.SyncBatchNorm on CPU
+    model = DistributedDataParallel(net)
+    mine = list(images()[rank::2].split(4))
+    report = syncbn.recalibrate(model, mine, method=method, layers=["3", "6"], skip=[net[3].second])
+    return statistics(net), report.left_alone
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_ddp(two_ranks: Ranks, method: str) -> None:
+    results = two_ranks.run(_distributed, method)
+    net = partly_frozen()
+    net[6] = nn.BatchNorm2d(5).double()
+    syncbn.recalibrate(net, [images()], layers=["3.first", "6"])
+    for found, left_alone in results:
+        assert distance(found, statistics(net)) < 1e-12
+        assert left_alone == ["1", "3.second.1", "11"]
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_a_layer_without_statistics_can_be_skipped(method: Any) -> None:
+    """It normalizes every batch by itself, in inference as in training."""
+    net = nn.Sequential(
+        nn.BatchNorm2d(3, track_running_stats=False), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+    ).double()
+    with pytest.raises(ValueError, match=r"0: got a layer with track_running_stats=False"):
+        syncbn.recalibrate(net, images().split(4), layers=["0", "2"])
+    parts = images().split(4)
+    report = syncbn.recalibrate(net, parts, method=method, skip="0", forward=as_they_are)
+    assert report.left_alone == ["0"]
+    var = [x.var((0, 2, 3), correction=0, keepdim=True) for x in parts]
+    mean = [x.mean((0, 2, 3), keepdim=True) for x in parts]
+    normalized = [(x - m) / (v + 1e-5).sqrt() for x, m, v in zip(parts, mean, var, strict=True)]
+    inputs = torch.cat([net[1](x) for x in normalized]).transpose(0, 1).flatten(1).detach()
+    torch.testing.assert_close(net[2].running_mean, inputs.mean(1))
+    torch.testing.assert_close(net[2].running_var, inputs.var(1))
+
+
+def test_example_weighted_leaves_them_alone_too() -> None:
+    net = partly_frozen()
+    report = syncbn.recalibrate(net, images().split(4))
+    with example_weighted(net, 4, report):
+        weighted = [name for name, layer in layers(net).items() if "Ruled" in type(layer).__name__]
+    assert weighted == ["3.first.1", "6", "11"]
+
+
+def test_the_report_names_them(tmp_path: Path) -> None:
+    report = syncbn.recalibrate(partly_frozen(), images().split(4))
+    table = " ".join(report.table().split())
+    assert (
+        "left alone (frozen in evaluation mode, or excluded by layers= or skip=): 1, 3.second.1"
+        in table
+    )
+    report.save(tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text())["left_alone"] == list(FROZEN)
+
+
+def _integers(net: Any) -> str:
+    net[6].running_var = net[6].running_var.long()
+    return r"6: got running statistics of dtype torch\.int64, which cannot hold a fraction"
+
+
+def _one_tensor(net: Any) -> str:
+    net[3].second[1].running_mean = net[3].first[1].running_mean
+    return r"3\.first\.1\.running_mean and 3\.second\.1\.running_mean share memory"
+
+
+def _overlap(net: Any) -> str:
+    storage = torch.ones(10).double()
+    net[1].running_var, net[6].running_mean = storage[:6], storage[5:]
+    return r"1\.running_var and 6\.running_mean share memory"
+
+
+def _with_a_skipped_layer(net: Any) -> str:
+    net[1].running_var = net[3].second[1].running_var
+    return r"3\.second\.1\.running_var and 1\.running_var share memory"
+
+
+def _mean_and_variance(net: Any) -> str:
+    net[6].running_mean = net[6].running_var
+    return r"6\.running_mean and 6\.running_var share memory"
+
+
+@pytest.mark.parametrize(
+    "change", [_integers, _one_tensor, _overlap, _with_a_skipped_layer, _mean_and_variance]
+)
+def test_buffers_that_cannot_hold_the_statistics(change: Any) -> None:
+    """Integers lost the fractions; of two layers in one buffer, the last one won."""
+    net = network()
+    message = change(net)
+    before = statistics(net)
+    with pytest.raises(ValueError, match=message):
+        syncbn.recalibrate(net, Unread(), skip="1" if change is _with_a_skipped_layer else None)
+    assert distance(statistics(net), before) == 0.0
+
+
+def test_buffers_may_be_columns_of_one_tensor() -> None:
+    net, expected = network(), network()
+    table = torch.ones(6, 4).double()
+    block: Any = net[3]
+    norms = block.first[1], block.second[1]
+    for norm, (mean, var) in zip(norms, table.T.split(2), strict=True):
+        norm.running_mean, norm.running_var = mean, var
+    syncbn.recalibrate(net, images().split(4))
+    by_hand(expected, images())
+    assert distance(statistics(net), statistics(expected)) < 1e-12
