@@ -138,9 +138,9 @@ def test_a_mapping_at_a_million_paths(tmp_path: Path) -> None:
     assert peak < 1 << 20
 
 
-def test_a_thousand_prefixes(tmp_path: Path) -> None:
+def test_hundreds_of_prefixes(tmp_path: Path) -> None:
     """The problems of every prefix were held: memory grew with the product."""
-    content = {f"{number}.0.weight": torch.zeros(1) for number in range(1000)}
+    content = {f"{number}.0.weight": torch.zeros(1) for number in range(300)}
     torch.save(content, tmp_path / "in.pt")
     checkpoint, net = read_checkpoint(tmp_path / "in.pt"), network()
     tracemalloc.start()
@@ -148,7 +148,7 @@ def test_a_thousand_prefixes(tmp_path: Path) -> None:
         checkpoint.find(net)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 2 << 20
+    assert peak < 1 << 19
 
 
 def test_a_state_dict_with_two_names(tmp_path: Path) -> None:
