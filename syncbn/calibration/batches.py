@@ -85,7 +85,7 @@ class Batches:
         return min(promised, self.limit) if promised else self.limit
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield the batches on the device.
+        """Yield the batches on the device, as copies: a forward may write to its input.
 
         Raises:
             ValueError: there are fewer samples, or batches, than expected.
@@ -107,7 +107,7 @@ class Batches:
                 if samples > left:
                     batch = first_samples(batch, left, samples)
                 left -= min(samples, left)
-            yield move(batch, self.device)
+            yield copy(move(batch, self.device))
             if left == 0:
                 return
         if left:
@@ -140,25 +140,24 @@ class _Kept(Iterable[Any]):
             yield batch
 
 
-def put_together(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yield the inputs of small batches, as many as make a batch of some size, as one.
+def group_batches(batches: Iterable[Any]) -> Iterator[list[Any]]:
+    """Yield lists of small input tensors that one pass may compute, and other batches alone.
 
-    Only for :func:`default_forward` in inference mode, where a sample's outputs do not depend on
-    its batch, and a pass over one image takes longer to switch to and from than to compute. What is
-    no tensor, or of another shape, stays a batch of its own.
+    Only for :func:`default_forward`. A pass over one image takes less time than a switch between
+    two passes. A batch without a tensor, or of another shape, is alone in its list.
     """
     group: list[Tensor] = []
     for batch in batches:
         x = _small_input(batch)
         if group and (x is None or not _fits(x, group)):
-            yield torch.cat(group)
+            yield group
             group = []
         if x is None:
-            yield batch
+            yield [batch]
         else:
             group.append(x)
     if group:
-        yield torch.cat(group)
+        yield group
 
 
 def _small_input(batch: Any) -> Tensor | None:
@@ -204,6 +203,13 @@ def move(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     return _rebuilt(batch, lambda part: move(part, device))
+
+
+def copy(batch: Any) -> Any:
+    """Return the batch with copies of its tensors."""
+    if isinstance(batch, Tensor):
+        return batch.clone()
+    return _rebuilt(batch, copy)
 
 
 def _rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,14 +13,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from syncbn.calibration.batches import count_samples, default_forward, first_samples
+from syncbn.calibration.batches import copy, count_samples, default_forward, first_samples
 from syncbn.calibration.intercept import intercepted
 from syncbn.calibration.job import Job
 from syncbn.calibration.layers import Layer
+from syncbn.calibration.locks import LockWatch
+from syncbn.calibration.randomness import generator_states
 
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP = Path("/sys/fs/cgroup")
 _GIB = 1 << 30
+_TF32_EPS = 2.0**-10
 # Of a batch, one sample in so many is enough to see what it takes.
 _PART_TO_MEASURE = 16
 # Of operations: item(), bool(tensor) and their like; nonzero() and its like.
@@ -33,29 +37,40 @@ class Watched(NamedTuple):
         bytes: the most memory of its own that it has when it comes to a layer.
         reads_data: whether it reads values or lets them decide on shapes, so that what it does may
             depend on the batch as a whole.
+        draws: whether it draws random numbers from the global generators.
+        eps: machine epsilon of the coarsest floating dtype that it computes in.
     """
 
     bytes: int
     reads_data: bool
+    draws: bool
+    eps: float
 
 
-def watch_pass(run: Callable[[], object], layers: Sequence[Layer]) -> Watched:
+def watch_pass(
+    run: Callable[[], object],
+    layers: Sequence[Layer],
+    observe: Callable[[Layer], None] = lambda layer: None,
+) -> Watched:
     """Run a forward pass to its end and look at it.
 
     Args:
         run: the pass.
         layers: where it will be stopped.
+        observe: called at each layer.
     """
     peak = 0
+    states = generator_states()
     with LiveBytes() as watch:
 
         def look(layer: Layer, x: Tensor) -> None:
             nonlocal peak
             peak = max(peak, watch.live_bytes())
+            observe(layer)
 
         with intercepted(layers, look):
             run()
-    return Watched(peak, watch.reads_data)
+    return Watched(peak, watch.reads_data, generator_states() != states, watch.eps)
 
 
 def tensor_bytes(batch: Any) -> int:
@@ -80,7 +95,8 @@ class Room:
         first: the first batch, which is run to see what a sample takes.
 
     Attributes:
-        reads_data: whether the forward may depend on the batch as a whole.
+        seen: observations of the pass over the first batch.
+        lock: where that pass held a lock, as text; None for none.
     """
 
     def __init__(self, job: Job, first: Any) -> None:
@@ -91,11 +107,11 @@ class Room:
         # A forward of the user's own may need its batches as they are.
         part = max(1, size // _PART_TO_MEASURE) if job.forward is default_forward else size
         try:
-            self.reads_data = self._measure(first_samples(first, part, size), part)
+            self._measure(first_samples(first, part, size), part)
         except Exception:
             if part == size:
                 raise
-            self.reads_data = self._measure(first, size)  # so may the model, for its shapes
+            self._measure(first, size)  # so may the model, for its shapes
 
     def take(self, batch: Any) -> None:
         """Take room for a batch.
@@ -116,10 +132,12 @@ class Room:
             "the same result, or fewer samples (num_samples)"
         )
 
-    def _measure(self, batch: Any, size: int) -> bool:
-        seen = watch_pass(lambda: self._job.run(batch), self._job.layers)
-        self._bytes_per_sample = (seen.bytes + tensor_bytes(batch)) / size
-        return seen.reads_data
+    def _measure(self, batch: Any, size: int) -> None:
+        batch = copy(batch)
+        locks = LockWatch(self._job.model, partial(self._job.run, batch))
+        self.seen = watch_pass(locks.run, self._job.layers, locks.look)
+        self.lock = locks.held()
+        self._bytes_per_sample = (self.seen.bytes + tensor_bytes(batch)) / size
 
 
 def _free_of_machine() -> int | None:
@@ -149,6 +167,8 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         #: Whether anything has read values, or made shapes of them.
         self.reads_data = False
+        #: Machine epsilon of the coarsest floating dtype among all results.
+        self.eps = torch.finfo(torch.float64).eps
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def live_bytes(self) -> int:
@@ -165,10 +185,19 @@ class LiveBytes(TorchDispatchMode):
         self.reads_data = self.reads_data or not _READING.isdisjoint(func.tags)
         old = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
         for tensor in _tensors(result):
+            self.eps = max(self.eps, _rounding(tensor))
             storage = tensor.untyped_storage()
             if storage._cdata not in old:
                 self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         return result
+
+
+def _rounding(tensor: Tensor) -> float:
+    if not tensor.is_floating_point():
+        return 0.0
+    # On CUDA, convolutions round float32 to TF32 by default.
+    least = _TF32_EPS if tensor.is_cuda and tensor.dtype == torch.float32 else 0.0
+    return max(least, torch.finfo(tensor.dtype).eps)
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

@@ -28,6 +28,7 @@ class Job:
         ranks: that calibrate together.
         max_bytes: that suspended passes may take on this rank; None for any number.
         report_progress: called with how much is done and how much there is, in units of the method.
+        report_check: called with a sentence on how the result was verified.
     """
 
     model: nn.Module
@@ -38,6 +39,7 @@ class Job:
     ranks: Ranks
     max_bytes: int | None
     report_progress: Callable[[int, int], None]
+    report_check: Callable[[str], None]
 
     def run(self, batch: Any) -> None:
         """Run a batch through the model."""

@@ -143,6 +143,14 @@ def require_statistics(name: str, module: _BatchNorm) -> None:
             )
 
 
+def back_up(layers: list[Layer]) -> Backup:
+    """Return the layers with copies of their buffers."""
+    return [
+        (layer, *statistics)
+        for layer, statistics in zip(layers, old_statistics(layers), strict=True)
+    ]
+
+
 def put_back(backup: Backup) -> None:
     """Write saved statistics into the buffers."""
     for layer, mean, var in backup:

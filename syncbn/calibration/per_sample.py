@@ -44,7 +44,9 @@ def precise(x: Tensor) -> PerSample:
     """Return the statistics of an input ``[N, C, *]``, exact wherever the means are."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if x.dim() == 2:
-        return PerSample(1, x.to(dtype), torch.zeros_like(x, dtype=dtype))
+        # A copy: the forward may overwrite the input before these statistics are read.
+        mean = x.to(dtype, copy=True)
+        return PerSample(1, mean, torch.zeros_like(mean))
     values = x.flatten(2)
     n = values.shape[2]
     mean = values.mean(2, dtype=dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import sys
 from collections.abc import Iterator
@@ -32,6 +33,30 @@ def same_randomness(loader: object = None) -> Iterator[None]:
                 numpy.random.set_state(numpys)
             for generator, state in states:
                 generator.set_state(state)
+
+
+def generator_states() -> list[Any]:
+    """Return the states of the global generators of torch, Python and NumPy; they compare equal."""
+    numpy: Any = sys.modules.get("numpy")
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():
+        states += torch.cuda.get_rng_state_all()
+    found: list[Any] = [random.getstate(), *(state.tolist() for state in states)]
+    if numpy is not None:
+        _, words, *rest = numpy.random.get_state()
+        found += [words.tolist(), rest]
+    return found
+
+
+def seed_generators(*numbers: int) -> None:
+    """Seed the global generators of torch, Python and NumPy by a hash of some numbers."""
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=4).digest()
+    seed = int.from_bytes(digest, "big")
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed)
 
 
 def _generators(loader: object) -> list[torch.Generator]:

@@ -15,7 +15,7 @@ from syncbn.calibration.budget import free_bytes
 from syncbn.calibration.guard import untouched
 from syncbn.calibration.interrupts import uninterrupted
 from syncbn.calibration.job import Job
-from syncbn.calibration.layers import Backup, Layer, old_statistics, put_back
+from syncbn.calibration.layers import Backup, Layer, back_up, old_statistics, put_back
 from syncbn.calibration.progress import progress_bar
 from syncbn.calibration.ranks import Ranks
 from syncbn.calibration.report import CalibrationReport
@@ -134,12 +134,13 @@ def recalibrate(
             return _method(method), select_layers(model, layers, skip)
 
         run, (chosen, left_alone) = ranks.agreed(prepare)
-        own = old_statistics(chosen)
-        backup += [(layer, *statistics) for layer, statistics in zip(chosen, own, strict=True)]
+        backup += back_up(chosen)
+        own = [(mean, var) for _, mean, var in backup]
         ranks.require_same(_describe(method, num_samples, chosen, left_alone))
         with untouched(model, backup):
             _start_alike(chosen, ranks)
             old = old_statistics(chosen)
+            checks: list[str] = []
             title = f"recalibrating ({method})"
             with progress_bar(ranks.rank == 0, progress, title) as report_progress:
                 totals = run(
@@ -152,10 +153,11 @@ def recalibrate(
                         ranks=ranks,
                         max_bytes=_room(max_bytes, ranks, device),
                         report_progress=report_progress,
+                        report_check=checks.append,
                     )
                 )
             report = ranks.agreed(
-                lambda: _report(chosen, list(left_alone), old, own, totals),
+                lambda: _report(chosen, list(left_alone), old, own, totals, "".join(checks[-1:])),
                 "the end of the calibration",
             )
             if ranks.size > 1:
@@ -203,6 +205,7 @@ def _report(
     old: list[tuple[Tensor, Tensor]],
     own: list[tuple[Tensor, Tensor]],
     totals: dict[Layer, Sums],
+    verification: str,
 ) -> CalibrationReport:
     totals = {layer: sums for layer, sums in totals.items() if sums.spread.samples > 0}
     if not totals:
@@ -211,7 +214,7 @@ def _report(
             f"({', '.join(layer.name for layer in layers)}); expected batches with samples "
             "and a forward that calls these layers"
         )
-    return CalibrationReport.of(layers, left_alone, old, own, totals)
+    return CalibrationReport.of(layers, left_alone, old, own, totals, verification)
 
 
 def _start_alike(layers: list[Layer], ranks: Ranks) -> None:

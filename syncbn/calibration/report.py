@@ -86,11 +86,14 @@ class CalibrationReport:
         not_reached: names of layers that no batch came to; they keep their statistics.
         left_alone: names of layers that were not to be calibrated: frozen in evaluation mode, or
             excluded by the ``layers`` and ``skip`` of the call.
+        verification: how the result of ``lockstep`` was verified, or why ``sequential`` replaced
+            it; empty for other methods.
     """
 
     layers: list[LayerReport]
     not_reached: list[str]
     left_alone: list[str]
+    verification: str
     _undo: list[tuple[Layer, Tensor, Tensor]] = field(repr=False)
 
     @staticmethod
@@ -100,6 +103,7 @@ class CalibrationReport:
         old: list[tuple[Tensor, Tensor]],
         own: list[tuple[Tensor, Tensor]],
         totals: dict[Layer, Sums],
+        verification: str,
     ) -> CalibrationReport:
         """Compare the statistics of layers with their old ones.
 
@@ -109,6 +113,7 @@ class CalibrationReport:
             old: statistics to compare with, the same on every rank.
             own: statistics that this rank had, to put back.
             totals: sums over the inputs of the layers that were reached.
+            verification: sentence on how the result was verified, or empty.
         """
         reports = []
         for layer, sums in totals.items():
@@ -129,6 +134,7 @@ class CalibrationReport:
             layers=reports,
             not_reached=[layer.name for layer in layers if layer not in totals],
             left_alone=left_alone,
+            verification=verification,
             _undo=[(layer, *own[layer.index]) for layer in layers],
         )
 
@@ -174,6 +180,7 @@ class CalibrationReport:
             "layers": [layer.figures() for layer in self.layers],
             "not_reached": self.not_reached,
             "left_alone": self.left_alone,
+            "verification": self.verification or None,
         }
         with replacing(Path(path)) as file:
             file.write((json.dumps(found, indent=2) + "\n").encode())

@@ -23,15 +23,20 @@ from syncbn.calibration.sums import Sums
 from syncbn.calibration.wrappers import is_fully_sharded
 
 
-def sequential(job: Job) -> dict[Layer, Sums]:
+def sequential(job: Job, whole_forwards: bool = False) -> dict[Layer, Sums]:
     """Return the sums over the inputs of every layer that was reached; the layers use them.
+
+    Args:
+        job: the calibration.
+        whole_forwards: run forwards to their ends. One that ends early leaves the state of its
+            model, such as a queue or an acquired lock, as no forward finds it.
 
     Raises:
         ValueError: the batches come only once, or differ from pass to pass; there are none; NaN;
             two layers come in either order.
     """
     job.ranks.agreed(partial(_refuse_one_shot, job.batches))
-    return settle(job, partial(_cycle, job, _Data()))
+    return settle(job, partial(_cycle, job, _Data(), whole_forwards))
 
 
 def _refuse_one_shot(batches: Batches) -> None:
@@ -68,7 +73,7 @@ class _Data:
         self.size = batches, samples
 
 
-def _cycle(job: Job, data: _Data, held: frozenset[Layer]) -> Found:
+def _cycle(job: Job, data: _Data, whole_forwards: bool, held: frozenset[Layer]) -> Found:
     order, calls = _first_order(job)
     waiting = [layer for layer in order if layer not in held]
     postponed: set[Layer] = set()
@@ -76,7 +81,7 @@ def _cycle(job: Job, data: _Data, held: frozenset[Layer]) -> Found:
     while waiting:
         target = waiting[0]
         look = _Pass(job, data, {target}, {*found, *held}, waiting, postponed)
-        look.to_the_end = len(waiting) == 1 or calls[target.index] > 1
+        look.to_the_end = whole_forwards or len(waiting) == 1 or calls[target.index] > 1
         before, after, times = look.run()
         if before is not None:
             if before in postponed:

@@ -45,6 +45,8 @@ def render(report: CalibrationReport) -> str:
             "left alone (frozen in evaluation mode, or excluded by layers= or skip=): "
             f"{', '.join(report.left_alone)}"
         )
+    if report.verification:
+        notes.append(f"verification: {report.verification}")
     return _text(table, *notes, report.verdict())
 
 

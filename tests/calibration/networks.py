@@ -119,8 +119,8 @@ def distance(
     return worst
 
 
-def by_hand(net: nn.Module, x: Tensor) -> None:
-    """Set the population statistics, one layer after the other, from the whole data at once."""
+def by_hand(net: nn.Module, *batches: Tensor) -> None:
+    """Set the population statistics, one layer after the other, batch by batch."""
     net.eval()
     for layer in layers(net).values():
         seen: list[Tensor] = []
@@ -130,9 +130,10 @@ def by_hand(net: nn.Module, x: Tensor) -> None:
 
         handle = layer.register_forward_pre_hook(keep)
         with torch.no_grad():
-            net(x)
+            for x in batches:
+                net(x)
         handle.remove()
-        values = seen[0].transpose(0, 1).flatten(1).double()
+        values = torch.cat([x.transpose(0, 1).flatten(1) for x in seen], 1).double()
         layer.running_mean.copy_(values.mean(1))
         layer.running_var.copy_(values.var(1, correction=1))
 

@@ -1,0 +1,155 @@
+"""Locks that a forward pass holds at a batch-norm layer.
+
+Lockstep suspends a pass at a layer and starts the next one in the same thread. If the first pass
+holds a lock there, the next pass waits for it forever. No timeout can end this wait: it blocks the
+only thread. So the locks are looked up while a single pass runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import threading
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from syncbn.calibration.layers import Layer
+
+# Steps from a module or a variable to a lock, such as: exit stack, its queue, entry, method, lock.
+_DEPTH = 6
+# Longer containers hold data.
+_LONGEST = 1000
+# A semaphore with more permits counts as free. An RLock has any number for its own thread.
+_MOST_PERMITS = 64
+# Models may refer to a whole program; a search of so many objects takes 0.1 s.
+_MOST_OBJECTS = 100_000
+_LEAVES = (Tensor, type, types.ModuleType, str, bytes, int, float, *weakref.ProxyTypes)
+
+
+class LockWatch:
+    """Finds the locks that a forward pass acquires before a layer and releases after it.
+
+    Locks are searched in the attributes of all modules, and in the variables of the functions that
+    run at the layer: locals, closures and globals. Queues, files and locks inside of compiled
+    extensions are not found.
+
+    Args:
+        model: whose modules are searched.
+        run: the forward pass; its caller bounds the search.
+    """
+
+    def __init__(self, model: nn.Module, run: Callable[[], object]) -> None:
+        self._run = run
+        self._known = list(_find_locks(model.modules()))
+        self._outside: types.FrameType | None = None
+        self._thread = threading.get_ident()
+        self._free: dict[int, tuple[Any, int, str]] = {}
+
+    def run(self) -> None:
+        """Run the pass; :meth:`look` must be called at each layer."""
+        self._outside = sys._getframe()
+        try:
+            self._run()
+        finally:
+            self._outside = None
+
+    def look(self, layer: Layer) -> None:
+        """Count the free permits of all locks at a layer."""
+        if threading.get_ident() != self._thread:
+            return  # a thread of the model's own cannot be suspended at all
+        for lock in (*self._known, *_find_locks(self._variables())):
+            permits = _free_permits(lock)
+            if permits < self._free.get(id(lock), (lock, _MOST_PERMITS, ""))[1]:
+                self._free[id(lock)] = lock, permits, layer.name
+
+    def held(self) -> str | None:
+        """Return where the pass held a lock, once it has ended; None if it held none."""
+        for lock, permits, name in self._free.values():
+            if _free_permits(lock) > permits:
+                return f"{name}: the forward holds a {type(lock).__name__} there"
+        return None
+
+    def _variables(self) -> Iterator[Any]:
+        frame: types.FrameType | None = sys._getframe(1)
+        while frame is not None and frame is not self._outside:
+            if not _is_library(frame.f_globals.get("__name__")):
+                yield from frame.f_locals.values()
+                yield from _globals_of(frame.f_code, frame.f_globals)
+            frame = frame.f_back
+
+
+def _lock_types() -> tuple[type, ...]:
+    found: list[Any] = [type(threading.Lock()), threading.Semaphore, threading.Condition]
+    processes: Any = sys.modules.get("multiprocessing.synchronize")
+    if processes is not None:
+        found.append(processes.SemLock)
+    return tuple(found)
+
+
+def _free_permits(lock: Any) -> int:
+    number = 0
+    while number < _MOST_PERMITS and lock.acquire(False):
+        number += 1
+    for _ in range(number):
+        lock.release()
+    return number
+
+
+def _find_locks(roots: Iterable[Any]) -> Iterator[Any]:
+    kinds = _lock_types()
+    waiting = deque((root, 0) for root in roots)
+    seen: set[int] = set()
+    keep: list[Any] = []  # ids are of living objects only
+    while waiting and len(seen) < _MOST_OBJECTS:
+        thing, depth = waiting.popleft()
+        if id(thing) in seen or issubclass(type(thing), _LEAVES):
+            continue
+        seen.add(id(thing))
+        keep.append(thing)
+        if issubclass(type(thing), kinds):
+            yield thing
+        elif depth < _DEPTH:
+            waiting.extend((child, depth + 1) for child in _children(thing, kinds))
+
+
+def _children(thing: Any, kinds: tuple[type, ...]) -> Iterable[Any]:
+    match thing:
+        case dict():
+            return thing.values() if len(thing) <= _LONGEST else ()
+        case list() | tuple() | set() | frozenset() | deque():
+            return thing if len(thing) <= _LONGEST else ()
+        case functools.partial():
+            return thing.func, thing.args, thing.keywords
+        case types.MethodType():
+            return thing.__func__, thing.__self__
+        case types.FunctionType():
+            if _is_library(thing.__module__):
+                return ()
+            return (thing.__closure__ or (), *_globals_of(thing.__code__, thing.__globals__))
+        case types.CellType():
+            try:
+                return (thing.cell_contents,)
+            except ValueError:  # empty
+                return ()
+    shared = (v for cls in type(thing).__mro__ for v in vars(cls).values() if isinstance(v, kinds))
+    return (*getattr(thing, "__dict__", {}).values(), *shared)
+
+
+def _globals_of(code: types.CodeType, variables: dict[str, Any]) -> Iterator[Any]:
+    """Yield the global variables of a function, and the attributes of modules that it names."""
+    for name in code.co_names:
+        value = variables.get(name)
+        if isinstance(value, types.ModuleType):
+            if not _is_library(value.__name__):
+                yield from (vars(value)[n] for n in code.co_names if n in vars(value))
+        else:
+            yield value
+
+
+def _is_library(name: str | None) -> bool:
+    return (name or "").split(".")[0] in ("torch", "syncbn")
