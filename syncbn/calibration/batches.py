@@ -107,7 +107,7 @@ class Batches:
                 if samples > left:
                     batch = first_samples(batch, left, samples)
                 left -= min(samples, left)
-            yield copy(move(batch, self.device))
+            yield move(batch, self.device)
             if left == 0:
                 return
         if left:
@@ -199,9 +199,9 @@ def first_samples(batch: Any, number: int, samples: int) -> Any:
 
 
 def move(batch: Any, device: torch.device) -> Any:
-    """Return the batch with its tensors on a device."""
+    """Return the batch with copies of its tensors on a device."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
+        return batch.to(device, non_blocking=True, copy=True)
     return _rebuilt(batch, lambda part: move(part, device))
 
 

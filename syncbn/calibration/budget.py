@@ -37,8 +37,8 @@ class Watched(NamedTuple):
         bytes: the most memory of its own that it has when it comes to a layer.
         reads_data: whether it reads values or lets them decide on shapes, so that what it does may
             depend on the batch as a whole.
-        draws: whether it draws random numbers from the global generators.
-        eps: machine epsilon of the coarsest floating dtype that it computes in.
+        draws: True if it draws random numbers from the global generators.
+        eps: machine epsilon of the coarsest floating dtype among its results.
     """
 
     bytes: int
@@ -95,8 +95,8 @@ class Room:
         first: the first batch, which is run to see what a sample takes.
 
     Attributes:
-        seen: observations of the pass over the first batch.
-        lock: where that pass held a lock, as text; None for none.
+        observed: measurements of a pass over the first batch.
+        lock: layer and type of a lock that this pass held, as text; None for none.
     """
 
     def __init__(self, job: Job, first: Any) -> None:
@@ -135,9 +135,9 @@ class Room:
     def _measure(self, batch: Any, size: int) -> None:
         batch = copy(batch)
         locks = LockWatch(self._job.model, partial(self._job.run, batch))
-        self.seen = watch_pass(locks.run, self._job.layers, locks.look)
+        self.observed = watch_pass(locks.run, self._job.layers, locks.look)
         self.lock = locks.held()
-        self._bytes_per_sample = (self.seen.bytes + tensor_bytes(batch)) / size
+        self._bytes_per_sample = (self.observed.bytes + tensor_bytes(batch)) / size
 
 
 def _free_of_machine() -> int | None:

@@ -61,7 +61,7 @@ class LockWatch:
     def look(self, layer: Layer) -> None:
         """Count the free permits of all locks at a layer."""
         if threading.get_ident() != self._thread:
-            return  # a thread of the model's own cannot be suspended at all
+            return  # lockstep refuses layers in other threads
         for lock in (*self._known, *_find_locks(self._variables())):
             permits = _free_permits(lock)
             if permits < self._free.get(id(lock), (lock, _MOST_PERMITS, ""))[1]:

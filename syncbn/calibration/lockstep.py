@@ -1,9 +1,9 @@
 """Exact in one pass: all batches wait at a layer until its statistics are those of all of them.
 
 Every layer's input is then the one that the network sees in inference, whatever the batches' size.
-Interleaved passes disturb each other if the model keeps state between its layers. So the inputs of
-two batches are compared with those of passes that run one by one, and ``sequential`` replaces
-lockstep where they differ.
+Interleaved passes disturb each other if the model keeps state between its layers. So the layer
+inputs of two batches are compared with single passes. If they differ, ``sequential`` replaces
+lockstep.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def lockstep(job: Job) -> dict[Layer, Sums]:
     """Return the sums over the inputs of every layer that was reached; the layers use them.
 
     Raises:
-        ValueError: the batches come to different layers; there are none; NaN; passes disturb each
-            other, and ``sequential`` fails, too.
+        ValueError: no batches; batches that come to different layers; NaN; passes that disturb
+            each other, if ``sequential`` fails, too.
         MemoryError: the suspended passes would not fit.
     """
     # Layers that are called again take more passes.
@@ -65,7 +65,7 @@ def _one_pass(job: Job, join: bool, seed: int, held: frozenset[Layer]) -> Found:
             layer = passes.go_on()
     finally:
         passes.close()
-    # A pass by itself is the same only if no layer changes its statistics between its calls.
+    # A single pass repeats the inputs only if no layer changed its statistics between its calls.
     if all(layer in held for layer, input in found.items() if input.calls > 1):
         job.report_check(passes.verify(len(found)))
     return found

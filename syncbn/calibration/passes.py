@@ -25,20 +25,20 @@ from syncbn.calibration.samples import Samples
 from syncbn.calibration.suspended import Stop, Suspended, stop
 from syncbn.calibration.verification import InterferenceError, Trace, largest_difference
 
-# Passes whose first batch is run again by itself. The first alone is not enough: it may fill a
-# cache that the second one finds.
+# Passes whose first batch runs again in a single pass. One is not enough: it may fill a cache that
+# the second finds.
 _CHECKED = 2
-# Differences are sent as integers.
+# Ranks exchange differences as integers.
 _UNIT = 2.0**-60
 
 
 class Passes:
-    """The forward passes of all batches of this rank, at the same layer as those of all ranks.
+    """The forward passes of all batches of this rank; they stop at the same layer on all ranks.
 
     Args:
         job: the calibration.
-        join: compute small batches as one where this changes no input.
-        seed: of the random numbers that a forward draws.
+        join: permission to compute small batches as one.
+        seed: seed for forwards that draw random numbers.
     """
 
     def __init__(self, job: Job, join: bool, seed: int) -> None:
@@ -55,12 +55,12 @@ class Passes:
         self._samples: Samples | None = None
         self._inputs: list[Tensor] = []
         self._hooks = ExitStack()
-        # What the other ranks are told besides the index of a layer.
+        # Ranks exchange the index of a layer, or one of these.
         self._finished, self._no_data = len(job.layers), len(job.layers) + 1
         self._interference = len(job.layers) + 2
 
     def begin(self) -> Layer | None:
-        """Run all passes to the first layer and return it; None if there is none."""
+        """Run all passes to the first layer and return it; None at their end."""
         return self._agree(self._start_all)
 
     def go_on(self) -> Layer | None:
@@ -85,7 +85,7 @@ class Passes:
         self._hooks.close()
 
     def verify(self, layers: int) -> str:
-        """Run two batches by themselves, after :meth:`close`, and compare the inputs of layers.
+        """Compare the inputs of layers with single passes over two batches, after :meth:`close`.
 
         Args:
             layers: number of layers that the passes have reached.
@@ -94,14 +94,14 @@ class Passes:
             A sentence on the comparison, the same on every rank.
 
         Raises:
-            InterferenceError: on every rank; the inputs differ on one.
+            InterferenceError: the inputs differ on some rank; raised on every rank.
         """
         rows = self._together(self._run_alone, numbers=3)
         batches = int(rows[:, 1].sum())
         if not batches:
             return "a single batch on each rank; nothing was interleaved"
         return (
-            f"inputs of {layers} layers for {batches} batches equal those of passes by themselves "
+            f"inputs of {layers} layers for {batches} batches match single passes "
             f"(largest difference {int(rows[:, 2].max()) * _UNIT:.1g} standard deviations)"
         )
 
@@ -114,10 +114,10 @@ class Passes:
         room = Room(job, *first)
         if room.lock is not None:
             raise InterferenceError(room.lock)
-        self._draws, self._eps = room.seen.draws, room.seen.eps
+        self._draws, self._eps = room.observed.draws, room.observed.eps
         self._hooks.enter_context(intercepted(job.layers, stop))
         batches = chain(first, rest)
-        together = self._join and not (room.seen.reads_data or self._draws)
+        together = self._join and not (room.observed.reads_data or self._draws)
         for group in group_batches(batches) if together else ([batch] for batch in batches):
             batch = torch.cat(group) if len(group) > 1 else group[0]
             room.take(batch)
@@ -130,9 +130,7 @@ class Passes:
     def _start(self, batch: Any, first: Any) -> None:
         number = len(self._runs)
         if number < _CHECKED:
-            size, samples = count_samples(first), count_samples(batch)
-            whole = Trace(copy(first))
-            trace = whole if size is None or samples is None else Trace(whole.batch, 0, size, samples)
+            trace = Trace(copy(first), 0, count_samples(first), count_samples(batch))
             self._traces.append(trace)
         self._runs.append(partial(self._job.run, batch))
         self._passes.append(Suspended(self._runs[-1]))
@@ -169,24 +167,21 @@ class Passes:
             self._inputs.append(stop.input)
 
     def _may_join(self, one: Tensor, two: Tensor) -> bool:
-        """Return whether two batches in one pass have the inputs that they have in two passes."""
+        """Return whether two batches computed as one have the inputs of two single passes."""
         if self._joining is None:
             self._joining = self._compare_joined(one, two)
         return self._joining
 
     def _compare_joined(self, one: Tensor, two: Tensor) -> bool:
         samples = len(one) + len(two)
-        parts = [
-            Trace(one, 0, len(one), samples),
-            Trace(two, len(one), samples, samples),
-        ]
+        parts = [Trace(one, 0, len(one), samples), Trace(two, len(one), samples, samples)]
         try:
             self._run_suspended(torch.cat([one, two]), parts)
             for part in parts:
                 alone = Trace(part.batch)
                 self._run_suspended(copy(part.batch), [alone])
                 largest_difference(part, alone, self._eps)
-        except Exception:  # a model of one batch size raises any
+        except Exception:  # of any kind, if the model takes one batch size only
             return False
         return True
 
@@ -215,7 +210,7 @@ class Passes:
         return [0, len(self._traces), round(largest / _UNIT)]
 
     def _seed_draws(self, number: int, stops: int) -> None:
-        """Make random numbers depend on the pass and the layer, not on other passes."""
+        """Make random numbers a function of the pass and the layer: single passes repeat them."""
         if self._draws:
             seed_generators(self._seed, number, stops)
 
@@ -234,7 +229,7 @@ class Passes:
         return None if place == self._finished else self._job.layers[place]
 
     def _together(self, work: Callable[[], list[int]], numbers: int) -> Tensor:
-        """Do this rank's work like :meth:`Ranks.together`; interference on one rank is on all."""
+        """Call :meth:`Ranks.together`; an InterferenceError on one rank is raised on all."""
         reason = ""
 
         def guarded() -> list[int]:
@@ -264,7 +259,7 @@ class Passes:
 
 
 def _succeed(*runs: Callable[[], object]) -> bool:
-    """Return whether passes come to their end, interleaved if they are several."""
+    """Run passes to their end, interleaved; return whether no exception is raised."""
     passes = [Suspended(run) for run in runs]
     try:
         while None not in [forward.resume() for forward in passes]:

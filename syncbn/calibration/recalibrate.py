@@ -80,6 +80,11 @@ def recalibrate(
     is a rank that dies during this last exchange: the rest may end with or without an error. Ctrl-C
     after it is raised, and leaves the new statistics in place if other ranks have them, too.
 
+    ``lockstep`` interleaves the forwards of all batches. It then compares the layer inputs of the
+    first batches with single passes. If they differ, because the model keeps state between layers,
+    or if the forward holds a lock at a layer, ``sequential`` with whole forwards replaces it.
+    ``report.verification`` describes the comparison.
+
     A sample is an entry of the first dimension of the first tensor in a batch.
 
     Args:
@@ -98,8 +103,9 @@ def recalibrate(
             ``model(batch[0])`` for a sequence that begins with a tensor, or ``model(**batch)`` for
             a mapping. A model that takes a list of tensors needs a forward of yours. By default,
             and if the model's forward reads no values, ``lockstep`` computes small batches of equal
-            shapes together, up to 32 samples and 256 KiB of input; a forward of your own gets the
-            batches as they are. Not within ``torch.inference_mode()``, for ``lockstep``.
+            shapes together, up to 32 samples and 256 KiB of input, if this changes no layer input
+            of two batches; a forward of your own gets the batches as they are. Not within
+            ``torch.inference_mode()``, for ``lockstep``.
         process_group: the ranks that calibrate together, described as for
             :class:`~syncbn.SyncBatchNorm`; None for all.
         progress: show a progress bar on rank 0; None: if it has a terminal.

@@ -86,8 +86,8 @@ class CalibrationReport:
         not_reached: names of layers that no batch came to; they keep their statistics.
         left_alone: names of layers that were not to be calibrated: frozen in evaluation mode, or
             excluded by the ``layers`` and ``skip`` of the call.
-        verification: how the result of ``lockstep`` was verified, or why ``sequential`` replaced
-            it; empty for other methods.
+        verification: comparison of ``lockstep`` with single passes, or the reason for
+            ``sequential`` in its place; empty for other methods.
     """
 
     layers: list[LayerReport]

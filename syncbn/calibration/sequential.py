@@ -28,8 +28,8 @@ def sequential(job: Job, whole_forwards: bool = False) -> dict[Layer, Sums]:
 
     Args:
         job: the calibration.
-        whole_forwards: run forwards to their ends. One that ends early leaves the state of its
-            model, such as a queue or an acquired lock, as no forward finds it.
+        whole_forwards: True to run forwards to their end. A forward that ends early may leave
+            state behind, such as an entry of a queue or an acquired lock.
 
     Raises:
         ValueError: the batches come only once, or differ from pass to pass; there are none; NaN;

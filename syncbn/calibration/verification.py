@@ -1,8 +1,8 @@
-"""The inputs of layers in lockstep, compared with those of passes that run one by one.
+"""Comparison of lockstep's layer inputs with single passes, which run one after another.
 
 Lockstep interleaves the passes of several batches and computes small batches as one. Both change
-the inputs of a model that keeps state between its layers, or whose samples depend on each other.
-Such a model cannot be recognized by its code, so the statistics of every sample are compared.
+layer inputs if a model keeps state between its layers, or if its samples depend on each other.
+Code analysis cannot recognize all such models, so the statistics of samples are compared.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _MOST_ROWS = 32
 
 
 class InterferenceError(Exception):
-    """A forward whose passes disturb each other when they are interleaved or computed as one.
+    """Interleaved or joined passes have other layer inputs than single passes.
 
     Attributes:
-        joined: whether small batches were computed as one on a rank.
+        joined: True if some rank has computed small batches as one.
     """
 
     joined = False
@@ -36,43 +36,47 @@ class Trace:
     """Statistics of samples of a batch at every layer that its pass reaches, in order.
 
     Args:
-        batch: input of the pass.
-        start: first sample to record.
-        stop: end of the samples to record.
-        samples: samples of the pass.
+        batch: input of a single pass.
+        start: first sample of the batch in the recorded pass.
+        stop: end of the batch in the recorded pass; None if it has this batch only.
+        samples: number of samples in the recorded pass; None likewise.
 
     Attributes:
-        batch: as passed.
+        batch: input of a single pass.
         entries: layers, and means and variances of at most 32 rows of their inputs.
     """
 
-    def __init__(self, batch: Any, start: int = 0, stop: int = 1, samples: int = 1) -> None:
+    def __init__(
+        self, batch: Any, start: int = 0, stop: int | None = None, samples: int | None = None
+    ) -> None:
         self.batch = batch
         self.entries: list[tuple[Layer, PerSample]] = []
-        self._start, self._stop, self._samples = start, stop, max(samples, 1)
+        self._start, self._stop, self._samples = start, stop, samples
 
     def add(self, layer: Layer, x: Tensor) -> None:
         """Record an input, ``[N, C, *]``, of which N is a multiple of the samples."""
-        rows = x[len(x) * self._start // self._samples : len(x) * self._stop // self._samples]
-        # Not the first ones: in [time, batch, channels], these are all from the start.
-        self.entries.append((layer, precise(rows[:: -(-len(rows) // _MOST_ROWS) or 1])))
+        if self._stop is not None and self._samples:
+            x = x[len(x) * self._start // self._samples : len(x) * self._stop // self._samples]
+        # Evenly spread: the first rows of [time, batch, channels] are all of the first step.
+        self.entries.append((layer, precise(x[:: -(-len(x) // _MOST_ROWS) or 1])))
 
 
 def largest_difference(together: Trace, alone: Trace, eps: float) -> float:
-    """Compare the trace of a batch in lockstep with that of a pass by itself.
+    """Return the largest difference between a batch in lockstep and in a single pass.
 
-    Differences of means are in standard deviations: of the layer, and of the sample about the
-    layer's mean. Differences of variances are relative to the square of the same unit. Half of the
-    digits must agree, because deep networks amplify the rounding of kernels that depend on the
-    batch size.
+    The unit of a mean is a standard deviation: ``unit^2 = running_var + eps + sample_var +
+    (sample_mean - running_mean)^2``. The unit of a variance is ``unit^2``. The bound is half of the
+    digits, because deep networks amplify the rounding of kernels that depend on the batch size.
+    Measured on CPU, in units of the bound: at most 0.08 for residual networks of 110 layers and
+    plain ones of 40; 1.3 for 30 linear layers without shortcuts, whose batches are then not joined.
 
     Args:
-        together: of the batch in lockstep.
-        alone: of the same batch.
+        together: trace of the batch in lockstep.
+        alone: trace of the same batch in a single pass.
         eps: machine epsilon of the coarsest dtype in the forward.
 
     Raises:
-        InterferenceError: a difference exceeds the square root of eps, or the layers are others.
+        InterferenceError: a difference exceeds the square root of eps, or the layers differ.
     """
     largest = 0.0
     nothing = None, None
@@ -80,12 +84,13 @@ def largest_difference(together: Trace, alone: Trace, eps: float) -> float:
         (layer, ours), (other, theirs) = pair
         if layer is None or other is None or layer is not other:
             name = (layer or other).name
-            raise InterferenceError(f"{name}: a pass by itself reaches other layers")
+            raise InterferenceError(f"{name}: a single pass reaches other layers")
         difference = _difference(layer, ours, theirs, eps)
         if not difference <= eps**0.5:
             raise InterferenceError(
-                f"{layer.name}: the input differs by {difference:.2g} standard deviations from "
-                "that of a pass by itself"
+                f"{layer.name}: the input differs from a single pass by {difference:.2g} "
+                "standard deviations; the forward keeps state between layers, or samples depend on "
+                "each other"
             )
         largest = max(largest, difference)
     return largest
@@ -97,7 +102,7 @@ def _difference(layer: Layer, ours: PerSample, theirs: PerSample, eps: float) ->
     if not ours.mean.numel():
         return 0.0
     ours_mean, mean = (s.mean.double() + s.rest for s in (ours, theirs))
-    # The old statistics, which the first comparison uses, may be anything.
+    # Old statistics, before calibration, may be NaN.
     center, var = (
         buffer.double().nan_to_num(0.0, 0.0, 0.0)
         for buffer in (layer.running_mean, layer.running_var)

@@ -171,7 +171,7 @@ def test_interrupted_passes_end() -> None:
     batches = [torch.full((2, 2), float(n)) for n in range(6)]
     with pytest.raises(LookupError):
         syncbn.recalibrate(Careful(), batches, forward=as_they_are)
-    # The first was measured before; the fourth was run again, to find that it fails by itself.
+    # The first batch was measured before; the fourth runs again, and fails in a single pass, too.
     assert sorted(ended) == [0, 0, 1, 2, 3, 3, 4, 5]
 
 

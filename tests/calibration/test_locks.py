@@ -1,0 +1,154 @@
+"""Locks that a forward holds around layers: lockstep must not wait for them forever."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import syncbn
+from tests.calibration.networks import as_they_are, by_hand, distance, statistics
+from tests.calibration.stateful import EQUAL, REPLACED, Layers, SkipOnTheModule, features
+from tests.ranks import Ranks
+
+_LOCK = threading.Lock()
+
+
+def exclusive(lock: Any) -> Callable[[Any], Any]:
+    """Return a decorator that holds a lock around a method."""
+
+    def decorate(method: Any) -> Any:
+        @wraps(method)
+        def locked(*args: Any) -> Any:
+            with lock:
+                return method(*args)
+
+        return locked
+
+    return decorate
+
+
+class Locked(Layers):
+    """Holds a lock of the module around all layers."""
+
+    def __init__(self, lock: Any = None) -> None:
+        super().__init__()
+        self.guards = [{"lock": lock}]
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.guards[0]["lock"]:
+            return super().forward(x)
+
+
+class GlobalLock(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        with _LOCK:
+            return super().forward(x)
+
+
+class DecoratedForward(Layers):
+    @exclusive(threading.Lock())
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class LockInAStack(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        with ExitStack() as stack:
+            stack.enter_context(_LOCK)
+            return super().forward(x)
+
+
+class AcquiredAndReleased(Layers):
+    """No ``finally``: a forward that ends early keeps the lock."""
+
+    shared = threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.shared.acquire()
+        x = super().forward(x)
+        self.shared.release()
+        return x
+
+
+BLOCKING: dict[str, Callable[[], Layers]] = {
+    "lock": lambda: Locked(threading.Lock()),
+    "semaphore": lambda: Locked(threading.Semaphore()),
+    "semaphore of three": lambda: Locked(threading.BoundedSemaphore(3)),
+    "condition": lambda: Locked(threading.Condition(threading.Lock())),
+    "lock of processes": lambda: Locked(multiprocessing.Lock()),
+    "global": GlobalLock,
+    "decorator": DecoratedForward,
+    "exit stack": LockInAStack,
+    "acquire and release": AcquiredAndReleased,
+}
+
+
+@pytest.mark.parametrize("name", BLOCKING)
+def test_a_lock_around_layers_is_no_hang(name: str) -> None:
+    """The second pass waited in the only thread for the lock that the first one held."""
+    expected, net, batches = BLOCKING[name](), BLOCKING[name](), features()
+    by_hand(expected, *batches)
+    report = syncbn.recalibrate(net, batches, forward=as_they_are)
+    assert distance(statistics(net), statistics(expected)) < 1e-12
+    assert "norms.0: the forward holds a" in report.verification
+    assert REPLACED in report.verification
+
+
+def test_a_lock_in_the_forward_argument() -> None:
+    """The lock is in a variable of the caller, not in the model."""
+    lock, net, expected = threading.Lock(), Layers(), Layers()
+    by_hand(expected, *features())
+
+    def forward(model: nn.Module, x: Tensor) -> object:
+        with lock:
+            return model(x)
+
+    report = syncbn.recalibrate(net, features(), forward=forward)
+    assert distance(statistics(net), statistics(expected)) < 1e-12
+    assert REPLACED in report.verification
+    assert not lock.locked()
+
+
+@pytest.mark.parametrize("kind", [threading.RLock, threading.Condition])
+def test_locks_that_block_no_pass_are_no_reason(kind: Any) -> None:
+    """An RLock is free for its own thread; another thread may hold any lock meanwhile."""
+    net = Locked(kind())
+    net.guards.append({"of another thread": threading.Lock()})
+    net.guards[1]["of another thread"].acquire()
+    assert EQUAL in syncbn.recalibrate(net, features(), forward=as_they_are).verification
+
+
+def _on_ranks(rank: int, name: str, sizes: list[tuple[int, ...]]) -> Any:
+    kinds: dict[str, Any] = {"skip": SkipOnTheModule, "clean": Layers, **BLOCKING}
+    net = kinds[name]()
+    start = sum(sum(part) for part in sizes[:rank])
+    mine = torch.cat(features((30, 30, 30)))[start:].split(
+        [*sizes[rank], 90 - start - sum(sizes[rank])]
+    )
+    report = syncbn.recalibrate(net, list(mine[:-1]), forward=as_they_are)
+    return statistics(net), report.verification
+
+
+@pytest.mark.parametrize("sizes", [[(5, 7, 6), (9,)], [(), (4, 4, 4)], [(3, 8), (8, 3)]], ids=str)
+@pytest.mark.parametrize("name", ["skip", "lock", "clean"])
+def test_ranks_decide_alike(two_ranks: Ranks, name: str, sizes: list[tuple[int, ...]]) -> None:
+    """A rank with one batch, or none, finds no difference; other ranks must not hang."""
+    results = two_ranks.run(_on_ranks, name, sizes)
+    assert results[0][1] == results[1][1]
+    assert (REPLACED in results[0][1]) is (name != "clean")
+    assert distance(results[0][0], results[1][0]) == 0.0
+    expected = BLOCKING[name]() if name == "lock" else SkipOnTheModule()
+    if name == "clean":
+        expected = Layers()
+    values = torch.cat(features((30, 30, 30)))
+    parts = [size for part in sizes for size in part]
+    by_hand(expected, *values[: sum(parts)].split(parts))
+    assert distance(results[0][0], statistics(expected)) < 1e-9
