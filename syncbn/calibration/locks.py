@@ -13,7 +13,7 @@ import threading
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,7 +45,9 @@ class LockWatch:
 
     def __init__(self, model: nn.Module, run: Callable[[], object]) -> None:
         self._run = run
-        self._known = list(_find_locks(model.modules()))
+        modules = list(model.modules())
+        self._known = list(_find_locks(modules))
+        self._searched = {id(module) for module in modules}
         self._outside: types.FrameType | None = None
         self._thread = threading.get_ident()
         self._free: dict[int, tuple[Any, int, str]] = {}
@@ -62,7 +64,7 @@ class LockWatch:
         """Count the free permits of all locks at a layer."""
         if threading.get_ident() != self._thread:
             return  # lockstep refuses layers in other threads
-        for lock in (*self._known, *_find_locks(self._variables())):
+        for lock in (*self._known, *_find_locks(self._variables(), self._searched)):
             permits = _free_permits(lock)
             if permits < self._free.get(id(lock), (lock, _MOST_PERMITS, ""))[1]:
                 self._free[id(lock)] = lock, permits, layer.name
@@ -100,12 +102,12 @@ def _free_permits(lock: Any) -> int:
     return number
 
 
-def _find_locks(roots: Iterable[Any]) -> Iterator[Any]:
+def _find_locks(roots: Iterable[Any], skipped: Collection[int] = ()) -> Iterator[Any]:
     kinds = _lock_types()
     waiting = deque((root, 0) for root in roots)
-    seen: set[int] = set()
+    seen = set(skipped)
     keep: list[Any] = []  # ids are of living objects only
-    while waiting and len(seen) < _MOST_OBJECTS:
+    while waiting and len(keep) < _MOST_OBJECTS:
         thing, depth = waiting.popleft()
         if id(thing) in seen or issubclass(type(thing), _LEAVES):
             continue

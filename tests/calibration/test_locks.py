@@ -111,7 +111,7 @@ def test_a_lock_in_the_forward_argument() -> None:
         with lock:
             return model(x)
 
-    report = syncbn.recalibrate(net, features(), forward=forward)
+    report = syncbn.recalibrate(net, iter(features()), forward=forward)
     assert distance(statistics(net), statistics(expected)) < 1e-12
     assert REPLACED in report.verification
     assert not lock.locked()

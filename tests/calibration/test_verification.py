@@ -52,6 +52,16 @@ def test_state_between_layers_does_not_change_the_statistics(
     assert report.verification in " ".join(report.table().split())
 
 
+def test_a_number_of_samples_of_an_iterator() -> None:
+    """Both methods must read the same part of data that comes once."""
+    expected, net, batches = SkipOnTheModule(), SkipOnTheModule(), features()
+    by_hand(expected, *batches[:3], batches[3][:2])
+    report = syncbn.recalibrate(net, iter(batches), num_samples=20, forward=as_they_are)
+    assert distance(statistics(net), statistics(expected)) < 1e-12
+    assert [layer.samples for layer in report.layers] == [20] * 3
+    assert REPLACED in report.verification
+
+
 class TimeMajor(nn.Module):
     """A recurrent network over ``[T, N, C]``: batches as one are longer sequences."""
 
