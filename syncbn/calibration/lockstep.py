@@ -14,7 +14,7 @@ from functools import partial
 import torch
 
 from syncbn.calibration.job import Job
-from syncbn.calibration.layers import Layer, old_statistics, put_back
+from syncbn.calibration.layers import Layer, back_up, put_back
 from syncbn.calibration.passes import Passes
 from syncbn.calibration.sequential import sequential
 from syncbn.calibration.settle import Found, add_call, settle
@@ -32,13 +32,13 @@ def lockstep(job: Job) -> dict[Layer, Sums]:
     """
     # Layers that are called again take more passes.
     job = replace(job, batches=job.batches.kept())
-    old, seed = old_statistics(job.layers), torch.initial_seed()
+    backup, seed = back_up(job.layers), torch.initial_seed()
     for join in (True, False):
         try:
             return settle(job, partial(_one_pass, job, join, seed))
         except InterferenceError as error:
             reason, joined = str(error), error.joined
-        put_back(job.layers, old)
+        put_back(backup)
         if not joined:
             break
     try:
