@@ -237,3 +237,24 @@ def test_prior_mix(offset: float) -> None:
         y = model(far(part.noise, offset))
     wanted = expected([part], offset)[0]
     check((y, *wanted[1:]), wanted, offset)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@offsets
+@pytest.mark.parametrize("derive", [torch.func.jacrev, torch.func.jacfwd, torch.func.hessian])
+def test_derivatives(derive: Any, offset: float) -> None:
+    """Autograd differentiates through the rounding errors of sums and products."""
+    noise = batch(0, 2).noise[..., 0, :2]
+    layer = syncbn.SyncBatchNorm(C, affine=False, track_running_stats=False)
+
+    def loss(x: Tensor) -> Tensor:
+        y = layer(x)
+        return (y.flatten() * torch.arange(y.numel()).cos()).sum().square()
+
+    def plain(x: Tensor) -> Tensor:
+        centred = x - x.mean((0, 2), keepdim=True)
+        y = centred * (centred.square().mean((0, 2), keepdim=True) + EPS).rsqrt()
+        return (y.flatten() * torch.arange(y.numel()).cos()).sum().square()
+
+    found, wanted = derive(loss)(far(noise, offset)), derive(plain)(noise)
+    assert (found - wanted).abs().max() <= 10 * BOUNDS[offset] * wanted.abs().max()
