@@ -96,7 +96,7 @@ def _skips_a_backward_pass(rank: int) -> tuple[str, bool]:
 
 
 def test_a_rank_that_skips_a_backward_pass_is_an_error(on_host: Ranks) -> None:
-    """Its next forward pass met the others' backward pass."""
+    """Its next forward pass met the backward pass of the other ranks."""
     for rank, (message, unchanged) in enumerate(on_host.run(_skips_a_backward_pass)):
         here = "0 SyncBatchNorm1d(3) forward" if rank == 1 else "1 SyncBatchNorm1d(3) backward"
         assert message.startswith(here), message

@@ -20,7 +20,7 @@ from tests.transports import ROOT, mpirun
 
 
 class _OptionalBranch(nn.Module):
-    """A network with an optional input, which some ranks have and others have not."""
+    """A network with an optional input, which only some ranks pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ def _batch() -> tuple[Tensor, Tensor]:
 
 
 def gradients_of_an_optional_branch(rank: int, group: Any) -> dict[str, Tensor]:
-    # Buckets of a parameter or two: those of the branch come between the layer's all-reduces.
+    # Buckets of a parameter or two: the branch has its bucket between the layer's all-reduces.
     net = syncbn.convert_sync_batchnorm(_OptionalBranch(), group)
     model = DistributedDataParallel(net, find_unused_parameters=True, bucket_cap_mb=768 / 2**20)
     x, metadata = _batch()

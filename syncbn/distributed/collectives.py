@@ -73,14 +73,14 @@ def all_reduce(vector: Tensor, group: dist.ProcessGroup | None, label: str) -> T
     """
     if group is None:
         return vector
-    value = fingerprint.fingerprint(label, vector.device)
+    value = fingerprint.fingerprint(label, vector)
     payload = fingerprint.append(vector, value)
     if torch.compiler.is_compiling():
         payload = functional.all_reduce(payload, "sum", group)
     else:
         _begin(payload, group, label, asynchronous=False)
         fingerprint.check(payload, value, group, label)
-    return payload if value is None else payload[..., : vector.shape[-1]]
+    return fingerprint.strip(payload, value, vector.shape[-1])
 
 
 class Message(NamedTuple):
@@ -115,7 +115,7 @@ class Message(NamedTuple):
         except RuntimeError as error:
             raise _explained(error, self.payload, self.label) from error
         fingerprint.check(self.payload, self.value, self.group, self.label)
-        return self.payload[..., : self.size]
+        return fingerprint.strip(self.payload, self.value, self.size)
 
 
 def begin_all_reduce(vector: Tensor, group: dist.ProcessGroup | None, label: str) -> Message:
@@ -126,7 +126,7 @@ def begin_all_reduce(vector: Tensor, group: dist.ProcessGroup | None, label: str
     """
     if group is None or torch.compiler.is_compiling():
         return Message(all_reduce(vector, group, label), vector.shape[-1], label)
-    value = fingerprint.fingerprint(label, vector.device)
+    value = fingerprint.fingerprint(label, vector)
     payload = fingerprint.append(vector, value)
     work = _begin(payload, group, label, asynchronous=True)
     return Message(payload, vector.shape[-1], label, value, group, work)
