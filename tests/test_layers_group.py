@@ -10,10 +10,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import syncbn
 from syncbn.distributed import resolve_group
+from syncbn.distributed.collectives import communicating_group
+from syncbn.distributed.groups import create_layers_group
 from tests import processes
 from tests.ranks import Ranks
 from tests.transports import ROOT, mpirun
@@ -127,3 +131,19 @@ def _own_groups(rank: int) -> None:
 
 def test_own_is_a_new_group_of_all_ranks(two_ranks: Ranks) -> None:
     two_ranks.run(_own_groups)
+
+
+def test_compiled_code_follows_a_new_default_group() -> None:
+    """It kept the group that was destroyed."""
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def double(x: Tensor) -> Tensor:
+        return 2 * x if communicating_group(None) is None else x
+
+    for number in range(2):
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+        create_layers_group(None)
+        double(torch.ones(3))
+        assert counter.frame_count == number + 1
+        dist.destroy_process_group()

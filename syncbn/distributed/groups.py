@@ -38,13 +38,21 @@ def create_layers_group(timeout: timedelta | None) -> None:
     _layers_groups[default] = ref(group)
 
 
-@torch.compiler.assume_constant_result  # the compiler cannot trace weak references
 def group_of_all_ranks() -> dist.ProcessGroup:
     """Return the layers' group of all ranks, or the default group if the layers share that."""
+    # Read outside of the constant: compiled code has a guard on it, and is compiled again for
+    # another default group.
     default = dist.group.WORLD
     assert default is not None
-    own = _layers_groups.get(default)
-    return default if own is None else own() or default
+    own = _layers_group()
+    return default if own is None else own
+
+
+@torch.compiler.assume_constant_result  # not all versions of the compiler trace weak references
+def _layers_group() -> dist.ProcessGroup | None:
+    default = dist.group.WORLD
+    own = None if default is None else _layers_groups.get(default)
+    return None if own is None else own()
 
 
 def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:
