@@ -144,7 +144,9 @@ def test_modules() -> None:
 
 def test_every_name_of_a_shared_module() -> None:
     shared = nn.BatchNorm2d(3).double()
-    net = nn.ModuleDict({"student": shared, "teacher": shared, "other": nn.BatchNorm2d(3).double()})
+    net: Any = nn.ModuleDict(
+        {"student": shared, "teacher": shared, "other": nn.BatchNorm2d(3).double()}
+    )
     report = syncbn.recalibrate(
         net, images().split(4), layers="teacher", forward=lambda net, x: net["student"](x)
     )
@@ -193,7 +195,7 @@ def test_a_wrong_name_on_one_rank_ends_all(two_ranks: Ranks) -> None:
 
 
 def _distributed(rank: int, method: Any) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
-    net = partly_frozen()
+    net: Any = partly_frozen()
     net[6] = nn.BatchNorm2d(5).double()  # DDP takes no torch.nn.SyncBatchNorm on CPU
     model = DistributedDataParallel(net)
     mine = list(images()[rank::2].split(4))
@@ -214,7 +216,7 @@ def test_ddp(two_ranks: Ranks, method: str) -> None:
 
 @pytest.mark.parametrize("method", EXACT)
 def test_a_layer_without_statistics_can_be_skipped(method: Any) -> None:
-    """It normalizes every batch by itself, in inference as in training."""
+    """The layer uses the statistics of each batch, in inference as in training."""
     net = nn.Sequential(
         nn.BatchNorm2d(3, track_running_stats=False), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
     ).double()

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +158,8 @@ def test_a_rank_that_dies_before_any_exchange(method: str, tmp_path: Path) -> No
     """The other rank raised the text of Gloo, or returned with new statistics."""
     steps = []
     for exchange in range(1, 30):
-        results = _forked(
-            tmp_path / str(exchange), lambda rank, e=exchange: _outlive(rank, e, method)
-        )
+        work = partial(_outlive, exchange=exchange, method=method)
+        results = _forked(tmp_path / str(exchange), work)
         message, unchanged = results[0]
         if results[1] is not None:
             assert (message, unchanged) == ("", False)
