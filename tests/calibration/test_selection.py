@@ -148,7 +148,7 @@ def test_every_name_of_a_shared_module() -> None:
         {"student": shared, "teacher": shared, "other": nn.BatchNorm2d(3).double()}
     )
     report = syncbn.recalibrate(
-        net, images().split(4), layers="teacher", forward=lambda net, x: net["student"](x)
+        net, images().split(4), layers="teacher", forward=lambda net, x: shared(x)
     )
     assert [layer.name for layer in report.layers] == ["student"]
     assert report.left_alone == ["other"]
