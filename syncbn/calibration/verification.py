@@ -8,7 +8,6 @@ Code analysis cannot recognize all such models, so the statistics of samples are
 from __future__ import annotations
 
 import math
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -79,12 +78,9 @@ def largest_difference(together: Trace, alone: Trace, eps: float) -> float:
         InterferenceError: a difference exceeds the square root of eps, or the layers differ.
     """
     largest = 0.0
-    nothing = None, None
-    for pair in zip_longest(together.entries, alone.entries, fillvalue=nothing):
-        (layer, ours), (other, theirs) = pair
-        if layer is None or other is None or layer is not other:
-            name = (layer or other).name
-            raise InterferenceError(f"{name}: a single pass reaches other layers")
+    for (layer, ours), (other, theirs) in zip(together.entries, alone.entries, strict=False):
+        if layer is not other:
+            raise InterferenceError(f"{layer.name}: a single pass reaches {other.name} instead")
         difference = _difference(layer, ours, theirs, eps)
         if not difference <= eps**0.5:
             raise InterferenceError(
@@ -93,6 +89,11 @@ def largest_difference(together: Trace, alone: Trace, eps: float) -> float:
                 "each other"
             )
         largest = max(largest, difference)
+    calls = len(together.entries), len(alone.entries)
+    if calls[0] != calls[1]:
+        raise InterferenceError(
+            f"the forward reaches {calls[0]} layers; a single pass reaches {calls[1]}"
+        )
     return largest
 
 
