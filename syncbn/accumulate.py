@@ -54,8 +54,9 @@ def accumulate_statistics(model: nn.Module) -> Iterator[None]:
         yield
         for layer in counting:
             if layer._syncbn_pending is not None:
+                _, _, mean, var, tracked = layer_tensors(layer)
                 moments = Moments.unpack(layer._syncbn_pending, layer_channels(layer))
-                move_running(moments, Running(*layer_tensors(layer)[2:], layer.momentum))
+                move_running(moments, Running(mean, var, tracked, layer.momentum))
     finally:
         for layer in counting:
             layer.__dict__.pop("_syncbn_pending", None)

@@ -56,7 +56,7 @@ def convert_sync_batchnorm(module: M, process_group: GroupLike = None) -> M:
             is_torchs = isinstance(layer, nn.SyncBatchNorm)
             own_group = layer.__dict__.pop("process_group", None) if is_torchs else None
             adopt.change_class(layer, adopt.synchronized)
-            layer._syncbn_group = own_group
+            cast(SyncBatchNorm, layer)._syncbn_group = own_group
         converted = cast(SyncBatchNorm, layer)
         if process_group is not None:
             converted._syncbn_group = group

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -115,7 +115,7 @@ def evaluate(
     if mask is not None:
         # Nor may it come into the gradients of the parameters.
         input = torch.where(mask, input, 0)
-    numbers = running_mean, running_var, weight, bias
+    numbers: Any = (running_mean, running_var, weight, bias)
     wide = torch.float32 if input.dtype in _HALVES else input.dtype
     dtypes = {tensor.dtype for tensor in numbers if tensor is not None}
     if len(dtypes) > 1 or not dtypes <= {input.dtype, wide}:

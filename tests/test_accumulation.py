@@ -88,7 +88,7 @@ def test_layers_that_have_lost_their_buffers_are_left_alone(flag: bool, extra: b
     """torch.func.replace_all_batch_norm_modules_ takes them away; the flag may stay."""
     torch.manual_seed(0)
     norms: Any = [nn.BatchNorm1d(4), nn.BatchNorm1d(4)]
-    model = syncbn.convert_sync_batchnorm(nn.Sequential(nn.Linear(3, 4), *norms))
+    model: Any = syncbn.convert_sync_batchnorm(nn.Sequential(nn.Linear(3, 4), *norms))
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         setattr(model[1], name, None)
     model[1].track_running_stats = flag

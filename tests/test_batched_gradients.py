@@ -126,7 +126,7 @@ def _on_a_rank(rank: int, way: str, activation: str | None) -> tuple[list[Tensor
     layer, x = _layer(activation), _batch().split(SIZES)[rank].requires_grad_()
     y = layer(x)
     rows = _rows().split(SIZES, dim=1)[rank]
-    dist.all_reduce = counted  # type: ignore[assignment]
+    dist.all_reduce = counted
     try:
         found = WAYS[way](y, [x, layer.weight, layer.bias], rows)
     finally:
@@ -155,7 +155,8 @@ def _second_on_a_rank(rank: int) -> Tensor:
     layer = _layer()
     (dx,) = grad(layer(x).pow(3).sum(), x, create_graph=True)
     rows = _rows().split(SIZES, dim=1)[rank]
-    return grad(dx, x, rows, is_grads_batched=True)[0]
+    found: Tensor = grad(dx, x, rows, is_grads_batched=True)[0]
+    return found
 
 
 def test_second_order_over_ranks(three_ranks: Ranks) -> None:

@@ -23,7 +23,7 @@ class Subclass(nn.BatchNorm1d):
     pass
 
 
-def _attributes(layer: nn.Module) -> nn.Module:
+def _attributes(layer: nn.Module) -> Any:
     clone: Any = syncbn.SyncBatchNorm1d(4).double()
     for name, value in vars(layer).items():
         setattr(clone, name, value)

@@ -51,7 +51,9 @@ def _case(dtypes: tuple[torch.dtype, ...], device: torch.device) -> Case:
 
 def _mixes() -> list[tuple[torch.dtype, ...]]:
     """Return every combination of an input, parameters and statistics; and pairs that differ."""
-    same = [(x, p, p, s, s) for x, p, s in itertools.product(DTYPES, repeat=3)]
+    same: list[tuple[torch.dtype, ...]] = [
+        (x, p, p, s, s) for x, p, s in itertools.product(DTYPES, repeat=3)
+    ]
     rotated = {dtype: DTYPES[i - 1] for i, dtype in enumerate(DTYPES)}
     return same + [(x, p, rotated[p], s, rotated[s]) for x, p, _, s, _ in same[:: len(DTYPES) + 1]]
 

@@ -41,7 +41,7 @@ class Computed(nn.BatchNorm2d):
         return torch.tanh
 
 
-def _attached(activation: Any) -> nn.BatchNorm2d:
+def _attached(activation: Any) -> Any:
     layer: Any = nn.BatchNorm2d(4)
     layer.activation = activation
     return layer
@@ -73,7 +73,8 @@ class Block(nn.Module):
         activation: Any = self.norm.activation
         if activation is None:
             return y
-        return activation(y) if callable(activation) else getattr(F, activation)(y)
+        y = activation(y) if callable(activation) else getattr(F, activation)(y)
+        return y
 
 
 @pytest.mark.filterwarnings("error")
@@ -81,7 +82,7 @@ class Block(nn.Module):
 @pytest.mark.parametrize("carrier", CARRIERS)
 def test_conversion_keeps_the_function_of_a_block(carrier: str, training: bool) -> None:
     """The converted layer applied the activation that its block applies, or refused it."""
-    block = Block(CARRIERS[carrier]()).train(training)
+    block: Any = Block(CARRIERS[carrier]()).train(training)
     before = block.norm.activation
     attributes, submodules = set(vars(block.norm)), dict(block.norm.named_children())
     x = torch.randn(5, 3, 4, 4)
@@ -177,7 +178,7 @@ def test_the_activation_of_our_own_layers_is_public() -> None:
     torch.testing.assert_close(layer(x), plain.relu())
     layer.activation = None
     torch.testing.assert_close(layer(x), plain)
-    converted = syncbn.convert_sync_batchnorm(nn.BatchNorm2d(4))
+    converted: Any = syncbn.convert_sync_batchnorm(nn.BatchNorm2d(4))
     converted.activation = "relu"
     torch.testing.assert_close(converted(x), plain.relu())
 

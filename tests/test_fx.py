@@ -119,7 +119,8 @@ def test_folding_by_torch_fx(reverted: bool) -> None:
 
 def test_folding_of_one_layer() -> None:
     plain = _plain().eval()
-    net, x = syncbn.convert_sync_batchnorm(copy.deepcopy(plain)), _images()
+    net: Any = syncbn.convert_sync_batchnorm(copy.deepcopy(plain))
+    x = _images()
     folded = fuse_conv_bn_eval(net[0], net[1])
     torch.testing.assert_close(folded(x), plain[:2](x), rtol=1e-4, atol=1e-5)
 

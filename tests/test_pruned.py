@@ -37,7 +37,8 @@ def test_as_torchs_layers(options: dict[str, bool], converted_before: bool, trai
     layer = copy.deepcopy(plain)
     if converted_before:
         syncbn.convert_sync_batchnorm(layer)
-    _cut(plain), _cut(layer)
+    for each in (plain, layer):
+        _cut(each)
     if not converted_before:
         syncbn.convert_sync_batchnorm(layer)
     x = torch.randn(4, 4, 3, 3)

@@ -10,6 +10,8 @@ arrive are batched tensors without memory of their own, which other kernels cann
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -147,7 +149,8 @@ def transformed_second(
         outputs = _first(dy, x, affine.get("weight"), bias, closed, call)
         return tuple(outputs[i] for i in present)
 
-    _, pull = torch.func.vjp(first, dy, x, {} if weight is None else {"weight": weight})
+    weights = {} if weight is None else {"weight": weight}
+    pull: Any = torch.func.vjp(first, dy, x, weights)[1]
     ddy, dx, affine = pull(tuple(arriving[i] for i in present))
     return ddy, dx, affine.get("weight"), *(None,) * (_ARGUMENTS - 3)
 
@@ -168,7 +171,7 @@ def _first(
     def output(x: Tensor, affine: dict[str, Tensor]) -> Tensor:
         return forward(x, affine.get("weight"), affine.get("bias"), None, plain)
 
-    _, pull = torch.func.vjp(output, x, affine)
+    pull: Any = torch.func.vjp(output, x, affine)[1]
     dx, found = pull(g)
     return dx, found.get("weight"), found.get("bias"), g
 
