@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -115,13 +115,14 @@ def evaluate(
     if mask is not None:
         # Nor may it come into the gradients of the parameters.
         input = torch.where(mask, input, 0)
-    numbers: Any = (running_mean, running_var, weight, bias)
+    numbers = [running_mean, running_var, weight, bias]
     wide = torch.float32 if input.dtype in _HALVES else input.dtype
     dtypes = {tensor.dtype for tensor in numbers if tensor is not None}
     if len(dtypes) > 1 or not dtypes <= {input.dtype, wide}:
         # F.batch_norm accepts one dtype for all four: the input's, or float32 for half inputs.
-        numbers = tuple(None if tensor is None else tensor.to(wide) for tensor in numbers)
-    y = F.batch_norm(input, *numbers, False, 0.0, eps)
+        numbers = [None if tensor is None else tensor.to(wide) for tensor in numbers]
+    mean, var, weight, bias = numbers
+    y = F.batch_norm(input, mean, var, weight, bias, False, 0.0, eps)
     return finish(y, residual, activation is not None, mask)
 
 

@@ -73,8 +73,8 @@ class Block(nn.Module):
         activation: Any = self.norm.activation
         if activation is None:
             return y
-        y = activation(y) if callable(activation) else getattr(F, activation)(y)
-        return y
+        function: Any = activation if callable(activation) else getattr(F, activation)
+        return torch.as_tensor(function(y))
 
 
 @pytest.mark.filterwarnings("error")
@@ -88,8 +88,9 @@ def test_conversion_keeps_the_function_of_a_block(carrier: str, training: bool) 
     x = torch.randn(5, 3, 4, 4)
     wanted = copy.deepcopy(block)(x)
     syncbn.convert_sync_batchnorm(block)
-    assert isinstance(block.norm, syncbn.SyncBatchNorm)
-    assert block.norm.activation is before
+    norm: Any = block.norm
+    assert isinstance(norm, syncbn.SyncBatchNorm)
+    assert norm.activation is before
     for made in (copy.deepcopy, copy.copy, lambda b: pickle.loads(pickle.dumps(b))):
         torch.testing.assert_close(copy.deepcopy(made(block))(x), wanted)
     torch.testing.assert_close(block(x), wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,6 @@ def over_rows(function: Callable[..., Gradients], *gradients: Tensor | None) -> 
         present[:] = [result is not None for result in results]
         return tuple(result for result in results if result is not None)
 
-    batched: tuple[Tensor, ...] = torch.func.vmap(without_none, in_dims=dims)(*plain)
+    batched: Any = torch.func.vmap(without_none, in_dims=dims)(*plain)
     rows = iter(batched)
     return tuple(torch._add_batch_dim(next(rows), 0, level) if p else None for p in present)
