@@ -92,7 +92,7 @@ def test_layers_that_have_lost_their_buffers_are_left_alone(flag: bool, extra: b
     for name in ("running_mean", "running_var", "num_batches_tracked"):
         setattr(model[1], name, None)
     model[1].track_running_stats = flag
-    if extra:  # of somebody else
+    if extra:  # the user's buffer
         for layer in norms:
             layer.register_buffer("mine", torch.zeros(7, device="meta"))
     x = torch.randn(6, 3)

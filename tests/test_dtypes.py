@@ -27,7 +27,7 @@ RULES = (lambda net: prior_mix(net, 4), lambda net: example_weighted(net, 4, BET
 
 
 class Case(NamedTuple):
-    """An input, its gradient and per-channel tensors, each of its own dtype."""
+    """An input, its gradient and per-channel tensors, with independent dtypes."""
 
     x: Tensor
     dy: Tensor

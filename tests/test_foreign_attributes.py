@@ -96,7 +96,7 @@ def test_conversion_keeps_the_function_of_a_block(carrier: str, training: bool) 
     torch.testing.assert_close(block(x), wanted)
     syncbn.revert_sync_batchnorm(block)
     assert type(block.norm) is type(CARRIERS[carrier]())
-    assert block.norm.activation is before
+    assert id(block.norm.activation) == id(before)
     assert (set(vars(block.norm)), dict(block.norm.named_children())) == (attributes, submodules)
 
 
@@ -138,7 +138,7 @@ def test_no_name_is_read_that_the_library_has_not_set(kind: Any, name: str, valu
 
 
 class Conditional(nn.BatchNorm2d):
-    """Takes arguments whose names and places are those of ours, and means something else."""
+    """Takes arguments whose names and places are those of ours, with other meanings."""
 
     def forward(self, input: Tensor, domain: int, mask: str) -> Tensor:  # type: ignore[override]
         assert (domain, mask) == (1, "night")

@@ -1,4 +1,4 @@
-"""Channels cut out of a layer: its tensors count, and not what num_features says."""
+"""Channels cut out of a layer: the tensors set the size, num_features may be stale."""
 
 from __future__ import annotations
 
