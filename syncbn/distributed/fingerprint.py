@@ -83,7 +83,7 @@ def check(payload: Tensor, value: float | None, group: dist.ProcessGroup, label:
     if value is None or math.isnan(value) or _is_capturing(payload):
         return
     last = payload[-1] if payload.dim() == 1 else payload.flatten()[-1]
-    ranks, total = group.size(), last.item()
+    ranks, total = group.size(), float(last.item())
     if total == ranks * value:
         _checked[group] = count(group) + 1
         return
@@ -104,7 +104,8 @@ def check(payload: Tensor, value: float | None, group: dist.ProcessGroup, label:
     )
 
 
-@torch.compiler.assume_constant_result  # the compiler cannot trace the call
+# The compiler cannot trace the call.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_debugging() -> bool:
     return bool(dist.get_debug_level().value >= dist.DebugLevel.INFO.value)
 

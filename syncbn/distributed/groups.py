@@ -48,7 +48,8 @@ def group_of_all_ranks() -> dist.ProcessGroup:
     return default if own is None else own
 
 
-@torch.compiler.assume_constant_result  # not all versions of the compiler trace weak references
+# Not all versions of the compiler trace weak references.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _layers_group() -> dist.ProcessGroup | None:
     default = dist.group.WORLD
     own = None if default is None else _layers_groups.get(default)
