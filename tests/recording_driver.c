@@ -108,6 +108,23 @@ CUresult cuDeviceGet(CUdevice* device, int which) {
   return CUDA_SUCCESS;
 }
 
+// Triton 3.2 launches by this.
+CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
+                        unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared_bytes,
+                        CUstream stream, void** arguments, void** extra) {
+  const CUlaunchConfig config = {
+      .gridDimX = grid_x,
+      .gridDimY = grid_y,
+      .gridDimZ = grid_z,
+      .blockDimX = block_x,
+      .blockDimY = block_y,
+      .blockDimZ = block_z,
+      .sharedMemBytes = shared_bytes,
+      .hStream = stream,
+  };
+  return cuLaunchKernelEx(&config, function, arguments, extra);
+}
+
 CUresult cuPointerGetAttribute(void* value, CUpointer_attribute which, CUdeviceptr address) {
   (void)which;
   *(CUdeviceptr*)value = address;

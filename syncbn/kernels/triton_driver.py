@@ -66,9 +66,11 @@ class Compiled:
     @property
     def types(self) -> dict[str, str]:
         """What arguments have been compiled for, in order; constants are none."""
-        signature = self.kernel.src.signature
+        signature, constants = self.kernel.src.signature, self.kernel.src.constants
         found = {known: signature.get(name, "constexpr") for name, known in self.names.items()}
-        return {k: kind for k, kind in found.items() if kind != "constexpr"}
+        # Up to Triton 3.2, constants are in the signature, too.
+        fixed = {self.names[name] for name in constants if isinstance(name, str)}
+        return {k: kind for k, kind in found.items() if kind != "constexpr" and k not in fixed}
 
 
 class Calls:
