@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from oracle import EPS, MOMENTUM, Case, Result, batch, expected, parameters, relative_errors
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 import syncbn
 
@@ -54,7 +55,7 @@ def observe_torch(case: Case) -> Result:
     return step(layer, case, x, dy)
 
 
-def step(layer: nn.BatchNorm2d, case: Case, x: Tensor, dy: Tensor) -> Result:
+def step(layer: _BatchNorm, case: Case, x: Tensor, dy: Tensor) -> Result:
     """Run a layer forward and backward, with the weight and bias of a case."""
     x.requires_grad_()
     with torch.no_grad():
@@ -86,7 +87,8 @@ def torch_row(case: Case) -> list[float]:
     """Return the errors of torch.nn.BatchNorm2d."""
     parts = expected(case)
     whole = {name: torch.cat([part[name] for part in parts]) for name in ("y", "dx")}
-    whole |= {name: sum(part[name] for part in parts) for name in ("dweight", "dbias")}
+    for name in ("dweight", "dbias"):
+        whole[name] = torch.stack([part[name] for part in parts]).sum(0)
     errors = relative_errors(observe_torch(case), parts[0] | whole)
     return [errors[name] for name in QUANTITIES]
 
