@@ -20,6 +20,9 @@ from syncbn.kernels import Forward, Kernel, Running, Transform, alone, reference
 from tests.kernels import EPS, needs_cpp
 from tests.ranks import Ranks
 
+# Torch raises it while it compiles.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+
 C = 3
 # Samples on each of three ranks; two ranks take the last two.
 SAMPLES = (1, 7, 2)
