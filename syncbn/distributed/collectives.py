@@ -202,7 +202,8 @@ def _explained(error: RuntimeError, vector: Tensor, label: str) -> RuntimeError:
     return RuntimeError(
         f"{label or 'a compiled layer'}: the all-reduce of {vector.numel()} numbers failed on rank "
         f"{dist.get_rank()} of {dist.get_world_size()}. If another rank ended or never reached "
-        f"this layer, look there: layers must run in the same order on every rank. {error}"
+        "this layer, look there: layers must run in the same order, and with the same input dtype, "
+        f"on every rank. {error}"
     )
 
 
