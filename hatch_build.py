@@ -94,7 +94,7 @@ def is_built(library: Path, mark: str) -> bool:
     """Return whether a library has a mark and is not damaged."""
     try:
         return mark.encode() in library.read_bytes() and bool(DIGEST["is_intact"](library))
-    except FileNotFoundError:
+    except (OSError, ValueError):  # ValueError: the checksum file is no text
         return False
 
 

@@ -74,7 +74,7 @@ def sync_batch_norm(
             tensors whose length is not C, that are not floating or on another device; an
             unknown activation; a group this rank is not in; running averages missing outside
             training; or, on CPU, a single value per channel in the whole group.
-        RuntimeError: the transport failed or timed out, or the ranks disagree (debug level).
+        RuntimeError: the transport failed or timed out, or the ranks are in different calls.
 
     Reference:
         Ioffe and Szegedy, Batch Normalization, 2015, section 3.

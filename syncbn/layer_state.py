@@ -1,4 +1,4 @@
-"""The state that a layer has besides that of torch: private attributes, copies and pickles."""
+"""Private attributes of a synchronized layer, its copies and pickles."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _PRIVATE = {
 
 @dataclass(frozen=True)
 class DetachedGroup:
-    """What is left of a process group in a pickle: a live one cannot leave its process.
+    """Description of a process group in a pickle: a live group cannot leave its process.
 
     Attributes:
         ranks: global ranks that were in the group; none if it had been destroyed.
@@ -49,7 +49,7 @@ class LayerState(_BatchNorm):
     _syncbn_kernel: str = "auto"
     _syncbn_name: str = ""
     _syncbn_activation: Activation | None = None
-    # Sums of moments in the body of accumulate_statistics(), float64 [2C + 1].
+    # Packed moments in the body of accumulate_statistics(), float64 [2C + 1] or [4C + 1].
     _syncbn_pending: Tensor | None = None
     # The user's class that a layer was converted from; None for our own classes.
     _syncbn_original: type[_BatchNorm] | None = None
@@ -57,7 +57,10 @@ class LayerState(_BatchNorm):
     def __getattr__(self, name: str) -> Any:
         # Called only where the layer, its class and its submodules have no such attribute.
         if name in _PRIVATE and _is_setting(self, name):
-            return getattr(self, _PRIVATE[name])
+            private = _PRIVATE[name]
+            # A block may read getattr(layer, "activation", "relu") before and after a conversion.
+            if name != "activation" or private in vars(self):
+                return getattr(self, private)
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -110,10 +113,10 @@ def layer_tensors(layer: _BatchNorm) -> tuple[Tensor | None, ...]:
     """Return weight, bias, running mean, running variance and batch counter."""
     own, kept = layer._parameters, layer._buffers
     try:
-        # What nn.Module finds by looking everywhere, which takes a microsecond each.
+        # nn.Module.__getattr__ takes a microsecond for each.
         averages = kept["running_mean"], kept["running_var"], kept["num_batches_tracked"]
         return own["weight"], own["bias"], *averages
-    except KeyError:  # some are computed, or stand for others
+    except KeyError:  # parametrized, or replaced by plain attributes
         averages = layer.running_mean, layer.running_var, layer.num_batches_tracked
         return layer.weight, layer.bias, *averages
 

@@ -36,8 +36,8 @@ class SyncBatchNorm(LayerState):
     ``torch.nn.BatchNorm*`` load both ways. Works on CPU and CUDA.
 
     Every rank of the group must run its synchronized layers in the same order, forward and
-    backward. ``TORCH_DISTRIBUTED_DEBUG=DETAIL`` compares their names, channels and input dtypes
-    before every message, and names the ranks and layers that disagree.
+    backward. On CPU every all-reduce checks this, on CUDA with ``TORCH_DISTRIBUTED_DEBUG=INFO``;
+    with ``DETAIL`` the error names the layer of every rank.
 
     Args:
         num_features: C of an input of shape ``[N, C, *]``.
@@ -99,11 +99,8 @@ class SyncBatchNorm(LayerState):
         activation: Activation | None = None,
     ) -> None:
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
         )
-        if affine and not bias:
-            # Not passed up: torch.nn.BatchNorm has this argument only in recent releases.
-            self.register_parameter("bias", None)
         self._syncbn_group = resolve_group(process_group)
         check_activation(activation)
         self._syncbn_activation = activation

@@ -40,7 +40,7 @@ class Moments:
     relative error of the variance is 2^-79 (mean/std)^2, or 2e-12 at mean/std = 1e6. The high part
     of a set has 26 bits, so high parts add without rounding while their total is below 2^27 times
     the smallest, and a plain all-reduce suffices. Beyond, the sets differ so much in size or mean
-    that their variance dwarfs the rounding.
+    that their variance dwarfs the rounding. Values above 1e150 overflow.
 
     Attributes:
         count: values per channel, float64 scalar tensor. May be zero.

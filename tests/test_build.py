@@ -175,9 +175,11 @@ def damage(library: Path, how: str) -> None:
                 file.write(bytes([byte ^ 1]))
         case "without a checksum":
             library.with_suffix(".sha256").unlink()
+        case "a checksum of other bytes":
+            library.with_suffix(".sha256").write_bytes(b"\xff\xfe\x80")
 
 
-DAMAGES = ["cut", "empty", "changed", "without a checksum"]
+DAMAGES = ["cut", "empty", "changed", "without a checksum", "a checksum of other bytes"]
 
 
 @needs_cpp
@@ -194,7 +196,7 @@ def test_a_damaged_library_is_not_used(how: str, checkout: Path) -> None:
     found = json.loads(done.stdout)
     assert found["path"].startswith(str(checkout))
     assert found["reference"]
-    reason = "cannot be used: " if how == "without a checksum" else "is damaged: "
+    reason = "cannot be used: " if "checksum" in how else "is damaged: "
     assert reason in found["reason"]
     assert "install syncbn again" in found["reason"]
     assert found["doctor"] == found["reason"]

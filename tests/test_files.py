@@ -102,12 +102,14 @@ def test_threads_that_write_one_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
+def test_a_planted_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The temporary name was predictable, and a link with this name was followed."""
     victim, path = tmp_path / "victim", tmp_path / "out"
     victim.write_bytes(b"old")
-    (tmp_path / f".out.{os.getpid()}.tmp").symlink_to(victim)
-    write(path)
+    monkeypatch.setattr("syncbn.files.secrets.token_hex", lambda size: "guessed")
+    (tmp_path / ".syncbn-guessed.tmp").symlink_to(victim)
+    with pytest.raises(FileExistsError):
+        write(path)
     assert victim.read_bytes() == b"old"
 
 

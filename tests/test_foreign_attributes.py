@@ -207,3 +207,13 @@ def test_pickles_of_the_public_names_load() -> None:
         assert (clone._syncbn_name, clone._syncbn_kernel) == ("stem", "reference")
         assert (y.min() >= 0) == (type(layer) is syncbn.SyncBatchNorm2d)
         assert clone.activation == ("relu" if "activation" in public else "gelu")
+
+
+def test_a_converted_layer_has_no_activation_to_read() -> None:
+    """A block that reads ``getattr(norm, "activation", "relu")`` found None after conversion."""
+    layer: Any = syncbn.convert_sync_batchnorm(nn.BatchNorm2d(3))
+    assert getattr(layer, "activation", "relu") == "relu"
+    assert not hasattr(copy.deepcopy(layer), "activation")
+    assert syncbn.SyncBatchNorm2d(3).activation is None
+    layer.activation = "relu"
+    assert layer.activation == "relu"

@@ -102,10 +102,11 @@ def test_an_optional_branch_needs_no_argument_after_our_init(
             check_gradients(torch.load(tmp_path / f"{rank} {attempt}.pt"))
 
 
-def _meets_a_bucket(rank: int) -> str:
+def _meets_a_bucket(rank: int, zeros: bool) -> str:
     group = dist.new_group([0, 1])
     if rank == 1:  # as many bytes as the layer's 8 float64
-        dist.all_reduce(torch.linspace(0.1, 0.7, 16), group=group)
+        bucket = torch.zeros(16) if zeros else torch.linspace(0.1, 0.7, 16)
+        dist.all_reduce(bucket, group=group)
         return ""
     layer = syncbn.SyncBatchNorm1d(3, process_group=group)
     with pytest.raises(RuntimeError) as caught:
@@ -114,9 +115,10 @@ def _meets_a_bucket(rank: int) -> str:
     return str(caught.value)
 
 
-def test_a_sum_with_another_operation_names_the_layer(two_on_host: Ranks) -> None:
-    """256 float32 gradients and 128 float64 sums were added up, bit by bit as they lie."""
-    message = two_on_host.run(_meets_a_bucket)[0]
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_sum_with_another_operation_names_the_layer(two_on_host: Ranks, zeros: bool) -> None:
+    """256 float32 gradients, zeros where a branch is skipped, were added to 128 float64 sums."""
+    message = two_on_host.run(_meets_a_bucket, zeros)[0]
     assert message.startswith("SyncBatchNorm1d(3) forward, torch.float32 input: this was all-red")
     assert "another operation of this group, such as a gradient bucket" in message
     assert "process_group='own'" in message

@@ -39,7 +39,7 @@ def test_hints_of_public_names_resolve(module: str) -> None:
     for name, member in _annotated(importlib.import_module(module)):
         try:
             typing.get_type_hints(inspect.unwrap(member))
-        except NameError as error:
+        except (NameError, AttributeError, TypeError) as error:
             unresolved.append(f"{name}: {error}")
     assert unresolved == []
 

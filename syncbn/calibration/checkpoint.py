@@ -23,6 +23,7 @@ _AVERAGES = ("ema", "swa", "average")
 _DEEPEST = 3
 # Of layers; files from before torch 0.4.1 have none, and calibration does not use it.
 _COUNTER = "num_batches_tracked"
+_STATISTICS = ("running_mean", "running_var")
 
 
 @dataclass
@@ -134,6 +135,11 @@ class StateDict:
                 for name, value in own.items()
                 if isinstance(value, Tensor) and name in ours and ours[name].shape != value.shape
             ),
+            *(
+                f"{name} is {value.dtype}, which cannot hold a fraction"
+                for name, value in ours.items()
+                if name.endswith(_STATISTICS) and not value.is_floating_point()
+            ),
         ]
 
     def load_into(self, model: nn.Module) -> None:
@@ -156,7 +162,7 @@ class StateDict:
         for name, module in model.named_modules(remove_duplicate=False):
             if not isinstance(module, _BatchNorm):
                 continue
-            for buffer in ("running_mean", "running_var"):
+            for buffer in _STATISTICS:
                 key = self.prefix + (f"{name}.{buffer}" if name else buffer)
                 if key in self.values:
                     new = replaced.get((buffer, id(module)))

@@ -164,7 +164,7 @@ def recalibrate(
                 )
             report = ranks.agreed(
                 lambda: _report(chosen, list(left_alone), old, own, totals, "".join(checks[-1:])),
-                "the end of the calibration",
+                "the last exchange",
             )
             if ranks.size > 1:
                 backup.clear()  # the other ranks keep the new statistics from here on

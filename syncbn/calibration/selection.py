@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -109,29 +108,23 @@ def _require_own_buffers(chosen: list[Layer], left_alone: dict[str, _BatchNorm])
     Elements are compared, not storages: buffers may be columns of one tensor.
     """
     named = [(layer.name, layer.module) for layer in chosen] + list(left_alone.items())
-    buffers = [
-        (f"{name}.{kind}".lstrip("."), index < len(chosen), buffer)
-        for index, (name, module) in enumerate(named)
-        for kind in ("running_mean", "running_var")
-        if (buffer := getattr(module, kind)) is not None
-    ]
-    addresses, order = torch.cat([_addresses(buffer) for *_, buffer in buffers]).sort(stable=True)
-    owners = torch.repeat_interleave(torch.tensor([buffer.numel() for *_, buffer in buffers]))[
-        order
-    ]
-    repeated = addresses[1:] == addresses[:-1]
-    for left, right in zip(
-        owners[:-1][repeated].tolist(), owners[1:][repeated].tolist(), strict=True
-    ):
-        (first, is_chosen, _), (second, _, _) = buffers[left], buffers[right]
-        if is_chosen and first != second:
-            raise ValueError(
-                f"{first} and {second} share memory, so the statistics of one would overwrite "
-                "the other; expected separate buffers (such as buffer.clone())"
-            )
+    owners: dict[int, str] = {}
+    for index, (name, module) in enumerate(named):
+        for kind in ("running_mean", "running_var"):
+            if (buffer := getattr(module, kind)) is None:
+                continue
+            own = f"{name}.{kind}".lstrip(".")
+            for address in _addresses(buffer):
+                if address in owners:
+                    raise ValueError(
+                        f"{owners[address]} and {own} share memory, so the statistics of one would "
+                        "overwrite the other; expected separate buffers (such as buffer.clone())"
+                    )
+            if index < len(chosen):
+                owners.update(dict.fromkeys(_addresses(buffer), own))
 
 
-def _addresses(buffer: Tensor) -> Tensor:
-    """Return the address of every element of a buffer ``[C]``, int64 ``[C]``."""
-    step = buffer.stride(0) * buffer.element_size()
-    return buffer.data_ptr() + step * torch.arange(buffer.numel(), device="cpu")
+def _addresses(buffer: Tensor) -> range:
+    """Return the address of every element of a buffer ``[C]``."""
+    step = max(buffer.stride(0) * buffer.element_size(), 1)
+    return range(buffer.data_ptr(), buffer.data_ptr() + step * buffer.numel(), step)

@@ -6,6 +6,7 @@ import importlib
 import os
 import socket
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -143,7 +144,8 @@ def _place_on_host(store: dist.Store, rank: int, world_size: int) -> tuple[int, 
     host = socket.gethostname()
     store.set(f"host/{rank}", host)
     hosts = [store.get(f"host/{other}").decode() for other in range(world_size)]
-    return hosts[:rank].count(host), hosts.count(host)
+    # The largest count, since every rank must choose the same backend.
+    return hosts[:rank].count(host), max(Counter(hosts).values())
 
 
 def _mpi_processes(environ: Mapping[str, str]) -> int:

@@ -15,9 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_LARGEST = 2.0**32
-# Checked all-reduces of each group. The counts are equal on all ranks by construction: all ranks
-# pass a check or none does. Counts in the layers would differ after copies and reloads.
+from syncbn import modes
+
+# Checked all-reduces of each group. The counts are equal on all ranks while the members of a group
+# stay the same: all ranks pass a check or none does. Counts in the layers would differ after copies
+# and reloads.
 _checked: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
 
@@ -39,12 +41,16 @@ def fingerprint(label: str, vector: Tensor) -> float | None:
         vector: summed vector; its device decides.
 
     Returns:
-        An integer from 1 to 2^32, or NaN without a label and under compilation: a graph cannot
-        raise an error that depends on data, but its payload needs the eager size.
+        An integer from 1 to 2^32; NaN without a label, under compilation and while a CUDA graph is
+        captured: a graph cannot raise an error that depends on data, but its payload needs the
+        eager size.
     """
+    if torch.compiler.is_compiling():
+        # The compiler cannot trace the query of the debug level.
+        return math.nan if vector.is_cpu else None
     if not vector.is_cpu and not _is_debugging():
         return None
-    if not label or torch.compiler.is_compiling():
+    if not label or _is_capturing(vector):
         return math.nan
     return zlib.crc32(label.encode()) + 1.0
 
@@ -53,7 +59,8 @@ def append(vector: Tensor, value: float | None) -> Tensor:
     """Return a payload: each row of a vector, shape ``[*, n]``, followed by the value.
 
     The rows get an even length. Then a forward payload, 2C + 2, has the size of a backward payload,
-    and a rank that skips a backward pass causes an error here instead of an abort in Gloo.
+    and a rank that skips a backward pass causes an error here instead of an abort in Gloo. Float64
+    inputs are the exception: their forward payloads are 4C + 2.
     """
     if value is None:
         return vector
@@ -80,35 +87,30 @@ def check(payload: Tensor, value: float | None, group: dist.ProcessGroup, label:
     Raises:
         RuntimeError: another rank sent another label, or took part in another operation.
     """
-    if value is None or math.isnan(value) or _is_capturing(payload):
+    # Fake tensors and tracers have no value to compare.
+    if value is None or math.isnan(value) or modes.is_watched():
         return
     last = payload[-1] if payload.dim() == 1 else payload.flatten()[-1]
     ranks, total = group.size(), float(last.item())
     if total == ranks * value:
         _checked[group] = count(group) + 1
         return
-    # NaN comes from a compiled rank, the own value from torch's "fake" backend, which sums nothing.
-    if math.isnan(total) or total == value:
+    # NaN comes from a compiled rank. Torch's "fake" backend, of dry runs, sums nothing.
+    if math.isnan(total) or dist.get_backend(group) == "fake":
         return
-    other = "another layer, direction, call or input dtype"
-    if not (total.is_integer() and ranks <= total <= ranks * _LARGEST):
-        other = (
-            "another operation of this group, such as a gradient bucket of DistributedDataParallel "
-            "(process_group='own' gives the layers a group of their own)"
-        )
     raise RuntimeError(
         f"{label}: this was all-reduce {count(group) + 1} of the layers in their group on rank "
-        f"{dist.get_rank()} of {dist.get_world_size()}, but at least one other rank was in {other}."
-        " The sum is discarded. Run the same layers in the same order on every rank, forward and "
-        "backward; TORCH_DISTRIBUTED_DEBUG=DETAIL names the layer of every rank."
+        f"{dist.get_rank()} of {dist.get_world_size()}, but at least one other rank was in another "
+        "layer, direction, call or input dtype, or in another operation of this group, such as a "
+        "gradient bucket of DistributedDataParallel. The sum is discarded. Run the same layers in "
+        "the same order on every rank, forward and backward (TORCH_DISTRIBUTED_DEBUG=DETAIL names "
+        "the layer of every rank), or give the layers a group of their own (process_group='own')."
     )
 
 
-# The compiler cannot trace the call.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_debugging() -> bool:
     return bool(dist.get_debug_level().value >= dist.DebugLevel.INFO.value)
 
 
-def _is_capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+def _is_capturing(vector: Tensor) -> bool:
+    return vector.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -8,7 +8,6 @@ from datetime import timedelta
 from typing import TypeAlias
 from weakref import WeakKeyDictionary, ref
 
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -40,20 +39,10 @@ def create_layers_group(timeout: timedelta | None) -> None:
 
 def group_of_all_ranks() -> dist.ProcessGroup:
     """Return the layers' group of all ranks, or the default group if the layers share that."""
-    # Read outside of the constant: compiled code has a guard on it, and is compiled again for
-    # another default group.
     default = dist.group.WORLD
     assert default is not None
-    own = _layers_group()
-    return default if own is None else own
-
-
-# Not all versions of the compiler trace weak references.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _layers_group() -> dist.ProcessGroup | None:
-    default = dist.group.WORLD
-    own = None if default is None else _layers_groups.get(default)
-    return None if own is None else own()
+    own = _layers_groups.get(default)
+    return default if own is None else own() or default
 
 
 def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:

@@ -172,7 +172,7 @@ def test_a_rank_that_dies_before_any_exchange(method: str, tmp_path: Path) -> No
     assert "calibration failed on rank 0 of 2 in the preparation" in steps[0]
     assert "in the comparison of arguments and layers" in steps[1]
     assert "in the exchange of the old statistics" in steps[2]
-    assert "in the end of the calibration" in steps[-1]
+    assert "in the last exchange" in steps[-1]
 
 
 def _fail_after(rank: int, folder: Path) -> str:
@@ -232,6 +232,6 @@ def test_an_interrupt_before_the_last_exchange_restores_all_ranks(two_ranks: Ran
 
 
 def test_an_interrupt_after_the_last_exchange_restores_no_rank(two_ranks: Ranks) -> None:
-    last = "the end of the calibration"
+    last = "the last exchange"
     results = two_ranks.run(_interrupted, calibration_ranks.Ranks, "agreed", last)
     assert results == [("", False, 2.0), ("KeyboardInterrupt", False, 2.0)]

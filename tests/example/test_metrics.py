@@ -83,7 +83,7 @@ def _meter(rank: int) -> tuple[float, float, int, int]:
             )
             meter.add(logits, labels, torch.tensor(loss))
         meter.add(torch.eye(2), torch.tensor([1, 1]), torch.tensor(4.0))
-    return meter.round_sums()
+    return meter.totals()
 
 
 def test_meter_weighs_samples_equally_over_batches_and_ranks(two_ranks: Ranks) -> None:
@@ -93,6 +93,6 @@ def test_meter_weighs_samples_equally_over_batches_and_ranks(two_ranks: Ranks) -
 
 
 def test_meter_of_no_samples_is_nan(alone: syncbn.RankInfo) -> None:
-    totals = Meter(alone.device).round_sums()
+    totals = Meter(alone.device).totals()
     assert totals.loss != totals.loss
     assert totals.samples == 0
