@@ -31,7 +31,7 @@ _ADOPTED: dict[LayerClass, LayerClass] = {}
 # What a subclass may define besides: the synchronized class does not have it, or takes its version.
 _HARMLESS = {
     *("__init__", "__module__", "__doc__", "__annotations__", "_check_input_dim"),
-    # Those of SyncBatchNorm call the next class's.
+    # SyncBatchNorm's versions call the next class's.
     *("__getattr__", "__setattr__", "__setstate__"),
     *("__static_attributes__", "__firstlineno__"),  # set by Python 3.13
 }

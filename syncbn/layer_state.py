@@ -14,7 +14,7 @@ from syncbn.distributed.collectives import communicating_group
 from syncbn.functional import Activation, check_activation
 
 # Public attributes, and the private ones that the library reads. A converted layer may carry
-# attributes of its own under the public names; those keep their values and their meaning.
+# attributes under the public names; they keep their values and their meaning.
 _PRIVATE = {
     "activation": "_syncbn_activation",
     "process_group": "_syncbn_group",

@@ -35,7 +35,7 @@ def record_call(layer: nn.Module, input: Proxy, residual: Any, mask: Any) -> Any
         The symbolic output.
 
     Raises:
-        RuntimeError: the layer is the root of the trace, or has hooks: those run around this call
+        RuntimeError: the layer is the root of the trace, or has hooks: hooks run around this call
             and again in the traced module.
     """
     tracer, name = input.tracer, type(layer).__name__

@@ -1,4 +1,4 @@
-"""Attributes that a layer of the user's carries under names of ours, or under any other."""
+"""Attributes of a user's layer under names of this library, or under any name."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_no_name_is_read_that_the_library_has_not_set(kind: Any, name: str, valu
 
 
 class Conditional(nn.BatchNorm2d):
-    """Takes arguments whose names and places are those of ours, with other meanings."""
+    """Takes arguments with our names and positions, and other meanings."""
 
     def forward(self, input: Tensor, domain: int, mask: str) -> Tensor:  # type: ignore[override]
         assert (domain, mask) == (1, "night")
@@ -185,7 +185,7 @@ def test_the_activation_of_our_own_layers_is_public() -> None:
 
 
 def test_a_plain_attribute_error_for_a_missing_attribute() -> None:
-    """The public names exist on our classes, and not on those of the user's."""
+    """The public names exist on our classes, and not on a user's."""
     layer: Any = syncbn.convert_sync_batchnorm(OfTheClass(4))
     assert not hasattr(layer, "process_group")
     with pytest.raises(AttributeError, match="no attribute 'sync_kernel'"):

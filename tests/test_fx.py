@@ -107,7 +107,7 @@ def test_a_layer_as_the_root_of_a_trace_is_refused() -> None:
 
 @pytest.mark.parametrize("reverted", [False, True])
 def test_folding_by_torch_fx(reverted: bool) -> None:
-    """torch.fx folds only layers of exactly torch's classes: others stay in the graph."""
+    """torch.fx folds only layers of exactly torch's classes; our layers stay in the graph."""
     plain = _plain(nn.BatchNorm2d).eval()
     net, x = syncbn.convert_sync_batchnorm(copy.deepcopy(plain)), _images()
     if reverted:

@@ -5,7 +5,7 @@ Derivatives of third and higher order, forward-mode differentiation, and the tra
 
 A transform may also begin after the forward pass: ``torch.func.vmap`` over
 ``torch.autograd.grad``, and ``torch.autograd.grad(is_grads_batched=True)``. Then the gradients that
-arrive are batched tensors without memory of their own, which other kernels cannot read.
+arrive are batched tensors without memory, which other kernels cannot read.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def second(
         x: shape ``[N, C, *]``.
         weight: shape ``[C]``, or None.
         closed: where the ReLU is, or None.
-        call: of the forward pass.
+        call: parameters of the forward pass.
         arriving: gradients of dx, dweight, dbias and dresidual.
     """
     dy, x = _apart(dy), _apart(x)
@@ -103,9 +103,9 @@ def transformed_first(
     Args:
         dy: gradient of the output, shape of x; may be batched.
         x: shape ``[N, C, *]``.
-        transform: of the forward pass, without ReLU.
+        transform: transform in the forward pass, without ReLU.
         closed: bool, true where the ReLU blocks the gradient, shape of x; None without ReLU.
-        call: of the forward pass.
+        call: parameters of the forward pass.
         needs: gradient flags of x, weight, bias and residual.
     """
     weight, bias = transform.weight, transform.bias
@@ -116,7 +116,7 @@ def transformed_first(
     g = dy if closed is None else dy.masked_fill(closed, 0)
     wanted = weight if needs[1] else None, bias if needs[2] else None
     sums, dweight, dbias = reference.backward_reduce(g, x, transform, wanted)
-    # Also on ranks that need no dx: the others wait for their sums.
+    # Also on ranks that need no dx: the all-reduce is collective.
     sums = sum_over_ranks(sums, call.group, call.about("backward", x))
     dx = reference.backward_elemt(g, x, transform, sums) if needs[0] else None
     return dx, dweight, dbias, g if needs[3] else None
@@ -139,7 +139,7 @@ def transformed_second(
         x: shape ``[N, C, *]``.
         weight: shape ``[C]``, or None.
         closed: bool, true where the ReLU blocks the gradient, shape of x; None without ReLU.
-        call: of the forward pass.
+        call: parameters of the forward pass.
         arriving: gradients of dx, dweight, dbias and dresidual; may be batched.
     """
     present = [i for i, gradient in enumerate(arriving) if gradient is not None]

@@ -11,7 +11,7 @@ from torch import Tensor
 Gradients = tuple[Tensor | None, ...]
 
 #: Returns whether a tensor holds the rows of ``is_grads_batched=True``, which torch batches by an
-#: older vmap than that of `torch.func`.
+#: older vmap than `torch.func`'s.
 is_batched = torch._C._functorch.is_legacy_batchedtensor
 
 
