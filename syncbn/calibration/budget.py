@@ -35,8 +35,7 @@ class Watched(NamedTuple):
 
     Attributes:
         bytes: the most memory of its own that it has when it comes to a layer.
-        reads_data: whether it reads values or lets them decide on shapes, so that what it does may
-            depend on the batch as a whole.
+        reads_data: True if the forward reads tensor values on the CPU or has data-dependent shapes.
         draws: True if it draws random numbers from the global generators.
         eps: machine epsilon of the coarsest floating dtype among its results.
     """
@@ -91,27 +90,37 @@ class Room:
     """The memory for the suspended passes of a rank.
 
     Args:
-        job: whose passes they are.
-        first: the first batch, which is run to see what a sample takes.
+        job: the calibration.
 
     Attributes:
-        observed: measurements of a pass over the first batch.
-        lock: layer and type of a lock that this pass held, as text; None for none.
+        lock: layer and type of a lock that a pass over the first batch held, as text; None for
+            none.
     """
 
-    def __init__(self, job: Job, first: Any) -> None:
+    def __init__(self, job: Job) -> None:
         self._job = job
-        self._samples = 0
-        self._expected = job.batches.expected_samples()
+        self._observed: Watched | None = None
+        self.lock: str | None = None
+
+    def start(self, first: Any) -> Watched:
+        """Take no room yet; return measurements of a pass over the first batch, which runs once.
+
+        Args:
+            first: the first batch.
+        """
+        self._samples, self._expected = 0, self._job.batches.expected_samples()
+        if self._observed is not None:
+            return self._observed
         size = count_samples(first) or 1
         # A forward of the user's own may need its batches as they are.
-        part = max(1, size // _PART_TO_MEASURE) if job.forward is default_forward else size
+        part = max(1, size // _PART_TO_MEASURE) if self._job.forward is default_forward else size
         try:
-            self._measure(first_samples(first, part, size), part)
+            self._observed = self._measure(first_samples(first, part, size), part)
         except Exception:
             if part == size:
                 raise
-            self._measure(first, size)  # so may the model, for its shapes
+            self._observed = self._measure(first, size)  # so may the model, for its shapes
+        return self._observed
 
     def take(self, batch: Any) -> None:
         """Take room for a batch.
@@ -132,12 +141,13 @@ class Room:
             "the same result, or fewer samples (num_samples)"
         )
 
-    def _measure(self, batch: Any, size: int) -> None:
+    def _measure(self, batch: Any, size: int) -> Watched:
         batch = copy(batch)
         locks = LockWatch(self._job.model, partial(self._job.run, batch))
-        self.observed = watch_pass(locks.run, self._job.layers, locks.look)
+        observed = watch_pass(locks.run, self._job.layers, locks.record_permits)
         self.lock = locks.held()
-        self._bytes_per_sample = (self.observed.bytes + tensor_bytes(batch)) / size
+        self._bytes_per_sample = (observed.bytes + tensor_bytes(batch)) / size
+        return observed
 
 
 def _free_of_machine() -> int | None:

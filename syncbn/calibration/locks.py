@@ -7,7 +7,7 @@ only thread. So the locks are looked up while a single pass runs.
 
 from __future__ import annotations
 
-import functools
+import gc
 import sys
 import threading
 import types
@@ -16,19 +16,25 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from syncbn.calibration.layers import Layer
 
-# Steps from a module or a variable to a lock, such as: exit stack, its queue, entry, method, lock.
-_DEPTH = 6
+# References from a module or a variable to a lock, such as: exit stack, its variables, its queue,
+# entry, method, lock.
+_DEPTH = 8
 # Longer containers hold data.
 _LONGEST = 1000
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
 # A semaphore with more permits counts as free. An RLock has any number for its own thread.
 _MOST_PERMITS = 64
 # Models may refer to a whole program; a search of so many objects takes 0.1 s.
 _MOST_OBJECTS = 100_000
-_LEAVES = (Tensor, type, types.ModuleType, str, bytes, int, float, *weakref.ProxyTypes)
+_LEAVES = (
+    Tensor, torch.Generator, type, types.ModuleType, types.FrameType, types.CodeType,
+    str, bytes, int, float, *weakref.ProxyTypes,
+)  # fmt: skip
 
 
 class LockWatch:
@@ -39,8 +45,8 @@ class LockWatch:
     extensions are not found.
 
     Args:
-        model: whose modules are searched.
-        run: the forward pass; its caller bounds the search.
+        model: root of the modules whose attributes are searched.
+        run: a forward pass. Frames of its callers are not searched.
     """
 
     def __init__(self, model: nn.Module, run: Callable[[], object]) -> None:
@@ -53,15 +59,15 @@ class LockWatch:
         self._free: dict[int, tuple[Any, int, str]] = {}
 
     def run(self) -> None:
-        """Run the pass; :meth:`look` must be called at each layer."""
+        """Run the pass; :meth:`record_permits` must be called at each layer."""
         self._outside = sys._getframe()
         try:
             self._run()
         finally:
             self._outside = None
 
-    def look(self, layer: Layer) -> None:
-        """Count the free permits of all locks at a layer."""
+    def record_permits(self, layer: Layer) -> None:
+        """Record the free permits of all locks at a layer."""
         if threading.get_ident() != self._thread:
             return  # lockstep refuses layers in other threads
         for lock in (*self._known, *_find_locks(self._variables(), self._searched)):
@@ -116,39 +122,35 @@ def _find_locks(roots: Iterable[Any], skipped: Collection[int] = ()) -> Iterator
         if issubclass(type(thing), kinds):
             yield thing
         elif depth < _DEPTH:
-            waiting.extend((child, depth + 1) for child in _children(thing, kinds))
+            waiting.extend((child, depth + 1) for child in _referents(thing, kinds))
 
 
-def _children(thing: Any, kinds: tuple[type, ...]) -> Iterable[Any]:
-    match thing:
-        case dict():
-            return thing.values() if len(thing) <= _LONGEST else ()
-        case list() | tuple() | set() | frozenset() | deque():
-            return thing if len(thing) <= _LONGEST else ()
-        case functools.partial():
-            return thing.func, thing.args, thing.keywords
-        case types.MethodType():
-            return thing.__func__, thing.__self__
-        case types.FunctionType():
-            if _is_library(thing.__module__):
-                return ()
-            return (thing.__closure__ or (), *_globals_of(thing.__code__, thing.__globals__))
-        case types.CellType():
-            try:
-                return (thing.cell_contents,)
-            except ValueError:  # empty
-                return ()
-    shared = (v for cls in type(thing).__mro__ for v in vars(cls).values() if isinstance(v, kinds))
-    return (*getattr(thing, "__dict__", {}).values(), *shared)
+def _referents(thing: Any, kinds: tuple[type, ...]) -> Iterable[Any]:
+    """Return the objects to which an object refers; runs none of its code."""
+    kind = type(thing)
+    if issubclass(kind, types.FunctionType):
+        if _is_library(thing.__module__):
+            return ()
+        # Not all global variables: these are a whole program.
+        own = (thing.__closure__, thing.__defaults__, thing.__kwdefaults__)
+        return (*own, *_globals_of(thing.__code__, thing.__globals__))
+    for container in _CONTAINERS:
+        if issubclass(kind, container):
+            return gc.get_referents(thing) if container.__len__(thing) <= _LONGEST else ()
+    # Methods of classes are searched only if they run.
+    kinds = (*kinds, *_CONTAINERS)
+    shared = (v for c in kind.__mro__ for v in vars(c).values() if issubclass(type(v), kinds))
+    return (*gc.get_referents(thing), *shared)
 
 
 def _globals_of(code: types.CodeType, variables: dict[str, Any]) -> Iterator[Any]:
     """Yield the global variables of a function, and the attributes of modules that it names."""
     for name in code.co_names:
         value = variables.get(name)
-        if isinstance(value, types.ModuleType):
-            if not _is_library(value.__name__):
-                yield from (vars(value)[n] for n in code.co_names if n in vars(value))
+        if issubclass(type(value), types.ModuleType):
+            attributes = object.__getattribute__(value, "__dict__")
+            if not _is_library(attributes.get("__name__")):
+                yield from (attributes[n] for n in code.co_names if n in attributes)
         else:
             yield value
 

@@ -7,15 +7,14 @@ well be computed together, if that changes no input.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import chain, islice
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from syncbn.calibration.batches import copy, count_samples, default_forward, group_batches
+from syncbn.calibration.batches import default_forward, group_batches
 from syncbn.calibration.budget import Room
 from syncbn.calibration.intercept import intercepted
 from syncbn.calibration.job import Job
@@ -23,13 +22,16 @@ from syncbn.calibration.layers import Layer
 from syncbn.calibration.randomness import seed_generators
 from syncbn.calibration.samples import Samples
 from syncbn.calibration.suspended import Stop, Suspended, stop
-from syncbn.calibration.verification import InterferenceError, Trace, largest_difference
+from syncbn.calibration.verification import (
+    InterferenceError,
+    Trace,
+    largest_difference,
+    trace_parts,
+)
 
-# Passes whose first batch runs again in a single pass. One is not enough: it may fill a cache that
-# the second finds.
+# Passes that are compared with single passes. One is not enough: it may fill a cache that the
+# second finds.
 _CHECKED = 2
-# Ranks exchange differences as integers.
-_UNIT = 2.0**-60
 
 
 class Passes:
@@ -37,21 +39,23 @@ class Passes:
 
     Args:
         job: the calibration.
+        room: memory for the passes.
         join: permission to compute small batches as one.
         seed: seed for forwards that draw random numbers.
     """
 
-    def __init__(self, job: Job, join: bool, seed: int) -> None:
+    def __init__(self, job: Job, room: Room, join: bool, seed: int) -> None:
         self._job = job
+        self._room = room
         self._join = join and job.forward is default_forward
         self._seed = seed
         self._draws, self._eps = False, 0.0
-        self._runs: list[Callable[[], object]] = []
         self._passes: list[Suspended] = []
-        self._traces: list[Trace] = []
-        self._joining: bool | None = None
+        self._traces: list[list[Trace]] = []
+        self._joined = False
+        self._reason = ""
         self._stops = 0
-        self._places: set[int] = set()
+        self._indices: set[int] = set()
         self._samples: Samples | None = None
         self._inputs: list[Tensor] = []
         self._hooks = ExitStack()
@@ -61,11 +65,11 @@ class Passes:
 
     def begin(self) -> Layer | None:
         """Run all passes to the first layer and return it; None at their end."""
-        return self._agree(self._start_all)
+        return self._sync_step(self._start_all)
 
     def go_on(self) -> Layer | None:
         """Run all passes to the next layer and return it; None at their end."""
-        return self._agree(self._resume_all)
+        return self._sync_step(self._resume_all)
 
     def take_samples(self, layer: Layer) -> Samples:
         """Return this rank's inputs of the layer that the passes have stopped at."""
@@ -96,13 +100,26 @@ class Passes:
         Raises:
             InterferenceError: the inputs differ on some rank; raised on every rank.
         """
-        rows = self._together(self._run_alone, numbers=3)
-        batches = int(rows[:, 1].sum())
+        job = self._job
+
+        def compare() -> tuple[int, float]:
+            try:
+                return self._run_single_passes()
+            except InterferenceError as error:
+                self._reason = str(error)
+                return 0, 0.0
+
+        own = job.ranks.agreed(compare, "the comparison with single passes")
+        everyone = job.ranks.objects((self._reason, *own))
+        if any(reason for reason, _, _ in everyone):
+            raise self._gather_interference()
+        batches = sum(batches for _, batches, _ in everyone)
         if not batches:
             return "a single batch on each rank; nothing was interleaved"
+        largest = max(largest for _, _, largest in everyone)
         return (
             f"inputs of {layers} layers for {batches} batches match single passes "
-            f"(largest difference {int(rows[:, 2].max()) * _UNIT:.1g} standard deviations)"
+            f"(largest difference {largest:.1g} standard deviations)"
         )
 
     def _start_all(self) -> None:
@@ -111,170 +128,132 @@ class Passes:
         first = list(islice(rest, 1))
         if not first:
             return
-        room = Room(job, *first)
-        if room.lock is not None:
-            raise InterferenceError(room.lock)
-        self._draws, self._eps = room.observed.draws, room.observed.eps
+        observed = self._room.start(*first)
+        if self._room.lock is not None:
+            raise InterferenceError(self._room.lock)
+        self._draws, self._eps = observed.draws, observed.eps
         self._hooks.enter_context(intercepted(job.layers, stop))
         batches = chain(first, rest)
-        together = self._join and not (room.observed.reads_data or self._draws)
-        for group in group_batches(batches) if together else ([batch] for batch in batches):
+        join = self._join and not (observed.reads_data or observed.draws)
+        for group in group_batches(batches) if join else ([batch] for batch in batches):
             batch = torch.cat(group) if len(group) > 1 else group[0]
-            room.take(batch)
-            if len(group) == 1 or self._may_join(*group[:2]):
-                self._start(batch, group[0])
-            else:
-                for part in group:
-                    self._start(part, part)
-
-    def _start(self, batch: Any, first: Any) -> None:
-        number = len(self._runs)
-        if number < _CHECKED:
-            trace = Trace(copy(first), 0, count_samples(first), count_samples(batch))
-            self._traces.append(trace)
-        self._runs.append(partial(self._job.run, batch))
-        self._passes.append(Suspended(self._runs[-1]))
-        self._look(number, self._resume(number))
+            self._room.take(batch)
+            self._joined = self._joined or len(group) > 1
+            number = len(self._passes)
+            if number < _CHECKED:
+                self._traces.append(trace_parts(group))
+            self._passes.append(Suspended(partial(job.run, batch)))
+            self._on_suspend(number, self._resume(number))
 
     def _resume_all(self) -> None:
-        self._places.clear()
+        self._indices.clear()
         self._stops += 1
         for number in range(len(self._passes)):
-            self._look(number, self._resume(number))
+            self._on_suspend(number, self._resume(number))
 
     def _resume(self, number: int) -> Stop | None:
         self._seed_draws(number, self._stops)
+        forward = self._passes[number]
         try:
-            return self._passes[number].resume()
+            return forward.resume()
         except Exception as error:
-            others = [run for n, run in enumerate(self._runs) if n != number]
-            run = self._runs[number]
-            if others and _succeed(run) and not _succeed(run, others[-1]):
-                raise InterferenceError(f"a pass fails only beside others: {error}") from error
+            # Joined batches, or the state of a suspended pass, may be the cause. If they are not,
+            # the attempt without them raises the error again.
+            others = (other for other in self._passes if other is not forward)
+            if self._joined or any(other.is_suspended for other in others):
+                raise InterferenceError(
+                    f"a pass fails beside others: {type(error).__name__}: {error}"
+                ) from error
             raise
 
-    def _look(self, number: int, stop: Stop | None) -> None:
+    def _on_suspend(self, number: int, stop: Stop | None) -> None:
         if stop is None:
-            self._places.add(self._finished)
+            self._indices.add(self._finished)
             return
-        self._places.add(stop.layer.index)
-        if number < len(self._traces):
-            self._traces[number].add(*stop)
-        if len(self._places) == 1:
+        self._indices.add(stop.layer.index)
+        for trace in self._traces[number] if number < _CHECKED else ():
+            trace.add(*stop)
+        if len(self._indices) == 1:
             if self._samples is None:
                 self._samples = self._job.samples(stop.layer, precise=False)
             self._samples.add(stop.input)  # now, while it is in the cache
             self._inputs.append(stop.input)
 
-    def _may_join(self, one: Tensor, two: Tensor) -> bool:
-        """Return whether two batches computed as one have the inputs of two single passes."""
-        if self._joining is None:
-            self._joining = self._compare_joined(one, two)
-        return self._joining
+    def _run_single_passes(self) -> tuple[int, float]:
+        """Return the number of batches compared, and the largest difference."""
+        if len(self._passes) < 2 and not self._joined:
+            return 0, 0.0
+        # A causal forward cannot show joined batches in the first, nor a reversed one in the last.
+        checked = ((0, self._traces[0][0]), (len(self._traces) - 1, self._traces[-1][-1]))
+        return len(checked), max(self._compare(number, trace) for number, trace in checked)
 
-    def _compare_joined(self, one: Tensor, two: Tensor) -> bool:
-        samples = len(one) + len(two)
-        parts = [Trace(one, 0, len(one), samples), Trace(two, len(one), samples, samples)]
-        try:
-            self._run_suspended(torch.cat([one, two]), parts)
-            for part in parts:
-                alone = Trace(part.batch)
-                self._run_suspended(copy(part.batch), [alone])
-                largest_difference(part, alone, self._eps)
-        except Exception:  # of any kind, if the model takes one batch size only
-            return False
-        return True
+    def _compare(self, number: int, trace: Trace) -> float:
+        single = Trace(trace.batch)
 
-    def _run_suspended(self, batch: Tensor, traces: list[Trace]) -> None:
-        forward = Suspended(partial(self._job.run, batch))
-        while (stop := forward.resume()) is not None:
-            for trace in traces:
-                trace.add(*stop)
+        def record(layer: Layer, x: Tensor) -> None:
+            single.add(layer, x)
+            self._seed_draws(number, len(single.entries))
 
-    def _run_alone(self) -> list[int]:
-        """Return zero, the number of batches compared, and the largest difference."""
-        if len(self._passes) < 2 and not self._joining:
-            return [0, 0, 0]
-        largest = 0.0
-        for number, trace in enumerate(self._traces):
-            alone = Trace(trace.batch)
-
-            def look(layer: Layer, x: Tensor, number: int = number, alone: Trace = alone) -> None:
-                alone.add(layer, x)
-                self._seed_draws(number, len(alone.entries))
-
-            self._seed_draws(number, 0)
-            with intercepted(self._job.layers, look):
-                self._job.run(copy(trace.batch))
-            largest = max(largest, largest_difference(trace, alone, self._eps))
-        return [0, len(self._traces), round(largest / _UNIT)]
+        self._seed_draws(number, 0)
+        with intercepted(self._job.layers, record):
+            self._job.run(trace.batch)
+        return largest_difference(trace, single, self._eps)
 
     def _seed_draws(self, number: int, stops: int) -> None:
         """Make random numbers a function of the pass and the layer: single passes repeat them."""
         if self._draws:
             seed_generators(self._seed, number, stops)
 
-    def _agree(self, run: Callable[[], None]) -> Layer | None:
+    def _sync_step(self, step: Callable[[], None]) -> Layer | None:
         def work() -> list[int]:
-            run()
-            return [self._place()]
-
-        places = set(self._together(work, numbers=1).flatten().tolist())
-        places.discard(self._no_data)
-        if not places:
-            raise ValueError("got no batches on any rank; expected at least one")
-        if len(places) > 1:
-            raise ValueError(_different("ranks", [self._name(place) for place in sorted(places)]))
-        place = places.pop()
-        return None if place == self._finished else self._job.layers[place]
-
-    def _together(self, work: Callable[[], list[int]], numbers: int) -> Tensor:
-        """Call :meth:`Ranks.together`; an InterferenceError on one rank is raised on all."""
-        reason = ""
-
-        def guarded() -> list[int]:
-            nonlocal reason
             try:
-                return work()
+                step()
+                return [self._layer_index()]
             except InterferenceError as error:
-                reason = str(error)
-                return [self._interference] * numbers
+                self._reason = str(error)
+                return [self._interference]
 
-        rows = self._job.ranks.together(guarded, numbers)
-        if bool((rows[:, 0] == self._interference).any()):
-            everyone = self._job.ranks.objects((reason, bool(self._joining)))
-            error = InterferenceError(next(reason for reason, _ in everyone if reason))
-            error.joined = any(joined for _, joined in everyone)
-            raise error
-        return rows
+        indices = set(self._job.ranks.together(work, numbers=1).flatten().tolist())
+        if self._interference in indices:
+            self._job.ranks.agreed(self._finish, "the end of suspended passes")
+            raise self._gather_interference()
+        indices.discard(self._no_data)
+        if not indices:
+            raise ValueError("got no batches on any rank; expected at least one")
+        if len(indices) > 1:
+            self._reason = self._describe_layers("ranks", indices)
+            error = self._gather_interference()
+            raise error if error.joined else ValueError(self._reason)
+        index = indices.pop()
+        return None if index == self._finished else self._job.layers[index]
 
-    def _place(self) -> int:
-        if len(self._places) > 1:
-            names = [self._name(place) for place in sorted(self._places)]
-            raise ValueError(_different("batches", names))
-        return min(self._places, default=self._no_data)
+    def _finish(self) -> None:
+        """Run suspended passes to their end: a model may reset its state only there."""
+        for forward in self._passes:
+            with suppress(Exception):
+                while forward.resume() is not None:
+                    pass
 
-    def _name(self, place: int) -> str:
-        return "the end" if place == self._finished else repr(self._job.layers[place].name)
+    def _gather_interference(self) -> InterferenceError:
+        """Return the same error on every rank; every rank must call this."""
+        everyone = self._job.ranks.objects((self._reason, self._joined))
+        error = InterferenceError(next(reason for reason, _ in everyone if reason))
+        error.joined = any(joined for _, joined in everyone)
+        return error
 
+    def _layer_index(self) -> int:
+        if len(self._indices) > 1:
+            text = self._describe_layers("batches", self._indices)
+            raise InterferenceError(text) if self._joined else ValueError(text)
+        return min(self._indices, default=self._no_data)
 
-def _succeed(*runs: Callable[[], object]) -> bool:
-    """Run passes to their end, interleaved; return whether no exception is raised."""
-    passes = [Suspended(run) for run in runs]
-    try:
-        while None not in [forward.resume() for forward in passes]:
-            pass
-    except Exception:
-        return False
-    finally:
-        for forward in passes:
-            forward.close()
-    return True
-
-
-def _different(who: str, where: list[str]) -> str:
-    return (
-        f"the {who} come to different layers: some to {where[0]} while others come to "
-        f"{' or '.join(where[1:])}; method 'lockstep' needs a forward that calls the same layers "
-        "in the same order for every batch; method 'sequential' does not"
-    )
+    def _describe_layers(self, members: str, indices: set[int]) -> str:
+        first, *others = (
+            "the end" if index == self._finished else repr(self._job.layers[index].name)
+            for index in sorted(indices)
+        )
+        return (
+            f"the {members} come to different layers: some to {first} while others come to "
+            f"{' or '.join(others)}; method 'lockstep' needs a forward that calls the same layers "
+            "in the same order for every batch; method 'sequential' does not"
+        )

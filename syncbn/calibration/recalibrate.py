@@ -82,8 +82,8 @@ def recalibrate(
 
     ``lockstep`` interleaves the forwards of all batches. It then compares the layer inputs of the
     first batches with single passes. If they differ, because the model keeps state between layers,
-    or if the forward holds a lock at a layer, ``sequential`` with whole forwards replaces it.
-    ``report.verification`` describes the comparison.
+    or if the forward holds a lock at a layer, ``sequential`` with whole forwards replaces it, with
+    a warning on rank 0. ``report.verification`` describes the comparison.
 
     A sample is an entry of the first dimension of the first tensor in a batch.
 

@@ -74,9 +74,14 @@ class Suspended:
             )
         return stop  # type: ignore[no-any-return]  # what greenlets give each other
 
+    @property
+    def is_suspended(self) -> bool:
+        """True between the first layer and the end of the pass."""
+        return bool(self._coroutine)
+
     def close(self) -> None:
         """End the pass where it is; its ``finally`` blocks run."""
-        if self._coroutine and not self._coroutine.dead:
+        if self.is_suspended:
             self._coroutine.throw()
 
 

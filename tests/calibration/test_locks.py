@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
-from functools import wraps
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache, wraps
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from tests.calibration.networks import as_they_are, by_hand, distance, statistic
 from tests.calibration.stateful import EQUAL, REPLACED, Layers, SkipOnTheModule, features
 from tests.ranks import Ranks
 
+pytestmark = pytest.mark.filterwarnings("ignore:lockstep is not possible")
 _LOCK = threading.Lock()
 
 
@@ -78,6 +81,53 @@ class AcquiredAndReleased(Layers):
         return x
 
 
+@dataclass(slots=True)
+class Slots:
+    lock: Any = field(default_factory=threading.Lock)
+
+
+class LockInASlot(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.guard = Slots()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.guard.lock:
+            return super().forward(x)
+
+
+@lru_cache
+def lock_of(name: str) -> Any:
+    return threading.Lock()
+
+
+class LockOfAFactory(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        with lock_of("a"):
+            return super().forward(x)
+
+
+@contextmanager
+def locked() -> Iterator[None]:
+    lock = lock_of("of a generator")
+    with lock:
+        yield
+
+
+class LockInAGenerator(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        with locked():
+            return super().forward(x)
+
+
+class LockInADictOfTheClass(Layers):
+    locks = {"a": threading.Lock()}  # noqa: RUF012
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.locks["a"]:
+            return super().forward(x)
+
+
 BLOCKING: dict[str, Callable[[], Layers]] = {
     "lock": lambda: Locked(threading.Lock()),
     "semaphore": lambda: Locked(threading.Semaphore()),
@@ -88,6 +138,10 @@ BLOCKING: dict[str, Callable[[], Layers]] = {
     "decorator": DecoratedForward,
     "exit stack": LockInAStack,
     "acquire and release": AcquiredAndReleased,
+    "slot": LockInASlot,
+    "lru_cache": LockOfAFactory,
+    "generator": LockInAGenerator,
+    "dict of the class": LockInADictOfTheClass,
 }
 
 
@@ -126,6 +180,26 @@ def test_locks_that_block_no_pass_are_no_reason(kind: Any) -> None:
     assert EQUAL in syncbn.recalibrate(net, features(), forward=as_they_are).verification
 
 
+class Lazy(dict[str, Any]):
+    """Raises at the first look into it."""
+
+    def values(self) -> Any:
+        raise AssertionError("was read")
+
+    __iter__ = __len__ = values
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        raise AssertionError("was asked for its class")
+
+
+def test_the_search_for_locks_runs_no_code_of_the_model() -> None:
+    """Values of a dict and the class of a proxy may be loaded from anywhere."""
+    net: Any = Layers()
+    net.lazy = [Lazy(a=[Lazy()])]
+    assert EQUAL in syncbn.recalibrate(net, features(), forward=as_they_are).verification
+
+
 def _on_ranks(rank: int, name: str, sizes: list[tuple[int, ...]]) -> Any:
     kinds: dict[str, Any] = {"skip": SkipOnTheModule, "clean": Layers, **BLOCKING}
     net = kinds[name]()
@@ -133,8 +207,10 @@ def _on_ranks(rank: int, name: str, sizes: list[tuple[int, ...]]) -> Any:
     mine = torch.cat(features((30, 30, 30)))[start:].split(
         [*sizes[rank], 90 - start - sum(sizes[rank])]
     )
-    report = syncbn.recalibrate(net, list(mine[:-1]), forward=as_they_are)
-    return statistics(net), report.verification
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = syncbn.recalibrate(net, list(mine[:-1]), forward=as_they_are)
+    return statistics(net), report.verification, [REPLACED in str(w.message) for w in caught]
 
 
 @pytest.mark.parametrize("sizes", [[(5, 7, 6), (9,)], [(), (4, 4, 4)], [(3, 8), (8, 3)]], ids=str)
@@ -144,6 +220,7 @@ def test_ranks_decide_alike(two_ranks: Ranks, name: str, sizes: list[tuple[int, 
     results = two_ranks.run(_on_ranks, name, sizes)
     assert results[0][1] == results[1][1]
     assert (REPLACED in results[0][1]) is (name != "clean")
+    assert [result[2] for result in results] == [[True] if name != "clean" else [], []]
     assert distance(results[0][0], results[1][0]) == 0.0
     expected = BLOCKING[name]() if name == "lock" else SkipOnTheModule()
     if name == "clean":
