@@ -85,8 +85,8 @@ def largest_difference(together: Trace, alone: Trace, eps: float) -> float:
     """Return the largest difference between a batch in lockstep and in a single pass.
 
     The unit of a mean is a standard deviation, ``unit^2 = running_var + sample_var + (sample_mean -
-    running_mean)^2``, with the new statistics. The unit of a variance is ``unit^2``. A mean of joined
-    batches may differ by 32 roundings of its own, too.
+    running_mean)^2``, with the new statistics. The unit of a variance is ``unit^2``. A mean of
+    joined batches may differ by 32 of its roundings, too.
 
     Joined batches run other kernels, and deep networks amplify their rounding. So their bound is
     half of the digits. Measured on CPU, in units of the bound: at most 0.08 for residual networks
