@@ -180,7 +180,7 @@ def test_over_ranks(ranks: Ranks, way: str, offset: float) -> None:
         check(results, wanted, offset)
 
 
-def _masked(rank: int, offset: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _masked(rank: int, offset: float) -> tuple[Tensor, ...]:
     part, mask = batch(rank, 4), torch.ones(4, 5, 7, dtype=torch.bool)
     mask[0, :, rank:] = False
     call, layer = _layer("auto")
@@ -252,7 +252,8 @@ def test_derivatives(derive: Any, offset: float) -> None:
 
     def loss(x: Tensor) -> Tensor:
         y = layer(x)
-        return (y.flatten() * torch.arange(y.numel()).cos()).sum().square()
+        total: Tensor = (y.flatten() * torch.arange(y.numel()).cos()).sum()
+        return total.square()
 
     def plain(x: Tensor) -> Tensor:
         centred = x - x.mean((0, 2), keepdim=True)
