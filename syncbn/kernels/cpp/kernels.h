@@ -17,8 +17,8 @@ struct Operand {
 };
 
 // Numbers in packed moments (moments.py): two-part sums for float64 inputs.
-constexpr bool has_two_parts(Dtype dtype) { return dtype == Dtype::float64; }
-constexpr int64_t packed_size(int64_t channels, Dtype dtype) {
+static constexpr bool has_two_parts(Dtype dtype) { return dtype == Dtype::float64; }
+static constexpr int64_t packed_size(int64_t channels, Dtype dtype) {
   return (has_two_parts(dtype) ? 4 : 2) * channels + 1;
 }
 
