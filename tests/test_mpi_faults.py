@@ -98,7 +98,10 @@ dist.barrier()
     [
         ("time.sleep(60)", "rank 1: has not come to this operation (process"),
         ("sys.exit(0)", "rank 1: has come to its end (process"),
-        ("dist.recv(torch.zeros(3), 0)", "rank 1: is in recv from rank 0 #1 (3 float32)"),
+        (
+            "dist.recv(torch.zeros(3), 0, group_of_all_ranks())",
+            "rank 1: is in recv from rank 0 #1 (3 float32)",
+        ),
     ],
 )
 def test_a_rank_that_never_arrives_is_named(launch: Launch, others: str, message: str) -> None:
@@ -106,6 +109,7 @@ def test_a_rank_that_never_arrives_is_named(launch: Launch, others: str, message
         "openmpi",
         2,
         f"""
+from syncbn.distributed.groups import group_of_all_ranks
 join(seconds=4)
 if rank == 1:
     {others}
