@@ -275,6 +275,16 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "in.pt").find(network())
 
 
+def test_integer_statistics_are_refused(tmp_path: Path) -> None:
+    """The new statistics were written with their fractions cut off."""
+    content = weights()
+    content["6.running_var"] = content["6.running_var"].long()
+    torch.save(content, tmp_path / "in.pt")
+    message = r"6\.running_var is torch\.int64, which cannot hold a fraction"
+    with pytest.raises(ValueError, match=message):
+        read_checkpoint(tmp_path / "in.pt").find(network())
+
+
 def test_outputs_that_are_refused(tmp_path: Path) -> None:
     source = tmp_path / "in.pt"
     torch.save(weights(), source)
