@@ -9,7 +9,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-CPP := syncbn/kernels/cpu.cpp $(wildcard syncbn/kernels/cpp/*)
+CPP := $(wildcard syncbn/kernels/cpu/csrc/*)
 export OMP_NUM_THREADS ?= 1
 
 .DELETE_ON_ERROR:
@@ -33,8 +33,8 @@ test-triton: $(INSTALLED)
 # On a copy of the tree, for the library in this one to stay. -O1: at -O3 the compiler takes minutes.
 SANITIZED := build/sanitized
 SANITIZERS := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
-SANITIZED_LIBRARY := $(SANITIZED)/syncbn/kernels/libsyncbn_cpu.so
-$(SANITIZED_LIBRARY): $(INSTALLED) $(CPP) hatch_build.py $(wildcard syncbn/*.py syncbn/*/*.py tests/*.py)
+SANITIZED_LIBRARY := $(SANITIZED)/syncbn/kernels/cpu/libsyncbn_cpu.so
+$(SANITIZED_LIBRARY): $(INSTALLED) $(CPP) hatch_build.py $(shell find syncbn tests -name "*.py")
 	rm -rf $(SANITIZED)
 	mkdir -p $(SANITIZED)
 	cp -r syncbn tests examples configs hatch_build.py pyproject.toml $(SANITIZED)

@@ -21,12 +21,12 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-KERNELS = Path(__file__).parent / "syncbn" / "kernels"
+KERNELS = Path(__file__).parent / "syncbn" / "kernels" / "cpu"
 LIBRARY = KERNELS / "libsyncbn_cpu.so"
 # Says, where the library is missing, why.
 REASON = LIBRARY.with_suffix(".txt")
 # Not imported: the package needs torch, which may not be there when it is built.
-DIGEST = runpy.run_path(str(KERNELS / "digest.py"))
+DIGEST = runpy.run_path(str(KERNELS / "source_hash.py"))
 CHECKSUM = DIGEST["checksum_path"](LIBRARY)
 
 # Nothing that changes results for NaN, infinities or subnormals, and nothing for this machine only.
@@ -129,9 +129,9 @@ def build(library: Path, compiler: list[str], mark: str = "") -> None:
     extra = shlex.split(os.environ.get("CXXFLAGS", ""))
     command = [*compiler, *FLAGS.split(), *WARNINGS.split(), *openmp]
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        units = [(KERNELS / "cpu.cpp", [f'-DSYNCBN_MARK="{mark}"'])]
+        units = [(KERNELS / "csrc" / "cpu.cpp", [f'-DSYNCBN_MARK="{mark}"'])]
         units += [
-            (KERNELS / "cpp" / "instance.cpp", [f"-DSYNCBN_KERNELS={name}", *flags.split()])
+            (KERNELS / "csrc" / "instance.cpp", [f"-DSYNCBN_KERNELS={name}", *flags.split()])
             for name, flags in levels.items()
         ]
         objects = [f"{folder}/{i}.o" for i in range(len(units))]

@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import syncbn
-from syncbn.autograd import Call, normalize
 from syncbn.kernels import Running, choose
+from syncbn.ops.batch_norm import Call, normalize
 
 CUDA = torch.device("cuda")
 MARKS = [

@@ -18,12 +18,12 @@ def begin() -> None:
     from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
-    from syncbn.kernels import triton_tiles
+    from syncbn.kernels.triton import tiling as triton_tiles
 
     # A small tile takes as long as a large one.
     triton_tiles._SUMS = triton_tiles.Shape(4096, at_a_time=2)
     triton_tiles._ELEMENTWISE_LAST = triton_tiles.Shape(4096, 64, tiles=4)
-    ready = {"syncbn.kernels.triton_kernels", "syncbn.kernels.triton_addresses"}
+    ready = {"syncbn.kernels.triton.device", "syncbn.kernels.triton.indexing"}
     convert, call = InterpreterBuilder.cast_impl, InterpretedFunction.__call__
     look_up, types = interpreter._get_np_dtype, {}
 

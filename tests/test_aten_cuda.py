@@ -16,7 +16,7 @@ from oracle import Case
 from torch import Tensor
 
 from syncbn.kernels import aten_cuda
-from syncbn.kernels.transform import compute_dtype
+from syncbn.kernels.coefficients import compute_dtype
 from syncbn.moments import Moments
 from tests.kernels import DTYPES, tolerance
 from tests.test_far_from_zero import check_kernel

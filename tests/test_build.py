@@ -18,7 +18,7 @@ import torch
 import hatch_build
 from syncbn import kernels
 from syncbn.kernels import cpu
-from syncbn.kernels.digest import checksum
+from syncbn.kernels.cpu.source_hash import checksum
 from tests.kernels import needs_cpp
 
 BUILT = cpu.PATH
@@ -94,7 +94,7 @@ def test_without_a_compiler_there_is_the_reference(
     path = wheel(checkout, compiler)
     assert path.name.endswith("-py3-none-any.whl")
     names = zipfile.ZipFile(path).namelist()
-    assert "syncbn/kernels/libsyncbn_cpu.txt" in names
+    assert "syncbn/kernels/cpu/libsyncbn_cpu.txt" in names
     assert not any(name.endswith((".so", ".cpp", ".h")) for name in names if "kernels" in name)
     installed = checkout / "site"
     zipfile.ZipFile(path).extractall(installed)
@@ -123,7 +123,10 @@ def test_with_a_compiler_a_wheel_carries_the_library(checkout: Path) -> None:
     assert "-py3-none-" in path.name
     assert not path.name.endswith("-any.whl")
     names = zipfile.ZipFile(path).namelist()
-    assert {"syncbn/kernels/libsyncbn_cpu.so", "syncbn/kernels/libsyncbn_cpu.sha256"} <= set(names)
+    assert {
+        "syncbn/kernels/cpu/libsyncbn_cpu.so",
+        "syncbn/kernels/cpu/libsyncbn_cpu.sha256",
+    } <= set(names)
     assert not any(name.endswith((".txt", ".cpp", ".h")) for name in names if "kernels" in name)
 
 
@@ -152,10 +155,9 @@ def test_a_library_of_other_sources_is_not_used(library: Path, sources: str) -> 
     for file in (BUILT, hatch_build.CHECKSUM):
         shutil.copy(file, library.parent)
     if sources != "none":
-        shutil.copy(BUILT.parent / "cpu.cpp", library.parent)
-        shutil.copytree(BUILT.parent / "cpp", library.parent / "cpp")
+        shutil.copytree(BUILT.parent / "csrc", library.parent / "csrc")
     if sources == "others":
-        (library.parent / "cpp" / "more.h").write_text("// more")
+        (library.parent / "csrc" / "more.h").write_text("// more")
     assert ("is of other sources" in cpu.describe()) == (sources == "others")
 
 

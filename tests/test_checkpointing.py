@@ -150,4 +150,4 @@ def test_another_recomputation_is_an_error(channels: int, dtype: torch.dtype) ->
     with pytest.raises(RuntimeError, match=f"of 4 channels and .*, the forward pass {there}"):
         y.backward()
     assert first(torch.randn(5, channels, dtype=dtype)).shape == (5, channels)
-    assert syncbn.checkpoint.current() is None
+    assert syncbn.ops.activation_checkpoint.current() is None

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 
 import syncbn
 from syncbn.distributed import resolve_group
-from syncbn.module import DetachedGroup
+from syncbn.nn.module import DetachedGroup
 from tests.ranks import RankError, Ranks
 
 

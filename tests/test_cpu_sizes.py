@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from syncbn.kernels import Forward, Transform, alone, cpu, reference
-from syncbn.kernels.samples import Samples
+from syncbn.kernels.layout import Samples
 from tests.kernels import (
     EPS,
     cpp,

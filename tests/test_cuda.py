@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import syncbn
 from syncbn.kernels import choose
-from syncbn.kernels.samples import Samples
+from syncbn.kernels.layout import Samples
 from tests.gpu import CUDA, MARKS, case, step
 
 pytestmark = MARKS
@@ -23,7 +23,7 @@ pytestmark = MARKS
 
 def test_programs_share_channels() -> None:
     """Of 64 samples, in what follows: they tell each other what they found."""
-    from syncbn.kernels import triton_passes
+    from syncbn.kernels.triton import plans as triton_passes
 
     _, x, _ = case(64)
     launch = triton_passes.moments(Samples.dense(x.shape), x.device, x.dtype)

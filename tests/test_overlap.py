@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 import syncbn
-from syncbn.autograd import backward
 from syncbn.distributed import collectives
 from syncbn.distributed.collectives import Message
 from syncbn.kernels import choose
-from syncbn.kernels.triton_launch import Launch
+from syncbn.kernels.triton.launcher import Launch
+from syncbn.ops import backward
 from tests.kernels import device_of
 from tests.ranks import Ranks
 

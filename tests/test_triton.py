@@ -14,7 +14,7 @@ from torch import Tensor
 
 import syncbn
 from syncbn.kernels import Forward, Running, Transform, choose, reference
-from syncbn.kernels.samples import Samples
+from syncbn.kernels.layout import Samples
 from syncbn.moments import Moments
 from tests.kernels import EPS, device_of, totals
 
@@ -28,7 +28,7 @@ LAYOUTS = ["contiguous", "channels_last", "gaps between samples", "channels of m
 @pytest.fixture
 def launches() -> Iterator[list[str]]:
     """Return the names of kernels that are launched, by Python."""
-    from syncbn.kernels.triton_launch import Launch
+    from syncbn.kernels.triton.launcher import Launch
 
     run = Launch.__call__
     seen: list[str] = []
@@ -59,13 +59,13 @@ def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
     Of these, programs of elementwise passes take several tiles, and offsets may need 64 bits.
     """
-    from syncbn.kernels import triton_passes
+    from syncbn.kernels.triton import plans as triton_passes
 
     kept = [f for f in vars(triton_passes).values() if isinstance(f, _lru_cache_wrapper)]
     assert len(kept) == 5
     if request.param == "large":
-        monkeypatch.setattr("syncbn.kernels.triton_tiles._MANY", 0)
-        monkeypatch.setattr("syncbn.kernels.triton_tiles._WIDE", 0)
+        monkeypatch.setattr("syncbn.kernels.triton.tiling._MANY", 0)
+        monkeypatch.setattr("syncbn.kernels.triton.tiling._WIDE", 0)
     for launch in kept:
         launch.cache_clear()
     yield
@@ -103,7 +103,8 @@ def test_layouts(shape: tuple[int, ...], layout: str) -> None:
 
 def test_a_program_may_begin_far_from_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     """In padding, say: around its mean, float32 would lose the variance."""
-    from syncbn.kernels import triton, triton_passes
+    from syncbn.kernels import triton
+    from syncbn.kernels.triton import plans as triton_passes
 
     monkeypatch.setattr(triton_passes, "_multiprocessors", lambda _: 1)
     x = torch.full((200, 1, 2048), 1000.1, device=DEVICE)
@@ -114,8 +115,9 @@ def test_a_program_may_begin_far_from_the_rest(monkeypatch: pytest.MonkeyPatch) 
 
 def test_counters_are_left_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the next launch would have no last program, or two."""
-    from syncbn.kernels import triton, triton_passes
-    from syncbn.kernels.triton_launch import Shared, _Memory
+    from syncbn.kernels import triton
+    from syncbn.kernels.triton import plans as triton_passes
+    from syncbn.kernels.triton.launcher import Shared, _Memory
 
     triton_passes.moments.cache_clear()
     used: list[Tensor] = []
@@ -269,7 +271,7 @@ def test_nothing_is_noted_where_there_are_no_values(shape: tuple[int, ...]) -> N
 @pytest.mark.parametrize(("last", "most"), [(False, 70), (True, 35)])
 def test_images_of_many_sizes_share_what_is_compiled(last: bool, most: int) -> None:
     """To compile a kernel takes a second."""
-    from syncbn.kernels import triton_passes
+    from syncbn.kernels.triton import plans as triton_passes
 
     sizes = torch.randint(12, 200, (100, 2), generator=torch.Generator().manual_seed(0))
     compiled = set()

@@ -22,8 +22,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from syncbn.kernels import Forward, Running, Transform, triton, triton_tiles
-from syncbn.kernels.triton_launch import Launch, Step, _Memory
+from syncbn.kernels import Forward, Running, Transform, triton
+from syncbn.kernels.triton import tiling as triton_tiles
+from syncbn.kernels.triton.launcher import Launch, Step, _Memory
 
 _TYPES = {
     torch.float64: "*fp64",

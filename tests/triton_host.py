@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from syncbn import SyncBatchNorm2d, kernels, module
+from syncbn import SyncBatchNorm2d, kernels
 from syncbn.bench.timing import take_turns
 from syncbn.kernels import Kernel, triton
+from syncbn.nn import module
 from tests.triton_launches import active, build
 
 SHAPE, LAYERS, ROUNDS, BURST = (2, 16, 4, 4), 20, 30, 10

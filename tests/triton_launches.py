@@ -31,9 +31,10 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from syncbn.kernels import Forward, Running, Transform, triton, triton_launch
-from syncbn.kernels.triton_driver import Calls
-from syncbn.kernels.triton_launch import Launch
+from syncbn.kernels import Forward, Running, Transform, triton
+from syncbn.kernels.triton import launcher as triton_launch
+from syncbn.kernels.triton.driver import Calls
+from syncbn.kernels.triton.launcher import Launch
 
 SOURCE = Path(__file__).with_name("recording_driver.c")
 MOST, STREAM, OF_A_THREAD = 64, 7, 2

@@ -16,7 +16,7 @@ from syncbn.bench.report import Benchmark, Report, Table, at_least, machine_fact
 from syncbn.bench.resnet20 import CLASSES, resnet20
 from syncbn.bench.sgd import training_step
 from syncbn.bench.timing import Spread, finished, take_turns
-from syncbn.convert import convert_sync_batchnorm
+from syncbn.nn.conversion import convert_sync_batchnorm
 
 _THEIRS, _OURS = "nn.BatchNorm2d", "ours"
 _MILLISECOND = 1e-3

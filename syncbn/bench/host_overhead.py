@@ -17,7 +17,7 @@ from syncbn.bench.mpirun import slowest
 from syncbn.bench.timing import Spread, take_turns
 from syncbn.bench.torchs import Synchronized
 from syncbn.distributed.groups import resolve_group
-from syncbn.module import SyncBatchNorm2d
+from syncbn.nn.module import SyncBatchNorm2d
 
 # Tiny: to compute it takes about a microsecond.
 SHAPE = (2, 16, 4, 4)

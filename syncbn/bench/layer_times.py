@@ -19,8 +19,8 @@ from syncbn.bench.mpirun import slowest
 from syncbn.bench.timing import Spread, clock_of, take_turns
 from syncbn.bench.torchs import Synchronized
 from syncbn.distributed.groups import resolve_group
-from syncbn.functional import sync_batch_norm
-from syncbn.module import SyncBatchNorm2d
+from syncbn.nn.module import SyncBatchNorm2d
+from syncbn.ops.functional import sync_batch_norm
 
 BASELINE, SYNCHRONIZED, COPY = "nn.BatchNorm2d", "nn.SyncBatchNorm", "copy"
 

@@ -20,10 +20,10 @@ from syncbn.bench.ranks import begin, is_gpu
 from syncbn.bench.report import Benchmark, Report, Table, at_least, given, machine_facts, one_of
 from syncbn.bench.sgd import training_step
 from syncbn.bench.timing import Spread, captured, finished, take_turns
-from syncbn.convert import convert_sync_batchnorm
 from syncbn.distributed.groups import GroupLike
 from syncbn.fusion import fuse
-from syncbn.module import SyncBatchNorm
+from syncbn.nn.conversion import convert_sync_batchnorm
+from syncbn.nn.module import SyncBatchNorm
 
 _NETWORKS = {
     "resnet20": (resnet20.resnet20, resnet20.CLASSES),

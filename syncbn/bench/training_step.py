@@ -23,8 +23,8 @@ from syncbn.bench.report import Table
 from syncbn.bench.resnet20 import CLASSES, resnet20
 from syncbn.bench.sgd import training_step
 from syncbn.bench.timing import Spread, Times, take_turns
-from syncbn.convert import convert_sync_batchnorm
 from syncbn.distributed.groups import resolve_group
+from syncbn.nn.conversion import convert_sync_batchnorm
 
 _MILLISECOND = 1e-3
 # Of a core. A round whose local step had less was disturbed by other programs, and differences to

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from syncbn.calibration.layers import Layer
-from syncbn.module import SyncBatchNorm
+from syncbn.nn.module import SyncBatchNorm
 
 # Arguments of our layers. Another layer may give the later ones another meaning.
 _ARGUMENTS = ("input", "residual", "mask")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from syncbn.fusion.rewrite import Rewriting
-from syncbn.module import SyncBatchNorm
+from syncbn.nn.module import SyncBatchNorm
 
 
 @dataclass

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, Node
 
-from syncbn.module import SyncBatchNorm
-from syncbn.traced_call import has_hooks
+from syncbn.nn.fx_call import has_hooks
+from syncbn.nn.module import SyncBatchNorm
 
 _RELUS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 _ADDS_IN_PLACE = {operator.iadd, "add_"}

@@ -11,8 +11,8 @@ from torch.fx import Graph, Node
 
 from syncbn.fusion.pattern import Place, last_call, places, takes_one_argument
 from syncbn.fusion.trace import compiled, source, trace
-from syncbn.module import SyncBatchNorm
-from syncbn.traced_call import has_hooks
+from syncbn.nn.fx_call import has_hooks
+from syncbn.nn.module import SyncBatchNorm
 
 # The argument of modules that pass a residual on to the layer that they end in.
 _RESIDUAL = "residual_of_the_last_layer"

@@ -12,7 +12,7 @@ from torch.fx import Graph, Node, Proxy, Tracer
 from torch.nn.utils import parametrize
 
 from syncbn.fusion.readable import check_readable
-from syncbn.traced_call import has_hooks
+from syncbn.nn.fx_call import has_hooks
 
 
 def _in_place(function: Callable[..., Any]) -> Callable[[Proxy, Any], Proxy]:

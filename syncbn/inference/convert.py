@@ -10,10 +10,10 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.adopt import change_class
 from syncbn.calibration.layers import Layer, find_layers
 from syncbn.inference.rule import Rule, Ruled, beneath, ruled
-from syncbn.module import SyncBatchNorm
+from syncbn.nn.class_map import change_class
+from syncbn.nn.module import SyncBatchNorm
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -17,9 +17,9 @@ from syncbn.calibration.per_sample import precise
 from syncbn.distributed.collectives import communicating_group, sum_over_ranks
 from syncbn.inference.convert import convert_inference, reverted_after
 from syncbn.inference.rule import Rule
-from syncbn.layer_state import active_group
-from syncbn.module import SyncBatchNorm
 from syncbn.moments import Moments, get_packed_size
+from syncbn.nn.layer_state import active_group
+from syncbn.nn.module import SyncBatchNorm
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.autograd import finish
 from syncbn.calibration.layers import Layer
-from syncbn.functional import check_input, check_parameters
-from syncbn.kernels.transform import normalize_coefficients
-from syncbn.traced_call import record_call
+from syncbn.kernels.coefficients import normalize_coefficients
+from syncbn.nn.fx_call import record_call
+from syncbn.ops.batch_norm import finish
+from syncbn.ops.functional import check_input, check_parameters
 
 # One for each class met, so that layers of one class stay of one class.
 _RULED: dict[type[_BatchNorm], type[_BatchNorm]] = {}

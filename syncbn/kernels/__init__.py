@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from syncbn.kernels import aten_cuda, cpu, reference, traced
-from syncbn.kernels.transform import Forward as Forward
-from syncbn.kernels.transform import Running as Running
-from syncbn.kernels.transform import Transform as Transform
-from syncbn.kernels.transform import Wanted as Wanted
+from syncbn.kernels.coefficients import Forward as Forward
+from syncbn.kernels.coefficients import Running as Running
+from syncbn.kernels.coefficients import Transform as Transform
+from syncbn.kernels.coefficients import Wanted as Wanted
 from syncbn.modes import is_watched
 
 _PLAIN = {Tensor, Parameter, type(None)}

@@ -1,6 +1,6 @@
 """The kernels on CUDA without Triton: ATen's own batch-norm kernels, which exist there alone.
 
-ATen computes with a float32 mean. Passing it the pivot of :mod:`syncbn.kernels.transform` as
+ATen computes with a float32 mean. Passing it the pivot of :mod:`syncbn.kernels.coefficients` as
 "mean" and correcting the C numbers around it keeps the precision of the split mean. The
 functions are those of :mod:`syncbn.kernels.reference`; none synchronizes with the host, and all
 accept tensors without elements. ATen has no fused ReLU and residual: they are calls of their own.
@@ -11,8 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncbn.kernels.reference import move_running, parameter_gradients, statistics
-from syncbn.kernels.transform import (
+from syncbn.kernels.coefficients import (
     Forward,
     Transform,
     Wanted,
@@ -20,6 +19,7 @@ from syncbn.kernels.transform import (
     normalize_coefficients,
     split_mean,
 )
+from syncbn.kernels.reference import move_running, parameter_gradients, statistics
 from syncbn.moments import Moments, get_packed_size, has_two_parts
 
 

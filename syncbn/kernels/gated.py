@@ -18,7 +18,7 @@ class Gated(Kernel, Protocol):
 
     The bits are a gate: the kernel's own business, and written by :meth:`Kernel.normalize` to where
     :attr:`Forward.gate` says. They mean something to inputs of the same
-    :func:`~syncbn.kernels.samples.view_of`.
+    :func:`~syncbn.kernels.layout.view_of`.
     """
 
     def new_gate(self, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncbn.kernels.transform import (
+from syncbn.kernels.coefficients import (
     Forward,
     Running,
     Transform,

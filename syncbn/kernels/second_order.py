@@ -1,6 +1,6 @@
 """The gradients of the input gradient, as plain formulas for every device.
 
-With the names of :class:`syncbn.autograd.SyncBatchNormBackward`: h the gradient that arrives at dx,
+With the names of :class:`syncbn.ops.batch_norm.SyncBatchNormBackward`: h the gradient that arrives at dx,
 u and v those at dweight and dbias, g the gradient of the output after the ReLU.
 """
 
@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from syncbn.kernels.coefficients import Transform, compute_dtype, split_mean
 from syncbn.kernels.reference import per_channel, reduced_dims
-from syncbn.kernels.transform import Transform, compute_dtype, split_mean
 
 
 class Second(NamedTuple):

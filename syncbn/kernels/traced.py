@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from syncbn.kernels import reference
+from syncbn.kernels.coefficients import Forward, Running, Transform, Wanted
 from syncbn.kernels.reference import per_channel, reduced_dims
-from syncbn.kernels.transform import Forward, Running, Transform, Wanted
 from syncbn.moments import Moments, has_two_parts
 
 

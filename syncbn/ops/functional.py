@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from syncbn import kernels
-from syncbn.autograd import Call, finish, normalize
 from syncbn.distributed.collectives import communicating_group
 from syncbn.kernels import Running
+from syncbn.ops.batch_norm import Call, finish, normalize
 
 Activation = Literal["relu"]
 

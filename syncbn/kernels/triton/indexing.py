@@ -1,4 +1,4 @@
-"""Where a program of :mod:`syncbn.kernels.triton_kernels` finds its values.
+"""Where a program of :mod:`syncbn.kernels.triton.device` finds its values.
 
 What changes from tile to tile is a scalar; what differs between values is the same in all tiles,
 and small: so a loop has one addition of 64 bits for each 16 bytes.

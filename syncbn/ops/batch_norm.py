@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from syncbn import modes
-from syncbn.autograd import any_order, masking
-from syncbn.autograd.call import Call as Call
-from syncbn.autograd.function import SyncBatchNormFunction
+from syncbn.ops import composite as any_order
+from syncbn.ops import masking
+from syncbn.ops.function import SyncBatchNormFunction
+from syncbn.ops.params import Call as Call
 
 
 def normalize(

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from syncbn import modes
-from syncbn.autograd import any_order, rows
-from syncbn.autograd.backward import SyncBatchNormBackward, first_order
-from syncbn.autograd.call import Call, group_message
 from syncbn.kernels import Forward, Transform, alone, gated
+from syncbn.kernels.layout import seen_as, view_of
 from syncbn.kernels.reference import affine
-from syncbn.kernels.samples import seen_as, view_of
+from syncbn.ops import batched_rows as rows
+from syncbn.ops import composite as any_order
+from syncbn.ops.backward import SyncBatchNormBackward, first_order
+from syncbn.ops.params import Call, group_message
 from syncbn.ownership import is_unshared
 
 #: x, weight, bias, statistics; and a gate, or the output, or None.

@@ -11,7 +11,7 @@ what programs found, in float64, in the same order every time and never atomical
 numbers is float64, and repeated by every program that needs it: some dozens of operations for each
 of thousands of values.
 
-Names are those of :mod:`syncbn.kernels.transform`; ``here`` says what exists. Calls give arguments
+Names are those of :mod:`syncbn.kernels.coefficients`; ``here`` says what exists. Calls give arguments
 their types, but for "fp64": else a float would be rounded to float32.
 """
 
@@ -23,7 +23,7 @@ from functools import partial
 import triton
 import triton.language as tl
 
-from syncbn.kernels.triton_addresses import (
+from syncbn.kernels.triton.indexing import (
     begin,
     channels_of,
     dense_of,
@@ -36,15 +36,15 @@ from syncbn.kernels.triton_addresses import (
     values_at,
     write,
 )
-from syncbn.kernels.triton_gates import load_gate, opens, store_gate
-from syncbn.kernels.triton_numbers import (
+from syncbn.kernels.triton.per_channel import (
     affine,
     move_averages,
     numbers_of,
     statistics,
     through_relu,
 )
-from syncbn.kernels.triton_sums import store_totals, summed, sums_around
+from syncbn.kernels.triton.reductions import store_totals, summed, sums_around
+from syncbn.kernels.triton.relu_mask import load_gate, opens, store_gate
 from syncbn.moments import ROUNDING
 
 _ROUNDING = tl.constexpr(ROUNDING)

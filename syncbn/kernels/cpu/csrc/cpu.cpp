@@ -4,7 +4,7 @@
 #include <cstring>
 #include <new>
 
-#include "cpp/kernels.h"
+#include "kernels.h"
 
 namespace {
 

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from syncbn import modes
-from syncbn.autograd import any_order, rows
-from syncbn.autograd.call import Call
 from syncbn.distributed import collectives
 from syncbn.kernels import Transform, Wanted, alone, gated
 from syncbn.kernels.reference import affine
 from syncbn.kernels.second_order import second_elemt, second_reduce
+from syncbn.ops import batched_rows as rows
+from syncbn.ops import composite as any_order
+from syncbn.ops.params import Call
 
 # Bytes of an input whose dy is read once more in less time than a message takes: by bandwidth, in
 # some 20 microseconds on an A100, 8 on an H200.
@@ -134,7 +135,7 @@ class SyncBatchNormBackward(torch.autograd.Function):
     """The backward pass as a function of dy, x and weight; differentiate through it.
 
     It is used where the graph of the backward pass is wanted (``create_graph=True``). The names
-    are those of :class:`~syncbn.autograd.SyncBatchNormFunction`; g is dy where the ReLU lets it
+    are those of :class:`~syncbn.ops.batch_norm.SyncBatchNormFunction`; g is dy where the ReLU lets it
     pass, a is invstd. Forward, on rank r::
 
         dx = a weight (g - S0/n - xhat S1/n),   S0 = sum(g),  S1 = sum(g xhat)   over the group
@@ -166,7 +167,7 @@ class SyncBatchNormBackward(torch.autograd.Function):
         [H0 | H1 | HG | U0 | U1]  <-  all_reduce [H0_r | H1_r | HG_r | u_r S0_r | u_r S1_r]
 
     Where the ReLU is closed, gradients of dy are zero. The bias has none. Higher orders are left to
-    :mod:`syncbn.autograd.any_order`.
+    :mod:`syncbn.ops.composite`.
     """
 
     @staticmethod

@@ -1,7 +1,7 @@
 """Launches of the Triton kernels: those of a pass, one after the other.
 
 Triton compiles at the first launch, for addresses that are multiples of 16 or any, and what it has
-compiled is called by :mod:`syncbn.kernels.triton_driver` from then on.
+compiled is called by :mod:`syncbn.kernels.triton.driver` from then on.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from syncbn.kernels import triton_driver
-from syncbn.kernels.triton_driver import Calls, Compiled
+from syncbn.kernels.triton import driver as triton_driver
+from syncbn.kernels.triton.driver import Calls, Compiled
 
 # Bytes; Triton compiles for addresses that are multiples, or for any.
 _ALIGNMENT = 16
@@ -49,7 +49,7 @@ class Step:
     """A kernel with what it is told besides tensors and floats.
 
     Attributes:
-        kernel: of :mod:`syncbn.kernels.triton_kernels`.
+        kernel: of :mod:`syncbn.kernels.triton.device`.
         programs: how many.
         sizes: the integers, by name.
         constants: by name, in capitals; and Triton's options. Those that the kernel has not are

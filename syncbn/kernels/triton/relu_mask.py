@@ -10,7 +10,7 @@ many bits in each as 16 bytes have values: what a thread has in a row.
 import triton
 import triton.language as tl
 
-from syncbn.kernels.triton_addresses import within
+from syncbn.kernels.triton.indexing import within
 
 
 @triton.jit

@@ -11,9 +11,9 @@ from torch.nn.parameter import is_lazy
 
 from syncbn.kernels import Running
 from syncbn.kernels.reference import move_running
-from syncbn.layer_state import layer_channels, layer_tensors
-from syncbn.module import SyncBatchNorm
 from syncbn.moments import Moments, get_packed_size
+from syncbn.nn.layer_state import layer_channels, layer_tensors
+from syncbn.nn.module import SyncBatchNorm
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Arithmetic on the numbers of channels, in :mod:`syncbn.kernels.triton_kernels`."""
+"""Arithmetic on the numbers of channels, in :mod:`syncbn.kernels.triton.device`."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 # fmt: off

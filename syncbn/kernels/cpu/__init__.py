@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from syncbn.kernels import cpu_call as call
 from syncbn.kernels import reference
-from syncbn.kernels.digest import checksum_path, digest, is_intact, sources
-from syncbn.kernels.samples import alike, empty_like, readable
-from syncbn.kernels.transform import Forward, Transform, Wanted
+from syncbn.kernels.coefficients import Forward, Transform, Wanted
+from syncbn.kernels.cpu import abi as call
+from syncbn.kernels.cpu.source_hash import checksum_path, digest, is_intact, sources
+from syncbn.kernels.layout import alike, empty_like, readable
 from syncbn.moments import Moments, get_packed_size
 
 # Built by hatch_build.py.

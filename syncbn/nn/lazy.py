@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.nn.modules.batchnorm import _LazyNormBase
 
-from syncbn.module import SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
+from syncbn.nn.module import SyncBatchNorm1d, SyncBatchNorm2d, SyncBatchNorm3d
 
 
 class LazySyncBatchNorm1d(_LazyNormBase, SyncBatchNorm1d):

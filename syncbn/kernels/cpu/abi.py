@@ -12,8 +12,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from syncbn.kernels.samples import Samples
-from syncbn.kernels.transform import Running, Transform
+from syncbn.kernels.coefficients import Running, Transform
+from syncbn.kernels.layout import Samples
 
 #: The dtypes of kernels.h.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}

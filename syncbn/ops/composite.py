@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from syncbn import modes
-from syncbn.autograd.call import Call, moments
 from syncbn.distributed.collectives import sum_over_ranks
 from syncbn.kernels import Forward, Transform, reference
 from syncbn.moments import Moments, add_packed
+from syncbn.ops.params import Call, moments
 
 # Of the function whose gradients second() returns.
 _ARGUMENTS = 8
@@ -59,7 +59,7 @@ def second(
     call: Call,
     arriving: tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, ...]:
-    """Return what :meth:`syncbn.autograd.backward.SyncBatchNormBackward.backward` does.
+    """Return what :meth:`syncbn.ops.backward.SyncBatchNormBackward.backward` does.
 
     Args:
         dy: gradient of the output.

@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 from triton import next_power_of_2
 
-from syncbn.kernels.samples import Samples
+from syncbn.kernels.layout import Samples
 
 COMPUTE = {
     torch.float16: tl.float32,
@@ -66,7 +66,7 @@ _SUMS_LAST, _SUMS = Shape(4096, 32, at_a_time=2), Shape(1024, at_a_time=8)
 
 @dataclass(frozen=True)
 class Tiles:
-    """How programs share a tensor; see :mod:`syncbn.kernels.triton_kernels`.
+    """How programs share a tensor; see :mod:`syncbn.kernels.triton.device`.
 
     Attributes:
         size: samples, channels and space.
@@ -185,7 +185,7 @@ def reduction(tiles: Tiles, itemsize: int, *strides: int) -> dict[str, Any]:
 
 @lru_cache(maxsize=1024)
 def gate_bytes(samples: Samples, dtype: torch.dtype) -> int:
-    """Return how many bytes a bit for each value takes, see :mod:`syncbn.kernels.triton_gates`."""
+    """Return how many bytes a bit for each value takes, see :mod:`syncbn.kernels.triton.relu_mask`."""
     if samples.batch * samples.space == 0:
         return 0
     dense = samples.channels if samples.space == 1 else samples.space

@@ -12,10 +12,10 @@ from typing import TypeAlias
 
 import torch
 
-from syncbn.kernels import triton_kernels
-from syncbn.kernels.samples import Samples
-from syncbn.kernels.triton_launch import Launch, Shared, Step
-from syncbn.kernels.triton_tiles import Tiles, elementwise, for_elements, for_sums, reduction
+from syncbn.kernels.layout import Samples
+from syncbn.kernels.triton import device as triton_kernels
+from syncbn.kernels.triton.launcher import Launch, Shared, Step
+from syncbn.kernels.triton.tiling import Tiles, elementwise, for_elements, for_sums, reduction
 
 #: Dtypes of the tensors of a launch; None for those that are not given.
 Kinds: TypeAlias = "tuple[torch.dtype | None, ...]"

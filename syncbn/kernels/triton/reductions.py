@@ -10,8 +10,8 @@ for, and which is the last does not matter: parts are added in their order.
 import triton
 import triton.language as tl
 
-from syncbn.kernels.triton_addresses import exists, read, size_of, start_of, tile_at, values_at
-from syncbn.kernels.triton_numbers import store_count, store_sums
+from syncbn.kernels.triton.indexing import exists, read, size_of, start_of, tile_at, values_at
+from syncbn.kernels.triton.per_channel import store_count, store_sums
 
 
 @triton.jit

@@ -18,12 +18,13 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from triton.runtime.interpreter import InterpretedFunction
 
-from syncbn.kernels import reference, triton_kernels
-from syncbn.kernels import triton_passes as passes
-from syncbn.kernels.samples import Samples, alike, empty_like, readable
-from syncbn.kernels.transform import Forward, Running, Transform, Wanted
-from syncbn.kernels.triton_launch import capability
-from syncbn.kernels.triton_tiles import COMPUTE, gate_bytes
+from syncbn.kernels import reference
+from syncbn.kernels.coefficients import Forward, Running, Transform, Wanted
+from syncbn.kernels.layout import Samples, alike, empty_like, readable
+from syncbn.kernels.triton import device as triton_kernels
+from syncbn.kernels.triton import plans as passes
+from syncbn.kernels.triton.launcher import capability
+from syncbn.kernels.triton.tiling import COMPUTE, gate_bytes
 from syncbn.moments import Moments
 
 IS_INTERPRETED = isinstance(triton_kernels.moments, InterpretedFunction)

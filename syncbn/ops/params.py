@@ -9,12 +9,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn import checkpoint, modes
-from syncbn.autograd import masking
-from syncbn.autograd.masking import Filling
+from syncbn import modes
 from syncbn.distributed import collectives, fingerprint
 from syncbn.kernels import Kernel, Running
 from syncbn.moments import add_packed
+from syncbn.ops import activation_checkpoint as checkpoint
+from syncbn.ops import masking
+from syncbn.ops.masking import Filling
 
 
 class Call(NamedTuple):

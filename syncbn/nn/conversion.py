@@ -12,9 +12,9 @@ from typing import TypeVar, cast
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn import adopt
 from syncbn.distributed.groups import GroupLike, resolve_group
-from syncbn.module import SyncBatchNorm
+from syncbn.nn import class_map as adopt
+from syncbn.nn.module import SyncBatchNorm
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -8,9 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from syncbn.autograd import Call, normalize
 from syncbn.distributed.groups import GroupLike, resolve_group
-from syncbn.functional import (
+from syncbn.kernels import Running, choose
+from syncbn.nn.fx_call import record_call
+from syncbn.nn.layer_state import DetachedGroup as DetachedGroup
+from syncbn.nn.layer_state import LayerState, active_group, first_length, layer_label, layer_tensors
+from syncbn.ops.batch_norm import Call, normalize
+from syncbn.ops.functional import (
     Activation,
     check_activation,
     check_input,
@@ -18,10 +22,6 @@ from syncbn.functional import (
     check_parameters,
     evaluate,
 )
-from syncbn.kernels import Running, choose
-from syncbn.layer_state import DetachedGroup as DetachedGroup
-from syncbn.layer_state import LayerState, active_group, first_length, layer_label, layer_tensors
-from syncbn.traced_call import record_call
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -108,7 +108,7 @@ class SyncBatchNorm(LayerState):
     @classmethod
     def convert_sync_batchnorm(cls, module: M, process_group: GroupLike = None) -> M:
         """See :func:`syncbn.convert_sync_batchnorm`."""
-        from syncbn.convert import convert_sync_batchnorm
+        from syncbn.nn.conversion import convert_sync_batchnorm
 
         return convert_sync_batchnorm(module, process_group)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 def sources(folder: Path) -> list[Path]:
     """Return the C++ files in the folder of the kernels; none in an installed wheel."""
-    return sorted([*folder.glob("*.cpp"), *folder.glob("cpp/*")])
+    return sorted(folder.glob("csrc/*"))
 
 
 def digest(folder: Path) -> str:

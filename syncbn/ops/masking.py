@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from syncbn.kernels.coefficients import compute_dtype
 from syncbn.kernels.reference import per_channel, reduced_dims
-from syncbn.kernels.transform import compute_dtype
 from syncbn.moments import Moments, has_two_parts
 
 

@@ -1,0 +1,1 @@
+"""Modules: the layer, its lazy form, conversion of models, accumulation of statistics."""

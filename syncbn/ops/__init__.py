@@ -1,0 +1,1 @@
+"""The functional form, its autograd function and its composite formulas."""
