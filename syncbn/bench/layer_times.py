@@ -223,7 +223,7 @@ def _ours(
         process_group=group,
         residual=residual if after == ADDITION else None,
         activation="relu",
-        kernel=kernel,
+        impl=kernel,
     )
 
 

@@ -61,7 +61,7 @@ class Layers(Benchmark):
         at_least("rounds", self.rounds, 1)
         one_of("layouts", self.layouts, LAYOUTS)
         one_of("dtypes", self._dtypes, DTYPES)
-        one_of("kernels", self._kernels, kernels.NAMES)
+        one_of("kernels", self._kernels, kernels.IMPLS)
         if not self.cases():
             raise ValueError(
                 "shapes, layouts, dtypes: got none of one; expected one or more of each"

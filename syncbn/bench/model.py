@@ -90,7 +90,7 @@ class Model(Benchmark):
         at_least("size", self.size, 32)
         one_of("layout", [self._layout], LAYOUTS)
         one_of("dtype", [self._dtype], ["float32", "bfloat16", "float16"])
-        one_of("kernel", [self.kernel], kernels.NAMES)
+        one_of("kernel", [self.kernel], kernels.IMPLS)
         if self.graph and not on_gpu:
             raise ValueError("graph: got true; expected false, since steps do not run on a GPU")
         at_least("steps", self.steps, 1)

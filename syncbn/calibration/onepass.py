@@ -11,7 +11,7 @@ from syncbn.calibration.intercept import intercepted
 from syncbn.calibration.job import Job
 from syncbn.calibration.layers import Layer
 from syncbn.calibration.sums import Sums
-from syncbn.kernels import choose
+from syncbn.kernels import select_kernel
 from syncbn.moments import Moments
 
 
@@ -35,7 +35,7 @@ def one_pass(
     def look(layer: Layer, x: Tensor) -> None:
         if x.numel():
             samples[layer.index].add(x)
-            batch = Moments.unpack(choose("auto", x).moments(x), layer.channels)
+            batch = Moments.unpack(select_kernel("auto", x).moments(x), layer.channels)
             observe(layer, batch)
             layer.use_moments(batch, unbiased=False)
 

@@ -29,7 +29,7 @@ from syncbn.cli.signals import deferred_termination
 from syncbn.distributed.launcher import launcher
 from syncbn.distributed.objects import all_gather_objects
 from syncbn.files import replacing, require_file
-from syncbn.kernels import cpu, missing_triton
+from syncbn.kernels import cpu, triton_unavailable_reason
 
 # Numbers in the message of a layer with 512 channels.
 _MESSAGE = 1025
@@ -52,7 +52,7 @@ def installation() -> dict[str, str]:
         "GPUs": str(torch.cuda.device_count()),
         "torch.distributed backends": ", ".join(name for name, has in backends.items() if has),
         "C++ kernels": cpu.describe(),
-        "Triton kernels": missing_triton() or f"Triton {_version('triton')}",
+        "Triton kernels": triton_unavailable_reason() or f"Triton {_version('triton')}",
         "mpi4py": _version("mpi4py") or "not installed",
     }
 

@@ -12,10 +12,10 @@ from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.calibration.layers import Layer
-from syncbn.kernels.coefficients import normalize_coefficients
+from syncbn.kernels.coefficients import forward_coefficients
 from syncbn.nn.fx_call import record_call
-from syncbn.ops.batch_norm import finish
-from syncbn.ops.functional import check_input, check_parameters
+from syncbn.ops.functional import add_residual_relu
+from syncbn.ops.validation import check_input, check_parameters
 
 # One for each class met, so that layers of one class stay of one class.
 _RULED: dict[type[_BatchNorm], type[_BatchNorm]] = {}
@@ -78,15 +78,18 @@ class Ruled(_BatchNorm):
             )
         self._check_input_dim(input)
         check_input(input)
-        check_parameters(input, self.weight, self.bias, self.running_mean, self.running_var)
         rule = self._syncbn_rule
+        tensors = self.weight, self.bias, self.running_mean, self.running_var
+        check_parameters(input, *tensors, rule.layer_name)
         mean, var = rule.statistics(Layer(0, rule.layer_name, self), input)
         invstd = (var + self.eps).rsqrt()
-        numbers = normalize_coefficients(mean, invstd, self.weight, self.bias, input.dtype)
+        numbers = forward_coefficients(mean, invstd, self.weight, self.bias, input.dtype)
         trailing = (1,) * (input.dim() - 2)
         pivot, scale, shift = (number.reshape(*number.shape, *trailing) for number in numbers)
         y = torch.addcmul(shift, input - pivot, scale).to(input.dtype)
-        return finish(y, residual, getattr(self, "_syncbn_activation", None) is not None, None)
+        return add_residual_relu(
+            y, residual, getattr(self, "_syncbn_activation", None) is not None, None
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Pickles written before the private name.

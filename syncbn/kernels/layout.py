@@ -1,4 +1,4 @@
-"""How kernels see a tensor."""
+"""The memory layout of a tensor, as the kernels in C++ and Triton address it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 
-class Samples(NamedTuple):
-    """Samples ``[channels, space]`` that are dense, a stride apart.
+class NCSLayout(NamedTuple):
+    """A tensor as samples of ``[channels, spatial size]``, dense but for gaps between samples.
 
-    A contiguous ``[N, C, *]`` is N of them; a channels_last one is N times ``*`` of space 1. There
-    may be gaps between them, as slices of channels and batches have.
+    A contiguous ``[N, C, *]`` has N samples; a channels_last one has N times ``*`` samples of
+    spatial size 1. Slices along channels or batches have gaps.
 
     Attributes:
-        batch: how many.
+        batch: number of samples.
         channels: C.
-        space: values of a channel of a sample.
+        space: values of a channel in a sample.
         stride: elements from a sample to the next.
-        dense_stride: the stride if there are no gaps.
+        dense_stride: that stride without gaps.
     """
 
     batch: int
@@ -32,90 +32,90 @@ class Samples(NamedTuple):
     dense_stride: int
 
     @staticmethod
-    def dense(shape: Sequence[int]) -> Samples:
-        """Return what a contiguous tensor is, shape ``[N, C, *]``."""
+    def contiguous(shape: Sequence[int]) -> NCSLayout:
+        """Return the layout of a contiguous tensor of shape ``[N, C, *]``."""
         batch, channels, *rest = shape
         space = math.prod(rest)
-        return Samples(batch, channels, space, channels * space, channels * space)
+        return NCSLayout(batch, channels, space, channels * space, channels * space)
 
-    @staticmethod
-    def of(x: Tensor) -> Samples | None:
-        """Return what x is, shape ``[N, C, *]``; None if it cannot be seen so."""
-        return _samples(x.shape, x.stride())
-
-    def empty_like(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return an uninitialized tensor that is seen as x is, but without gaps."""
-        shape = x.shape
-        if self.batch == shape[0]:
-            return x.new_empty(shape, dtype=dtype)
-        return x.new_empty(shape[0], *shape[2:], shape[1], dtype=dtype).movedim(-1, 1)
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """Batch, channels and space: the order of the values, whatever the gaps."""
+        return self[:3]
 
 
-def readable(x: Tensor) -> tuple[Tensor, Samples]:
-    """Return x, or a copy if it has to be, and what kernels see in it."""
+def as_dense(x: Tensor) -> tuple[Tensor, NCSLayout]:
+    """Return x, or a contiguous copy if its strides have no layout, and the layout."""
     x = x.resolve_neg() if x.is_neg() else x
-    samples = _samples(x.shape, x.stride())
-    if samples is None:
+    layout = _find_layout(x.shape, x.stride())
+    if layout is None:
         x = x.contiguous()
-        samples = Samples.dense(x.shape)
-    return x, samples
+        layout = NCSLayout.contiguous(x.shape)
+    return x, layout
 
 
-def view_of(x: Tensor) -> tuple[int, int, int]:
-    """Return how many samples, channels and values of a channel kernels see in x."""
-    return (Samples.of(x) or Samples.dense(x.shape))[:3]
+def with_key(x: Tensor, key: tuple[int, int, int] | None) -> Tensor:
+    """Return x, or a copy of it, whose layout has this key; None for any.
 
-
-def seen_as(x: Tensor, view: tuple[int, int, int]) -> Tensor:
-    """Return x, or a copy if it has to be, of which kernels have this view."""
-    if view_of(x) == view:
+    Hooks of saved tensors (offloading, compression) may return x with other strides.
+    """
+    if key is None or as_dense(x)[1].key == key:
         return x
-    return Samples(*view, 0, 0).empty_like(x, x.dtype).copy_(x)
+    return _new_empty(x, NCSLayout(*key, 0, 0), x.dtype).copy_(x)
 
 
-def alike(t: Tensor, x: Tensor, samples: Samples) -> tuple[Tensor, int]:
-    """Return t, or a copy if it has to be, seen as x is, and its stride."""
+def match_layout(t: Tensor, x: Tensor, layout: NCSLayout) -> tuple[Tensor, int]:
+    """Return t, or a copy, with the layout of x up to gaps; and its stride between samples."""
     t = t.resolve_neg() if t.is_neg() else t
     if t._is_zerotensor():
         t = torch.zeros_like(x)
-    found = _samples(t.shape, t.stride())
-    if found == samples:
-        return t, samples.stride
-    if found is None or found[:3] != samples[:3]:
-        return empty_like(x, samples).copy_(t), samples.dense_stride
+    found = _find_layout(t.shape, t.stride())
+    if found == layout:
+        return t, layout.stride
+    if found is None or found.key != layout.key:
+        return empty_like(x, layout).copy_(t), layout.dense_stride
     return t, found.stride
 
 
-def empty_like(x: Tensor, samples: Samples, dtype: torch.dtype | None = None) -> Tensor:
-    """Return an uninitialized tensor of x's layout, without gaps; of its dtype, or another."""
-    if samples.stride == samples.dense_stride:
-        return torch.empty_like(x, dtype=dtype)
-    return samples.empty_like(x, dtype or x.dtype)
+def empty_like(x: Tensor, layout: NCSLayout) -> Tensor:
+    """Return an uninitialized tensor of x's dtype and layout, without gaps."""
+    if layout.stride == layout.dense_stride:
+        return torch.empty_like(x)
+    return _new_empty(x, layout, x.dtype)
+
+
+def _new_empty(x: Tensor, layout: NCSLayout, dtype: torch.dtype) -> Tensor:
+    shape = x.shape
+    if layout.batch == shape[0]:
+        return x.new_empty(shape, dtype=dtype)
+    return x.new_empty(shape[0], *shape[2:], shape[1], dtype=dtype).movedim(-1, 1)
 
 
 # Layers see the same few shapes again and again.
 @lru_cache(maxsize=1024)
-def _samples(shape: torch.Size, strides: tuple[int, ...]) -> Samples | None:
-    dense = Samples.dense(shape)
+def _find_layout(shape: torch.Size, strides: tuple[int, ...]) -> NCSLayout | None:
+    dense = NCSLayout.contiguous(shape)
     spatial = range(len(shape) - 1, 1, -1)
-    if _follow((*spatial, 1, 0), shape, strides, 1):
+    if _is_nested((*spatial, 1, 0), shape, strides, 1):
         return dense
-    if _follow((*spatial, 1), shape, strides, 1):
+    if _is_nested((*spatial, 1), shape, strides, 1):
         return dense._replace(stride=strides[0])
-    if _follow((1,), shape, strides, 1):
+    if _is_nested((1,), shape, strides, 1):
         positions = (*spatial, 0)
         stride = next(strides[d] for d in positions if shape[d] > 1)
-        if _follow(positions, shape, strides, stride):
+        if _is_nested(positions, shape, strides, stride):
             channels = dense.channels
-            return Samples(dense.batch * dense.space, channels, 1, stride, channels)
+            return NCSLayout(dense.batch * dense.space, channels, 1, stride, channels)
     return None
 
 
-def _follow(dims: Iterable[int], shape: Sequence[int], strides: Sequence[int], step: int) -> bool:
-    """Return whether dimensions, from the innermost, lie as one whose stride is ``step``."""
+def _is_nested(
+    dims: Iterable[int], shape: Sequence[int], strides: Sequence[int], stride: int
+) -> bool:
+    """Return whether dimensions, from the innermost, are one dimension with this stride."""
     for dim in dims:
         if shape[dim] > 1:
-            if strides[dim] != step:
+            if strides[dim] != stride:
                 return False
-            step *= shape[dim]
+            stride *= shape[dim]
     return True

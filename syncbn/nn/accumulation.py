@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from syncbn.kernels import Running
-from syncbn.kernels.reference import move_running
+from syncbn.kernels.base import RunningStats
+from syncbn.kernels.reference import update_running_stats
 from syncbn.moments import Moments, get_packed_size
 from syncbn.nn.layer_state import layer_channels, layer_tensors
 from syncbn.nn.module import SyncBatchNorm
@@ -56,7 +56,7 @@ def accumulate_statistics(model: nn.Module) -> Iterator[None]:
             if layer._syncbn_pending is not None:
                 _, _, mean, var, tracked = layer_tensors(layer)
                 moments = Moments.unpack(layer._syncbn_pending, layer_channels(layer))
-                move_running(moments, Running(mean, var, tracked, layer.momentum))
+                update_running_stats(moments, RunningStats(mean, var, tracked, layer.momentum))
     finally:
         for layer in counting:
             layer.__dict__.pop("_syncbn_pending", None)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.distributed.collectives import communicating_group
-from syncbn.ops.functional import Activation, check_activation
+from syncbn.ops.validation import Activation, check_activation
 
 # Public attributes, and the private ones that the library reads. A converted layer may carry
 # attributes under the public names; they keep their values and their meaning.

@@ -9,19 +9,12 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from syncbn.distributed.groups import GroupLike, resolve_group
-from syncbn.kernels import Running, choose
+from syncbn.kernels.base import RunningStats
 from syncbn.nn.fx_call import record_call
 from syncbn.nn.layer_state import DetachedGroup as DetachedGroup
-from syncbn.nn.layer_state import LayerState, active_group, first_length, layer_label, layer_tensors
-from syncbn.ops.batch_norm import Call, normalize
-from syncbn.ops.functional import (
-    Activation,
-    check_activation,
-    check_input,
-    check_mask,
-    check_parameters,
-    evaluate,
-)
+from syncbn.nn.layer_state import LayerState, active_group, layer_label, layer_tensors
+from syncbn.ops.functional import batch_norm
+from syncbn.ops.validation import Activation, check_activation
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -127,32 +120,25 @@ class SyncBatchNorm(LayerState):
         if isinstance(input, Proxy):
             return record_call(self, input, residual, mask)
         self._check_input_dim(input)
-        check_input(input)
-        weight, bias, mean, var, tracked = tensors = layer_tensors(self)
-        # Not num_features: pruning cuts the tensors, and torch reads nothing else either.
-        if input.shape[1] != (channels := first_length(tensors, input.shape[1])):
-            raise ValueError(
-                f"{layer_label(self)}: got an input of shape {tuple(input.shape)}; expected "
-                f"{channels} channels in dimension 1"
-            )
-        check_parameters(input, weight, bias, mean, var)
-        mask = None if mask is None else check_mask(input, mask)
-        if not self.training and mean is not None and var is not None:
-            numbers = mean, var, weight, bias, self.eps
-            return evaluate(input, *numbers, residual, self._syncbn_activation, mask)
-        # In evaluation without running averages the batch is that of this rank, as in torch.
-        group = active_group(self) if self.training else None
-        kernel = choose(self._syncbn_kernel, input, weight, bias, mean, var, residual)
-        running, pending = None, None
-        if self.training and self.track_running_stats:
-            pending = self._syncbn_pending
-            if pending is None:
-                running = Running(mean, var, tracked, self.momentum)
-        relu = self._syncbn_activation is not None
-        # A name would make a graph of its own for each of many layers that are compiled alike.
-        label = "" if torch.compiler.is_compiling() else layer_label(self)
-        call = Call(self.eps, relu, running, group, kernel, label, None, pending)
-        return normalize(input, weight, bias, residual, mask, call)
+        weight, bias, mean, var, counter = layer_tensors(self)
+        updates = self.training and self.track_running_stats
+        return batch_norm(
+            input,
+            weight,
+            bias,
+            RunningStats(mean, var, counter, self.momentum),
+            self.eps,
+            # In evaluation without running statistics the batch is that of this rank, as in torch.
+            active_group(self) if self.training else None,
+            use_batch_stats=self.training or mean is None or var is None,
+            residual=residual,
+            activation=self._syncbn_activation,
+            mask=mask,
+            impl=self._syncbn_kernel,
+            label=layer_label(self),
+            update_running=updates,
+            pending=self._syncbn_pending if updates else None,
+        )
 
     def extra_repr(self) -> str:
         """Return the arguments that ``print`` shows."""

@@ -1,4 +1,4 @@
-"""Activation checkpointing: what a recomputation must not do again."""
+"""Activation checkpointing: recomputed layers reuse the statistics of the forward pass."""
 
 from __future__ import annotations
 
@@ -13,88 +13,87 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 Contexts = tuple[AbstractContextManager[object], AbstractContextManager[object]]
-#: The moments of a layer, and a description of its input.
-Kept = tuple[Tensor, str]
+#: Moments of a layer, and a description of its input.
+SavedMoments = tuple[Tensor, str]
 
 
-class Pass(ABC):
-    """A pass through a checkpointed region."""
+class CheckpointPhase(ABC):
+    """The forward pass, or a recomputation, of a checkpointed region."""
 
     @abstractmethod
-    def message(
-        self, exchange: Callable[[], Tensor], inputs: str, label: str
+    def moments_for(
+        self, compute: Callable[[], Tensor], inputs: str, label: str
     ) -> tuple[Tensor, bool]:
-        """Return the moments of a layer's group, and whether they are new.
+        """Return the all-reduced moments of a layer, and whether they are new.
 
         Args:
-            exchange: computes them, with the other ranks.
+            compute: function that computes and all-reduces the moments.
             inputs: channels and dtype of the layer's input, which determine the format of its
                 moments.
-            label: names the layer in error messages.
+            label: name of the layer in error messages.
         """
 
 
-class _Forward(Pass):
-    """Keeps the moments of the layers it meets, in their order."""
+class _ForwardPhase(CheckpointPhase):
+    """Saves the moments of the layers, in their order."""
 
-    def __init__(self, kept: list[Kept], around: Pass | None) -> None:
-        self._kept, self._around = kept, around
+    def __init__(self, saved: list[SavedMoments], outer: CheckpointPhase | None) -> None:
+        self._saved, self._outer = saved, outer
 
-    def message(
-        self, exchange: Callable[[], Tensor], inputs: str, label: str
+    def moments_for(
+        self, compute: Callable[[], Tensor], inputs: str, label: str
     ) -> tuple[Tensor, bool]:
-        if self._around is None:
-            found = exchange(), True
+        if self._outer is None:
+            found = compute(), True
         else:
-            # A region within a region: the outer one may be recomputing.
-            found = self._around.message(exchange, inputs, label)
-        self._kept.append((found[0], inputs))
+            # Nested regions: the outer one may be recomputing.
+            found = self._outer.moments_for(compute, inputs, label)
+        self._saved.append((found[0], inputs))
         return found
 
 
-class _Recomputation(Pass):
-    """Gives the moments of the forward pass, in their order."""
+class _RecomputePhase(CheckpointPhase):
+    """Returns the moments of the forward pass, in their order."""
 
-    def __init__(self, kept: list[Kept]) -> None:
-        self._kept, self._left = kept, iter(kept)
+    def __init__(self, saved: list[SavedMoments]) -> None:
+        self._left = iter(saved)
 
-    def message(
-        self, exchange: Callable[[], Tensor], inputs: str, label: str
+    def moments_for(
+        self, compute: Callable[[], Tensor], inputs: str, label: str
     ) -> tuple[Tensor, bool]:
-        moments, kept = next(self._left, (None, None))
-        if moments is None or kept != inputs:
-            there = "has ended" if kept is None else f"had one of {kept}"
+        moments, expected = next(self._left, (None, None))
+        if moments is None or expected != inputs:
+            there = "has ended" if expected is None else f"had one of {expected}"
             raise RuntimeError(
-                f"{label}: activations are recomputed, and here, at a synchronized layer of "
-                f"{inputs}, the forward pass {there}; expected the same layers in the "
-                "same order. If the region decides by something that has changed meanwhile, let "
-                "it not"
+                f"{label}: got a synchronized layer of {inputs} in the recomputation of a "
+                f"checkpointed region, where the forward pass {there}; expected the same layers in "
+                "the same order: the region must not depend on state that changes in between"
             )
         return moments, False
 
 
-_PASS: ContextVar[Pass | None] = ContextVar("syncbn_checkpoint_pass", default=None)
+_PHASE: ContextVar[CheckpointPhase | None] = ContextVar("syncbn_checkpoint_phase", default=None)
 
 
-#: Returns the pass that this thread is in, or None if no region has our contexts.
-current = _PASS.get
+#: Returns the phase of this thread, or None outside of :func:`checkpoint_contexts`.
+current = _PHASE.get
 
 
 def checkpoint_contexts(context_fn: Callable[[], Contexts] | None = None) -> Contexts:
-    """Let recomputed layers use the statistics of the forward pass.
+    """Make recomputed layers reuse the statistics of the forward pass.
 
-    The ``context_fn`` of :func:`torch.utils.checkpoint.checkpoint`, which needs
-    ``use_reentrant=False``. The recomputation then sends nothing and leaves the running averages
-    alone; gradients are those without checkpointing. Without it, it would do both a second time.
+    This is the ``context_fn`` of :func:`torch.utils.checkpoint.checkpoint` with
+    ``use_reentrant=False``. The recomputation then needs no all-reduce and does not update running
+    statistics a second time; gradients equal those without checkpointing.
 
-    Where what calls ``checkpoint`` is compiled, the region is, too, and its recomputation sends its
-    message again, but moves no averages. A compiled module within a region runs eagerly there.
+    In compiled code that calls ``checkpoint``, the recomputation repeats the all-reduce, without
+    updating running statistics. A compiled module inside a checkpointed region runs eagerly.
 
     Args:
-        context_fn: another one, to be used at the same time: that of selective checkpointing.
+        context_fn: another ``context_fn`` to combine with, such as selective checkpointing.
 
     Returns:
-        A context for the forward pass, and one for each recomputation.
+        A context for the forward pass and a context for recomputations.
 
     Example::
 
@@ -108,13 +107,13 @@ def checkpoint_contexts(context_fn: Callable[[], Contexts] | None = None) -> Con
         Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016.
     """
     if torch.compiler.is_compiling():
-        # Modes are all that a compiler takes here.
+        # The compiler accepts no contexts but modes.
         return _recompute_everything() if context_fn is None else context_fn()
-    kept: list[Kept] = []
+    saved: list[SavedMoments] = []
     forward, recomputation = (None, None) if context_fn is None else context_fn()
     return (
-        _During(lambda: _Forward(kept, current()), forward),
-        _During(lambda: _Recomputation(kept), recomputation),
+        _PhaseContext(lambda: _ForwardPhase(saved, current()), forward),
+        _PhaseContext(lambda: _RecomputePhase(saved), recomputation),
     )
 
 
@@ -124,20 +123,20 @@ def _recompute_everything() -> Contexts:
     return found
 
 
-class _During(AbstractContextManager[None]):
-    """Sets the pass; may be entered again after it was left, as retained graphs ask for."""
+class _PhaseContext(AbstractContextManager[None]):
+    """Sets the phase; reusable, since a retained graph is recomputed more than once."""
 
     def __init__(
-        self, make: Callable[[], Pass], other: AbstractContextManager[object] | None
+        self, make: Callable[[], CheckpointPhase], other: AbstractContextManager[object] | None
     ) -> None:
         self._make, self._other = make, other
         self._exits: list[ExitStack] = []
 
     def __enter__(self) -> None:
         with ExitStack() as stack:
-            token = _PASS.set(self._make())
-            stack.callback(_PASS.reset, token)
-            # Compiled code would not see which pass it is in.
+            token = _PHASE.set(self._make())
+            stack.callback(_PHASE.reset, token)
+            # Compiled code cannot read the phase.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             if self._other is not None:
                 stack.enter_context(self._other)

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from syncbn import modes
-from syncbn.kernels import Forward, Transform, alone, gated
-from syncbn.kernels.layout import seen_as, view_of
-from syncbn.kernels.reference import affine
-from syncbn.ops import batched_rows as rows
-from syncbn.ops import composite as any_order
-from syncbn.ops.backward import SyncBatchNormBackward, first_order
-from syncbn.ops.params import Call, group_message
-from syncbn.ownership import is_unshared
-
-#: x, weight, bias, statistics; and a gate, or the output, or None.
-Saved: TypeAlias = "tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]"
+from syncbn.distributed import collectives, fingerprint
+from syncbn.kernels.base import NormalizeArgs, Saved
+from syncbn.moments import add_packed
+from syncbn.ops import activation_checkpoint
+from syncbn.ops.composite import composite_backward, is_batched, vmap_rows
+from syncbn.ops.masking import masked_moments
+from syncbn.ops.params import BatchNormParams, describe_all_reduce
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
@@ -30,11 +25,11 @@ class SyncBatchNormFunction(torch.autograd.Function):
     differ between ranks and may be zero)::
 
         x, y, dy, dx     [N_r, C, *]   any floating dtype
-        weight, bias     [C]           any floating dtype; the same numbers on every rank
+        weight, bias     [C]           any floating dtype; equal on every rank
         mean, invstd     [C]           float64; equal on every rank
         n_r = N_r S_r                  values per channel here;  n = sum_r n_r
 
-    Forward, one message of 2C + 1 float64 numbers (4C + 1 for float64 inputs, whose sums have two
+    Forward, one all-reduce of 2C + 1 float64 values (4C + 1 for float64 inputs, whose sums have two
     parts: :class:`syncbn.moments.Moments`)::
 
         [sum_r sum(x) | sum_r sum(x^2) | n]  <-  all_reduce [sum(x) | sum(x^2) | n_r]
@@ -56,11 +51,11 @@ class SyncBatchNormFunction(torch.autograd.Function):
 
         dx = invstd weight (dy - sum(dy)/n - xhat sum(dy xhat)/n)
 
-    so two numbers a channel cross the wire, one message of 2C float64 numbers::
+    so two values per channel cross the wire, in one all-reduce of 2C float64 values::
 
         [sum_r sum(dy) | sum_r sum(dy xhat)]  <-  all_reduce [sum(dy) | sum(dy xhat)]
 
-    The same two numbers *before* the all-reduce are dL/dbias and dL/dweight of this rank's loss
+    The same two values *before* the all-reduce are dL/dbias and dL/dweight of this rank's loss
     terms. They stay local: DistributedDataParallel averages parameter gradients itself, and summing
     them here would count each rank R times.
 
@@ -69,16 +64,16 @@ class SyncBatchNormFunction(torch.autograd.Function):
         y = max(xhat weight + bias + r, 0)
         dr = dy where y > 0, else 0;  dx, dweight and dbias as above, with dr in place of dy
 
-    Saved are x (its memory is alive anyway, as the output of the layer before) and numbers by
-    channel: mean, invstd, n, weight, bias. Neither xhat nor y is saved: xhat, and where y > 0, is
-    one multiply-add away from x. With a residual that is a bit for each value, or y, which the next
-    layer keeps (:mod:`syncbn.kernels.gated`); r is not saved.
+    Saved are x (alive anyway, as the output of the previous layer) and per-channel values: mean,
+    invstd, n, weight, bias. Neither xhat nor y is saved: xhat, and where y > 0, is one multiply-add
+    away from x. After a residual the kernel saves a bit per value, or y, which the next layer keeps
+    alive; r is not saved.
 
-    dx is written over dy where nobody else has dy and it is worth asking: half the memory, and on a
-    CPU no page faults.
+    A rank without values takes part in both all-reduces with zeros; n = 0 on all ranks gives mean 0
+    and empty outputs. Nothing is read back to the host.
 
-    A rank without values takes part in both messages with zeros; n = 0 on all ranks gives mean 0
-    and empty outputs. No number is read back to the host.
+    With ``create_graph=True`` and under transforms of ``torch.func``, gradients come from
+    :mod:`syncbn.ops.composite`.
 
     Reference: Ioffe and Szegedy, Batch Normalization, 2015, section 3 (the transform and its
     gradients), over the union of the ranks' batches.
@@ -91,106 +86,101 @@ class SyncBatchNormFunction(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        call: Call,
+        params: BatchNormParams,
     ) -> Tensor:
-        """Return y; move the running averages.
+        """Return y; update the running statistics.
 
         Raises:
             ValueError: on CPU, a single value per channel in the whole group.
         """
-        kernel = call.kernel
-        masks = call.relu and residual is not None
-        gate = kernel.new_gate(x) if masks and gated.is_gated(kernel) else None
-        how = Forward(call.eps, weight, bias, call.relu, call.running, gate)
-        if call.is_alone:
-            y, statistics = alone.forward(kernel, x, how, residual)
+        kernel, running = params.kernel, params.running
+        if _needs_moments(params):
+            moments, is_new = _reduce_moments(x, params)
+            running = running if is_new else None
+            args = NormalizeArgs(params.eps, weight, bias, params.relu, running)
+            y, saved = kernel.normalize(x, moments, args, residual)
         else:
-            message, is_new = group_message(x, call)
-            how = how if is_new else how._replace(running=None)
-            y, statistics = kernel.normalize(x, message, how, residual)
-        _refuse_one_value(x, statistics, call)
-
-        kept = y if masks and gate is None else gate
-        ctx.save_for_backward(x, weight, bias, statistics, kept)
-        ctx.call, ctx.view = call.numbered(), None if gate is None else view_of(x)
+            args = NormalizeArgs(params.eps, weight, bias, params.relu, running)
+            y, saved = kernel.forward_local(x, args, residual)
+        _check_value_count(x, saved.statistics, params)
+        ctx.save_for_backward(*saved[:5])
+        ctx.saved_constants = saved[5:]
+        if number := fingerprint.count(params.group):
+            params = params._replace(call_number=number)
+        ctx.params = params
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Return dx, this rank's dweight and dbias, and dresidual.
-
-        With ``create_graph=True`` by :class:`SyncBatchNormBackward`, which has a backward pass.
-        """
+        """Return dx, this rank's dweight and dbias, and dresidual."""
+        params: BatchNormParams = ctx.params
+        saved, output_mask = (
+            Saved(*ctx.saved_tensors, *ctx.saved_constants),
+            ctx.needs_input_grad[:4],
+        )
         if not torch.compiler.is_compiling():
-            if rows.is_batched(dy):
-                return *rows.over_rows(partial(_transformed_gradients, ctx), dy), None
-            if modes.is_transformed():
-                return *_transformed_gradients(ctx, dy), None
-        references = None if torch.compiler.is_compiling() else sys.getrefcount(dy)
-        mine = references is not None and is_unshared(dy, references)
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad
-        return *gradients(dy, saved, ctx.call, ctx.view, needs, mine), None
+            composite = partial(
+                composite_backward, saved=saved, params=params, output_mask=output_mask
+            )
+            if is_batched(dy):
+                return *vmap_rows(composite, dy), None
+            if torch.is_grad_enabled() or modes.is_transformed():
+                return *composite(dy), None
+        kernel = params.kernel
+        if params.group is None and output_mask[0]:
+            return *kernel.backward_local(dy, saved, output_mask), None
+        reduced = kernel.backward_reduce(dy, saved, output_mask)
+        # Also on ranks that need no dx: the all-reduce is collective.
+        label = describe_all_reduce(params, "backward", saved.x)
+        sums = collectives.all_reduce(reduced.sums, params.group, label)
+        dx = kernel.backward_elemt(saved, reduced, sums) if output_mask[0] else None
+        return dx, reduced.dweight, reduced.dbias, reduced.dresidual, None
 
 
-def gradients(
-    dy: Tensor,
-    saved: Saved,
-    call: Call,
-    view: tuple[int, int, int] | None,
-    needs: tuple[bool, ...],
-    may_overwrite: bool = False,
-) -> tuple[Tensor | None, ...]:
-    """Return dx, this rank's dweight and dbias, and dresidual.
+def _needs_moments(params: BatchNormParams) -> bool:
+    """Return whether the moments are read by more than the kernel of this rank."""
+    if params.group is not None or params.mask_fill is not None or params.pending is not None:
+        return True
+    return not torch.compiler.is_compiling() and activation_checkpoint.current() is not None
 
-    Args:
-        dy: gradient of the output, shape and dtype of x.
-        saved: by the forward pass.
-        call: of the forward pass.
-        view: what kernels saw in x, if there is a gate.
-        needs: whether x, weight, bias and the residual need theirs.
-        may_overwrite: nobody needs dy any more.
+
+def _reduce_moments(x: Tensor, params: BatchNormParams) -> tuple[Tensor, bool]:
+    """Return the all-reduced moments, and whether they are new.
+
+    In the recomputation of a checkpointed region they are those of the forward pass: nothing is
+    sent, and neither the running statistics nor ``params.pending`` may count them again.
     """
-    x, weight, bias, statistics, kept = saved
-    kernel = call.kernel
-    # Hooks of saved tensors may have changed how x lies.
-    x = x if view is None else seen_as(x, view)
-    if torch.is_grad_enabled():
-        if view is not None and gated.is_gated(kernel):
-            assert kept is not None
-            kept = kernel.opened(kept, x)
-        given = dy, x, weight, bias, statistics, kept, call, needs
-        found: tuple[Tensor | None, ...] = SyncBatchNormBackward.apply(*given)
-        return found
-    transform = Transform(statistics, weight, bias, call.relu and kept is None)
-    if kept is not None and view is None:
-        dy, may_overwrite, kept = gated.through_relu(dy, kept, may_overwrite), True, None
-    return first_order(dy, x, transform, call, needs, may_overwrite, kept)[:4]
+
+    def compute() -> Tensor:
+        if params.mask_fill is None:
+            moments = params.kernel.moments(x)
+        else:
+            moments = masked_moments(params.kernel.moments, x, params.mask_fill)
+        label = describe_all_reduce(params, "forward", x)
+        return collectives.all_reduce(moments, params.group, label)
+
+    phase = None if torch.compiler.is_compiling() else activation_checkpoint.current()
+    if phase is None:
+        moments, is_new = compute(), True
+    else:
+        with modes.hidden(x):
+            inputs = f"{x.shape[1]} channels and {x.dtype} inputs"
+            moments, is_new = phase.moments_for(compute, inputs, params.label)
+    if is_new and params.pending is not None:
+        add_packed(params.pending, moments, x.shape[1])
+    return moments, is_new
 
 
-def _transformed_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x, weight, bias and residual under a transform of `torch.func`."""
-    x, weight, bias, statistics, kept = ctx.saved_tensors
-    call: Call = ctx.call
-    if ctx.view is not None and gated.is_gated(call.kernel):
-        kept = call.kernel.opened(kept, seen_as(x, ctx.view))
-    transform = Transform(statistics, weight, bias)
-    closed = None
-    if call.relu:
-        closed = (affine(x, transform) if kept is None else kept) <= 0
-    needs = ctx.needs_input_grad
-    return any_order.transformed_first(dy, x, transform, closed, call, needs)
-
-
-def _refuse_one_value(x: Tensor, statistics: Tensor, call: Call) -> None:
-    # With more values here there are more in the group, unless some do not count. On other devices
-    # reading the count would stall them; everywhere kernels keep such a batch out of the averages.
-    if torch.compiler.is_compiling() or x.device.type != "cpu":
+def _check_value_count(x: Tensor, statistics: Tensor, params: BatchNormParams) -> None:
+    # Other devices would synchronize; everywhere kernels keep such a batch out of the statistics.
+    if torch.compiler.is_compiling() or not x.is_cpu:
         return
-    if call.filling is None and x.numel() > x.shape[1]:
+    # Two unmasked values here are two in the group.
+    if params.mask_fill is None and x.numel() > x.shape[1]:
         return
     if statistics[-1].item() == 1:
         raise ValueError(
-            f"{call.label}: got a single value per channel in the whole group (input of shape "
+            f"{params.label}: got a single value per channel in the whole group (input of shape "
             f"{tuple(x.shape)} on this rank); expected at least two in training, since the "
             "variance of one value is zero"
         )

@@ -1,4 +1,9 @@
-"""Values that do not count: padding."""
+"""Masked inputs: padding that does not count.
+
+Masked positions are filled with the mean of the others, and the moments are taken around that fill
+value. So every kernel and every derivative supports masks, and no shape depends on the mask:
+nothing is read back from a GPU.
+"""
 
 from __future__ import annotations
 
@@ -8,53 +13,52 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn.kernels.coefficients import compute_dtype
-from syncbn.kernels.reference import per_channel, reduced_dims
+from syncbn.kernels.coefficients import compute_dtype, per_channel, reduced_dims
 from syncbn.moments import Moments, has_two_parts
 
 
-class Filling(NamedTuple):
-    """What stands where values do not count.
+class MaskFill(NamedTuple):
+    """Fill of the masked positions.
 
     Attributes:
-        value: shape ``[C]``, of the input's dtype.
-        counting: how many values of a channel count, float64 scalar.
+        value: fill value per channel, dtype of the input, shape ``[C]``.
+        num_unmasked: unmasked values per channel, float64 scalar.
     """
 
     value: Tensor
-    counting: Tensor
+    num_unmasked: Tensor
 
 
-def fill(x: Tensor, mask: Tensor) -> tuple[Tensor, Filling]:
-    """Return x with other values where it does not count.
+def fill_masked(x: Tensor, mask: Tensor) -> tuple[Tensor, MaskFill]:
+    """Return x with masked positions filled, and the fill.
 
-    They are the mean of those that count. Autograd gives them no gradient, and they need none.
-    Shapes do not depend on the mask, so nothing is read back from a GPU.
+    Autograd passes no gradient to the fill, and none is needed.
 
     Args:
-        x: shape ``[N, C, *]``.
-        mask: bool, true where x counts; broadcasts against x and has one channel.
-
+        x: input, shape ``[N, C, *]``.
+        mask: bool, True where x counts, one channel, broadcasts against x.
     """
     dims = reduced_dims(x)
-    counting = mask.expand(x.shape[0], 1, *x.shape[2:]).sum(dtype=torch.float64)
+    count = mask.expand(x.shape[0], 1, *x.shape[2:]).sum(dtype=torch.float64)
     values = x.detach().to(compute_dtype(x.dtype)).masked_fill(~mask, 0)
-    filling = (values.sum(dims) / counting.clamp(min=1)).to(x.dtype)
-    return torch.where(mask, x, per_channel(filling, x)), Filling(filling, counting)
+    fill = (values.sum(dims) / count.clamp(min=1)).to(x.dtype)
+    return torch.where(mask, x, per_channel(fill, x)), MaskFill(fill, count)
 
 
-def moments(of: Callable[[Tensor], Tensor], x: Tensor, filling: Filling) -> Tensor:
-    """Return the packed moments of the values that count.
+def masked_moments(
+    compute_moments: Callable[[Tensor], Tensor], x: Tensor, fill: MaskFill
+) -> Tensor:
+    """Return the packed moments of the unmasked values.
 
-    They are taken around the filling, which then adds zeros: were it taken off the sums afterwards,
-    what few values have between them would be lost in the sums of many.
+    Sums are centered on the fill value, so that masked positions add exact zeros. Subtracting their
+    share afterwards would cancel.
 
     Args:
-        of: :meth:`syncbn.kernels.Kernel.moments`.
-        x: from :func:`fill`.
-        filling: from there.
+        compute_moments: ``moments`` of a kernel.
+        x: first result of :func:`fill_masked`.
+        fill: second result of :func:`fill_masked`.
     """
-    differences = x.to(compute_dtype(x.dtype)) - per_channel(filling.value, x)
-    first, second = Moments.unpack(of(differences), x.shape[1]).round_sums()
-    pivot, two_parts = filling.value.double(), has_two_parts(x.dtype)
-    return Moments.from_pivot(filling.counting, pivot, first, second, two_parts).pack()
+    centered = x.to(compute_dtype(x.dtype)) - per_channel(fill.value, x)
+    first, second = Moments.unpack(compute_moments(centered), x.shape[1]).round_sums()
+    pivot, two_parts = fill.value.double(), has_two_parts(x.dtype)
+    return Moments.from_pivot(fill.num_unmasked, pivot, first, second, two_parts).pack()

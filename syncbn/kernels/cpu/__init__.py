@@ -1,15 +1,13 @@
-"""The kernels on CPU, in C++ (`cpu.cpp`): each reads its inputs and writes its output once.
+"""The C++ kernel for CPU tensors (`csrc/`): each function reads its inputs and writes once.
 
-They are called with ctypes. An extension module of torch would have to be built for each version of
-torch, and one of nanobind for each version of Python; a plain C library serves them all and needs
-neither to be built.
+It is called through ctypes. A torch extension would have to be built for each version of torch,
+and a nanobind module for each version of Python; a plain C library serves all of them.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,11 +16,20 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from syncbn.kernels import reference
-from syncbn.kernels.coefficients import Forward, Transform, Wanted
-from syncbn.kernels.cpu import abi as call
+from syncbn.kernels.base import (
+    Gradients,
+    Kernel,
+    NormalizeArgs,
+    OutputMask,
+    Reduced,
+    Saved,
+    apply_relu_mask,
+    parameter_gradients,
+)
+from syncbn.kernels.cpu import abi
 from syncbn.kernels.cpu.source_hash import checksum_path, digest, is_intact, sources
-from syncbn.kernels.layout import alike, empty_like, readable
+from syncbn.kernels.layout import as_dense, empty_like, match_layout
+from syncbn.kernels.reference import update_running_stats
 from syncbn.moments import Moments, get_packed_size
 
 # Built by hatch_build.py.
@@ -33,163 +40,191 @@ LEVELS = ("baseline", "AVX2", "AVX-512")
 
 _FUNCTIONS = (
     *("moments", "normalize", "backward_reduce", "backward_elemt"),
-    *("forward_alone", "backward_alone"),
+    *("forward_local", "backward_local"),
 )
 
 
-@dataclass(frozen=True)
-class CPU:
-    """The functions of :mod:`syncbn.kernels.reference`, for tensors on CPU.
+class CPUKernel(Kernel):
+    """Calls of the C++ library.
 
-    Attributes:
-        library: `cpu.cpp`, loaded.
-        level: of the instructions to use: a position in :data:`LEVELS`.
+    Args:
+        library: the loaded library.
+        level: instruction set, a position in :data:`LEVELS`.
     """
 
-    library: ctypes.CDLL
-    level: int
+    def __init__(self, library: ctypes.CDLL, level: int) -> None:
+        self.library, self.level = library, level
+
+    def unsupported_reason(self, x: Tensor) -> str | None:
+        """See :meth:`Kernel.unsupported_reason`."""
+        return None if x.is_cpu else f"does not support {x.device.type!r} tensors"
 
     def moments(self, x: Tensor) -> Tensor:
-        """See :func:`syncbn.kernels.reference.moments`."""
-        x, samples = readable(x)
-        size = get_packed_size(samples.channels, x.dtype)
-        message = x.new_empty(size, dtype=torch.float64)
-        self._run(self.library.moments, x, samples, message.data_ptr())
-        return message
+        """See :meth:`Kernel.moments`."""
+        x, layout = as_dense(x)
+        size = get_packed_size(layout.channels, x.dtype)
+        moments = x.new_empty(size, dtype=torch.float64)
+        self._run(self.library.moments, x, layout, moments.data_ptr())
+        return moments
 
     def normalize(
-        self, x: Tensor, message: Tensor, how: Forward, residual: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """See :func:`syncbn.kernels.reference.normalize`."""
-        running = how.running
-        averages = None if running is None else call.averages(running)
-        found = self._output(self.library.normalize, x, message, how, residual, averages)
-        if running is not None and averages is None:
-            reference.move_running(Moments.unpack(message, x.shape[1]), running)
-        return found
+        self, x: Tensor, moments: Tensor, args: NormalizeArgs, residual: Tensor | None
+    ) -> tuple[Tensor, Saved]:
+        """See :meth:`Kernel.normalize`."""
+        running = None if args.running is None else abi.pack_running(args.running)
+        if args.running is not None and running is None:
+            update_running_stats(Moments.unpack(moments, x.shape[1]), args.running)
+        return self._forward(self.library.normalize, x, moments, args, running, residual)
 
-    def backward_reduce(
-        self, dy: Tensor, x: Tensor, transform: Transform, wanted: Wanted = (None, None)
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """See :func:`syncbn.kernels.reference.backward_reduce`."""
-        sums = x.new_empty(2 * x.shape[1], dtype=torch.float64)
-        function = self.library.backward_reduce
-        _, dweight, dbias = self._backward(function, dy, x, transform, sums, wanted)
-        return sums, dweight, dbias
+    def forward_local(
+        self, x: Tensor, args: NormalizeArgs, residual: Tensor | None
+    ) -> tuple[Tensor, Saved]:
+        """See :meth:`Kernel.forward_local`: blocks of channels stay in the cache between passes."""
+        running = None if args.running is None else abi.pack_running(args.running)
+        if args.running is not None and running is None:
+            return super().forward_local(x, args, residual)
+        return self._forward(self.library.forward_local, x, None, args, running, residual)
 
-    def backward_elemt(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        transform: Transform,
-        sums: Tensor,
-        may_overwrite: bool = False,
-    ) -> Tensor:
-        """See :func:`syncbn.kernels.reference.backward_elemt`."""
+    def backward_reduce(self, dy: Tensor, saved: Saved, output_mask: OutputMask) -> Reduced:
+        """See :meth:`Kernel.backward_reduce`."""
+        dy, inplace_ok = apply_relu_mask(dy, saved)
+        sums = saved.x.new_empty(2 * saved.x.shape[1], dtype=torch.float64)
+        _, dweight, dbias = self._backward(
+            self.library.backward_reduce, dy, saved, sums, output_mask, writes_dx=False
+        )
+        dresidual = dy if output_mask[3] else None
+        return Reduced(sums, dweight, dbias, dresidual, dy, inplace_ok and dresidual is None)
+
+    def backward_elemt(self, saved: Saved, reduced: Reduced, sums: Tensor) -> Tensor:
+        """See :meth:`Kernel.backward_elemt`."""
+        mask = True, False, False, False
         function = self.library.backward_elemt
-        dx, _, _ = self._backward(function, dy, x, transform, sums, dx_over_dy=may_overwrite)
+        dx, _, _ = self._backward(function, reduced.dy, saved, sums, mask, reduced.inplace_ok)
         assert dx is not None
         return dx
 
-    def forward_alone(
-        self, x: Tensor, how: Forward, residual: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """See :func:`syncbn.kernels.alone.forward`: what is read twice stays in the cache."""
-        averages = None if how.running is None else call.averages(how.running)
-        if how.running is not None and averages is None:
-            return self.normalize(x, self.moments(x), how, residual)
-        return self._output(self.library.forward_alone, x, None, how, residual, averages)
+    def backward_local(self, dy: Tensor, saved: Saved, output_mask: OutputMask) -> Gradients:
+        """See :meth:`Kernel.backward_local`: blocks of channels stay in the cache."""
+        dy, inplace_ok = apply_relu_mask(dy, saved)
+        sums = saved.x.new_empty(2 * saved.x.shape[1], dtype=torch.float64)
+        dresidual = dy if output_mask[3] else None
+        inplace_ok = inplace_ok and dresidual is None
+        function = self.library.backward_local
+        gradients = self._backward(function, dy, saved, sums, output_mask, inplace_ok)
+        return *gradients, dresidual
 
-    def backward_alone(
-        self,
-        dy: Tensor,
-        x: Tensor,
-        transform: Transform,
-        wanted: Wanted,
-        may_overwrite: bool = False,
-        keep_sums: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """See :func:`syncbn.kernels.alone.backward`."""
-        sums = x.new_empty(2 * x.shape[1], dtype=torch.float64)
-        function = self.library.backward_alone
-        dx, dweight, dbias = self._backward(function, dy, x, transform, sums, wanted, may_overwrite)
-        assert dx is not None
-        return sums, dx, dweight, dbias
-
-    def _output(
+    def _forward(
         self,
         function: Callable[[bytes], int],
         x: Tensor,
-        message: Tensor | None,
-        how: Forward,
+        moments: Tensor | None,
+        args: NormalizeArgs,
+        running: abi.Running | None,
         residual: Tensor | None,
-        averages: call.Averages | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return y and statistics from a function that reads the message, or sums up itself."""
-        x, samples = readable(x)
-        statistics = x.new_empty(2 * samples.channels + 1, dtype=torch.float64)
-        # Copies must live until they have been read.
-        _owner, numbers = call.numbers(Transform(statistics, how.weight, how.bias, how.relu))
-        y = empty_like(x, samples)
-        added, stride = (None, 0) if residual is None else alike(residual, x, samples)
-        pair, out = (call.address(added), stride), (y.data_ptr(), samples.dense_stride)
-        packed = 0 if message is None else message.data_ptr()
-        moved = averages or call.NO_AVERAGES
-        self._run(function, x, samples, packed, numbers, call.NO_OPERAND, pair, out, moved, how.eps)
-        if averages is not None and how.running is not None:
-            # As a call of torch would: autograd must notice if it still needs what was there.
-            increment_version([t for t in how.running[:3] if t is not None])
-        return y, statistics
+    ) -> tuple[Tensor, Saved]:
+        """Return the output and the saved values of a library function.
+
+        Args:
+            function: function of the library; without moments, one that computes them.
+            x: input.
+            moments: moments of the whole group, packed, or None.
+            args: arguments of the forward pass.
+            running: running statistics for the library to update, or None.
+            residual: tensor of x's shape and dtype, or None.
+        """
+        source, layout = as_dense(x)
+        statistics = x.new_empty(2 * layout.channels + 1, dtype=torch.float64)
+        weight, bias, dtype = _readable_parameters(args.weight, args.bias)
+        affine = abi.pack_affine(statistics, weight, bias, args.relu, dtype)
+        y = empty_like(source, layout)
+        operand, stride = (None, 0) if residual is None else match_layout(residual, source, layout)
+        self._run(
+            function,
+            source,
+            layout,
+            abi.address(moments),
+            affine,
+            abi.NO_OPERAND,
+            (abi.address(operand), stride),
+            (y.data_ptr(), layout.dense_stride),
+            running or abi.NO_RUNNING,
+            args.eps,
+        )
+        if running is not None and args.running is not None:
+            # As an operation of torch would: autograd must notice if it still needs the old values.
+            increment_version([t for t in args.running[:3] if t is not None])
+        relu_values = y if args.relu and residual is not None else None
+        return y, Saved(x, args.weight, args.bias, statistics, relu_values, args.relu)
 
     def _backward(
         self,
         function: Callable[[bytes], int],
         dy: Tensor,
-        x: Tensor,
-        given: Transform,
+        saved: Saved,
         sums: Tensor,
-        wanted: Wanted = (None, None),
-        dx_over_dy: bool | None = None,
+        output_mask: OutputMask,
+        inplace_ok: bool = False,
+        writes_dx: bool = True,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return dx, dweight and dbias from a function that reads the sums, or writes them first.
+        """Return dx, dweight and dbias of a library function.
 
         Args:
-            function: of the library.
-            dy: gradient of the output, shape and dtype of x.
-            x: shape ``[N, C, *]``.
-            given: the transform of the forward pass.
-            sums: float64, shape ``[2C]``.
-            wanted: weight and bias; None for each whose gradient is not.
-            dx_over_dy: whether dx may take dy's memory; None for no dx.
+            function: function of the library, which reads the sums or computes them.
+            dy: gradient of the output, after the mask of a ReLU behind a residual.
+            saved: values of the forward pass.
+            sums: gradient sums, float64, shape ``[2C]``.
+            output_mask: requested gradients.
+            inplace_ok: True if dx may be written over dy.
+            writes_dx: False for a function that only reduces.
         """
-        x, samples = readable(x)
-        transform, numbers = call.numbers(given)
-        dy, stride = alike(dy, x, samples)
+        x, layout = as_dense(saved.x)
+        dy, stride = match_layout(dy, x, layout)
+        weight, bias, dtype = _readable_parameters(saved.weight, saved.bias)
+        relu = saved.relu and saved.relu_values is None
         dx = None
-        if dx_over_dy is not None:
-            over = dx_over_dy and stride == samples.dense_stride
-            dx = dy if over else empty_like(x, samples)
-        # Of the dtype that is read: if that is another, they are converted below.
-        writes = transform is given
-        dweight, dbias = (None if t is None or not writes else torch.empty_like(t) for t in wanted)
-        gradients = call.address(dweight), call.address(dbias)
-        pair, out = (call.address(dy), stride), (call.address(dx), samples.dense_stride)
-        self._run(function, x, samples, sums.data_ptr(), numbers, gradients, pair, out)
-        if not writes:
-            dweight, dbias = reference.parameter_gradients(sums, *wanted)
+        if writes_dx:
+            dx = dy if inplace_ok and stride == layout.dense_stride else empty_like(x, layout)
+        # The library writes gradients of the dtype it reads.
+        is_read = weight is saved.weight and bias is saved.bias
+        dweight = torch.empty_like(weight) if output_mask[1] and weight is not None else None
+        dbias = torch.empty_like(bias) if output_mask[2] and bias is not None else None
+        self._run(
+            function,
+            x,
+            layout,
+            sums.data_ptr(),
+            abi.pack_affine(saved.statistics, weight, bias, relu, dtype),
+            (abi.address(dweight), abi.address(dbias)) if is_read else abi.NO_OPERAND,
+            (abi.address(dy), stride),
+            (abi.address(dx), layout.dense_stride),
+        )
+        if not is_read:
+            dweight, dbias = parameter_gradients(sums, saved, output_mask)
         return dx, dweight, dbias
 
     def _run(self, function: Callable[[bytes], int], x: Tensor, *arguments: Any) -> None:
-        if function(call.pack(self.level, x, *arguments)):
+        if function(abi.pack(self.level, x, *arguments)):
             raise MemoryError("no memory for the sums of the C++ kernels")
 
 
+def _readable_parameters(
+    weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, torch.dtype]:
+    """Return weight and bias, or float64 copies, that one call can read; and their dtype."""
+    if dtype := abi.common_dtype(weight, bias):
+        return weight, bias, dtype
+    weight, bias = (
+        None if t is None else t.resolve_neg().double().contiguous() for t in (weight, bias)
+    )
+    return weight, bias, torch.float64
+
+
 @cache
-def load() -> CPU | str:
-    """Return the kernels for the best instructions of this processor, or why there are none."""
+def load() -> CPUKernel | str:
+    """Return the kernel for the best instruction set of this processor, or why there is none."""
     if not PATH.exists():
         reason = _REASON.read_text().strip() if _REASON.exists() else "it has not been built"
-        return f"there is no {PATH}: {reason}; see to it, and install syncbn again"
+        return f"there is no {PATH}: {reason}; fix this and install syncbn again"
     try:
         # Before it is mapped: a page that is missing from the file ends the process by SIGBUS.
         if not is_intact(PATH):
@@ -199,19 +234,19 @@ def load() -> CPU | str:
             function = getattr(library, f"syncbn_{name}")
             function.argtypes = (ctypes.c_char_p,)
             setattr(library, name, function)
-        if sources(PATH.parent) and _mark(library) != digest(PATH.parent):
-            return f"{PATH} is of other sources than those beside it; install syncbn again"
-        return CPU(library, library.syncbn_level())
+        if sources(PATH.parent) and _read_mark(library) != digest(PATH.parent):
+            return f"{PATH} was built from other sources than those beside it; install syncbn again"
+        return CPUKernel(library, library.syncbn_level())
     except (OSError, AttributeError, ValueError) as error:
         return f"{PATH} cannot be used: {error}; install syncbn again"
 
 
-def _mark(library: ctypes.CDLL) -> str:
+def _read_mark(library: ctypes.CDLL) -> str:
     mark = (ctypes.c_char * 256).in_dll(library, "syncbn_mark").value.decode()
     return mark.partition(",")[0]
 
 
 def describe() -> str:
-    """Return the instructions that the kernels use here, or why there are none."""
+    """Return the name of the instruction set in use, or why there is no kernel."""
     found = load()
     return found if isinstance(found, str) else LEVELS[found.level]

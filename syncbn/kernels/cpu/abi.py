@@ -1,6 +1,7 @@
-"""What the C++ kernels are told of tensors: addresses and numbers, packed into bytes.
+"""Arguments of the C++ kernels: addresses and numbers, packed into bytes.
 
-As arguments, ctypes would take longer to convert them than the work on a small tensor takes.
+One block of bytes instead of two dozen ctypes arguments, whose conversion would take longer than
+the work on a small tensor.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from syncbn.kernels.coefficients import Running, Transform
-from syncbn.kernels.layout import Samples
+from syncbn.kernels.base import RunningStats
+from syncbn.kernels.layout import NCSLayout
 
-#: The dtypes of kernels.h.
+#: Values of the enum DType in kernels.h.
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-#: The address of statistics, the dtype of weight and bias, their addresses, and whether to rectify.
-Numbers: TypeAlias = tuple[int, int, int, int, bool]
-#: The dtype of averages, their addresses and that of the counter, and the momentum.
-Averages: TypeAlias = tuple[int, int, int, int, float]
-NO_NUMBERS = 0, 0, 0, 0, False
-NO_AVERAGES = 0, 0, 0, 0, 0.0
+#: Address of the statistics; dtype of weight and bias, and their addresses; True for a ReLU.
+Affine: TypeAlias = tuple[int, int, int, int, bool]
+#: Dtype of the running statistics, their addresses, that of the counter, and the momentum.
+Running: TypeAlias = tuple[int, int, int, int, float]
+NO_AFFINE = 0, 0, 0, 0, False
+NO_RUNNING = 0, 0, 0, 0, 0.0
 NO_OPERAND = 0, 0
 # `Call` in cpu.cpp.
 _CALL = struct.Struct("=24q2d")
@@ -31,78 +32,86 @@ _CALL = struct.Struct("=24q2d")
 def pack(
     level: int,
     x: Tensor,
-    samples: Samples,
-    packed: int,
-    numbers: Numbers = NO_NUMBERS,
+    layout: NCSLayout,
+    sums: int,
+    affine: Affine = NO_AFFINE,
     gradients: tuple[int, int] = NO_OPERAND,
-    pair: tuple[int, int] = NO_OPERAND,
-    out: tuple[int, int] = NO_OPERAND,
-    averages: Averages = NO_AVERAGES,
+    operand: tuple[int, int] = NO_OPERAND,
+    output: tuple[int, int] = NO_OPERAND,
+    running: Running = NO_RUNNING,
     eps: float = 0.0,
 ) -> bytes:
-    """Return what a function of `cpu.cpp` is told.
+    """Return the argument of a function of `cpu.cpp`.
 
     Args:
-        level: of the instructions to use.
-        x: the input.
-        samples: what the kernels see in it.
-        packed: the address of a message or of sums.
-        numbers: from :func:`numbers`.
-        gradients: addresses of dweight and dbias, which are of the dtype of weight and bias.
-        pair: address and stride of a residual or of dy.
-        out: address and stride of what is written.
-        averages: from :func:`averages`.
-        eps: added to the variance.
+        level: instruction set, a position in ``syncbn.kernels.cpu.LEVELS``.
+        x: input.
+        layout: layout of x.
+        sums: address of moments or gradient sums.
+        affine: result of :func:`pack_affine`.
+        gradients: addresses of dweight and dbias, of the dtype of weight and bias.
+        operand: address and stride of a residual or of dy.
+        output: address and stride of the output.
+        running: result of :func:`pack_running`.
+        eps: constant added to the variance.
     """
-    batch, channels, space, stride, _ = samples
+    batch, channels, space, stride, _ = layout
     head = level, torch.get_num_threads(), DTYPES[x.dtype], batch, channels, space
-    place = address(x), stride
-    return _CALL.pack(*head, *place, *numbers, *gradients, packed, *pair, *out, *averages, eps)
+    source = address(x), stride
+    return _CALL.pack(*head, *source, *affine, *gradients, sums, *operand, *output, *running, eps)
 
 
 def address(t: Tensor | None) -> int:
-    """Return where a tensor's values are; 0 for none."""
+    """Return the address of a tensor's values; 0 for None.
+
+    Raises:
+        RuntimeError: the tensor has no memory.
+    """
     if t is None:
         return 0
     found = t.data_ptr()
     if found == 0 and t.numel() > 0:
         raise RuntimeError(
-            f"got a {type(t).__name__} without memory of its own; the kernel 'cpu' takes plain "
-            "tensors (kernel='reference' takes any)"
+            f"got a {type(t).__name__} without memory; the kernel 'cpu' takes plain tensors "
+            "(impl='reference' takes any)"
         )
     return found
 
 
-def _common_dtype(a: Tensor | None, b: Tensor | None) -> torch.dtype | None:
-    """Return the dtype of C numbers that can be read in one call; None if they cannot."""
+def common_dtype(a: Tensor | None, b: Tensor | None) -> torch.dtype | None:
+    """Return the dtype of two per-channel tensors; None if one call cannot read both."""
     if a is None or b is None:
         a = b = b if a is None else a
         if a is None or b is None:
             return torch.float32
     dtype = a.dtype
-    plain = dtype is b.dtype and a.is_contiguous() and b.is_contiguous()
-    return dtype if plain and not a.is_neg() and not b.is_neg() else None
+    is_plain = dtype is b.dtype and a.is_contiguous() and b.is_contiguous()
+    return dtype if is_plain and not a.is_neg() and not b.is_neg() else None
 
 
-def numbers(t: Transform) -> tuple[Transform, Numbers]:
-    """Return t with a weight and a bias that can be read in one call, and what the call takes."""
-    dtype = _common_dtype(t.weight, t.bias)
-    if dtype is None:
-        weight, bias = (
-            None if v is None else v.resolve_neg().double().contiguous() for v in (t.weight, t.bias)
-        )
-        t, dtype = Transform(t.statistics, weight, bias, t.relu), torch.float64
-    addresses = address(t.weight), address(t.bias)
-    return t, (t.statistics.data_ptr(), DTYPES[dtype], *addresses, t.relu)
+def pack_affine(
+    statistics: Tensor, weight: Tensor | None, bias: Tensor | None, relu: bool, dtype: torch.dtype
+) -> Affine:
+    """Return the per-channel arguments of a call.
+
+    Args:
+        statistics: ``[mean | invstd | count]``, float64, shape ``[2C + 1]``.
+        weight: scale per channel of this dtype, shape ``[C]``, or None.
+        bias: shift per channel of this dtype, shape ``[C]``, or None.
+        relu: True for a ReLU that is computed, or recomputed from x.
+        dtype: result of :func:`common_dtype`.
+    """
+    return statistics.data_ptr(), DTYPES[dtype], address(weight), address(bias), relu
 
 
-def averages(running: Running) -> Averages | None:
-    """Return what a call takes; None if it cannot take these averages."""
-    mean, var, tracked, momentum = running
-    dtype = _common_dtype(mean, var)
-    counter = tracked is None or (tracked.dtype is torch.int64 and tracked.device.type == "cpu")
-    if dtype is None or not counter or momentum != momentum:
+def pack_running(running: RunningStats) -> Running | None:
+    """Return the running statistics of a call; None if the library cannot update them."""
+    mean, var, counter, momentum = running
+    dtype = common_dtype(mean, var)
+    if dtype is None or momentum != momentum:
         return None
-    # To the library NaN is None; a momentum that is NaN was left to the reference above.
-    weight = math.nan if momentum is None else momentum
-    return DTYPES[dtype], address(mean), address(var), address(tracked), weight
+    if counter is not None and (counter.dtype is not torch.int64 or not counter.is_cpu):
+        return None
+    # NaN stands for None in the library; a momentum that is NaN was refused above.
+    share = math.nan if momentum is None else momentum
+    return DTYPES[dtype], address(mean), address(var), address(counter), share

@@ -1,222 +1,139 @@
-"""Launches of the Triton kernels: those of a pass, one after the other.
+"""Launches of the Triton kernels, compiled once per layout, dtype and pointer alignment.
 
-Triton compiles at the first launch, for addresses that are multiples of 16 or any, and what it has
-compiled is called by :mod:`syncbn.kernels.triton.driver` from then on.
+``kernel[grid](...)`` inspects every argument of every launch, which takes 15 us of CPU time. Here a
+:class:`LaunchPlan` keeps the ``CompiledKernel`` that it returns, and passes the arguments of later
+launches directly to Triton's launcher.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import cache, lru_cache
-from math import gcd
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from syncbn.kernels.triton import driver as triton_driver
-from syncbn.kernels.triton.driver import Calls, Compiled
-
-# Bytes; Triton compiles for addresses that are multiples, or for any.
+# Bytes: Triton compiles for pointers that are multiples, or for any.
 _ALIGNMENT = 16
-# Of GPUs that prepare a launch during the one before, and of drivers that capture such launches.
-_OVERLAPPING, _CAPTURING = (9, 0), 12030
-
-# Streams that have memory; and calls that a launch keeps, one for each stream and alignment. torch
-# has 65 streams of a device, but those of others come and go.
-_KEPT = 128
-# cudaStreamPerThread: a stream for each thread.
-_OF_A_THREAD = 2
-_MAKING = threading.Lock()
-
-# What functions of torch.cuda call, once they have seen that CUDA is there and has been started.
-# CPU builds of torch have none of them.
-_current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
-_current_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-_is_capturing: Any = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
-
-#: Memory that launches of a stream share, by name: how many numbers of which dtype. Launches find
-#: it as the ones before left it; integers are zeros at first.
-Shared: TypeAlias = "Mapping[str, tuple[int, torch.dtype]]"
-_Key = tuple[int | bool, ...] | int
+# Compute capability and driver version from which a launch may begin while the kernel before it
+# ends (programmatic dependent launch), also when captured in a CUDA graph.
+_PDL_CAPABILITY, _PDL_DRIVER = (9, 0), 12030
+# Handle of cudaStreamPerThread: one handle, but a stream per thread.
+_STREAM_PER_THREAD = 2
+# Options of Triton's compiler; other constants are arguments of a kernel.
+_OPTIONS = {"num_warps", "maxnreg", "enable_fp_fusion", "launch_pdl"}
+# Multiprocessors of the interpreter's device.
+_INTERPRETED_MULTIPROCESSORS = 132
 
 
-@dataclass(frozen=True)
-class Step:
-    """A kernel with what it is told besides tensors and floats.
+class LaunchPlan:
+    """A kernel with its grid, its constant arguments and its compiled forms.
 
-    Attributes:
-        kernel: of :mod:`syncbn.kernels.triton.device`.
-        programs: how many.
-        sizes: the integers, by name.
-        constants: by name, in capitals; and Triton's options. Those that the kernel has not are
-            left out.
-        standing_for: arguments that a pass knows by other names.
+    Args:
+        kernel: function of :mod:`syncbn.kernels.triton.device`.
+        num_programs: size of the grid.
+        device: device of the tensors.
+        arguments: names of the arguments that a call passes, in its order.
+        constants: values of the other arguments by name, and options of Triton. Names that the
+            kernel does not have are ignored.
+        workspace: sizes of partial sums and counters, or None.
     """
 
-    kernel: Any
-    programs: int
-    sizes: dict[str, int]
-    constants: dict[str, Any]
-    standing_for: Mapping[str, str] = field(default_factory=dict)
+    def __init__(
+        self,
+        kernel: Any,
+        num_programs: int,
+        device: torch.device,
+        arguments: Sequence[str],
+        constants: dict[str, Any],
+        workspace: tuple[int, int] | None = None,
+    ) -> None:
+        constants = constants | _pdl_options(device)
+        names: list[str] = kernel.arg_names
+        self._kernel, self._device, self._grid = kernel, device, (num_programs, 1, 1)
+        self._template = [constants.get(name) for name in names]
+        self._slots = [names.index(name) for name in arguments]
+        self._options = {k: v for k, v in constants.items() if k in _OPTIONS}
+        self._compiled: dict[tuple[bool, ...], Any] = {}
+        self._workspace = workspace
 
-    @property
-    def names(self) -> dict[str, str]:
-        """Names of the kernel's arguments, and what the pass knows them by."""
-        return {name: self.standing_for.get(name, name) for name in self.kernel.arg_names}
+    def new_workspace(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return partial sums, uninitialized, and counters, zero; None if there is no workspace."""
+        if self._workspace is None:
+            return None, None
+        num_partials, num_counters = self._workspace
+        partials = torch.empty(num_partials, dtype=torch.float64, device=self._device)
+        return partials, _counters(num_counters, self._device)
 
-    def options(self, device: torch.device) -> dict[str, Any]:
-        """Return the constants that the kernel has, and what Triton is told."""
-        found = self.constants | _overlap(device)
-        return {k: v for k, v in found.items() if k.islower() or k in self.kernel.arg_names}
-
-
-@dataclass(eq=False)
-class Launch:
-    """The launches of a pass.
-
-    Attributes:
-        device: of the tensors.
-        steps: kernels, in their order.
-        tensors: names of those that a call gives, in its order.
-        floats: names of the floats that follow.
-        shared: what the steps, and programs of a step, tell each other.
-    """
-
-    device: torch.device
-    steps: Sequence[Step]
-    tensors: Sequence[str]
-    floats: Sequence[str] = ()
-    shared: Shared = field(default_factory=dict)
-    _calls: dict[_Key, Calls] = field(default_factory=dict, init=False)
-    _is_interpreted: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._is_interpreted = isinstance(self.steps[0].kernel, InterpretedFunction)
-
-    def __call__(self, tensors: Sequence[Tensor | None], floats: Sequence[float] = ()) -> None:
+    def __call__(self, *values: Tensor | float | None) -> None:
         """Launch on the current stream of the device.
 
         Args:
-            tensors: by the names that the launch has been made with, always of the same dtypes,
-                and None where they were.
-            floats: as well.
+            values: tensors, None or floats, in the order of ``arguments``; a plan always gets the
+                same dtypes, and None in the same places.
         """
-        if self._is_interpreted:
-            self._by_triton(tensors, floats, _new(self.shared, self.device))
+        arguments = self._template.copy()
+        for slot, value in zip(self._slots, values, strict=True):
+            arguments[slot] = value
+        if isinstance(self._kernel, InterpretedFunction):
+            self._kernel[self._grid](*arguments, **self._options)
             return
-        index = self.device.index
-        if index != _current_device():
-            with torch.cuda.device(self.device):
-                self(tensors, floats)
+        if self._device.index != torch.cuda.current_device():
+            with torch.cuda.device(self._device):
+                self(*values)
             return
-        stream = _current_stream(index)
-        if self.shared and (_is_capturing() or stream == _OF_A_THREAD):
-            # A graph may be replayed beside whatever else runs then, and has memory of its own.
-            self._by_triton(tensors, floats, _new(self.shared, self.device))
-            return
-        addresses = [t.data_ptr() for t in tensors if t is not None]
-        key: _Key = stream
-        if gcd(_ALIGNMENT, *addresses) != _ALIGNMENT:
-            key = stream, *[address % _ALIGNMENT == 0 for address in addresses]
-        calls = self._calls.get(key)
-        # Where the driver refuses, Triton will say why.
-        if calls is None or calls(addresses, floats):
-            self._first(tensors, floats, stream, key)
-
-    def _first(
-        self,
-        tensors: Sequence[Tensor | None],
-        floats: Sequence[float],
-        stream: int,
-        key: _Key,
-    ) -> None:
-        """Launch, and keep how to do it again."""
-        memory = _memory(self.device, stream)
-        with memory.lock:
-            shared = memory.of(self.shared)
-            kernels = self._by_triton(tensors, floats, shared)
-        if not all(map(triton_driver.is_plain, kernels)):
-            return
-        there = [name for name, t in zip(self.tensors, tensors, strict=True) if t is not None]
-        fixed = {name: t.data_ptr() for name, t in shared.items()}
-        compiled = [
-            Compiled(kernel, step.names, step.programs, fixed | step.sizes)
-            for step, kernel in zip(self.steps, kernels, strict=True)
-        ]
-        if len(self._calls) >= _KEPT:
-            self._calls.clear()
-        self._calls[key] = Calls(compiled, there, self.floats, stream, memory.lock, memory)
-
-    def _by_triton(
-        self,
-        tensors: Sequence[Tensor | None],
-        floats: Sequence[float],
-        shared: Mapping[str, Tensor],
-    ) -> list[Any]:
-        """Launch as Triton does it; return what it has compiled."""
-        given: dict[str, Any] = dict(zip(self.tensors, tensors, strict=True))
-        given |= dict(zip(self.floats, floats, strict=True)) | dict(shared)
-        found = []
-        for step in self.steps:
-            options = step.options(self.device)
-            known = given | step.sizes
-            names = {own: name for own, name in step.names.items() if own not in options}
-            arguments = {own: known.get(name) for own, name in names.items()}
-            found.append(step.kernel[step.programs, 1, 1](**arguments, **options))
-        return found
+        key = tuple([v.data_ptr() % _ALIGNMENT == 0 for v in values if isinstance(v, Tensor)])
+        if compiled := self._compiled.get(key):
+            compiled[self._grid](*arguments)
+        else:
+            self._compiled[key] = self._kernel[self._grid](*arguments, **self._options)
 
 
-class _Memory:
-    """What launches of a stream share. They follow one another.
+def _counters(size: int, device: torch.device) -> Tensor:
+    """Return counters that are zero when a kernel starts: int32, shape ``[size]``.
 
-    Attributes:
-        lock: held while a pass is launched, whose steps share it.
+    Kernels reset them, so that the launches of a stream share one tensor and none needs a memset.
+    A CUDA graph may be replayed beside other work and gets its own.
+
+    Args:
+        size: number of blocks of channels.
+        device: device of the launch.
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self.lock = threading.Lock()
-        self._device = device
-        self._tensors: dict[tuple[str, int], Tensor] = {}
-
-    def of(self, shared: Shared) -> dict[str, Tensor]:
-        """Return tensors by name, the same each time."""
-        for name, (size, dtype) in shared.items():
-            if (name, size) not in self._tensors:
-                # No more launches in a graph than it takes.
-                make = torch.empty if dtype.is_floating_point else torch.zeros
-                self._tensors[name, size] = make(size, dtype=dtype, device=self._device)
-        return {name: self._tensors[name, size] for name, (size, _) in shared.items()}
+    if device.type != "cuda":
+        return torch.zeros(size, dtype=torch.int32, device=device)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if stream == _STREAM_PER_THREAD or torch.cuda.is_current_stream_capturing():
+        return torch.zeros(size, dtype=torch.int32, device=device)
+    return _stream_counters(size, device, stream)
 
 
-def _memory(device: torch.device, stream: int) -> _Memory:
-    # Of two threads that come to a stream first, both would make one.
-    with _MAKING:
-        return _memory_of(device, stream)
-
-
-@lru_cache(maxsize=_KEPT)
-def _memory_of(device: torch.device, stream: int) -> _Memory:
-    return _Memory(device)
-
-
-def _new(shared: Shared, device: torch.device) -> dict[str, Tensor]:
-    return _Memory(device).of(shared)
+@lru_cache(maxsize=1024)
+def _stream_counters(size: int, device: torch.device, stream: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.int32, device=device)
 
 
 @cache
 def capability(device: torch.device) -> tuple[int, int]:
-    """Return what a GPU can do, as CUDA numbers it."""
+    """Return the compute capability of a GPU."""
     return torch.cuda.get_device_capability(device)
 
 
 @cache
-def _overlap(device: torch.device) -> dict[str, bool]:
-    """Return how launches begin: while the one before ends, where GPU and driver can."""
-    can = device.type == "cuda" and capability(device) >= _OVERLAPPING
-    if can and triton_driver.version() >= _CAPTURING:
+def num_multiprocessors(device: torch.device) -> int:
+    """Return the number of multiprocessors of a GPU."""
+    if device.type == "cpu":
+        return _INTERPRETED_MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def _pdl_options(device: torch.device) -> dict[str, bool]:
+    """Return the options of programmatic dependent launch, where GPU and driver support it."""
+    is_new = device.type == "cuda" and capability(device) >= _PDL_CAPABILITY
+    # CPU builds of torch lack the function.
+    get_driver_version: Any = getattr(torch._C, "_cuda_getDriverVersion", None)
+    if is_new and get_driver_version() >= _PDL_DRIVER:
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}

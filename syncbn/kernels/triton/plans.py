@@ -1,180 +1,125 @@
-"""Passes over a tensor: their kernels, how programs share the tensor, and what they are told.
-
-A group of one has both kernels of a pass launched together, and what the second reads of the first
-is in memory of the stream. Layers see the same few shapes again and again: launches are kept.
-"""
+"""Launch plans of the four kernels: grid, sizes and constants for a layout and dtypes."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import cache, lru_cache
-from typing import TypeAlias
+from functools import lru_cache
+from typing import Any, TypeAlias
 
 import torch
 
-from syncbn.kernels.layout import Samples
-from syncbn.kernels.triton import device as triton_kernels
-from syncbn.kernels.triton.launcher import Launch, Shared, Step
-from syncbn.kernels.triton.tiling import Tiles, elementwise, for_elements, for_sums, reduction
-
-#: Dtypes of the tensors of a launch; None for those that are not given.
-Kinds: TypeAlias = "tuple[torch.dtype | None, ...]"
-
-# What launches are given, in this order.
-MOMENTS = "x_ptr", "message_ptr"
-FORWARD = (
-    *("x_ptr", "message_ptr", "residual_ptr", "y_ptr", "gate_ptr", "statistics_ptr"),
-    *("weight_ptr", "bias_ptr", "running_mean_ptr", "running_var_ptr", "tracked_ptr"),
+from syncbn.kernels.layout import NCSLayout
+from syncbn.kernels.triton import device as kernels
+from syncbn.kernels.triton.launcher import LaunchPlan, num_multiprocessors
+from syncbn.kernels.triton.tiling import (
+    Tiling,
+    elementwise_constants,
+    reduction_constants,
+    tile_elementwise,
+    tile_reduction,
 )
-BACKWARD = (
-    *("x_ptr", "sums_ptr", "dy_ptr", "gate_ptr", "gated_ptr", "dx_ptr", "statistics_ptr"),
-    *("weight_ptr", "bias_ptr", "dweight_ptr", "dbias_ptr"),
-)
-THROUGH_GATE = "dy_ptr", "gate_ptr", "gated_ptr"
-FLOATS = "eps", "momentum"
 
-# For the interpreter: as many as GPUs have.
-_MULTIPROCESSORS = 132
-_kept = lru_cache(maxsize=4096)
+#: Dtypes of the tensors of a launch; None for an argument that is None.
+DTypes: TypeAlias = "tuple[torch.dtype | None, ...]"
+
+# Layers see the same few shapes again and again.
+_cached = lru_cache(maxsize=4096)
 
 
-@_kept
-def moments(samples: Samples, device: torch.device, dtype: torch.dtype) -> Launch:
-    """Return the launch of moments, of :data:`MOMENTS`."""
-    step, shared = _moments(samples, device, dtype)
-    return Launch(device, [step], MOMENTS, shared=shared)
+@_cached
+def plan_moments(layout: NCSLayout, device: torch.device, dtype: torch.dtype) -> LaunchPlan:
+    """Return the plan of ``moments(x, partials, counters, moments)``."""
+    tiling = tile_reduction(layout, dtype, num_multiprocessors(device))
+    count = layout.batch * layout.space
+    constants = _sizes(tiling) | {"x_stride": layout.stride, "splits": tiling.splits}
+    constants |= {"count": count} | reduction_constants(tiling, dtype.itemsize, layout.stride)
+    arguments = "x_ptr", "partials_ptr", "counters_ptr", "moments_ptr"
+    programs = tiling.reduction_programs
+    return LaunchPlan(kernels.moments, programs, device, arguments, constants, tiling.workspace)
 
 
-@_kept
-def forward(
-    samples: Samples, device: torch.device, kinds: Kinds, relu: bool, cumulative: bool
-) -> Launch:
-    """Return the launches of the forward pass, of :data:`FORWARD` and :data:`FLOATS`.
-
-    Args:
-        samples: what kernels see in x.
-        device: where.
-        kinds: of the tensors. Without a message, moments come first.
-        relu: whether a ReLU comes last.
-        cumulative: whether the running averages are.
-    """
-    dtype, message, *_ = kinds
-    assert dtype is not None
-    last = _normalize(samples, dtype, relu, cumulative)
-    if message is not None:
-        return Launch(device, [last], FORWARD, FLOATS)
-    first, shared = _moments(samples, device, dtype)
-    shared = {**shared, "message_ptr": (2 * samples.channels + 1, torch.float64)}
-    return Launch(device, [first, last], FORWARD, FLOATS, shared)
-
-
-@_kept
-def backward(
-    samples: Samples, device: torch.device, kinds: Kinds, dy_stride: int, relu: bool
-) -> Launch:
-    """Return the launches of the backward pass, of :data:`BACKWARD`.
+@_cached
+def plan_normalize(
+    layout: NCSLayout, device: torch.device, dtypes: DTypes, relu: bool, cumulative: bool
+) -> LaunchPlan:
+    """Return the plan of ``normalize(x, moments, residual, y, ..., eps, momentum)``.
 
     Args:
-        samples: what kernels see in x.
-        device: where.
-        kinds: of the tensors. Without dx, sums are written; with it, they are read, or without sums
-            of the caller's both are launched.
-        dy_stride: of the samples of dy.
-        relu: whether a ReLU came last, without a residual.
+        layout: layout of x.
+        device: device of the tensors.
+        dtypes: dtypes of the tensors; x's first.
+        relu: True for a ReLU as the last operation.
+        cumulative: True for running statistics with ``momentum=None``.
     """
-    dtype, sums, _, gate, _, dx, *_ = kinds
-    assert dtype is not None
-    first, shared = _reduce(samples, device, dtype, dy_stride, relu)
-    if dx is None:
-        return Launch(device, [first], BACKWARD, shared=shared)
-    if gate is None:
-        last = _elemt(samples, dtype, dy_stride, relu)
-    else:
-        # Of what came through it, which has no gaps.
-        last = _elemt(samples, dtype, samples.dense_stride, relu)
-        last = replace(last, standing_for={"dy_ptr": "gated_ptr"})
-    if sums is not None:
-        return Launch(device, [last], BACKWARD)
-    shared = {**shared, "sums_ptr": (2 * samples.channels, torch.float64)}
-    return Launch(device, [first, last], BACKWARD, shared=shared)
+    tiling = tile_elementwise(layout, _first(dtypes))
+    strides = {"x_stride": layout.stride, "stride": layout.dense_stride}
+    constants = _sizes(tiling) | strides | elementwise_constants(tiling, *strides.values())
+    constants |= {"RELU": relu, "CUMULATIVE": cumulative}
+    arguments = (
+        *("x_ptr", "moments_ptr", "residual_ptr", "y_ptr", "relu_mask_ptr", "statistics_ptr"),
+        *("weight_ptr", "bias_ptr", "running_mean_ptr", "running_var_ptr", "num_batches_ptr"),
+        *("eps", "momentum"),
+    )
+    return LaunchPlan(kernels.normalize, tiling.programs, device, arguments, constants)
 
 
-@_kept
-def through_gate(
-    samples: Samples, device: torch.device, dtype: torch.dtype, dy_stride: int | None
-) -> Launch:
-    """Return the launch that writes what of dy comes through a gate, of :data:`THROUGH_GATE`.
+@_cached
+def plan_backward_reduce(
+    layout: NCSLayout, device: torch.device, dtypes: DTypes, dy_stride: int, relu: bool
+) -> LaunchPlan:
+    """Return the plan of ``backward_reduce(x, dy, relu_mask, masked_dy, ..., dweight, dbias)``.
 
     Args:
-        samples: what kernels see in x.
-        device: where.
-        dtype: of x and dy.
-        dy_stride: of the samples of dy; None if a byte is written for each bit instead.
+        layout: layout of x.
+        device: device of the tensors.
+        dtypes: dtypes of the tensors; x's first.
+        dy_stride: stride between the samples of dy.
+        relu: True for a ReLU without a residual, whose mask is recomputed.
     """
-    tiles, stride = for_elements(samples, dtype), samples.dense_stride
-    strides = {"dy_stride": stride if dy_stride is None else dy_stride, "stride": stride}
-    constants = elementwise(tiles, *strides.values())
-    step = Step(triton_kernels.through_gate, tiles.programs, _sizes(tiles) | strides, constants)
-    return Launch(device, [step], THROUGH_GATE)
+    dtype = _first(dtypes)
+    tiling = tile_reduction(layout, dtype, num_multiprocessors(device))
+    strides = _strides(layout, dy_stride)
+    constants = _sizes(tiling) | strides | {"splits": tiling.splits, "RELU": relu}
+    constants |= reduction_constants(tiling, 2 * dtype.itemsize, *strides.values())
+    arguments = (
+        *("x_ptr", "dy_ptr", "relu_mask_ptr", "masked_dy_ptr", "partials_ptr", "counters_ptr"),
+        *("sums_ptr", "statistics_ptr", "weight_ptr", "bias_ptr", "dweight_ptr", "dbias_ptr"),
+    )
+    programs = tiling.reduction_programs
+    return LaunchPlan(
+        kernels.backward_reduce, programs, device, arguments, constants, tiling.workspace
+    )
 
 
-def _moments(samples: Samples, device: torch.device, dtype: torch.dtype) -> tuple[Step, Shared]:
-    tiles = for_sums(samples, dtype, _multiprocessors(device))
-    count = samples.batch * samples.space
-    sizes = _sizes(tiles) | {"x_stride": samples.stride, "splits": tiles.splits, "count": count}
-    constants = reduction(tiles, dtype.itemsize, samples.stride)
-    step = Step(triton_kernels.moments, tiles.parts, sizes, constants)
-    return step, _shared(tiles)
+@_cached
+def plan_backward_elemt(
+    layout: NCSLayout, device: torch.device, dtypes: DTypes, dy_stride: int, relu: bool
+) -> LaunchPlan:
+    """Return the plan of ``backward_elemt(x, dy, dx, sums, statistics, weight, bias)``.
+
+    The arguments are those of :func:`plan_backward_reduce`.
+    """
+    tiling = tile_elementwise(layout, _first(dtypes))
+    strides = _strides(layout, dy_stride)
+    constants = _sizes(tiling) | strides | {"RELU": relu}
+    constants |= elementwise_constants(tiling, *strides.values())
+    arguments = (
+        *("x_ptr", "dy_ptr", "dx_ptr", "sums_ptr", "statistics_ptr", "weight_ptr", "bias_ptr"),
+    )
+    return LaunchPlan(kernels.backward_elemt, tiling.programs, device, arguments, constants)
 
 
-def _normalize(samples: Samples, dtype: torch.dtype, relu: bool, cumulative: bool) -> Step:
-    tiles = for_elements(samples, dtype)
-    strides = {"x_stride": samples.stride, "stride": samples.dense_stride}
-    constants = elementwise(tiles, *strides.values()) | {"RELU": relu, "CUMULATIVE": cumulative}
-    return Step(triton_kernels.normalize, tiles.programs, _sizes(tiles) | strides, constants)
+def _first(dtypes: DTypes) -> torch.dtype:
+    assert dtypes[0] is not None
+    return dtypes[0]
 
 
-def _reduce(
-    samples: Samples, device: torch.device, dtype: torch.dtype, dy_stride: int, relu: bool
-) -> tuple[Step, Shared]:
-    tiles = for_sums(samples, dtype, _multiprocessors(device))
-    strides = _strides(samples, dy_stride)
-    sizes = _sizes(tiles) | strides | {"splits": tiles.splits}
-    constants = reduction(tiles, 2 * dtype.itemsize, *strides.values()) | {"RELU": relu}
-    step = Step(triton_kernels.backward_reduce, tiles.parts, sizes, constants)
-    return step, _shared(tiles)
-
-
-def _elemt(samples: Samples, dtype: torch.dtype, dy_stride: int, relu: bool) -> Step:
-    tiles = for_elements(samples, dtype)
-    strides = _strides(samples, dy_stride)
-    constants = elementwise(tiles, *strides.values()) | {"RELU": relu}
-    sizes = _sizes(tiles) | strides
-    return Step(triton_kernels.backward_elemt, tiles.programs, sizes, constants)
-
-
-def _sizes(tiles: Tiles) -> dict[str, int]:
-    samples, channels, space = tiles.size
+def _sizes(tiling: Tiling) -> dict[str, Any]:
+    samples, channels, space = tiling.size
     return {
         **{"samples": samples, "channels": channels, "space": space},
-        **{"tiles": tiles.number, "along": tiles.along},
+        **{"tiles": tiling.tiles, "tiles_per_sample": tiling.tiles_per_sample},
     }
 
 
-def _strides(samples: Samples, dy_stride: int) -> dict[str, int]:
-    return {"dy_stride": dy_stride, "x_stride": samples.stride, "stride": samples.dense_stride}
-
-
-def _shared(tiles: Tiles) -> Shared:
-    """Return what programs that share channels leave to the last, and how many have come."""
-    if tiles.shared is None:
-        return {}
-    numbers, blocks = tiles.shared
-    return {"parts_ptr": (numbers, torch.float64), "arrivals_ptr": (blocks, torch.int32)}
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cpu":
-        return _MULTIPROCESSORS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+def _strides(layout: NCSLayout, dy_stride: int) -> dict[str, int]:
+    return {"dy_stride": dy_stride, "x_stride": layout.stride, "stride": layout.dense_stride}

@@ -125,15 +125,15 @@ PUBLIC int syncbn_backward_elemt(const char* call) {
   });
 }
 
-PUBLIC int syncbn_forward_alone(const char* call) {
+PUBLIC int syncbn_forward_local(const char* call) {
   return run(call, [](auto& k, auto& c) {
-    k.forward_alone(c.input(), c.eps, c.transform(), c.beside(), c.result(), c.running());
+    k.forward_local(c.input(), c.eps, c.transform(), c.beside(), c.result(), c.running());
   });
 }
 
-PUBLIC int syncbn_backward_alone(const char* call) {
+PUBLIC int syncbn_backward_local(const char* call) {
   return run(call, [](auto& k, auto& c) {
-    k.backward_alone(c.input(), c.transform(), c.beside(), c.packed, c.gradients(), c.result());
+    k.backward_local(c.input(), c.transform(), c.beside(), c.packed, c.gradients(), c.result());
   });
 }
 }

@@ -88,7 +88,7 @@ void backward_elemt(Input in, Transform transform, const double* sums, Operand d
   });
 }
 
-void forward_alone(Input in, double eps, Transform transform, Operand residual, Operand y,
+void forward_local(Input in, double eps, Transform transform, Operand residual, Operand y,
                    Running running) {
   int64_t channels = in.shape.channels;
   Scratch<double> message(packed_size(channels, in.dtype));
@@ -110,7 +110,7 @@ void forward_alone(Input in, double eps, Transform transform, Operand residual, 
   move_running(packed, running);
 }
 
-void backward_alone(Input in, Transform transform, Operand dy, double* sums,
+void backward_local(Input in, Transform transform, Operand dy, double* sums,
                     ParameterGradients gradients, Operand dx) {
   Numbers weight = transform.weight, bias = transform.bias;
   each_tile(in, [&](const Tile& tile) {
@@ -129,4 +129,4 @@ void backward_alone(Input in, Transform transform, Operand dy, double* sums,
 }  // namespace
 
 extern const Kernels SYNCBN_KERNELS = {moments,        normalize,     backward_reduce,
-                                       backward_elemt, forward_alone, backward_alone};
+                                       backward_elemt, forward_local, backward_local};

@@ -60,8 +60,8 @@ struct Kernels {
   void (*backward_reduce)(Input, Transform, Operand dy, double* sums, ParameterGradients);
   void (*backward_elemt)(Input, Transform, const double* sums, Operand dy, Operand dx);
   // The functions above in two, for who has no other rank to wait for.
-  void (*forward_alone)(Input, double eps, Transform, Operand residual, Operand y, Running);
-  void (*backward_alone)(Input, Transform, Operand dy, double* sums, ParameterGradients,
+  void (*forward_local)(Input, double eps, Transform, Operand residual, Operand y, Running);
+  void (*backward_local)(Input, Transform, Operand dy, double* sums, ParameterGradients,
                          Operand dx);
 };
 

@@ -1,0 +1,214 @@
+"""The kernel contract: local computations of batch normalization, without communication.
+
+The moments of a rank and the two gradient sums are the only values that other ranks need. A caller
+all-reduces them between the two steps of a pass::
+
+    moments    -> all-reduce -> normalize              forward
+    backward_reduce -> all-reduce -> backward_elemt    backward
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from syncbn.kernels.coefficients import affine
+
+#: Which gradients a backward pass returns: those of x, weight, bias and residual.
+OutputMask: TypeAlias = tuple[bool, bool, bool, bool]
+#: Gradients of x, weight, bias and residual, or None.
+Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+class RunningStats(NamedTuple):
+    """Running statistics, updated in place.
+
+    Attributes:
+        mean: running mean, any floating dtype, shape ``[C]``, or None.
+        var: running unbiased variance, any floating dtype, shape ``[C]``, or None.
+        num_batches_tracked: number of batches, int64 scalar, or None.
+        momentum: weight of a batch; None for a cumulative average, which needs the counter.
+    """
+
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    num_batches_tracked: Tensor | None = None
+    momentum: float | None = 0.0
+
+
+class NormalizeArgs(NamedTuple):
+    """Arguments of a forward pass.
+
+    Attributes:
+        eps: constant added to the variance.
+        weight: scale per channel, any floating dtype, shape ``[C]``, or None for ones.
+        bias: shift per channel, any floating dtype, shape ``[C]``, or None for zeros.
+        relu: True for a ReLU as the last operation.
+        running: running statistics to update, or None.
+    """
+
+    eps: float
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    relu: bool = False
+    running: RunningStats | None = None
+
+
+class Saved(NamedTuple):
+    """Values of a forward pass that the backward pass reads.
+
+    The first five are tensors, for ``ctx.save_for_backward``. ``relu_values`` and ``layout`` are
+    private to the kernel.
+
+    Attributes:
+        x: input, shape ``[N, C, *]``.
+        weight: scale per channel, shape ``[C]``, or None.
+        bias: shift per channel, shape ``[C]``, or None.
+        statistics: ``[mean (C) | invstd (C) | count (1)]`` of the whole group, float64.
+        relu_values: output, or a packed ReLU mask, after a residual and a ReLU; else None. Without
+            a residual the mask is recomputed from x.
+        relu: True for a ReLU as the last operation.
+        layout: key of the memory layout that ``relu_values`` refers to, or None.
+    """
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    statistics: Tensor
+    relu_values: Tensor | None
+    relu: bool
+    layout: Any = None
+
+
+class Reduced(NamedTuple):
+    """Result of the reduction of a backward pass.
+
+    Attributes:
+        sums: ``[sum(dy) (C) | sum(dy * xhat) (C)]`` of this rank, float64, shape ``[2C]``; dy after
+            the ReLU mask.
+        dweight: gradient of the weight, its dtype, shape ``[C]``; None if not in the output mask.
+        dbias: gradient of the bias, likewise.
+        dresidual: gradient of the residual, dtype and shape of x; None if not in the output mask.
+        dy: gradient of the output that ``backward_elemt`` reads.
+        inplace_ok: True if the kernel allocated dy and does not return it as dresidual.
+    """
+
+    sums: Tensor
+    dweight: Tensor | None
+    dbias: Tensor | None
+    dresidual: Tensor | None
+    dy: Tensor
+    inplace_ok: bool = False
+
+
+class Kernel(ABC):
+    """Local computations of batch normalization for one kind of device or one compiler."""
+
+    def unsupported_reason(self, x: Tensor) -> str | None:
+        """Return the reason why this kernel cannot take x, as the end of a sentence, or None."""
+        return None
+
+    @abstractmethod
+    def moments(self, x: Tensor) -> Tensor:
+        """Return packed :class:`syncbn.moments.Moments` of x, shape ``[N, C, *]``.
+
+        float64, ``[2C + 1]``; two-part sums for float64 inputs, ``[4C + 1]``. Squares are of the
+        compute dtype: the variance of float32 values 1e19 away from their mean is infinite.
+        """
+
+    @abstractmethod
+    def normalize(
+        self, x: Tensor, moments: Tensor, args: NormalizeArgs, residual: Tensor | None
+    ) -> tuple[Tensor, Saved]:
+        """Return ``relu((x - mean) * invstd * weight + bias + residual)``; update running stats.
+
+        Args:
+            x: input, shape ``[N, C, *]``.
+            moments: moments of the whole group, packed.
+            args: the other arguments.
+            residual: tensor of x's shape and dtype, or None.
+
+        Returns:
+            The output in x's dtype and layout, and the values for the backward pass.
+        """
+
+    @abstractmethod
+    def backward_reduce(self, dy: Tensor, saved: Saved, output_mask: OutputMask) -> Reduced:
+        """Return the sums over this rank's values, and the gradients that need no other rank.
+
+        Args:
+            dy: gradient of the output, shape and dtype of x, any strides.
+            saved: second result of the forward pass.
+            output_mask: requested gradients.
+        """
+
+    @abstractmethod
+    def backward_elemt(self, saved: Saved, reduced: Reduced, sums: Tensor) -> Tensor:
+        """Return dx in x's dtype and layout.
+
+        ``dx = invstd * weight * (dy - sum(dy)/count - xhat * sum(dy * xhat)/count)``
+
+        Args:
+            saved: second result of the forward pass.
+            reduced: result of :meth:`backward_reduce`.
+            sums: ``reduced.sums`` summed over the group, float64, shape ``[2C]``.
+        """
+
+    def forward_local(
+        self, x: Tensor, args: NormalizeArgs, residual: Tensor | None
+    ) -> tuple[Tensor, Saved]:
+        """Return the result of :meth:`normalize` with the moments of x: world size 1."""
+        return self.normalize(x, self.moments(x), args, residual)
+
+    def backward_local(self, dy: Tensor, saved: Saved, output_mask: OutputMask) -> Gradients:
+        """Return dx, dweight, dbias and dresidual for world size 1; dx is always computed."""
+        reduced = self.backward_reduce(dy, saved, output_mask)
+        dx = self.backward_elemt(saved, reduced, reduced.sums)
+        return dx, reduced.dweight, reduced.dbias, reduced.dresidual
+
+    def relu_mask(self, saved: Saved) -> Tensor:
+        """Return where the ReLU passes a gradient: bool, shape of x.
+
+        As in torch, gradients pass at NaN and stop at zero.
+        """
+        if (y := saved.relu_values) is None:
+            y = affine(saved.x, saved.statistics, saved.weight, saved.bias)
+        return ~(y <= 0)
+
+
+def apply_relu_mask(dy: Tensor, saved: Saved) -> tuple[Tensor, bool]:
+    """Return dy after the mask of a ReLU behind a residual, and True if that is a new tensor.
+
+    Without a residual dy is returned as it is: kernels recompute that mask from x.
+
+    Args:
+        dy: gradient of the output, shape of x.
+        saved: values of a forward pass whose ``relu_values`` are the output.
+    """
+    if saved.relu_values is None:
+        return dy, False
+    return torch.ops.aten.threshold_backward(dy, saved.relu_values, 0), True
+
+
+def parameter_gradients(
+    sums: Tensor, saved: Saved, output_mask: OutputMask
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return dweight and dbias: the gradient sums, rounded to the dtype of the parameter.
+
+    Args:
+        sums: sums over this rank, float64, shape ``[2C]``.
+        saved: values of the forward pass.
+        output_mask: requested gradients.
+    """
+    sum_dy, sum_dy_xhat = sums.split(sums.numel() // 2)
+    weight, bias = saved.weight, saved.bias
+    # Gradients need memory of their own: the all-reduce overwrites the sums.
+    dweight = dbias = None
+    if output_mask[1] and weight is not None:
+        dweight = sum_dy_xhat.to(weight.dtype, copy=True)
+    if output_mask[2] and bias is not None:
+        dbias = sum_dy.to(bias.dtype, copy=True)
+    return dweight, dbias
