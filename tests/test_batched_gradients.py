@@ -16,7 +16,7 @@ from torch.autograd.functional import hessian, jacobian
 import syncbn
 from tests.device import seeded
 from tests.formula import Formula
-from tests.kernels import KERNELS, device_of
+from tests.kernel_cases import KERNELS, device_of
 from tests.ranks import Ranks
 
 ROWS, SIZES = 5, [1, 2, 3]

@@ -19,7 +19,7 @@ from syncbn.bench.memory import peak_bytes
 from syncbn.bench.resnet20 import resnet20
 from syncbn.bench.resnet50 import resnet50
 from tests.commands import run
-from tests.kernels import device_of, needs_cpp
+from tests.kernel_cases import device_of, needs_cpp
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 

@@ -19,7 +19,7 @@ import hatch_build
 from syncbn import kernels
 from syncbn.kernels import cpu
 from syncbn.kernels.cpu.source_hash import checksum
-from tests.kernels import needs_cpp
+from tests.kernel_cases import needs_cpp
 
 BUILT = cpu.PATH
 ROOT = Path(__file__).resolve().parent.parent

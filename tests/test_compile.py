@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import syncbn
 from syncbn.bench.resnet20 import resnet20
 from syncbn.kernels import traced
-from tests.kernels import DTYPES, tolerance
+from tests.kernel_cases import DTYPES, tolerance
 from tests.ranks import Ranks
 from tests.test_kernels import LAYOUTS, SHAPES, check_module
 

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 import syncbn
 from syncbn.inference import example_weighted, prior_mix
 from tests.device import seeded
-from tests.kernels import KERNELS, device_of, dtypes_of
+from tests.kernel_cases import KERNELS, device_of, dtypes_of
 from tests.ranks import Ranks
 
 EPS, MOMENTUM = 1e-3, 0.25

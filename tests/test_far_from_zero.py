@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import syncbn
 from syncbn.inference import prior_mix
 from syncbn.kernels import Forward, Kernel, Running, Transform, alone, reference, traced
-from tests.kernels import EPS, needs_cpp
+from tests.kernel_cases import EPS, needs_cpp
 from tests.ranks import Ranks
 
 # Torch raises it while it compiles.

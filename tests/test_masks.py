@@ -11,7 +11,7 @@ from torch import Tensor
 
 import syncbn
 from tests.device import on_cpu, seeded
-from tests.kernels import tolerance
+from tests.kernel_cases import tolerance
 from tests.ranks import Ranks
 
 C = 3

@@ -19,7 +19,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import syncbn
 from syncbn.kernels import Running, reference
 from syncbn.moments import Moments
-from tests.kernels import KERNELS, device_of
+from tests.kernel_cases import KERNELS, device_of
 
 PAIRS: list[tuple[Callable[..., nn.Module], Callable[..., nn.Module], tuple[int, ...]]] = [
     (syncbn.SyncBatchNorm1d, nn.BatchNorm1d, (6, 4)),

@@ -21,7 +21,7 @@ from syncbn.distributed.collectives import Message
 from syncbn.kernels import choose
 from syncbn.kernels.triton.launcher import Launch
 from syncbn.ops import backward
-from tests.kernels import device_of
+from tests.kernel_cases import device_of
 from tests.ranks import Ranks
 
 DEVICE = device_of("triton")

@@ -16,7 +16,7 @@ import syncbn
 from syncbn.kernels import Forward, Running, Transform, choose, reference
 from syncbn.kernels.layout import Samples
 from syncbn.moments import Moments
-from tests.kernels import EPS, device_of, totals
+from tests.kernel_cases import EPS, device_of, totals
 
 DEVICE = device_of("triton")
 # Whose channels are shared by programs.

@@ -1,8 +1,8 @@
 """Local compute: kernels know nothing of ranks, and one `match` chooses among the modules.
 
 Adding a kernel is a new file with the functions of :class:`Kernel`, a row in :func:`choose`, and a
-row in ``tests/kernels.py``, which runs the whole test-suite on it. What each function returns is
-written in :mod:`syncbn.kernels.reference`.
+row in ``tests/kernel_cases.py``, which runs the whole test-suite on it. What each function returns
+is written in :mod:`syncbn.kernels.reference`.
 """
 
 from __future__ import annotations
