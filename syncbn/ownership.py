@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn.modes import is_watched
+from syncbn.modes import num_dispatch_modes
 
 # Not in every version of torch.
 _COUNT = "_use_count"
@@ -78,7 +78,7 @@ def _is_of_torch(gradient: Tensor) -> bool:
 
 def _is_seen() -> bool:
     # Modes, debuggers and profilers have references of their own, and may keep them.
-    return is_watched() > 0 or sys.gettrace() is not None or sys.getprofile() is not None
+    return num_dispatch_modes() > 0 or sys.gettrace() is not None or sys.getprofile() is not None
 
 
 @cache

@@ -24,7 +24,7 @@ from syncbn.kernels.coefficients import Forward as Forward
 from syncbn.kernels.coefficients import Running as Running
 from syncbn.kernels.coefficients import Transform as Transform
 from syncbn.kernels.coefficients import Wanted as Wanted
-from syncbn.modes import is_watched
+from syncbn.modes import num_dispatch_modes
 
 _PLAIN = {Tensor, Parameter, type(None)}
 NAMES = ("auto", "reference", "cpu", "triton", "aten_cuda")
@@ -96,7 +96,7 @@ def choose(name: str, x: Tensor, *others: Tensor | None) -> Kernel:
             return _triton()
         case (("auto" | "reference"), _):
             return reference
-        case (("cpu" | "triton"), _) if torch.compiler.is_compiling() or is_watched():
+        case (("cpu" | "triton"), _) if torch.compiler.is_compiling() or num_dispatch_modes():
             raise RuntimeError(
                 f"kernel {name!r}: got a call under torch.compile or a TorchDispatchMode (tracing, "
                 "fake tensors, a recorder), which cannot see what it does; 'auto' takes another one"
@@ -133,7 +133,7 @@ def missing_triton() -> str | None:
 def _is_plain(x: Tensor, others: tuple[Tensor | None, ...]) -> bool:
     # Of subclasses of tensors, and where calls of torch are recorded or replaced, calls of torch
     # are what is sure to work.
-    return type(x) in _PLAIN and _PLAIN.issuperset(map(type, others)) and not is_watched()
+    return type(x) in _PLAIN and _PLAIN.issuperset(map(type, others)) and not num_dispatch_modes()
 
 
 @cache

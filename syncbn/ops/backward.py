@@ -206,7 +206,7 @@ class SyncBatchNormBackward(torch.autograd.Function):
 
         if any(gradient is not None and rows.is_batched(gradient) for gradient in (h, u, v, t)):
             return rows.over_rows(transformed, h, u, v, t)
-        if modes.is_transformed():
+        if modes.in_functorch_transform():
             return transformed(h, u, v, t)
         if torch.is_grad_enabled():
             return any_order.second(dy, x, weight, closed, call, (h, u, v, t))

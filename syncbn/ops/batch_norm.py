@@ -37,7 +37,7 @@ def normalize(
     if mask is not None:
         x, filling = masking.fill(x, mask)
         call = call._replace(filling=filling)
-    if modes.is_transformed() or modes.is_forward_differentiated():
+    if modes.in_functorch_transform() or modes.in_forward_ad():
         y = any_order.forward(x, weight, bias, residual, call)
     else:
         # torch.compile refuses one tensor as two arguments.

@@ -34,7 +34,7 @@ def forward(
         RuntimeError: there are running averages under a transform of `torch.func`.
     """
     moves = call.running is not None or call.pending is not None
-    if moves and modes.is_transformed():
+    if moves and modes.in_functorch_transform():
         raise RuntimeError(
             f"{call.label}: running averages cannot be moved under a transform of torch.func; "
             "torch.func.replace_all_batch_norm_modules_(model) turns them off, and so does "

@@ -124,7 +124,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         if not torch.compiler.is_compiling():
             if rows.is_batched(dy):
                 return *rows.over_rows(partial(_transformed_gradients, ctx), dy), None
-            if modes.is_transformed():
+            if modes.in_functorch_transform():
                 return *_transformed_gradients(ctx, dy), None
         references = None if torch.compiler.is_compiling() else sys.getrefcount(dy)
         mine = references is not None and is_unshared(dy, references)

@@ -96,7 +96,7 @@ def group_message(x: Tensor, call: Call) -> tuple[Tensor, bool]:
     if around is None:
         message, is_new = exchange(), True
     else:
-        with modes.hidden(x):
+        with modes.bypass_modes(x):
             inputs = f"{x.shape[1]} channels and {x.dtype} inputs"
             message, is_new = around.message(exchange, inputs, call.label)
     if is_new and call.pending is not None:
