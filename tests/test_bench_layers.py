@@ -171,7 +171,7 @@ def test_peak_memory_is_that_of_the_kernel_in_use() -> None:
     layer = SyncBatchNorm2d(3)
 
     def peak(kernel: str) -> float:
-        layer.sync_kernel = kernel
+        layer.impl = kernel
         return peak_bytes(lambda: (layer(x) * 2).sum().backward(), x.device) / x.nbytes
 
     peak("cpu")  # makes the gradients

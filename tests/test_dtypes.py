@@ -102,7 +102,7 @@ def test_the_functional_form(kernel: str, training: bool) -> None:
 
 def _layer(case: Case, kernel: str = "auto") -> Any:
     layer: Any = syncbn.SyncBatchNorm2d(4, EPS, MOMENTUM)
-    layer.sync_kernel = kernel
+    layer.impl = kernel
     layer.weight, layer.bias = nn.Parameter(case.weight), nn.Parameter(case.bias)
     layer.running_mean, layer.running_var = case.mean.clone(), case.var.clone()
     return layer.to(case.x.device)

@@ -158,7 +158,7 @@ def _layer(way: str) -> tuple[Any, nn.Module]:
             contexts: Any = {"use_reentrant": False, "context_fn": syncbn.checkpoint_contexts}
             return lambda x: checkpoint(layer, x, **contexts), layer
         case _:
-            layer.sync_kernel = way
+            layer.impl = way
     return layer, layer
 
 

@@ -186,7 +186,7 @@ def test_few_values_of_many_are_as_exact(kernel: str) -> None:
     mask = torch.zeros(2, 128, 128, dtype=torch.bool)
     mask.view(-1)[torch.randperm(mask.numel(), generator=generator)[:7]] = True
     layer = syncbn.SyncBatchNorm2d(3, momentum=1.0)
-    layer.sync_kernel = kernel
+    layer.impl = kernel
     y = layer(x, mask=mask).movedim(1, -1)[mask]
     values = x.movedim(1, -1)[mask].double()
     var, mean = torch.var_mean(values, 0, correction=0)

@@ -38,7 +38,7 @@ def _kernels() -> Any:
 
 def _layer(kernel: str, group: dist.ProcessGroup | None = None) -> syncbn.SyncBatchNorm2d:
     layer = syncbn.SyncBatchNorm2d(4, activation="relu", process_group=group).to(DEVICE)
-    layer.sync_kernel = kernel
+    layer.impl = kernel
     return layer
 
 
