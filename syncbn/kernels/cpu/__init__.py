@@ -21,7 +21,7 @@ from torch.autograd.graph import increment_version
 from syncbn.kernels import reference
 from syncbn.kernels.coefficients import Forward, Transform, Wanted
 from syncbn.kernels.cpu import abi as call
-from syncbn.kernels.cpu.source_hash import checksum_path, digest, is_intact, sources
+from syncbn.kernels.cpu.source_hash import checksum_path, find_sources, hash_sources, is_intact
 from syncbn.kernels.layout import alike, empty_like, readable
 from syncbn.moments import Moments, get_packed_size
 
@@ -33,7 +33,7 @@ LEVELS = ("baseline", "AVX2", "AVX-512")
 
 _FUNCTIONS = (
     *("moments", "normalize", "backward_reduce", "backward_elemt"),
-    *("forward_alone", "backward_alone"),
+    *("forward_local", "backward_local"),
 )
 
 
@@ -98,7 +98,7 @@ class CPU:
         averages = None if how.running is None else call.averages(how.running)
         if how.running is not None and averages is None:
             return self.normalize(x, self.moments(x), how, residual)
-        return self._output(self.library.forward_alone, x, None, how, residual, averages)
+        return self._output(self.library.forward_local, x, None, how, residual, averages)
 
     def backward_alone(
         self,
@@ -111,7 +111,7 @@ class CPU:
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """See :func:`syncbn.kernels.alone.backward`."""
         sums = x.new_empty(2 * x.shape[1], dtype=torch.float64)
-        function = self.library.backward_alone
+        function = self.library.backward_local
         dx, dweight, dbias = self._backward(function, dy, x, transform, sums, wanted, may_overwrite)
         assert dx is not None
         return sums, dx, dweight, dbias
@@ -199,7 +199,7 @@ def load() -> CPU | str:
             function = getattr(library, f"syncbn_{name}")
             function.argtypes = (ctypes.c_char_p,)
             setattr(library, name, function)
-        if sources(PATH.parent) and _mark(library) != digest(PATH.parent):
+        if find_sources(PATH.parent) and _mark(library) != hash_sources(PATH.parent):
             return f"{PATH} is of other sources than those beside it; install syncbn again"
         return CPU(library, library.syncbn_level())
     except (OSError, AttributeError, ValueError) as error:
