@@ -1,7 +1,7 @@
-"""Builds the C++ kernels when syncbn is built: a library with a C interface, without torch.
+"""Hatchling build hook: compiles the C++ kernels into a library with a C interface, without torch.
 
-If there is no compiler, or it fails, syncbn is installed without them and `syncbn-doctor` says why.
-CXX and CXXFLAGS are respected.
+Without a working compiler syncbn is installed without the library, and `syncbn-doctor` reports the
+reason. CXX and CXXFLAGS are respected.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 KERNELS = Path(__file__).parent / "syncbn" / "kernels" / "cpu"
 LIBRARY = KERNELS / "libsyncbn_cpu.so"
-# Says, where the library is missing, why.
+# The reason for a missing library.
 REASON = LIBRARY.with_suffix(".txt")
-# Not imported: the package needs torch, which may not be there when it is built.
-DIGEST = runpy.run_path(str(KERNELS / "source_hash.py"))
-CHECKSUM = DIGEST["checksum_path"](LIBRARY)
+# Not imported: the package needs torch, which may be missing during a build.
+SOURCE_HASH = runpy.run_path(str(KERNELS / "source_hash.py"))
+CHECKSUM = SOURCE_HASH["checksum_path"](LIBRARY)
 
-# Nothing that changes results for NaN, infinities or subnormals, and nothing for this machine only.
+# No flag that changes results for NaN, infinities or subnormals, or that targets this machine only.
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno"
 WARNINGS = "-Wall -Wextra -Wno-psabi -Wno-unknown-warning-option"
 X86_LEVELS = {
@@ -39,10 +39,10 @@ X86_LEVELS = {
 
 
 class CustomBuildHook(BuildHookInterface[Any]):
-    """Hatchling's hook."""
+    """Adds the library, or the reason for its absence, to a wheel."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Build the library, and name the wheel after the platform if it has one."""
+        """Build the library; a wheel that contains it gets a platform tag."""
         reason = build_if_changed(LIBRARY)
         REASON.unlink(missing_ok=True)
         if reason is None:
@@ -62,25 +62,29 @@ class CustomBuildHook(BuildHookInterface[Any]):
 
 
 def platform_tag(platform: str) -> str:
-    """Return what a wheel is named after, given what Python calls the platform."""
-    # A Python for both processors of macOS does not make the library one for both.
+    """Return the platform tag of a wheel.
+
+    Args:
+        platform: result of `sysconfig.get_platform`.
+    """
+    # Under a universal2 Python the library is still built for one processor.
     platform = platform.replace("universal2", machine())
     return platform.replace("-", "_").replace(".", "_")
 
 
 def build_if_changed(library: Path) -> str | None:
-    """Build the library unless it is there already, from the same sources and in the same way.
+    """Build the library unless it is up to date: same sources, compiler and flags.
 
     Returns:
-        None, or why there is no library.
+        None, or the reason for a missing library.
     """
     try:
         compiler = find_compiler()
     except ValueError as error:
         return f"CXX or CXXFLAGS cannot be read: {error}"
     if compiler is None:
-        return "no C++ compiler was found (g++ or clang++, or what CXX names)"
-    mark = fingerprint(compiler)
+        return "no C++ compiler was found (g++, clang++ or the command in CXX)"
+    mark = build_mark(compiler)
     if is_built(library, mark):
         return None
     try:
@@ -91,9 +95,9 @@ def build_if_changed(library: Path) -> str | None:
 
 
 def is_built(library: Path, mark: str) -> bool:
-    """Return whether a library has a mark and is not damaged."""
+    """Return whether a library contains a mark and is not damaged."""
     try:
-        return mark.encode() in library.read_bytes() and bool(DIGEST["is_intact"](library))
+        return mark.encode() in library.read_bytes() and bool(SOURCE_HASH["is_intact"](library))
     except (OSError, ValueError):  # ValueError: the checksum file is no text
         return False
 
@@ -102,23 +106,26 @@ def find_compiler() -> list[str] | None:
     """Return the command of a C++ compiler, or None.
 
     Raises:
-        ValueError: a quotation in CXX or CXXFLAGS does not end.
+        ValueError: unbalanced quotes in CXX or CXXFLAGS.
     """
-    # Here and not where the flags are used, which is too late for a reason instead of an error.
+    # Parsed before the build, so that a bad value becomes a reason instead of an error.
     shlex.split(os.environ.get("CXXFLAGS", ""))
     if named := shlex.split(os.environ.get("CXX", "")):
         return named if shutil.which(named[0]) else None
     return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 
 
-def fingerprint(compiler: list[str]) -> str:
-    """Return what a build depends on, in short; the library holds it."""
-    how = [*compiler, os.environ.get("CXXFLAGS", ""), Path(__file__).read_text()]
-    return f"{DIGEST['digest'](KERNELS)}, built as {hashlib.sha256(repr(how).encode()).hexdigest()}"
+def build_mark(compiler: list[str]) -> str:
+    """Return hashes of the sources and of the build settings; the library contains this text."""
+    settings = repr([*compiler, os.environ.get("CXXFLAGS", ""), Path(__file__).read_text()])
+    return (
+        f"{SOURCE_HASH['hash_sources'](KERNELS)}, "
+        f"built as {hashlib.sha256(settings.encode()).hexdigest()}"
+    )
 
 
 def build(library: Path, compiler: list[str], mark: str = "") -> None:
-    """Compile for each instruction set, and link.
+    """Compile the kernels for every instruction set, and link the library.
 
     Raises:
         subprocess.CalledProcessError: the compiler failed.
@@ -131,7 +138,7 @@ def build(library: Path, compiler: list[str], mark: str = "") -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         units = [(KERNELS / "csrc" / "cpu.cpp", [f'-DSYNCBN_MARK="{mark}"'])]
         units += [
-            (KERNELS / "csrc" / "instance.cpp", [f"-DSYNCBN_KERNELS={name}", *flags.split()])
+            (KERNELS / "csrc" / "isa_kernels.cpp", [f"-DSYNCBN_KERNELS={name}", *flags.split()])
             for name, flags in levels.items()
         ]
         objects = [f"{folder}/{i}.o" for i in range(len(units))]
@@ -145,11 +152,11 @@ def build(library: Path, compiler: list[str], mark: str = "") -> None:
         linked = Path(folder) / library.name
         _run([*compiler, "-shared", *openmp, *extra, *objects, "-o", str(linked)])
         checksum = Path(folder) / "checksum"
-        checksum.write_text(DIGEST["checksum"](linked))
-        # A process that has loaded the old library keeps it.
+        checksum.write_text(SOURCE_HASH["checksum"](linked))
+        # Processes that have loaded the old library keep it.
         linked.replace(library)
-        # A process that starts in between uses the reference kernels.
-        checksum.replace(DIGEST["checksum_path"](library))
+        # A process that starts between these two lines uses the reference kernels.
+        checksum.replace(SOURCE_HASH["checksum_path"](library))
 
 
 def _accepts(compiler: list[str], flag: str) -> bool:

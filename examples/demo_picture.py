@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
 
 from syncbn.cli.signals import deferred_termination
-from syncbn.files import replacing
+from syncbn.files import atomic_write
 
 YARDSTICK, LOCAL, SYNC = "#9ca3af", "#d97706", "#1d4ed8"
 # Float64 resolves no difference below this at a loss near one; equal losses are drawn here.
@@ -58,7 +58,7 @@ def draw(alone: Run, local: Run, sync: Run, target: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#eeeeee")
         axes.set_axisbelow(True)
-    with deferred_termination(), replacing(target) as file:
+    with deferred_termination(), atomic_write(target) as file:
         figure.savefig(file, format="png")
 
 

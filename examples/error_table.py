@@ -42,7 +42,7 @@ def observe(case: Case, rank: int, device: torch.device, kernel: str = "auto") -
     layer = syncbn.SyncBatchNorm(
         case.channels, eps=EPS, momentum=MOMENTUM, affine=case.affine, dtype=case.parameter_dtype
     ).to(device)
-    layer.sync_kernel = kernel
+    layer.impl = kernel
     x, dy = (t.to(device) for t in batch(case, rank))
     return step(layer, case, x, dy)
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writes of regular files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import IO
 
 
 @contextmanager
-def replacing(path: Path, source: Path | None = None) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path, source: Path | None = None) -> Iterator[IO[bytes]]:
     """Write a file so that ``path`` is at any time absent, the old version, or the new one.
 
     An existing file keeps its permissions and, where the process may set them, its owner and group.
@@ -24,8 +24,8 @@ def replacing(path: Path, source: Path | None = None) -> Iterator[IO[bytes]]:
 
     Args:
         path: file to write, complete when the body ends without an exception.
-        source: file with the same secrets as the content; grants nothing to the file's group and to
-            other users that it does not grant itself.
+        source: file with the same secrets as the content; the new file grants its group and other
+            users no permission that the source does not grant.
 
     Yields:
         The temporary file, open for binary writing.
@@ -38,11 +38,11 @@ def replacing(path: Path, source: Path | None = None) -> Iterator[IO[bytes]]:
     path = path.resolve()
     old = path.stat() if path.exists() else None
     limit = None if source is None else source.stat()
-    # A random name, since processes on several hosts and threads have equal numbers.
+    # A random name: process and thread numbers repeat on other hosts.
     temporary = path.with_name(f".syncbn-{secrets.token_hex(8)}.tmp")
     # Created with its final permissions: mkstemp ignores the umask, which no thread can read
     # without changing it for all.
-    mode = 0o600 if old is not None else 0o666 if limit is None else _allowed(limit) & 0o666
+    mode = 0o600 if old is not None else 0o666 if limit is None else _permission_bits(limit) & 0o666
     try:
         # "x" is O_EXCL, which follows no symbolic link.
         with open(temporary, "xb", opener=partial(os.open, mode=mode)) as file:
@@ -58,7 +58,7 @@ def replacing(path: Path, source: Path | None = None) -> Iterator[IO[bytes]]:
 
 
 def require_file(path: Path) -> None:
-    """Raise unless a file can be written at a path.
+    """Raise unless :func:`atomic_write` can write a path.
 
     Raises:
         ValueError: the folder does not exist or is not writable; the path is a folder, a device, a
@@ -77,7 +77,7 @@ def require_file(path: Path) -> None:
 
 
 def _require_regular(path: Path) -> None:
-    # Before resolve(), which makes a name of /dev/stdout under which nothing exists.
+    # Before resolve(), which turns /dev/stdout into a name without a file.
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -97,8 +97,8 @@ def _set_access(descriptor: int, old: os.stat_result | None, limit: os.stat_resu
 
     Args:
         descriptor: the new file, with the permissions of the umask.
-        old: status of the file that it replaces.
-        limit: status of the file that it is derived from.
+        old: status of the file that it replaces, or None.
+        limit: status of the file that it is derived from, or None.
     """
     if old is not None:
         # Root may set both; another user may set a group that includes this user.
@@ -110,14 +110,14 @@ def _set_access(descriptor: int, old: os.stat_result | None, limit: os.stat_resu
     mode = stat.S_IMODE(new.st_mode if old is None else old.st_mode)
     for status in (old, limit):
         if status is not None:
-            mode &= _allowed(status, new.st_gid)
+            mode &= _permission_bits(status, new.st_gid)
     # Some file systems have one mode for all files and refuse any change.
     if mode != stat.S_IMODE(new.st_mode):
         os.fchmod(descriptor, mode)
 
 
-def _allowed(status: os.stat_result, group: int | None = None) -> int:
-    """Return the permissions that a file grants, with all of its owner's.
+def _permission_bits(status: os.stat_result, group: int | None = None) -> int:
+    """Return a file's permission bits, with every bit of the owner set.
 
     Args:
         status: result of `os.stat`.
@@ -125,14 +125,14 @@ def _allowed(status: os.stat_result, group: int | None = None) -> int:
     """
     shared = status.st_mode & 0o077
     if group not in (None, status.st_gid):
-        # Members of another group have the permissions of any user.
+        # Members of another group have the permissions of other users.
         shared = (shared & 0o007) * 0o11
     return 0o700 | shared
 
 
 def _sync_folder(folder: Path) -> None:
-    """Write a renaming to the disk, so that it outlasts a power failure."""
-    # Windows and some network file systems cannot; the file itself is complete.
+    """Flush a rename to the disk, so that it survives a power failure."""
+    # Windows and some network file systems refuse; the file itself is complete.
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""Who else sees, or replaces, the calls of torch."""
+"""Active dispatch modes, functorch transforms and forward-mode differentiation."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _disable_current_modes
 
-#: Returns how many of `TorchDispatchMode` there are: tracers, recorders, fake tensors. They see
-#: calls of torch, and only these, may replace them, and keep what they are given.
-is_watched = torch._C._len_torch_dispatch_stack
-#: Returns whether a transform of `torch.func` runs, which sees through functions of its own.
-is_transformed = torch._C._are_functorch_transforms_active
+#: Returns the number of active `TorchDispatchMode` objects (tracers, recorders, fake tensors). A
+#: mode intercepts calls of torch alone, may replace them, and may keep references to arguments.
+num_dispatch_modes = torch._C._len_torch_dispatch_stack
+#: Returns whether a transform of `torch.func` is active; it differentiates through the body of an
+#: `autograd.Function`.
+in_functorch_transform = torch._C._are_functorch_transforms_active
 
 
-def is_forward_differentiated() -> bool:
-    """Return whether forward-mode derivatives may be taken."""
+def in_forward_ad() -> bool:
+    """Return whether a forward-mode differentiation level is active."""
     return forward_ad._current_level >= 0
 
 
 @contextmanager
-def hidden(x: Tensor) -> Iterator[None]:
-    """Keep the body's calls from modes, unless x is of theirs.
+def bypass_modes(x: Tensor) -> Iterator[None]:
+    """Hide the body's calls from dispatch modes, unless x is a tensor of a mode.
 
-    Selective checkpointing counts calls, and a recomputation has fewer.
+    Selective checkpointing counts calls, and a recomputation makes fewer calls.
     """
-    if is_watched() and type(x) in (Tensor, Parameter):
+    if num_dispatch_modes() and type(x) in (Tensor, Parameter):
         with _disable_current_modes():
             yield
     else:

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, settings
 from syncbn.kernels import cpu
 from tests import device
 from tests.conformance import MPIS, SUITE
-from tests.kernels import cpp, levels
+from tests.kernel_cases import cpp, levels
 from tests.mpi_jobs import Launch
 from tests.ranks import Pool, Ranks
 from tests.scheduling import FileByFile, longest_first

@@ -18,7 +18,7 @@ from torch import Tensor
 from syncbn.kernels import aten_cuda
 from syncbn.kernels.coefficients import compute_dtype
 from syncbn.moments import Moments
-from tests.kernels import DTYPES, tolerance
+from tests.kernel_cases import DTYPES, tolerance
 from tests.test_far_from_zero import check_kernel
 from tests.test_kernels import LAYOUTS, SHAPES, check_module
 

@@ -16,7 +16,7 @@ from torch.autograd.functional import hessian, jacobian
 import syncbn
 from tests.device import seeded
 from tests.formula import Formula
-from tests.kernels import KERNELS, device_of
+from tests.kernel_cases import KERNELS, device_of
 from tests.ranks import Ranks
 
 ROWS, SIZES = 5, [1, 2, 3]
@@ -36,7 +36,7 @@ def _layer(
 ) -> Any:
     torch.manual_seed(0)
     layer: Any = syncbn.SyncBatchNorm2d(3, dtype=dtype, activation=activation)  # type: ignore[arg-type]
-    layer.sync_kernel = kernel
+    layer.impl = kernel
     nn.init.uniform_(layer.weight, 0.5, 1.5), nn.init.uniform_(layer.bias, -0.5, 0.5)
     return layer.to(device_of(kernel))
 

@@ -19,7 +19,7 @@ from syncbn.bench.memory import peak_bytes
 from syncbn.bench.resnet20 import resnet20
 from syncbn.bench.resnet50 import resnet50
 from tests.commands import run
-from tests.kernels import device_of, needs_cpp
+from tests.kernel_cases import device_of, needs_cpp
 
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 
@@ -171,7 +171,7 @@ def test_peak_memory_is_that_of_the_kernel_in_use() -> None:
     layer = SyncBatchNorm2d(3)
 
     def peak(kernel: str) -> float:
-        layer.sync_kernel = kernel
+        layer.impl = kernel
         return peak_bytes(lambda: (layer(x) * 2).sum().backward(), x.device) / x.nbytes
 
     peak("cpu")  # makes the gradients

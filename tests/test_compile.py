@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import syncbn
 from syncbn.bench.resnet20 import resnet20
 from syncbn.kernels import traced
-from tests.kernels import DTYPES, tolerance
+from tests.kernel_cases import DTYPES, tolerance
 from tests.ranks import Ranks
 from tests.test_kernels import LAYOUTS, SHAPES, check_module
 
@@ -129,7 +129,7 @@ def test_layers_of_one_shape_share_a_graph(kernel: str) -> None:
     counters.clear()
     for block in blocks:
         (norm,) = (m for m in block.modules() if isinstance(m, syncbn.SyncBatchNorm))
-        norm.sync_kernel = kernel
+        norm.impl = kernel
         block.compile(fullgraph=True, backend="aot_eager")
     blocks(torch.randn(2, 3, 4, 4)).sum().backward()
     assert counters["stats"]["unique_graphs"] <= 2
@@ -193,7 +193,7 @@ def test_recomputed_activations(two_ranks: Ranks, inside: bool) -> None:
 
 def test_a_kernel_that_cannot_be_compiled_is_refused() -> None:
     layer = syncbn.SyncBatchNorm2d(2)
-    layer.sync_kernel = "cpu"
+    layer.impl = "cpu"
     call = torch.compile(layer, fullgraph=True, backend="eager")
     with pytest.raises(Exception, match="which cannot see what it does; 'auto' takes"):
         call(torch.randn(2, 2, 3, 3))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from syncbn.kernels import Forward, Running, Transform, alone, cpu, reference
 from syncbn.moments import Moments
-from tests.kernels import DTYPES, EPS, everything, needs_cpp, normalize, tolerance, transform
+from tests.kernel_cases import DTYPES, EPS, everything, needs_cpp, normalize, tolerance, transform
 from tests.test_kernels import LAYOUTS, SHAPES, check_module
 
 pytestmark = needs_cpp

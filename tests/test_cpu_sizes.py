@@ -12,7 +12,7 @@ from torch import Tensor
 
 from syncbn.kernels import Forward, Transform, alone, cpu, reference
 from syncbn.kernels.layout import Samples
-from tests.kernels import (
+from tests.kernel_cases import (
     EPS,
     cpp,
     everything,

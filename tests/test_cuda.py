@@ -1,6 +1,6 @@
 """What only a GPU shows: no waiting for it, streams, launches, sizes.
 
-The kernels themselves, and layers over ranks, are tested on it by the rows of tests/kernels.py.
+The kernels themselves, and layers over ranks, are tested by the rows of tests/kernel_cases.py.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 import syncbn
 from syncbn.inference import example_weighted, prior_mix
 from tests.device import seeded
-from tests.kernels import KERNELS, device_of, dtypes_of
+from tests.kernel_cases import KERNELS, device_of, dtypes_of
 from tests.ranks import Ranks
 
 EPS, MOMENTUM = 1e-3, 0.25
@@ -102,7 +102,7 @@ def test_the_functional_form(kernel: str, training: bool) -> None:
 
 def _layer(case: Case, kernel: str = "auto") -> Any:
     layer: Any = syncbn.SyncBatchNorm2d(4, EPS, MOMENTUM)
-    layer.sync_kernel = kernel
+    layer.impl = kernel
     layer.weight, layer.bias = nn.Parameter(case.weight), nn.Parameter(case.bias)
     layer.running_mean, layer.running_var = case.mean.clone(), case.var.clone()
     return layer.to(case.x.device)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import syncbn
 from syncbn.inference import prior_mix
 from syncbn.kernels import Forward, Kernel, Running, Transform, alone, reference, traced
-from tests.kernels import EPS, needs_cpp
+from tests.kernel_cases import EPS, needs_cpp
 from tests.ranks import Ranks
 
 # Torch raises it while it compiles.
@@ -158,7 +158,7 @@ def _layer(way: str) -> tuple[Any, nn.Module]:
             contexts: Any = {"use_reentrant": False, "context_fn": syncbn.checkpoint_contexts}
             return lambda x: checkpoint(layer, x, **contexts), layer
         case _:
-            layer.sync_kernel = way
+            layer.impl = way
     return layer, layer
 
 

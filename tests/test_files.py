@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, by real processes that are really interrupted."""
+"""Atomic writes, by real processes that real signals interrupt."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from threading import Barrier, Thread
 
 import pytest
 
-from syncbn.files import replacing, require_file
+from syncbn.files import atomic_write, require_file
 from tests.transports import ROOT
 
 WRITER = """
 import sys
 from pathlib import Path
 from syncbn.cli.signals import deferred_termination
-from syncbn.files import replacing
-with deferred_termination(), replacing(Path(sys.argv[1])) as file:
+from syncbn.files import atomic_write
+with deferred_termination(), atomic_write(Path(sys.argv[1])) as file:
     file.write(b"first ")
     file.flush()
     print("writing", flush=True)
@@ -48,17 +48,17 @@ def mode_of(path: Path) -> int:
 
 
 def write(path: Path, source: Path | None = None) -> None:
-    with replacing(path, source) as file:
+    with atomic_write(path, source) as file:
         file.write(b"new")
     assert path.read_bytes() == b"new"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["TERM", "HUP"])
 @pytest.mark.parametrize("ignored", [False, True])
-def test_a_signal_ends_the_process_after_the_file(
+def test_signal_ends_the_process_after_the_write(
     number: signal.Signals, ignored: bool, tmp_path: Path
 ) -> None:
-    """A temporary file remained. Under nohup the process goes on."""
+    """Regression: a temporary file remained. Under nohup the process continues."""
     program = [sys.executable, "-c", WRITER, str(tmp_path / "out")]
     if ignored:
         program = ["bash", "-c", f'trap "" {number.name[3:]}; exec "$@"', "-", *program]
@@ -81,13 +81,13 @@ def test_a_signal_ends_the_process_after_the_file(
     assert (tmp_path / "out").read_bytes() == b"first second"
 
 
-def test_threads_that_write_one_file(tmp_path: Path) -> None:
-    """Both wrote to one temporary file, so the result had parts of each."""
+def test_concurrent_writes_do_not_mix(tmp_path: Path) -> None:
+    """Regression: both wrote to one temporary file, so the result mixed their contents."""
     path, barrier = tmp_path / "out", Barrier(2, timeout=20)
     texts = b"a" * 100_000, b"b" * 200_000
 
     def write_slowly(text: bytes) -> None:
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             for half in (text[: len(text) // 2], text[len(text) // 2 :]):
                 file.write(half)
                 file.flush()
@@ -102,8 +102,8 @@ def test_threads_that_write_one_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_planted_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The temporary name was predictable, and a link with this name was followed."""
+def test_planted_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Regression: the temporary name was predictable, and a link of this name was followed."""
     victim, path = tmp_path / "victim", tmp_path / "out"
     victim.write_bytes(b"old")
     monkeypatch.setattr("syncbn.files.secrets.token_hex", lambda size: "guessed")
@@ -113,7 +113,7 @@ def test_a_planted_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.Monk
     assert victim.read_bytes() == b"old"
 
 
-def test_a_name_of_the_greatest_length(tmp_path: Path) -> None:
+def test_longest_file_name(tmp_path: Path) -> None:
     write(tmp_path / ("x" * 255))
 
 
@@ -125,15 +125,15 @@ def special_files(folder: Path, listener: socket.socket) -> dict[str, Path]:
     return {path.name: path for path in folder.iterdir()}
 
 
-def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
-    """As root, output=/dev/null replaced the device of the whole machine by a file."""
+def test_special_files_raise(tmp_path: Path) -> None:
+    """Regression: as root, output=/dev/null replaced the machine's device by a file."""
     with socket.socket(socket.AF_UNIX) as listener:
         paths = special_files(tmp_path, listener)
         for path in paths.values():
             before = path.lstat()
             with pytest.raises(ValueError, match=r"is a (device, a pipe or a socket|folder)"):
                 require_file(path)
-            with pytest.raises(ValueError, match="expected the name of a"), replacing(path):
+            with pytest.raises(ValueError, match="expected the name of a"), atomic_write(path):
                 raise AssertionError("not reached")
             assert path.lstat() == before
     for device in ("/dev/null", "/dev/zero"):
@@ -142,7 +142,7 @@ def test_what_is_no_regular_file_is_refused(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == len(paths)
 
 
-def test_places_where_no_file_can_be(tmp_path: Path) -> None:
+def test_impossible_paths_raise(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").touch()
     (tmp_path / "far").symlink_to("no/such/file")
@@ -152,7 +152,7 @@ def test_places_where_no_file_can_be(tmp_path: Path) -> None:
     require_file(tmp_path / "out")
 
 
-def test_a_link_to_a_file_remains(tmp_path: Path) -> None:
+def test_link_to_a_file_is_kept(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("file")
     for _ in range(2):  # the file is absent in the first turn
         require_file(tmp_path / "link")
@@ -162,7 +162,7 @@ def test_a_link_to_a_file_remains(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
-def test_a_new_file_has_the_permissions_of_any_new_file(mask: int, tmp_path: Path) -> None:
+def test_new_file_has_the_permissions_of_the_umask(mask: int, tmp_path: Path) -> None:
     with umask(mask):
         write(tmp_path / "out")
         (tmp_path / "other").touch()
@@ -170,8 +170,8 @@ def test_a_new_file_has_the_permissions_of_any_new_file(mask: int, tmp_path: Pat
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o444, 0o400])
-def test_a_derived_file_is_not_more_readable(mode: int, tmp_path: Path) -> None:
-    """A private checkpoint gave an output with the permissions of the umask."""
+def test_derived_file_is_not_more_readable_than_its_source(mode: int, tmp_path: Path) -> None:
+    """Regression: a private checkpoint gave an output with the permissions of the umask."""
     source, out, old = tmp_path / "in", tmp_path / "out", tmp_path / "old"
     source.touch(mode)
     old.touch()
@@ -183,8 +183,8 @@ def test_a_derived_file_is_not_more_readable(mode: int, tmp_path: Path) -> None:
     assert mode_of(out) == mode_of(old) == mode | 0o600
 
 
-def test_a_group_without_access_to_the_source_gets_none(tmp_path: Path) -> None:
-    """An output with another group gave its members the permissions of the source's group."""
+def test_group_without_access_to_the_source_gets_none(tmp_path: Path) -> None:
+    """Regression: members of an output's other group got the permissions of the source's group."""
     source = tmp_path / "in"
     source.touch(0o640)
     group = [group for group in (*os.getgroups(), 12345) if group != os.getegid()][:1]
@@ -196,8 +196,8 @@ def test_a_group_without_access_to_the_source_gets_none(tmp_path: Path) -> None:
     assert mode_of(tmp_path / "out") == (0o640 if same else 0o600)
 
 
-def test_an_old_file_keeps_its_permissions_and_owner(tmp_path: Path) -> None:
-    """Root replaced the file of a user by its own, which the user could not write."""
+def test_existing_file_keeps_its_permissions_and_owner(tmp_path: Path) -> None:
+    """Regression: root replaced a user's file by one that the user could not write."""
     path = tmp_path / "out"
     path.touch()
     with suppress(PermissionError):  # root may set any owner
@@ -211,8 +211,8 @@ def test_an_old_file_keeps_its_permissions_and_owner(tmp_path: Path) -> None:
     assert after.st_mode == before.st_mode
 
 
-def test_a_file_of_another_user_and_group() -> None:
-    """A writer outside the file's group cannot keep the group, so its own group gets no more."""
+def test_file_of_another_user_and_group() -> None:
+    """A writer outside the file's group cannot keep the group; its group gets no more access."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o777)
         path = Path(folder, "out")

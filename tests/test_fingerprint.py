@@ -137,7 +137,7 @@ def test_two_calls_with_backward_passes_in_another_order_are_an_error(
 def _composite_in_another_order(rank: int) -> tuple[str, bool]:
     layers = [syncbn.SyncBatchNorm1d(3, track_running_stats=False) for _ in range(2)]
     for number, layer in enumerate(layers):
-        layer.sync_name = str(number)
+        layer.fqn = str(number)
     x = torch.randn(4, 3)
     tangent = torch.ones_like(x)
 

@@ -42,8 +42,8 @@ from tests.fusion_models import (
     WritesByFunction,
     WritesByOperator,
 )
+from tests.nn.test_third_party import network
 from tests.ranks import Ranks
-from tests.test_third_party import network
 
 
 @pytest.mark.parametrize(

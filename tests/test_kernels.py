@@ -20,7 +20,7 @@ import syncbn
 from syncbn import kernels
 from syncbn.kernels import Forward, Kernel, Running, Transform, alone, cpu, reference
 from syncbn.moments import Moments
-from tests.kernels import (
+from tests.kernel_cases import (
     DTYPES,
     EPS,
     KERNELS,

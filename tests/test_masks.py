@@ -11,7 +11,7 @@ from torch import Tensor
 
 import syncbn
 from tests.device import on_cpu, seeded
-from tests.kernels import tolerance
+from tests.kernel_cases import tolerance
 from tests.ranks import Ranks
 
 C = 3
@@ -186,7 +186,7 @@ def test_few_values_of_many_are_as_exact(kernel: str) -> None:
     mask = torch.zeros(2, 128, 128, dtype=torch.bool)
     mask.view(-1)[torch.randperm(mask.numel(), generator=generator)[:7]] = True
     layer = syncbn.SyncBatchNorm2d(3, momentum=1.0)
-    layer.sync_kernel = kernel
+    layer.impl = kernel
     y = layer(x, mask=mask).movedim(1, -1)[mask]
     values = x.movedim(1, -1)[mask].double()
     var, mean = torch.var_mean(values, 0, correction=0)

@@ -19,7 +19,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 import syncbn
 from syncbn.kernels import Running, reference
 from syncbn.moments import Moments
-from tests.kernels import KERNELS, device_of
+from tests.kernel_cases import KERNELS, device_of
 
 PAIRS: list[tuple[Callable[..., nn.Module], Callable[..., nn.Module], tuple[int, ...]]] = [
     (syncbn.SyncBatchNorm1d, nn.BatchNorm1d, (6, 4)),
@@ -112,7 +112,7 @@ def test_float32_parameters_take_half_input(dtype: torch.dtype) -> None:
 def test_an_inplace_relu_may_follow(kernel: str, layout: str, samples: int) -> None:
     """Autograd refuses to change a view that a function returned, and ResNets use such a ReLU."""
     layer = syncbn.SyncBatchNorm2d(4).to(device_of(kernel))
-    layer.sync_kernel = kernel
+    layer.impl = kernel
     x, dy = (t.to(device_of(kernel)) for t in batch(Case(((samples, 4, 8, 8),), layout=layout), 0))
     leaf = x.requires_grad_()
     y = layer(leaf)

@@ -115,7 +115,7 @@ if rank == 1:
     {others}
 started = time.monotonic()
 layer = syncbn.SyncBatchNorm1d(3)
-layer.sync_name = "stem"
+layer.fqn = "stem"
 try:
     layer(torch.randn(2, 3))
 finally:

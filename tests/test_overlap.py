@@ -21,7 +21,7 @@ from syncbn.distributed.collectives import Message
 from syncbn.kernels import choose
 from syncbn.kernels.triton.launcher import Launch
 from syncbn.ops import backward
-from tests.kernels import device_of
+from tests.kernel_cases import device_of
 from tests.ranks import Ranks
 
 DEVICE = device_of("triton")
@@ -38,7 +38,7 @@ def _kernels() -> Any:
 
 def _layer(kernel: str, group: dist.ProcessGroup | None = None) -> syncbn.SyncBatchNorm2d:
     layer = syncbn.SyncBatchNorm2d(4, activation="relu", process_group=group).to(DEVICE)
-    layer.sync_kernel = kernel
+    layer.impl = kernel
     return layer
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import syncbn
 from tests.device import ON_GPU, on_cpu, seeded
-from tests.kernels import needs_cpp
+from tests.kernel_cases import needs_cpp
 
 # Large enough for its memory to be worth asking for.
 SHAPE = (4, 3, 1200, 1200) if ON_GPU else (4, 3, 80, 80)

@@ -14,7 +14,7 @@ from oracle import EPS, Case, Result, batch, expected, parameters, relative_erro
 from torch import nn
 
 import syncbn
-from tests.kernels import (
+from tests.kernel_cases import (
     DTYPES,
     KERNELS,
     KERNELS_AND_DTYPES,

@@ -16,7 +16,7 @@ import syncbn
 from syncbn.kernels import Forward, Running, Transform, choose, reference
 from syncbn.kernels.layout import Samples
 from syncbn.moments import Moments
-from tests.kernels import EPS, device_of, totals
+from tests.kernel_cases import EPS, device_of, totals
 
 DEVICE = device_of("triton")
 # Whose channels are shared by programs.
@@ -221,7 +221,7 @@ def test_two_launches_forward_and_two_backward(
     launches: list[str], residual: bool, shape: tuple[int, ...]
 ) -> None:
     layer = syncbn.SyncBatchNorm2d(4, activation="relu").to(DEVICE)
-    layer.sync_kernel = "triton"
+    layer.impl = "triton"
     x, r = torch.randn(2, *shape, device=DEVICE)
     y = layer(x.requires_grad_(), r.requires_grad_() if residual else None)
     assert launches == ["moments", "normalize"]
@@ -234,7 +234,7 @@ def test_two_launches_forward_and_two_backward(
 def test_hooks_of_saved_tensors_may_change_how_they_lie(layout: str, twice: bool) -> None:
     """What came through the ReLU is noted in the order in which the input lay."""
     layer = syncbn.SyncBatchNorm2d(6, activation="relu").to(DEVICE)
-    layer.sync_kernel = "triton"
+    layer.impl = "triton"
     x, residual, dy = (tensor((4, 6, 5, 3), layout) for _ in range(3))
     x.requires_grad_()
 

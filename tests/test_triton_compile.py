@@ -14,7 +14,7 @@ import torch
 
 from syncbn import kernels
 from syncbn.kernels import choose
-from tests.kernels import device_of
+from tests.kernel_cases import device_of
 from tests.transports import ROOT
 
 SINGLE = {"ld.global.b16", "st.global.b16", "cp.async 4"}

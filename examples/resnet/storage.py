@@ -8,7 +8,7 @@ from typing import IO, Any
 import torch
 
 from syncbn.cli.signals import deferred_termination
-from syncbn.files import replacing
+from syncbn.files import atomic_write
 
 
 @contextmanager
@@ -19,7 +19,7 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
         ValueError: ``path`` exists and is not a regular file.
         OSError: the disk is full, or the folder cannot be written; an old file stays as it was.
     """
-    with deferred_termination(), replacing(path) as file:
+    with deferred_termination(), atomic_write(path) as file:
         yield file
 
 

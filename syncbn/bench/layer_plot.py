@@ -12,7 +12,7 @@ from syncbn.bench.kernel_times import TRAFFIC, KernelCost
 from syncbn.bench.layer_cases import NOTHING
 from syncbn.bench.layer_tables import title
 from syncbn.bench.layer_times import CaseCosts
-from syncbn.files import replacing
+from syncbn.files import atomic_write
 
 _COLORS = ("#9ca3af", "#1d4ed8", "#60a5fa", "#d97706", "#fbbf24", "#059669")
 _ROOF = "#111827"
@@ -38,7 +38,7 @@ def draw(layers: list[CaseCosts], functions: list[KernelCost], target: Path) -> 
         costs = [c for c in functions if _layout(c) == (layout, dtype) and c.kernel == kernel]
         _draw_functions(axes[1], [c for c in costs if c.after == NOTHING])
         axes[1].set_title(f"functions of kernel {kernel}, {layout}, {dtype}", loc="left")
-    with replacing(target) as file:
+    with atomic_write(target) as file:
         figure.savefig(file, format="png")
 
 

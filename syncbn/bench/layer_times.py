@@ -193,7 +193,7 @@ def _layers(case: Case, kernels: list[str], device: torch.device) -> list[_Layer
     groups = {1: resolve_group(1), ranks: dist.group.WORLD}
     for kernel, (size, group) in product(kernels, groups.items()):
         ours = SyncBatchNorm2d(channels, process_group=group, **how)
-        ours.sync_kernel = kernel
+        ours.impl = kernel
         weights = list(ours.parameters())
         layers += [
             _Layer(kernel, size, after, partial(_ours, ours, group, kernel, after), weights)

@@ -140,7 +140,7 @@ class Model(Benchmark):
             net = convert_sync_batchnorm(copy.deepcopy(network), group)
             for layer in net.modules():
                 if isinstance(layer, SyncBatchNorm):
-                    layer.sync_kernel = self.kernel
+                    layer.impl = self.kernel
             found[name] = net
             found[f"{name}, fused"] = copy.deepcopy(net)
             fuse(found[f"{name}, fused"])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.files import replacing, require_file
+from syncbn.files import atomic_write, require_file
 
 _SAFETENSORS = ".safetensors"
 # Of several state dicts that fit, the weights themselves come before averages of them.
@@ -79,7 +79,7 @@ class Checkpoint:
             OSError: the file cannot be written.
         """
         require_output(self.path, path, overwrite)
-        with replacing(path, source=self.path) as file:
+        with atomic_write(path, source=self.path) as file:
             if path.suffix == _SAFETENSORS:
                 from safetensors.torch import save
 

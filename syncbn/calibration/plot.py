@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from syncbn.files import replacing
+from syncbn.files import atomic_write
 
 if TYPE_CHECKING:
     from syncbn.calibration.report import CalibrationReport
@@ -49,7 +49,7 @@ def draw(report: CalibrationReport, path: Path) -> None:
     bottom.set_xticklabels(names, rotation=60, ha="right", fontsize=8)
     handles, labels = top.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", frameon=False, fontsize=8, ncols=3)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format="png")
 
 

@@ -15,7 +15,7 @@ from syncbn.calibration.interrupts import uninterrupted
 from syncbn.calibration.layers import Layer
 from syncbn.calibration.population import Population
 from syncbn.calibration.sums import Sums
-from syncbn.files import replacing
+from syncbn.files import atomic_write
 
 # Of the change, what noise may make up before the calibration set is called small.
 _NOISY = 0.25
@@ -182,7 +182,7 @@ class CalibrationReport:
             "left_alone": self.left_alone,
             "verification": self.verification or None,
         }
-        with replacing(Path(path)) as file:
+        with atomic_write(Path(path)) as file:
             file.write((json.dumps(found, indent=2) + "\n").encode())
 
     def plot(self, path: str | Path) -> None:

@@ -29,7 +29,7 @@ from syncbn.bench.report import Benchmark, Report
 from syncbn.cli import config_path
 from syncbn.cli.signals import deferred_termination
 from syncbn.distributed.launcher import is_one_of_several
-from syncbn.files import replacing
+from syncbn.files import atomic_write
 
 _CONFIGS = Path(config_path()) / "bench"
 _USAGE = """\
@@ -121,7 +121,7 @@ def show(report: Report) -> None:
 
 def write(found: dict[str, Any], path: Path) -> None:
     """Write JSON; the file is there whole or not at all."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write((json.dumps(found, indent=2, default=asdict) + "\n").encode())
 
 

@@ -28,7 +28,7 @@ from syncbn.cli import config_path
 from syncbn.cli.signals import deferred_termination
 from syncbn.distributed.launcher import launcher
 from syncbn.distributed.objects import all_gather_objects
-from syncbn.files import replacing, require_file
+from syncbn.files import atomic_write, require_file
 from syncbn.kernels import cpu, triton_unavailable_reason
 
 # Numbers in the message of a layer with 512 channels.
@@ -156,7 +156,7 @@ def main(config: DictConfig) -> None:
     if place.rank == 0:
         show(found)
         if path is not None:
-            with deferred_termination(), replacing(path) as file:
+            with deferred_termination(), atomic_write(path) as file:
                 file.write((json.dumps(found, indent=2) + "\n").encode())
     dist.destroy_process_group()
 

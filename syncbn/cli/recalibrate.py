@@ -36,7 +36,7 @@ from syncbn.calibration.table import render_metrics
 from syncbn.cli import config_path
 from syncbn.cli.signals import deferred_termination
 from syncbn.distributed.collectives import communicating_group
-from syncbn.files import replacing, require_file
+from syncbn.files import atomic_write, require_file
 
 _WRONG_USE = 2
 # Settings that name files to write beside the output.
@@ -197,7 +197,7 @@ def write(
             report.plot(path)
     with _named(config.between) as path:
         if path is not None:
-            with replacing(path) as file:
+            with atomic_write(path) as file:
                 torch.save(report.between(), file)
     if not config.dry_run:
         state.take_statistics(model)

@@ -88,7 +88,7 @@ def check(payload: Tensor, value: float | None, group: dist.ProcessGroup, label:
         RuntimeError: another rank sent another label, or took part in another operation.
     """
     # Fake tensors and tracers have no value to compare.
-    if value is None or math.isnan(value) or modes.is_watched():
+    if value is None or math.isnan(value) or modes.num_dispatch_modes():
         return
     last = payload[-1] if payload.dim() == 1 else payload.flatten()[-1]
     ranks, total = group.size(), float(last.item())

@@ -23,7 +23,7 @@ from syncbn.kernels import cpu
 from syncbn.kernels.aten_cuda import AtenCudaKernel
 from syncbn.kernels.base import Kernel as Kernel
 from syncbn.kernels.reference import ReferenceKernel
-from syncbn.modes import is_watched
+from syncbn.modes import num_dispatch_modes
 
 #: Names of the kernels; "auto" selects the fastest one for a tensor.
 Impl: TypeAlias = Literal["auto", "reference", "cpu", "triton", "aten_cuda"]
@@ -63,7 +63,9 @@ def select_kernel(impl: str, x: Tensor, *others: Tensor | None) -> Kernel:
 
 def _select_fastest(x: Tensor, others: tuple[Tensor | None, ...]) -> Kernel:
     # Tensor subclasses and dispatch modes see operations of torch alone.
-    is_plain = type(x) in _PLAIN and _PLAIN.issuperset(map(type, others)) and not is_watched()
+    is_plain = (
+        type(x) in _PLAIN and _PLAIN.issuperset(map(type, others)) and not num_dispatch_modes()
+    )
     match x.device.type:
         case "cpu" if is_plain and not isinstance(library := cpu.load(), str):
             return library
@@ -79,7 +81,7 @@ def _select_fastest(x: Tensor, others: tuple[Tensor | None, ...]) -> Kernel:
 
 def _load_kernel(impl: str) -> Kernel:
     """Return the kernel "cpu" or "triton"."""
-    if torch.compiler.is_compiling() or is_watched():
+    if torch.compiler.is_compiling() or num_dispatch_modes():
         raise RuntimeError(
             f"kernel {impl!r}: got a call under torch.compile or a TorchDispatchMode (tracing, "
             "fake tensors, a recorder), which cannot follow it; 'auto' selects another kernel"

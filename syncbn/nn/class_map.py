@@ -1,4 +1,4 @@
-"""Which class a batch-norm layer becomes when it is synchronized, and which it was."""
+"""Map between batch-norm classes and their synchronized forms."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from syncbn.nn.module import SyncBatchNorm, SyncBatchNorm1d, SyncBatchNorm2d, Sy
 
 LayerClass: TypeAlias = type[_BatchNorm]
 
-_SYNCHRONIZED: dict[LayerClass, LayerClass] = {
+_SYNC: dict[LayerClass, LayerClass] = {
     nn.BatchNorm1d: SyncBatchNorm1d,
     nn.BatchNorm2d: SyncBatchNorm2d,
     nn.BatchNorm3d: SyncBatchNorm3d,
@@ -25,24 +25,28 @@ _SYNCHRONIZED: dict[LayerClass, LayerClass] = {
     nn.LazyBatchNorm2d: LazySyncBatchNorm2d,
     nn.LazyBatchNorm3d: LazySyncBatchNorm3d,
 }
-_ORIGINAL = {ours: theirs for theirs, ours in _SYNCHRONIZED.items()}
-# One synchronized class for each subclass met, so that layers of one class stay of one class.
-_ADOPTED: dict[LayerClass, LayerClass] = {}
-# What a subclass may define besides: the synchronized class does not have it, or takes its version.
-_HARMLESS = {
+_ORIGINAL = {sync: original for original, sync in _SYNC.items()}
+# One synchronized class per user subclass, so that layers of one class keep a common class.
+_SYNC_SUBCLASSES: dict[LayerClass, LayerClass] = {}
+# Names that a subclass may define without loss: the synchronized class does not define them, or
+# keeps the subclass's definition.
+_KEPT = {
     *("__init__", "__module__", "__doc__", "__annotations__", "_check_input_dim"),
-    # SyncBatchNorm's versions call the next class's.
+    # SyncBatchNorm's versions call super().
     *("__getattr__", "__setattr__", "__setstate__"),
     *("__static_attributes__", "__firstlineno__"),  # set by Python 3.13
 }
 
 
-def synchronized(original: LayerClass) -> LayerClass:
-    """Return the synchronized form of a class of torch, or of a subclass without :func:`obstacle`.
+def sync_class(original: LayerClass) -> LayerClass:
+    """Return the synchronized form of a class.
 
-    A subclass keeps its methods; ``forward`` and what belongs to it come from SyncBatchNorm.
+    A subclass keeps its methods; ``forward`` and its helpers come from SyncBatchNorm.
+
+    Args:
+        original: class of torch, or a subclass without an :func:`unsupported_reason`.
     """
-    if (known := _SYNCHRONIZED.get(original) or _ADOPTED.get(original)) is not None:
+    if (known := _SYNC.get(original) or _SYNC_SUBCLASSES.get(original)) is not None:
         return known
     namespace: dict[str, Any] = {
         "_syncbn_original": original,
@@ -53,50 +57,50 @@ def synchronized(original: LayerClass) -> LayerClass:
     if original._check_input_dim is not _BatchNorm._check_input_dim:
         namespace["_check_input_dim"] = original._check_input_dim
     if issubclass(original, LazyModuleMixin):
-        namespace["cls_to_become"] = synchronized(cast(LayerClass, original.cls_to_become))
-    adopted = type(f"Sync{original.__name__}", (SyncBatchNorm, original), namespace)
-    return _ADOPTED.setdefault(original, adopted)
+        namespace["cls_to_become"] = sync_class(cast(LayerClass, original.cls_to_become))
+    made = type(f"Sync{original.__name__}", (SyncBatchNorm, original), namespace)
+    return _SYNC_SUBCLASSES.setdefault(original, made)
 
 
-def original(synchronized: LayerClass) -> LayerClass | None:
-    """Return the class that a synchronized one was made from; None for a user's own subclass."""
-    found: LayerClass | None = vars(synchronized).get("_syncbn_original")
-    return _ORIGINAL.get(synchronized) or found
+def original_class(sync: LayerClass) -> LayerClass | None:
+    """Return the original of a synchronized class; None for a user's subclass of SyncBatchNorm."""
+    original: LayerClass | None = vars(sync).get("_syncbn_original")
+    return _ORIGINAL.get(sync) or original
 
 
-def obstacle(layer: _BatchNorm) -> str | None:
-    """Return why synchronizing a layer would drop behaviour of it, or None if it would not."""
+def unsupported_reason(layer: _BatchNorm) -> str | None:
+    """Return the reason why synchronizing a layer would drop behaviour; None if it would not."""
     kind = type(layer)
     name = kind.__qualname__
     if "forward" in vars(layer):
-        return f"a {name} has a forward of its own"
-    if kind in _SYNCHRONIZED:
+        return f"a {name} overrides forward as an attribute"
+    if kind in _SYNC:
         return None
     if kind.forward is not _BatchNorm.forward:
         return f"{name} overrides forward"
-    ours = (set(vars(SyncBatchNorm)) | set(vars(LayerState))) - _HARMLESS
+    replaced = (set(vars(SyncBatchNorm)) | set(vars(LayerState))) - _KEPT
     for parent in kind.__mro__:
-        if parent in _SYNCHRONIZED or parent is _BatchNorm:
+        if parent in _SYNC or parent is _BatchNorm:
             return None
-        if not _is_parametrized(parent) and (taken := sorted(ours & set(vars(parent)))):
-            return f"{parent.__qualname__} defines {', '.join(taken)}"
+        if not _is_parametrized(parent) and (lost := sorted(replaced & set(vars(parent)))):
+            return f"{parent.__qualname__} defines {', '.join(lost)}"
     return None
 
 
 def change_class(layer: nn.Module, change: Callable[[LayerClass], LayerClass | None]) -> bool:
-    """Give a layer the class that ``change`` returns for its class; return whether there is one.
+    """Replace a layer's class by the result of ``change``; return False if the result is None.
 
-    A parametrized layer is of a class that torch made for it alone, derived from its real one and
-    holding the properties; only the class beneath is changed, which is where torch looks for it
-    when the parametrization is removed.
+    torch gives every parametrized layer a class derived from the real one, with the parametrized
+    tensors as properties. Only its base is replaced: removing the parametrization restores the
+    base.
     """
     kind = cast(LayerClass, type(layer))
-    beneath = cast(LayerClass, kind.__bases__[0]) if _is_parametrized(kind) else kind
-    if (changed := change(beneath)) is None:
+    base = cast(LayerClass, kind.__bases__[0]) if _is_parametrized(kind) else kind
+    if (changed := change(base)) is None:
         return False
-    if beneath is not kind:
+    if base is not kind:
         namespace = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
-        # Ours copies any module; torch's own would try to copy a live process group.
+        # torch's __deepcopy__ of parametrized modules would copy a live process group.
         namespace["__deepcopy__"] = SyncBatchNorm.__deepcopy__
         changed = type(kind.__name__, (changed,), namespace)
     layer.__class__ = changed
@@ -104,15 +108,15 @@ def change_class(layer: nn.Module, change: Callable[[LayerClass], LayerClass | N
 
 
 def _is_parametrized(kind: type) -> bool:
-    """Return whether torch.nn.utils.parametrize made a class."""
+    """Return whether torch.nn.utils.parametrize created a class."""
     return kind.__module__ == parametrize.__name__
 
 
 def _reduce(layer: SyncBatchNorm, protocol: Any) -> tuple[Any, ...]:
-    # The class has no name to import it by: it is made again from the original.
+    # The class cannot be imported by name: unpickling creates it from the original class.
     return _new, (type(layer)._syncbn_original,), layer.__getstate__()
 
 
 def _new(original: LayerClass) -> nn.Module:
-    adopted = synchronized(original)
-    return adopted.__new__(adopted)
+    sync = sync_class(original)
+    return sync.__new__(sync)

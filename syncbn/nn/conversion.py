@@ -1,7 +1,7 @@
-"""Into the synchronized layers and back, by changing the class of the layers where they are.
+"""Conversion of models: into synchronized layers and back, by changing layers' classes in place.
 
 A layer keeps its identity, so parameters, buffers, hooks, flags, dtype, device, parametrizations
-and every reference to it, shared ones included, stay as they are without being copied.
+and shared references stay as they are and need no copying.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.distributed.groups import GroupLike, resolve_group
-from syncbn.nn import class_map as adopt
+from syncbn.nn.class_map import change_class, original_class, sync_class, unsupported_reason
 from syncbn.nn.module import SyncBatchNorm
 
 M = TypeVar("M", bound=nn.Module)
@@ -22,46 +22,44 @@ M = TypeVar("M", bound=nn.Module)
 def convert_sync_batchnorm(module: M, process_group: GroupLike = None) -> M:
     """Make every batch-norm layer of a model synchronized, in place.
 
-    Converted are ``nn.BatchNorm1d/2d/3d``, their lazy forms, ``nn.SyncBatchNorm``, and subclasses
-    of ``nn.BatchNorm*`` that inherit ``forward``; such a layer stays an instance of its class.
-    Layers that are synchronized already get the group and their name. A layer with a ``forward`` of
-    its own, or with other methods that synchronization would replace, does something this library
-    does not know: it is left alone, with a warning. :func:`revert_sync_batchnorm` is the exact
-    inverse.
+    Converts ``nn.BatchNorm1d/2d/3d``, their lazy forms, ``nn.SyncBatchNorm``, and subclasses of
+    ``nn.BatchNorm*`` that inherit ``forward``; a converted subclass stays an instance of its class.
+    Synchronized layers get the group and their name. A layer that overrides ``forward`` or other
+    methods that synchronization replaces would lose behaviour: it is left alone, with a warning.
+    :func:`revert_sync_batchnorm` is the exact inverse.
 
     Args:
-        module: the model, or a single layer.
-        process_group: the ranks whose batches count as one: None (all ranks; layers that have a
-            group keep it), "world", "node", a number of consecutive ranks, a one-dimensional
-            ``DeviceMesh``, or a process group. "node" and numbers create a group, so every rank
-            must call this.
+        module: a model or a single layer.
+        process_group: ranks whose batches form one batch: None (all ranks; layers with a group keep
+            it), "world", "node", a number of consecutive ranks, a one-dimensional ``DeviceMesh``,
+            or a process group. "node" and numbers create a group, so every rank must call this.
 
     Returns:
-        The module it was given.
+        The same module.
 
     Raises:
         ValueError: the group is not valid; see :func:`syncbn.distributed.resolve_group`.
-        RuntimeError: a group is to be created and torch.distributed is not initialized.
+        RuntimeError: torch.distributed must create a group and is not initialized.
     """
     group = resolve_group(process_group)
-    left_alone: dict[str, list[str]] = {}
+    skipped: dict[str, list[str]] = {}
     for name, layer in module.named_modules():
         if not isinstance(layer, _BatchNorm):
             continue
         if not isinstance(layer, SyncBatchNorm):
-            if (reason := adopt.obstacle(layer)) is not None:
-                left_alone.setdefault(reason, []).append(name or "the module")
+            if (reason := unsupported_reason(layer)) is not None:
+                skipped.setdefault(reason, []).append(name or "the module")
                 continue
-            # Of torch's own layer: in any other, such an attribute is the user's.
+            # On any class but torch's, `process_group` is the user's attribute.
             is_torchs = isinstance(layer, nn.SyncBatchNorm)
-            own_group = layer.__dict__.pop("process_group", None) if is_torchs else None
-            adopt.change_class(layer, adopt.synchronized)
-            cast(SyncBatchNorm, layer)._syncbn_group = own_group
+            torchs_group = layer.__dict__.pop("process_group", None) if is_torchs else None
+            change_class(layer, sync_class)
+            cast(SyncBatchNorm, layer)._syncbn_group = torchs_group
         converted = cast(SyncBatchNorm, layer)
         if process_group is not None:
             converted._syncbn_group = group
-        converted._syncbn_name = name
-    for reason, names in left_alone.items():
+        converted._syncbn_fqn = name
+    for reason, names in skipped.items():
         warnings.warn(
             f"{reason}, so these layers are left unsynchronized: {', '.join(names)}. Derive the "
             "class from syncbn.SyncBatchNorm to synchronize them.",
@@ -71,35 +69,35 @@ def convert_sync_batchnorm(module: M, process_group: GroupLike = None) -> M:
 
 
 def revert_sync_batchnorm(module: M) -> M:
-    """Give every synchronized layer of a model its original class back, in place.
+    """Restore the original class of every synchronized layer of a model, in place.
 
-    Layers built as ``syncbn.SyncBatchNorm1d/2d/3d`` become ``nn.BatchNorm1d/2d/3d``; a
-    ``syncbn.SyncBatchNorm``, which takes any number of dimensions, becomes ``nn.SyncBatchNorm`` and
-    keeps the group it has. A subclass of ours that a user wrote has no original and stays.
+    Layers built as ``syncbn.SyncBatchNorm1d/2d/3d`` become ``nn.BatchNorm1d/2d/3d``. A
+    ``syncbn.SyncBatchNorm``, which accepts any number of dimensions, becomes ``nn.SyncBatchNorm``
+    and keeps its group. A user's subclass of these classes has no original and stays.
 
     Args:
-        module: the model, or a single layer.
+        module: a model or a single layer.
 
     Returns:
-        The module it was given.
+        The same module.
 
     Raises:
-        ValueError: a layer applies an activation, which torch's layers do not; nothing is changed.
+        ValueError: a layer has an activation, which torch's layers lack; no layer was changed.
     """
     for name, layer in module.named_modules():
         if not isinstance(layer, SyncBatchNorm) or layer._syncbn_activation is None:
             continue
-        if adopt.original(type(layer)) is not None:
+        if original_class(type(layer)) is not None:
             raise ValueError(
                 f"{name or 'the module'}: got a layer with "
-                f"activation={layer._syncbn_activation!r}, which "
-                "torch's layers do not have; undo() what syncbn.fuse() returned, or use a ReLU "
-                "of its own, before"
+                f"activation={layer._syncbn_activation!r}, which torch's layers lack; call undo() "
+                "of the result of syncbn.fuse() first, or use a separate ReLU"
             )
     for layer in module.modules():
-        if isinstance(layer, SyncBatchNorm) and adopt.change_class(layer, adopt.original):
-            own = vars(layer)
-            settings = {k: own.pop(k) for k in list(own) if k.startswith("_syncbn_")}
+        if isinstance(layer, SyncBatchNorm) and change_class(layer, original_class):
+            attributes = vars(layer)
+            private = [name for name in attributes if name.startswith("_syncbn_")]
+            settings = {name: attributes.pop(name) for name in private}
             if isinstance(layer, nn.SyncBatchNorm):
                 layer.process_group = settings["_syncbn_group"]
     return module

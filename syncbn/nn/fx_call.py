@@ -1,4 +1,4 @@
-"""Calls of layers in graphs of ``torch.fx``."""
+"""Layer calls in ``torch.fx`` graphs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def record_call(layer: nn.Module, input: Proxy, residual: Any, mask: Any) -> Any:
-    """Record a call of a layer as one node of a ``torch.fx`` graph, as for layers of torch.
+    """Record a layer call as one node of a ``torch.fx`` graph, like the layers of ``torch.nn``.
 
     ``Tracer.is_leaf_module`` accepts only modules whose class is defined in ``torch.nn``.
 
@@ -50,6 +50,5 @@ def record_call(layer: nn.Module, input: Proxy, residual: Any, mask: Any) -> Any
             f"{path} {name}: got a torch.fx trace of a layer with hooks; remove the hooks before "
             "tracing, or pass a Tracer with is_leaf_module() true for this layer"
         )
-    given = {"residual": residual, "mask": mask}
-    kwargs = {k: v for k, v in given.items() if v is not None}
+    kwargs = {k: v for k, v in {"residual": residual, "mask": mask}.items() if v is not None}
     return tracer.create_proxy("call_module", path, (input,), kwargs)

@@ -13,13 +13,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn.distributed.collectives import communicating_group
 from syncbn.ops.validation import Activation, check_activation
 
-# Public attributes, and the private ones that the library reads. A converted layer may carry
+# Public attributes and the private attributes that the library reads. A converted layer may carry
 # attributes under the public names; they keep their values and their meaning.
 _PRIVATE = {
     "activation": "_syncbn_activation",
     "process_group": "_syncbn_group",
-    "sync_kernel": "_syncbn_kernel",
-    "sync_name": "_syncbn_name",
+    "impl": "_syncbn_impl",
+    "fqn": "_syncbn_fqn",
+}
+# Names in pickles of earlier versions: the private ones, and the public ones that preceded them.
+_FORMER_PRIVATE = {"_syncbn_kernel": "_syncbn_impl", "_syncbn_name": "_syncbn_fqn"}
+_FORMER_PUBLIC = {
+    "process_group": "_syncbn_group",
+    "sync_kernel": "_syncbn_impl",
+    "sync_name": "_syncbn_fqn",
 }
 
 
@@ -37,25 +44,25 @@ class DetachedGroup:
 class LayerState(_BatchNorm):
     """Attributes of a synchronized layer: their storage, copies and pickles.
 
-    The library reads private names alone, which only the library sets. A layer that is converted
-    may carry attributes of any other name.
+    The library reads only private attributes that it has set itself. A converted layer may carry
+    attributes of any other name.
     """
 
     process_group: dist.ProcessGroup | DetachedGroup | None
-    sync_kernel: str
-    sync_name: str
+    impl: str
+    fqn: str
     activation: Activation | None
     _syncbn_group: dist.ProcessGroup | DetachedGroup | None = None
-    _syncbn_kernel: str = "auto"
-    _syncbn_name: str = ""
+    _syncbn_impl: str = "auto"
+    _syncbn_fqn: str = ""
     _syncbn_activation: Activation | None = None
     # Packed moments in the body of accumulate_statistics(), float64 [2C + 1] or [4C + 1].
     _syncbn_pending: Tensor | None = None
-    # The user's class that a layer was converted from; None for our own classes.
+    # The user's class that a layer was converted from; None for the library's classes.
     _syncbn_original: type[_BatchNorm] | None = None
 
     def __getattr__(self, name: str) -> Any:
-        # Called only where the layer, its class and its submodules have no such attribute.
+        # Called only if the layer, its class and its submodules lack the attribute.
         if name in _PRIVATE and _is_setting(self, name):
             private = _PRIVATE[name]
             # A block may read getattr(layer, "activation", "relu") before and after a conversion.
@@ -82,11 +89,13 @@ class LayerState(_BatchNorm):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        names = dict(_FORMER_PRIVATE)
         if "_syncbn_group" not in state:
-            # Pickles written before the private names. An activation of a user's class is its own.
-            names = {k: v for k, v in _PRIVATE.items() if k != "activation" or _is_own(self)}
-            state = {names.get(name, name): value for name, value in state.items()}
-        super().__setstate__(state)
+            names |= _FORMER_PUBLIC
+            # On a user's class, `activation` is the user's attribute.
+            if _is_library_class(self):
+                names["activation"] = "_syncbn_activation"
+        super().__setstate__({names.get(name, name): value for name, value in state.items()})
 
     def __copy__(self) -> LayerState:
         # The default goes through __getstate__, which detaches a live group.
@@ -111,14 +120,14 @@ class LayerState(_BatchNorm):
 
 def layer_tensors(layer: _BatchNorm) -> tuple[Tensor | None, ...]:
     """Return weight, bias, running mean, running variance and batch counter."""
-    own, kept = layer._parameters, layer._buffers
+    parameters, buffers = layer._parameters, layer._buffers
     try:
-        # nn.Module.__getattr__ takes a microsecond for each.
-        averages = kept["running_mean"], kept["running_var"], kept["num_batches_tracked"]
-        return own["weight"], own["bias"], *averages
+        # nn.Module.__getattr__ takes a microsecond per attribute.
+        running = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
+        return parameters["weight"], parameters["bias"], *running
     except KeyError:  # parametrized, or replaced by plain attributes
-        averages = layer.running_mean, layer.running_var, layer.num_batches_tracked
-        return layer.weight, layer.bias, *averages
+        running = layer.running_mean, layer.running_var, layer.num_batches_tracked
+        return layer.weight, layer.bias, *running
 
 
 def layer_channels(layer: _BatchNorm) -> int:
@@ -129,7 +138,7 @@ def layer_channels(layer: _BatchNorm) -> int:
 def layer_label(layer: LayerState) -> str:
     """Return the name of a layer in error messages: name, class and channels."""
     kind = f"{type(layer).__name__}({layer.num_features})"
-    return f"{layer._syncbn_name} {kind}" if layer._syncbn_name else kind
+    return f"{layer._syncbn_fqn} {kind}" if layer._syncbn_fqn else kind
 
 
 def active_group(layer: LayerState) -> dist.ProcessGroup | None:
@@ -142,7 +151,7 @@ def active_group(layer: LayerState) -> dist.ProcessGroup | None:
     if isinstance(layer._syncbn_group, DetachedGroup):
         raise RuntimeError(
             f"{layer_label(layer)}: was unpickled and has lost its process group of the ranks "
-            f"{list(layer._syncbn_group.ranks)}; give it one with convert_sync_batchnorm("
+            f"{list(layer._syncbn_group.ranks)}; call convert_sync_batchnorm("
             "model, process_group=...)"
         )
     return communicating_group(layer._syncbn_group)
@@ -156,15 +165,15 @@ def first_length(tensors: tuple[Tensor | None, ...], default: int) -> int:
     return default
 
 
-def _is_own(layer: LayerState) -> bool:
-    """Return whether a layer is of our own classes, not of a user's class that was converted."""
+def _is_library_class(layer: LayerState) -> bool:
+    """Return whether the class is the library's, not made from a user's class by conversion."""
     return type(layer)._syncbn_original is None
 
 
 def _is_setting(layer: LayerState, name: str) -> bool:
-    """Return whether a name of :data:`_PRIVATE` is the library's in this layer."""
-    if not _is_own(layer) or hasattr(type(layer), name):
+    """Return whether a name of :data:`_PRIVATE` is a setting of the library in this layer."""
+    if not _is_library_class(layer) or hasattr(type(layer), name):
         return False
-    own = vars(layer)
-    members = (own.get(kind, ()) for kind in ("_parameters", "_buffers", "_modules"))
-    return name not in own and not any(name in member for member in members)
+    attributes = vars(layer)
+    members = (attributes.get(kind, ()) for kind in ("_parameters", "_buffers", "_modules"))
+    return name not in attributes and not any(name in member for member in members)

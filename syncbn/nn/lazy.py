@@ -1,4 +1,4 @@
-"""Layers that learn their number of channels from the first input."""
+"""Lazy layers: the first input sets the number of channels."""
 
 from __future__ import annotations
 

@@ -49,14 +49,14 @@ class SyncBatchNorm(LayerState):
             ``torch.nn.utils.fusion`` ignores it: undo ``syncbn.fuse`` before folding.
 
     Attributes:
-        sync_kernel: name of the module of :mod:`syncbn.kernels` that computes; "auto" chooses.
-        sync_name: how error messages call this layer; :func:`convert_sync_batchnorm` sets it, also
-            on a model whose layers were built by hand.
+        impl: name of a kernel, a module of :mod:`syncbn.kernels`; "auto" selects one per input.
+        fqn: fully qualified name in error messages; :func:`convert_sync_batchnorm` sets it, also on
+            a model whose layers were built by hand.
         process_group: the group; :func:`convert_sync_batchnorm` sets it, too.
 
-    A layer that had an attribute ``activation``, ``process_group``, ``sync_kernel`` or
-    ``sync_name`` before its conversion keeps it, and the library ignores it. On layers of a user's
-    subclass of ``nn.BatchNorm*`` these names always belong to the subclass: pass such layers to
+    A layer that had an attribute ``activation``, ``process_group``, ``impl`` or ``fqn`` before its
+    conversion keeps it, and the library ignores it. On layers of a user's subclass of
+    ``nn.BatchNorm*`` these names always belong to the subclass: pass such layers to
     :func:`convert_sync_batchnorm` to change their group.
 
     Shape:
@@ -134,7 +134,7 @@ class SyncBatchNorm(LayerState):
             residual=residual,
             activation=self._syncbn_activation,
             mask=mask,
-            impl=self._syncbn_kernel,
+            impl=self._syncbn_impl,
             label=layer_label(self),
             update_running=updates,
             pending=self._syncbn_pending if updates else None,

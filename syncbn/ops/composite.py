@@ -50,7 +50,7 @@ def composite_batch_norm(
         RuntimeError: running statistics would be updated under a transform of ``torch.func``.
     """
     updates = params.running is not None or params.pending is not None
-    if updates and modes.is_transformed():
+    if updates and modes.in_functorch_transform():
         raise RuntimeError(
             f"{params.label}: running statistics cannot be updated under a transform of "
             "torch.func; torch.func.replace_all_batch_norm_modules_(model) turns them off, and so "

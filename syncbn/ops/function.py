@@ -124,7 +124,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
             )
             if is_batched(dy):
                 return *vmap_rows(composite, dy), None
-            if torch.is_grad_enabled() or modes.is_transformed():
+            if torch.is_grad_enabled() or modes.in_functorch_transform():
                 return *composite(dy), None
         kernel = params.kernel
         if params.group is None and output_mask[0]:
@@ -163,7 +163,7 @@ def _reduce_moments(x: Tensor, params: BatchNormParams) -> tuple[Tensor, bool]:
     if phase is None:
         moments, is_new = compute(), True
     else:
-        with modes.hidden(x):
+        with modes.bypass_modes(x):
             inputs = f"{x.shape[1]} channels and {x.dtype} inputs"
             moments, is_new = phase.moments_for(compute, inputs, params.label)
     if is_new and params.pending is not None:

@@ -151,7 +151,7 @@ def batch_norm(
         input, fill = fill_masked(input, mask)
     params = BatchNormParams(eps, relu and is_fused, updated, group, kernel, label, pending, fill)
     fused = residual if is_fused else None
-    if modes.is_transformed() or modes.is_forward_differentiated():
+    if modes.in_functorch_transform() or modes.in_forward_ad():
         y = composite_batch_norm(input, weight, bias, fused, params)
     else:
         # torch.compile refuses one tensor as two arguments.

@@ -27,7 +27,7 @@ from syncbn.kernels.base import (
     parameter_gradients,
 )
 from syncbn.kernels.cpu import abi
-from syncbn.kernels.cpu.source_hash import checksum_path, digest, is_intact, sources
+from syncbn.kernels.cpu.source_hash import checksum_path, find_sources, hash_sources, is_intact
 from syncbn.kernels.layout import as_dense, empty_like, match_layout
 from syncbn.kernels.reference import update_running_stats
 from syncbn.moments import Moments, get_packed_size
@@ -234,7 +234,7 @@ def load() -> CPUKernel | str:
             function = getattr(library, f"syncbn_{name}")
             function.argtypes = (ctypes.c_char_p,)
             setattr(library, name, function)
-        if sources(PATH.parent) and _read_mark(library) != digest(PATH.parent):
+        if find_sources(PATH.parent) and _read_mark(library) != hash_sources(PATH.parent):
             return f"{PATH} was built from other sources than those beside it; install syncbn again"
         return CPUKernel(library, library.syncbn_level())
     except (OSError, AttributeError, ValueError) as error:

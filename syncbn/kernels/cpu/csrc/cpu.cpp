@@ -1,5 +1,5 @@
-// The C interface of the CPU kernels, for cpu.py: plain pointers and numbers, so that one build
-// serves every version of torch and of Python. Shapes and strides are explained in cpp/work.h.
+// The C interface of the CPU kernels: plain pointers and numbers, so that one build serves every
+// version of torch and of Python. parallel.h explains shapes and strides.
 #include <cstdint>
 #include <cstring>
 #include <new>
@@ -14,34 +14,32 @@ constexpr const Kernels* LEVELS[] = {&kernels_baseline, &kernels_avx2, &kernels_
 constexpr const Kernels* LEVELS[] = {&kernels_baseline};
 #endif
 
-// What a function is told: as bytes, which Python packs in a tenth of the time that it takes to
-// convert as many arguments. Tensors that are not there are null.
+// The arguments of every function, as bytes: packing them in Python is 10x faster than converting
+// as many arguments with ctypes. Missing tensors are null.
 struct Call {
-  // That of syncbn_level(), or a lower one.
+  // The result of syncbn_level(), or a lower level.
   int64_t level;
   int64_t threads;
   int64_t dtype, batch, channels, space;
   void* x;
   int64_t x_stride;
   double* statistics;
-  // The dtype of weight and bias.
-  int64_t parameters;
+  // Dtype of weight, bias and their gradients.
+  int64_t parameter_dtype;
   void *weight, *bias;
   int64_t relu;
-  // Of weight and bias, where they are wanted.
   void *dweight, *dbias;
-  // The message, or the sums of the gradient.
+  // Packed moments, or the sums of the backward pass.
   double* packed;
-  // A residual, or dy.
-  void* pair;
-  int64_t pair_stride;
-  // y or dx.
+  // residual or dy
+  void* other;
+  int64_t other_stride;
+  // y or dx
   void* out;
   int64_t out_stride;
-  // The dtype of the averages.
-  int64_t averages;
-  void *mean, *var;
-  int64_t* tracked;
+  int64_t running_dtype;
+  void *running_mean, *running_var;
+  int64_t* num_batches_tracked;
   double momentum, eps;
 
   Input input() const {
@@ -51,25 +49,25 @@ struct Call {
             {x, x_stride},
             batch * channels * space};
   }
-  Transform transform() const {
-    auto type = static_cast<Dtype>(parameters);
+  SavedStats saved() const {
+    auto type = static_cast<Dtype>(parameter_dtype);
     return {statistics, {weight, type}, {bias, type}, relu != 0};
   }
   ParameterGradients gradients() const {
-    auto type = static_cast<Dtype>(parameters);
+    auto type = static_cast<Dtype>(parameter_dtype);
     return {{dweight, type}, {dbias, type}};
   }
-  Operand beside() const { return {pair, pair_stride}; }
+  Operand second_operand() const { return {other, other_stride}; }
   Operand result() const { return {out, out_stride}; }
-  Running running() const {
-    auto type = static_cast<Dtype>(averages);
-    return {{mean, type}, {var, type}, tracked, momentum};
+  RunningStats running() const {
+    auto type = static_cast<Dtype>(running_dtype);
+    return {{running_mean, type}, {running_var, type}, num_batches_tracked, momentum};
   }
 };
 
-static_assert(sizeof(Call) == 26 * 8, "cpu_call.py packs 26 numbers of eight bytes");
+static_assert(sizeof(Call) == 26 * 8, "abi.py packs 26 numbers of eight bytes");
 
-// Return 0, or 1 if there was no memory.
+// Returns 0, or 1 if memory could not be allocated.
 template <class Work>
 int run(const char* bytes, const Work& work) {
   Call call;
@@ -88,10 +86,10 @@ int run(const char* bytes, const Work& work) {
 
 extern "C" {
 
-// What the library was built from (hatch_build.py).
+// Hash of the sources and build flags (hatch_build.py).
 PUBLIC extern const char syncbn_mark[] = SYNCBN_MARK;
 
-// The best level that this processor has: 0 for what every one has, 1 for AVX2, 2 for AVX-512.
+// The highest level that this processor supports: 0 baseline, 1 AVX2, 2 AVX-512.
 PUBLIC int syncbn_level() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -109,31 +107,31 @@ PUBLIC int syncbn_moments(const char* call) {
 
 PUBLIC int syncbn_normalize(const char* call) {
   return run(call, [](auto& k, auto& c) {
-    k.normalize(c.input(), c.packed, c.eps, c.transform(), c.beside(), c.result(), c.running());
+    k.normalize(c.input(), c.packed, c.eps, c.saved(), c.second_operand(), c.result(), c.running());
   });
 }
 
 PUBLIC int syncbn_backward_reduce(const char* call) {
   return run(call, [](auto& k, auto& c) {
-    k.backward_reduce(c.input(), c.transform(), c.beside(), c.packed, c.gradients());
+    k.backward_reduce(c.input(), c.saved(), c.second_operand(), c.packed, c.gradients());
   });
 }
 
 PUBLIC int syncbn_backward_elemt(const char* call) {
   return run(call, [](auto& k, auto& c) {
-    k.backward_elemt(c.input(), c.transform(), c.packed, c.beside(), c.result());
+    k.backward_elemt(c.input(), c.saved(), c.packed, c.second_operand(), c.result());
   });
 }
 
 PUBLIC int syncbn_forward_local(const char* call) {
   return run(call, [](auto& k, auto& c) {
-    k.forward_local(c.input(), c.eps, c.transform(), c.beside(), c.result(), c.running());
+    k.forward_local(c.input(), c.eps, c.saved(), c.second_operand(), c.result(), c.running());
   });
 }
 
 PUBLIC int syncbn_backward_local(const char* call) {
   return run(call, [](auto& k, auto& c) {
-    k.backward_local(c.input(), c.transform(), c.beside(), c.packed, c.gradients(), c.result());
+    k.backward_local(c.input(), c.saved(), c.second_operand(), c.packed, c.gradients(), c.result());
   });
 }
 }

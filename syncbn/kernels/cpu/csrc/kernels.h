@@ -1,67 +1,67 @@
-// What is compiled once for each instruction set (instance.cpp), and chosen from by cpu.cpp.
+// The kernel table: isa_kernels.cpp is compiled once per instruction set, cpu.cpp selects a table.
 #pragma once
-#include "work.h"
+#include "parallel.h"
 
 enum class Dtype : int { float32, float64, bfloat16, float16 };
 
-// C numbers, or none.
-struct Numbers {
+// C values, one per channel, or null.
+struct ChannelValues {
   void* data;
   Dtype dtype;
 };
 
-// A tensor of the call's shape and dtype, or none.
+// A tensor of the call's shape and dtype, or null.
 struct Operand {
   void* data;
   int64_t stride;
 };
 
-// Numbers in packed moments (moments.py): two-part sums for float64 inputs.
+// Length of packed moments (moments.py): float64 inputs have two-part sums.
 static constexpr bool has_two_parts(Dtype dtype) { return dtype == Dtype::float64; }
 static constexpr int64_t packed_size(int64_t channels, Dtype dtype) {
   return (has_two_parts(dtype) ? 4 : 2) * channels + 1;
 }
 
-// An input, and how it is to be worked on.
+// An input, and the number of threads to process it with.
 struct Input {
   Shape shape;
   Dtype dtype;
   int threads;
   Operand x;
-  // Elements of the tensor that it is a part of.
-  int64_t whole;
+  // Elements of the whole tensor; shape may be a slice of its channels.
+  int64_t whole_numel;
 };
 
-// The transform of an input: statistics [mean (C) | invstd (C) | count], weight, bias, and relu.
-struct Transform {
+// Saved for the backward pass: statistics [mean (C) | invstd (C) | count], weight, bias, relu.
+struct SavedStats {
   double* statistics;
-  Numbers weight, bias;
+  ChannelValues weight, bias;
   bool relu;
 };
 
-// Averages to move, or none. A momentum of NaN is 1/tracked.
-struct Running {
-  Numbers mean, var;
-  int64_t* tracked;
+// Running statistics to update, or null. A momentum of NaN means 1 / num_batches_tracked.
+struct RunningStats {
+  ChannelValues mean, var;
+  int64_t* num_batches_tracked;
   double momentum;
 };
 
-// Gradients of weight and bias to write, or none.
+// Gradients of weight and bias to write, or null.
 struct ParameterGradients {
-  Numbers weight, bias;
+  ChannelValues weight, bias;
 };
 
 // The functions of reference.py. They throw std::bad_alloc.
 struct Kernels {
-  void (*moments)(Input, double* message);
-  // Writes the statistics of the transform, too.
-  void (*normalize)(Input, double* message, double eps, Transform, Operand residual, Operand y,
-                    Running);
-  void (*backward_reduce)(Input, Transform, Operand dy, double* sums, ParameterGradients);
-  void (*backward_elemt)(Input, Transform, const double* sums, Operand dy, Operand dx);
-  // The functions above in two, for who has no other rank to wait for.
-  void (*forward_local)(Input, double eps, Transform, Operand residual, Operand y, Running);
-  void (*backward_local)(Input, Transform, Operand dy, double* sums, ParameterGradients,
+  void (*moments)(Input, double* packed);
+  // Also writes the statistics of SavedStats.
+  void (*normalize)(Input, double* packed, double eps, SavedStats, Operand residual, Operand y,
+                    RunningStats);
+  void (*backward_reduce)(Input, SavedStats, Operand dy, double* sums, ParameterGradients);
+  void (*backward_elemt)(Input, SavedStats, const double* sums, Operand dy, Operand dx);
+  // Pairs of the functions above, for a single rank: no all-reduce separates them.
+  void (*forward_local)(Input, double eps, SavedStats, Operand residual, Operand y, RunningStats);
+  void (*backward_local)(Input, SavedStats, Operand dy, double* sums, ParameterGradients,
                          Operand dx);
 };
 

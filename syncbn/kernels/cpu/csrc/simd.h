@@ -1,9 +1,9 @@
 // Vectors of the compute type A (float or double), loaded from and stored to any storage type.
 //
-// GCC's and Clang's vector extension, so that one source serves every processor; a width for each
-// instruction set, and intrinsics only where the extension has no word for something. Everything is
-// in an unnamed namespace: the file is compiled once for each instruction set, and a linker that
-// merged equal names would give old processors the code of new ones.
+// GCC's and Clang's vector extension, so that one source serves every processor. Each instruction
+// set has its vector width; intrinsics are used only for operations that the extension lacks.
+// Everything is in an unnamed namespace: the file is compiled once per instruction set, and a
+// linker that merged equal names would run new instructions on old processors.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -73,10 +73,10 @@ inline Floats widen(Halves h, bfloat16) {
   return bits_of<Floats>(__builtin_convertvector(h, Words) << 16);
 }
 
-// In the upper halves; what is in the lower ones is to be dropped.
+// The results are the upper halves; callers drop the lower ones.
 inline Words rounded(Floats v) {
   Words w = bits_of<Words>(v);
-  // Rounding could carry a NaN into infinity.
+  // Rounding could turn a NaN into infinity.
   return v != v ? w | 0x400000u : w + 0x7fffu + ((w >> 16) & 1u);
 }
 
@@ -104,8 +104,8 @@ inline Halves narrow(Floats v, float16) {
 inline Floats widen(Halves h, float16) {
   Words w = __builtin_convertvector(h, Words);
   Words sign = (w & 0x8000u) << 16, magnitude = (w & 0x7fffu) << 13;
-  // Exponents are rebiased by an addition; where there is none (subnormal), by a subtraction of
-  // floats that is exact, also with subnormal floats switched off.
+  // An addition rebiases the exponents of normal values. Subnormal values have no exponent; a
+  // subtraction of floats rebiases them, exactly even with subnormal floats switched off.
   Words normal = magnitude + ((127u - 15u) << 23);
   Words infinite = magnitude | (0xffu << 23);
   Floats subnormal = bits_of<Floats>(magnitude + ((127u - 14u) << 23)) - 0x1p-14f;
@@ -115,7 +115,7 @@ inline Floats widen(Halves h, float16) {
 inline Halves narrow(Floats v, float16) {
   Words w = bits_of<Words>(v), sign = (w >> 16) & 0x8000u, magnitude = w & 0x7fffffffu;
   Words normal = (magnitude - ((127u - 15u) << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  // An addition of floats that leaves the digits of a subnormal half in the lowest bits.
+  // An addition of floats that moves the digits of a subnormal half into the lowest bits.
   Words subnormal = bits_of<Words>(bits_of<Floats>(magnitude) + 0.5f) - (126u << 23);
   Words half = magnitude < ((127u - 14u) << 23) ? subnormal : normal;
   half = magnitude >= 0x477ff000u ? Words{} + 0x7c00u : half;
@@ -144,46 +144,46 @@ inline void store(T* p, vector_t<T> v) {
   }
 }
 
-// --- two vectors, of values that lie together, in an order of their own: place() ---
+// --- pairs of vectors, loaded from adjacent values; pair_lane() is the order of the values ---
 
 template <class T>
-struct Two {
+struct VectorPair {
   vector_t<T> a, b;
 };
 
-// Where the i-th of such values is: in a, or behind it in b.
+// Lane of the i-th of these values; the lanes of b follow the ones of a.
 template <class T>
-constexpr int place(int i) {
+constexpr int pair_lane(int i) {
   return i;
 }
 
 template <class T>
-inline Two<T> load_two(const T* p) {
+inline VectorPair<T> load_pair(const T* p) {
   return {load(p), load(p + LANES<compute_t<T>>)};
 }
 template <class T>
-inline void store_two(T* p, Two<T> v) {
+inline void store_pair(T* p, VectorPair<T> v) {
   store(p, v.a);
   store(p + LANES<compute_t<T>>, v.b);
 }
-// A float is the upper half of a word, or the lower one shifted: nothing has to change its lane.
+// A float is the upper half of a word, or the lower half shifted: no value changes its lane.
 template <>
-constexpr int place<bfloat16>(int i) {
+constexpr int pair_lane<bfloat16>(int i) {
   return i / 2 + i % 2 * LANES<float>;
 }
-inline Two<bfloat16> load_two(const bfloat16* p) {
+inline VectorPair<bfloat16> load_pair(const bfloat16* p) {
   Words w = read<Words>(p);
   return {bits_of<Floats>(w << 16), bits_of<Floats>(w & 0xffff0000u)};
 }
-inline Words words_of(Two<bfloat16> v) {
+inline Words pack_words(VectorPair<bfloat16> v) {
   return (rounded(v.a) >> 16) | (rounded(v.b) & 0xffff0000u);
 }
-inline void store_two(bfloat16* p, Two<bfloat16> v) {
-  Words w = words_of(v);
+inline void store_pair(bfloat16* p, VectorPair<bfloat16> v) {
+  Words w = pack_words(v);
   std::memcpy(p, &w, sizeof w);
 }
 
-// Past the caches, to where a whole vector is aligned.
+// Non-temporal store to an address that is aligned for a whole vector.
 inline void stream(void* p, Words w) {
 #if defined(__AVX512F__)
   _mm512_stream_si512(static_cast<__m512i*>(p), bits_of<__m512i>(w));
@@ -197,17 +197,17 @@ inline void stream(void* p, Words w) {
 }
 
 template <class T>
-inline void stream_two(T* p, Two<T> v) {
+inline void stream_pair(T* p, VectorPair<T> v) {
   if constexpr (sizeof(T) == 2) {
     T values[2 * LANES<float>];
-    store_two(values, v);
+    store_pair(values, v);
     stream(p, read<Words>(values));
   } else {
     stream(p, bits_of<Words>(v.a));
     stream(p + LANES<T>, bits_of<Words>(v.b));
   }
 }
-inline void stream_two(bfloat16* p, Two<bfloat16> v) { stream(p, words_of(v)); }
+inline void stream_pair(bfloat16* p, VectorPair<bfloat16> v) { stream(p, pack_words(v)); }
 
 inline void end_of_stream() {
 #if defined(__SSE2__)
@@ -215,7 +215,7 @@ inline void end_of_stream() {
 #endif
 }
 
-// --- the first k of a vector; what is behind them in memory is not touched ---
+// --- the first k lanes of a vector; memory behind them is neither read nor written ---
 
 #if defined(__AVX512BW__) && defined(__AVX512VL__)
 inline Floats load(const float* p, int k) {
@@ -255,7 +255,7 @@ inline void store(T* p, vector_t<T> v, int k) {
 }
 #endif
 
-// The first 8 digits of each, and zero for what is not finite.
+// Truncated to 8 binary digits; zero for values that are not finite.
 inline Floats coarse(Floats v) {
   return v - v == 0 ? bits_of<Floats>(bits_of<Words>(v) & 0xffff0000u) : Floats{};
 }
@@ -264,7 +264,7 @@ inline Doubles coarse(Doubles v) {
   return v - v == 0 ? bits_of<Doubles>(bits_of<Longs>(v) & ~0ull << 45) : Doubles{};
 }
 
-// The first k of a vector, and another one's lanes behind them.
+// The first k lanes of v, then lanes of `behind`.
 inline Floats first(int k, Floats v, Floats behind) {
 #if defined(__AVX512F__)
   auto mask = static_cast<__mmask16>((1u << k) - 1);
@@ -281,7 +281,7 @@ inline Doubles first(int k, Doubles v, Doubles behind) {
   return lane < static_cast<int64_t>(k) ? v : behind;
 }
 
-// By halves: one after the other, each addition would wait for the one before.
+// The sum of all lanes, by halves: a running sum would make each addition wait for the last one.
 template <class V>
 inline double total(V v) {
   constexpr int L = sizeof v / sizeof v[0];

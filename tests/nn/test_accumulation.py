@@ -33,7 +33,9 @@ def _step(rank: int, momentum: float | None) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("momentum", [0.3, None])
-def test_are_those_of_the_union(ranks: Ranks, momentum: float | None) -> None:
+def test_running_statistics_match_the_union_of_micro_batches(
+    ranks: Ranks, momentum: float | None
+) -> None:
     whole = nn.BatchNorm1d(3, momentum=momentum, dtype=torch.float64)
     for step in range(2):
         parts = [x for rank in range(ranks.size) for x in _micro_batches(rank, step)]
@@ -42,7 +44,7 @@ def test_are_those_of_the_union(ranks: Ranks, momentum: float | None) -> None:
         torch.testing.assert_close(buffers, dict(whole.named_buffers()))
 
 
-def test_outputs_and_gradients_stay() -> None:
+def test_outputs_and_gradients_are_unchanged() -> None:
     x = torch.randn(4, 3)
     found = []
     for around in (False, True):
@@ -58,7 +60,7 @@ def test_outputs_and_gradients_stay() -> None:
     torch.testing.assert_close(*found)
 
 
-def test_an_exception_leaves_the_averages_alone() -> None:
+def test_exception_leaves_running_statistics_unchanged() -> None:
     layer = syncbn.SyncBatchNorm(3)
     before = {name: t.clone() for name, t in layer.state_dict().items()}
 
@@ -74,7 +76,7 @@ def test_an_exception_leaves_the_averages_alone() -> None:
     assert layer.num_batches_tracked == 1
 
 
-def test_what_does_not_move_averages_is_left_alone() -> None:
+def test_frozen_and_untracked_layers_are_unchanged() -> None:
     untracked = syncbn.SyncBatchNorm(3, track_running_stats=False)
     frozen = syncbn.SyncBatchNorm(3).eval()
     with syncbn.accumulate_statistics(nn.ModuleList([untracked, frozen])):
@@ -84,8 +86,8 @@ def test_what_does_not_move_averages_is_left_alone() -> None:
 
 @pytest.mark.parametrize("flag", [False, True])
 @pytest.mark.parametrize("extra", [False, True])
-def test_layers_that_have_lost_their_buffers_are_left_alone(flag: bool, extra: bool) -> None:
-    """torch.func.replace_all_batch_norm_modules_ takes them away; the flag may stay."""
+def test_layers_without_buffers_are_skipped(flag: bool, extra: bool) -> None:
+    """torch.func.replace_all_batch_norm_modules_ removes the buffers; the flag may stay."""
     torch.manual_seed(0)
     norms: Any = [nn.BatchNorm1d(4), nn.BatchNorm1d(4)]
     model: Any = syncbn.convert_sync_batchnorm(nn.Sequential(nn.Linear(3, 4), *norms))
@@ -103,8 +105,8 @@ def test_layers_that_have_lost_their_buffers_are_left_alone(flag: bool, extra: b
     assert model[1].running_mean is None
 
 
-def test_layers_whose_channels_were_cut() -> None:
-    """The sums had the size of num_features, which keeps the old number."""
+def test_pruned_layers_accumulate() -> None:
+    """Regression: the sums had the size of num_features, which keeps the old number."""
     layer, whole = syncbn.SyncBatchNorm1d(5), nn.BatchNorm1d(3)
     for name in ("running_mean", "running_var"):
         setattr(layer, name, getattr(layer, name)[:3])
@@ -123,16 +125,16 @@ def test_layers_whose_channels_were_cut() -> None:
         (syncbn.convert_sync_batchnorm(nn.LazyBatchNorm1d()), "run it once before"),
     ],
 )
-def test_models_that_are_refused(model: Any, message: str) -> None:
+def test_unsupported_models_raise(model: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message), syncbn.accumulate_statistics(model):
         pass
 
 
-def test_once_at_a_time() -> None:
+def test_nested_accumulation_raises() -> None:
     layer = syncbn.SyncBatchNorm(3)
     with syncbn.accumulate_statistics(layer):
         with (
-            pytest.raises(ValueError, match="already at work"),
+            pytest.raises(ValueError, match="already active"),
             syncbn.accumulate_statistics(layer),
         ):
             pass

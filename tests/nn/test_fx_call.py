@@ -1,4 +1,4 @@
-"""Models with synchronized layers under torch.fx, and their folding into convolutions."""
+"""torch.fx traces of models with synchronized layers, and conv-bn folding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import syncbn
 from syncbn.inference import convert_prior_mix
 
-# Of torch.fx.experimental.optimization, when it is imported.
+# The import of torch.fx.experimental.optimization warns.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 
 
@@ -46,7 +46,7 @@ def _calls(graph: GraphModule) -> list[str]:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_layers_are_leaves_of_a_trace(training: bool) -> None:
-    """A trace went into the layers and stopped at the first check of the input."""
+    """Regression: the tracer entered the layers and failed at the first input check."""
     plain = _plain()
     net = syncbn.convert_sync_batchnorm(copy.deepcopy(plain)).train(training)
     traced = symbolic_trace(net)
@@ -70,44 +70,44 @@ class Residual(nn.Module):
         return y
 
 
-def test_a_residual_and_a_mask_are_recorded() -> None:
+def test_residual_and_mask_are_recorded() -> None:
     net, x = Residual(), _images()
     mask = torch.rand(4, 6, 6) > 0.3
     wanted = copy.deepcopy(net)(x, mask)
     torch.testing.assert_close(symbolic_trace(net)(x, mask), wanted)
 
 
-def test_fused_models_and_rules_of_inference_are_traced() -> None:
+def test_fused_models_and_inference_rules_are_traced() -> None:
     net, x = syncbn.convert_sync_batchnorm(_plain()).eval(), _images()
     syncbn.fuse(net)
     torch.testing.assert_close(symbolic_trace(net)(x), net(x))
-    ruled = convert_prior_mix(syncbn.convert_sync_batchnorm(_plain()).eval(), 4)
-    torch.testing.assert_close(symbolic_trace(ruled)(x), ruled(x))
+    with_rule = convert_prior_mix(syncbn.convert_sync_batchnorm(_plain()).eval(), 4)
+    torch.testing.assert_close(symbolic_trace(with_rule)(x), with_rule(x))
 
 
-class _Shallow(Tracer):
+class _LeafTracer(Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
 
 def test_hooks_are_not_recorded_twice() -> None:
-    """Hooks run around a leaf when the traced module runs; they must not be in the graph, too."""
+    """The traced module runs a leaf's hooks; in the graph they would run a second time."""
     net, x = syncbn.convert_sync_batchnorm(_plain()).eval(), _images()
     net[1].register_forward_hook(lambda module, args, output: output * 2)
     with pytest.raises(RuntimeError, match=r"1 SyncBatchNorm2d: got a torch\.fx trace of"):
         symbolic_trace(net)
-    graph = _Shallow().trace(net)
+    graph = _LeafTracer().trace(net)
     torch.testing.assert_close(GraphModule(net, graph)(x), net(x))
 
 
-def test_a_layer_as_the_root_of_a_trace_is_refused() -> None:
+def test_layer_as_trace_root_raises() -> None:
     with pytest.raises(RuntimeError, match="expected a model that contains the layer"):
         symbolic_trace(syncbn.SyncBatchNorm2d(3))
 
 
 @pytest.mark.parametrize("reverted", [False, True])
-def test_folding_by_torch_fx(reverted: bool) -> None:
-    """torch.fx folds only layers of exactly torch's classes; our layers stay in the graph."""
+def test_torch_fx_folds_reverted_models_only(reverted: bool) -> None:
+    """torch.fx folds only exact torch classes; synchronized layers stay in the graph."""
     plain = _plain(nn.BatchNorm2d).eval()
     net, x = syncbn.convert_sync_batchnorm(copy.deepcopy(plain)), _images()
     if reverted:
@@ -117,7 +117,7 @@ def test_folding_by_torch_fx(reverted: bool) -> None:
     torch.testing.assert_close(folded(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
-def test_folding_of_one_layer() -> None:
+def test_fuse_conv_bn_eval_folds_one_layer() -> None:
     plain = _plain().eval()
     net: Any = syncbn.convert_sync_batchnorm(copy.deepcopy(plain))
     x = _images()
@@ -125,8 +125,8 @@ def test_folding_of_one_layer() -> None:
     torch.testing.assert_close(folded(x), plain[:2](x), rtol=1e-4, atol=1e-5)
 
 
-def test_folding_of_a_fused_model_keeps_the_relu() -> None:
-    """A layer that applies a ReLU is not folded by torch.fx, which would lose it."""
+def test_folding_a_fused_model_keeps_the_relu() -> None:
+    """torch.fx must not fold a layer with a ReLU: it would drop the ReLU."""
     plain = _plain().eval()
     net, x = syncbn.convert_sync_batchnorm(copy.deepcopy(plain)), _images()
     assert syncbn.fuse(net).fused == {"1": "relu"}

@@ -1,4 +1,4 @@
-"""Attributes of a user's layer under names of this library, or under any name."""
+"""User attributes of converted layers, under the library's names and under any other."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from torch import Tensor, nn
 import syncbn
 from syncbn.inference import prior_mix
 
-# Every name that this library has ever read from a layer, or given to one.
+# Every name that any version of this library has read from a layer or set on one.
 NAMES = (
-    *("activation", "process_group", "sync_name", "sync_kernel", "pending_moments"),
-    *("inference_rule", "original_class", "cls_to_become", "communicating_group"),
-    *("_label", "_tensors", "relu", "residual", "mask", "kernel"),
+    *("activation", "process_group", "impl", "fqn", "sync_name", "sync_kernel"),
+    *("pending_moments", "inference_rule", "original_class", "cls_to_become"),
+    *("communicating_group", "_label", "_tensors", "relu", "residual", "mask", "kernel"),
 )
 
 
 class Named(nn.BatchNorm2d):
-    """Carries the activation of its block, and does not apply it."""
+    """Has its block's activation as an attribute and does not apply it."""
 
     def __init__(self, channels: int, activation: Any) -> None:
         super().__init__(channels)
         self.activation = activation
 
 
-class OfTheClass(nn.BatchNorm2d):
+class ClassAttribute(nn.BatchNorm2d):
     activation: Any = "gelu"
 
 
@@ -53,7 +53,7 @@ CARRIERS: dict[str, Callable[[], nn.BatchNorm2d]] = {
     "none": lambda: Named(4, None),
     "module": lambda: Named(4, nn.GELU()),
     "function": lambda: Named(4, torch.tanh),
-    "of the class": lambda: OfTheClass(4),
+    "of the class": lambda: ClassAttribute(4),
     "property": lambda: Computed(4),
     "attached text": lambda: _attached("gelu"),
     "attached module": lambda: _attached(nn.GELU()),
@@ -61,7 +61,7 @@ CARRIERS: dict[str, Callable[[], nn.BatchNorm2d]] = {
 
 
 class Block(nn.Module):
-    """Applies the activation that its layer carries, and counts the calls."""
+    """Applies the activation that its layer has as an attribute."""
 
     def __init__(self, norm: nn.BatchNorm2d) -> None:
         super().__init__()
@@ -80,8 +80,10 @@ class Block(nn.Module):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("carrier", CARRIERS)
-def test_conversion_keeps_the_function_of_a_block(carrier: str, training: bool) -> None:
-    """The converted layer applied the activation that its block applies, or refused it."""
+def test_conversion_preserves_a_block_that_applies_the_activation(
+    carrier: str, training: bool
+) -> None:
+    """Regression: the converted layer also applied the block's activation, or raised."""
     block: Any = Block(CARRIERS[carrier]()).train(training)
     before = block.norm.activation
     attributes, submodules = set(vars(block.norm)), dict(block.norm.named_children())
@@ -102,8 +104,8 @@ def test_conversion_keeps_the_function_of_a_block(carrier: str, training: bool) 
 
 @pytest.mark.parametrize("converted", [True, False])
 @pytest.mark.parametrize("carrier", CARRIERS)
-def test_a_rule_of_inference_applies_no_activation(carrier: str, converted: bool) -> None:
-    """A rule applied a ReLU wherever a layer had an attribute of that name."""
+def test_inference_rules_ignore_user_activations(carrier: str, converted: bool) -> None:
+    """Regression: a rule applied a ReLU if a layer had an attribute `activation`."""
     layer, plain = CARRIERS[carrier]().eval(), nn.BatchNorm2d(4).eval()
     if converted:
         syncbn.convert_sync_batchnorm(layer)
@@ -115,8 +117,8 @@ def test_a_rule_of_inference_applies_no_activation(carrier: str, converted: bool
 @pytest.mark.parametrize("value", ["text", nn.Identity(), torch.ones(3)], ids=["text", "m", "t"])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d, Named], ids=["torch", "subclass"])
-def test_no_name_is_read_that_the_library_has_not_set(kind: Any, name: str, value: Any) -> None:
-    """A group, a name or a kernel of the user's replaced the library's."""
+def test_library_ignores_user_attributes_of_any_name(kind: Any, name: str, value: Any) -> None:
+    """Regression: user attributes replaced the library's group, name or kernel."""
     torch.manual_seed(0)
     layer: Any = kind(4, None) if kind is Named else kind(4)
     setattr(layer, name, value)
@@ -138,15 +140,15 @@ def test_no_name_is_read_that_the_library_has_not_set(kind: Any, name: str, valu
 
 
 class Conditional(nn.BatchNorm2d):
-    """Takes arguments with our names and positions, and other meanings."""
+    """forward() has the library's argument names and positions with other meanings."""
 
     def forward(self, input: Tensor, domain: int, mask: str) -> Tensor:  # type: ignore[override]
         assert (domain, mask) == (1, "night")
         return super().forward(input)
 
 
-def test_calibration_reads_no_mask_from_a_layer_of_the_users() -> None:
-    """Its third argument was taken for a mask, which calibration refuses."""
+def test_calibration_ignores_a_mask_argument_of_a_user_layer() -> None:
+    """Regression: the third argument was taken for a mask, which calibration refuses."""
     layer, x = Conditional(4).eval(), torch.randn(6, 4, 3, 3)
     syncbn.recalibrate(layer, [x], forward=lambda model, batch: model(batch, 1, "night"))
     plain = nn.BatchNorm2d(4, momentum=1.0)
@@ -154,8 +156,8 @@ def test_calibration_reads_no_mask_from_a_layer_of_the_users() -> None:
     torch.testing.assert_close(layer.running_var, plain.running_var)
 
 
-def test_fuse_reaches_a_layer_that_carries_an_activation() -> None:
-    """The library's own activation is stored apart from the user's."""
+def test_fuse_stores_its_activation_apart_from_the_users() -> None:
+    """The library stores its activation under a private name."""
     model = nn.Sequential(Named(4, "gelu"), nn.ReLU())
     x = torch.randn(5, 4, 3, 3)
     wanted = copy.deepcopy(model)(x)
@@ -170,8 +172,7 @@ def test_fuse_reaches_a_layer_that_carries_an_activation() -> None:
     torch.testing.assert_close(syncbn.revert_sync_batchnorm(model)(x), wanted)
 
 
-def test_the_activation_of_our_own_layers_is_public() -> None:
-    """It can be passed, read, set and taken away."""
+def test_activation_of_library_layers_is_public() -> None:
     layer, x = syncbn.SyncBatchNorm2d(4, activation="relu"), torch.randn(5, 4, 3, 3)
     plain = nn.BatchNorm2d(4)(x)
     assert layer.activation == "relu"
@@ -184,33 +185,38 @@ def test_the_activation_of_our_own_layers_is_public() -> None:
     torch.testing.assert_close(converted(x), plain.relu())
 
 
-def test_a_plain_attribute_error_for_a_missing_attribute() -> None:
-    """The public names exist on our classes, and not on a user's."""
-    layer: Any = syncbn.convert_sync_batchnorm(OfTheClass(4))
+def test_missing_attribute_raises_attribute_error() -> None:
+    """Layers of user classes lack the public names."""
+    layer: Any = syncbn.convert_sync_batchnorm(ClassAttribute(4))
     assert not hasattr(layer, "process_group")
-    with pytest.raises(AttributeError, match="no attribute 'sync_kernel'"):
-        _ = layer.sync_kernel
+    with pytest.raises(AttributeError, match="no attribute 'impl'"):
+        _ = layer.impl
 
 
-def test_pickles_of_the_public_names_load() -> None:
-    """Earlier versions stored the settings under the public names."""
+FORMER_PUBLIC = {"process_group": None, "sync_name": "stem", "sync_kernel": "reference"}
+FORMER_PRIVATE = {"_syncbn_group": None, "_syncbn_name": "stem", "_syncbn_kernel": "reference"}
+
+
+@pytest.mark.parametrize("former", [FORMER_PUBLIC, FORMER_PRIVATE], ids=["public", "private"])
+def test_pickles_with_former_names_load(former: dict[str, Any]) -> None:
+    """Earlier versions stored the settings under public names, then under other private ones."""
+    activation = "activation" if former is FORMER_PUBLIC else "_syncbn_activation"
     for layer in (syncbn.SyncBatchNorm2d(4), syncbn.convert_sync_batchnorm(Named(4, "gelu"))):
         state = layer.__getstate__()
         settings = {name: state.pop(name) for name in list(state) if name.startswith("_syncbn_")}
         assert set(settings) >= {"_syncbn_group"}
-        public = {"process_group": None, "sync_name": "stem", "sync_kernel": "reference"}
-        if type(layer) is syncbn.SyncBatchNorm2d:
-            public["activation"] = "relu"
+        is_library_class = type(layer) is syncbn.SyncBatchNorm2d
         clone: Any = type(layer).__new__(type(layer))
-        clone.__setstate__({**state, **public})
+        relu = {activation: "relu"} if is_library_class else {}
+        clone.__setstate__({**state, **former, **relu})
         y = clone(torch.randn(5, 4, 3, 3))
-        assert (clone._syncbn_name, clone._syncbn_kernel) == ("stem", "reference")
-        assert (y.min() >= 0) == (type(layer) is syncbn.SyncBatchNorm2d)
-        assert clone.activation == ("relu" if "activation" in public else "gelu")
+        assert (clone._syncbn_fqn, clone._syncbn_impl) == ("stem", "reference")
+        assert (y.min() >= 0) == is_library_class
+        assert clone.activation == ("relu" if is_library_class else "gelu")
 
 
-def test_a_converted_layer_has_no_activation_to_read() -> None:
-    """A block that reads ``getattr(norm, "activation", "relu")`` found None after conversion."""
+def test_converted_layer_has_no_activation_attribute() -> None:
+    """Regression: ``getattr(norm, "activation", "relu")`` returned None after conversion."""
     layer: Any = syncbn.convert_sync_batchnorm(nn.BatchNorm2d(3))
     assert getattr(layer, "activation", "relu") == "relu"
     assert not hasattr(copy.deepcopy(layer), "activation")

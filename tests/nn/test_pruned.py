@@ -1,4 +1,4 @@
-"""Channels cut out of a layer: the tensors set the size, num_features may be stale."""
+"""Pruned channels: the tensors define the size, num_features may be stale."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import nn
 import syncbn
 from syncbn.inference import prior_mix
 
-KEPT = torch.tensor([0, 2, 3, 6])
+KEPT_CHANNELS = torch.tensor([0, 2, 3, 6])
 
 
-def _cut(layer: Any) -> None:
+def _prune(layer: Any) -> None:
     for name in ("weight", "bias"):
         if getattr(layer, name) is not None:
-            setattr(layer, name, nn.Parameter(getattr(layer, name).detach()[KEPT]))
+            setattr(layer, name, nn.Parameter(getattr(layer, name).detach()[KEPT_CHANNELS]))
     for name in ("running_mean", "running_var"):
         if getattr(layer, name) is not None:
-            setattr(layer, name, getattr(layer, name)[KEPT])
+            setattr(layer, name, getattr(layer, name)[KEPT_CHANNELS])
 
 
 @pytest.mark.parametrize(
@@ -29,8 +29,10 @@ def _cut(layer: Any) -> None:
 )
 @pytest.mark.parametrize("converted_before", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_as_torchs_layers(options: dict[str, bool], converted_before: bool, training: bool) -> None:
-    """Pruning scripts leave num_features as it was: "expected 8 channels"."""
+def test_pruned_layers_match_torch(
+    options: dict[str, bool], converted_before: bool, training: bool
+) -> None:
+    """Regression: pruning scripts keep the old num_features, and the layer expected 8 channels."""
     torch.manual_seed(0)
     plain = nn.BatchNorm2d(8, **options)
     plain(torch.randn(4, 8, 3, 3) * 3 + 1)
@@ -38,7 +40,7 @@ def test_as_torchs_layers(options: dict[str, bool], converted_before: bool, trai
     if converted_before:
         syncbn.convert_sync_batchnorm(layer)
     for each in (plain, layer):
-        _cut(each)
+        _prune(each)
     if not converted_before:
         syncbn.convert_sync_batchnorm(layer)
     x = torch.randn(4, 4, 3, 3)
@@ -48,7 +50,7 @@ def test_as_torchs_layers(options: dict[str, bool], converted_before: bool, trai
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_without_tensors_any_number_of_channels_will_do(training: bool) -> None:
+def test_layers_without_tensors_accept_any_number_of_channels(training: bool) -> None:
     layer = syncbn.SyncBatchNorm1d(8, affine=False, track_running_stats=False).train(training)
     plain = nn.BatchNorm1d(8, affine=False, track_running_stats=False).train(training)
     x = torch.randn(6, 5)
@@ -56,18 +58,18 @@ def test_without_tensors_any_number_of_channels_will_do(training: bool) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_old_number_of_channels_is_refused(training: bool) -> None:
+def test_old_number_of_channels_raises(training: bool) -> None:
     layer = syncbn.SyncBatchNorm2d(8).train(training)
-    _cut(layer)
+    _prune(layer)
     with pytest.raises(
         ValueError, match=r"SyncBatchNorm2d\(8\): got an input .*expected 4 channels"
     ):
         layer(torch.randn(2, 8, 3, 3))
 
 
-def test_calibration_and_rules_of_inference() -> None:
+def test_calibration_and_inference_rules_accept_pruned_layers() -> None:
     layer, plain = syncbn.SyncBatchNorm2d(8).eval(), nn.BatchNorm2d(4).eval()
-    _cut(layer)
+    _prune(layer)
     x = torch.randn(6, 4, 3, 3)
     for model in (layer, plain):
         syncbn.recalibrate(model, [x])

@@ -1,4 +1,4 @@
-"""A network somebody else wrote: converted and back, with its outputs and its state."""
+"""A ResNet from transformers: conversion and reversion preserve outputs and state."""
 
 from __future__ import annotations
 

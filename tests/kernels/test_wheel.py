@@ -1,4 +1,4 @@
-"""What people install: a wheel, used far from the checkout."""
+"""An installed wheel, used outside the checkout."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.transports import ROOT
 
 
 def python(*arguments: str, cwd: Path, **environment: str) -> str:
@@ -25,7 +25,7 @@ def python(*arguments: str, cwd: Path, **environment: str) -> str:
     return done.stdout
 
 
-def test_a_command_of_an_installed_wheel_runs_in_an_empty_folder(tmp_path: Path) -> None:
+def test_command_of_an_installed_wheel_runs_in_an_empty_folder(tmp_path: Path) -> None:
     python("-m", "build", "--wheel", "--no-isolation", f"--outdir={tmp_path}", cwd=ROOT)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
@@ -46,7 +46,7 @@ def test_a_command_of_an_installed_wheel_runs_in_an_empty_folder(tmp_path: Path)
         str(wheel),
         cwd=empty,
     )
-    # The folder comes before the environment's own, editable, syncbn.
+    # PYTHONPATH precedes the environment's editable syncbn.
     found = python(
         "-c", "import syncbn; print(syncbn.__file__)", cwd=empty, PYTHONPATH=str(installed)
     )

@@ -1,4 +1,4 @@
-"""Copies of a layer whose group is alive, by every way that Python and torch copy."""
+"""Copies of a layer with a live process group, by every mechanism of Python and torch."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def _saved(layer: nn.Module) -> nn.Module:
     return loaded
 
 
-#: Whether a copy keeps a live group; a pickle may be read by another process.
-WAYS: dict[str, tuple[Callable[[nn.Module], Any], bool]] = {
+#: Copy functions, and whether the copy keeps the live group; another process may load a pickle.
+COPIES: dict[str, tuple[Callable[[nn.Module], Any], bool]] = {
     "copy": (copy.copy, True),
     "deepcopy": (copy.deepcopy, True),
     "deepcopy of a copy": (lambda layer: copy.deepcopy(copy.copy(layer)), True),
@@ -58,7 +58,7 @@ def _whole() -> Tensor:
 
 
 def _own_group(rank: int) -> Any:
-    """Return a group that is not the default one, which a copy without a group would use."""
+    """Return a group other than the default group, which a copy without a group would use."""
     pair, single = dist.new_group([0, 1]), dist.new_group([2])
     return single if rank == 2 else pair
 
@@ -72,8 +72,8 @@ def _on_a_rank(rank: int, kind: type[nn.BatchNorm1d], parametrized: bool) -> lis
     x = _whole()
     wanted = nn.BatchNorm1d(4).double()(x)
     part, wanted = (x, wanted) if rank == 2 else (t.chunk(2)[rank] for t in (x, wanted))
-    seen = []
-    for name, (made, is_live) in WAYS.items():
+    checked = []
+    for name, (made, is_live) in COPIES.items():
         if parametrized and (not is_live or name == "attributes"):
             continue  # torch refuses the pickle
         clone = made(layer)
@@ -83,18 +83,18 @@ def _on_a_rank(rank: int, kind: type[nn.BatchNorm1d], parametrized: bool) -> lis
             clone.eval()(part)
             syncbn.convert_sync_batchnorm(clone, group).train()
         torch.testing.assert_close(clone(part), wanted, rtol=1e-10, atol=1e-12)
-        seen.append(name)
-    return seen
+        checked.append(name)
+    return checked
 
 
 @pytest.mark.parametrize("parametrized", [False, True])
 @pytest.mark.parametrize("kind", [nn.BatchNorm1d, Subclass])
-def test_copies_talk_to_the_same_ranks(
+def test_copies_synchronize_with_the_same_ranks(
     three_ranks: Ranks, kind: type[nn.BatchNorm1d], parametrized: bool
 ) -> None:
-    """A shallow copy lost its group, as if it had come from another process."""
-    for seen in three_ranks.run(_on_a_rank, kind, parametrized):
-        assert len(seen) >= 6
+    """Regression: a shallow copy lost its group, like a pickle from another process."""
+    for checked in three_ranks.run(_on_a_rank, kind, parametrized):
+        assert len(checked) >= 6
 
 
 def test_a_shallow_copy_shares_tensors_as_in_torch() -> None:
@@ -107,7 +107,7 @@ def test_a_shallow_copy_shares_tensors_as_in_torch() -> None:
 
 
 def test_a_shallow_copy_does_not_accumulate() -> None:
-    """Only the original is taken out of accumulation at its end."""
+    """The end of accumulation resets the original alone."""
     layer = syncbn.SyncBatchNorm1d(4)
     with syncbn.accumulate_statistics(layer):
         layer(torch.randn(5, 4))

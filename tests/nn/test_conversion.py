@@ -15,7 +15,7 @@ import syncbn
 
 
 class Scaled(nn.BatchNorm2d):
-    """A subclass with a constructor, a method and a check of its own, and torch's forward."""
+    """Subclass with a constructor and a method that inherits forward."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=1e-3)
@@ -26,7 +26,7 @@ class Scaled(nn.BatchNorm2d):
 
 
 class Activated(nn.BatchNorm2d):
-    """A subclass that does more in its forward."""
+    """Subclass that overrides forward."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).relu()
@@ -71,7 +71,7 @@ def test_convert_and_revert_are_inverse_on_a_nested_model() -> None:
     kinds = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert all(isinstance(m, syncbn.SyncBatchNorm) for m in kinds)
     assert model.stem[1] is model.body[1]
-    assert model.stem[1].sync_name == "stem.1"
+    assert model.stem[1].fqn == "stem.1"
     assert [module.training for module in model.modules()] == flags
     assert [id(tensor) for tensor in (*model.parameters(), *model.buffers())] == identities
     assert not model.stem[1].weight.requires_grad
@@ -103,7 +103,7 @@ def test_training_after_conversion_equals_training_before() -> None:
         torch.testing.assert_close(found, wanted)
 
 
-def test_hooks_stay() -> None:
+def test_hooks_survive_conversion_and_reversion() -> None:
     layer = nn.BatchNorm2d(3)
     seen: list[str] = []
     layer.register_forward_pre_hook(lambda *_: seen.append("before"))
@@ -118,7 +118,7 @@ def test_hooks_stay() -> None:
     assert seen[3:] == ["before"]
 
 
-def test_a_subclass_stays_what_it_was() -> None:
+def test_subclass_keeps_class_attributes_and_copies() -> None:
     layer = Scaled(4)
     syncbn.convert_sync_batchnorm(layer)
     assert isinstance(layer, Scaled)
@@ -132,7 +132,7 @@ def test_a_subclass_stays_what_it_was() -> None:
     assert type(syncbn.convert_sync_batchnorm(Scaled(2))) is type(layer)
 
 
-def test_a_subclass_keeps_its_own_check_of_dimensions() -> None:
+def test_subclass_keeps_its_input_dim_check() -> None:
     layer = syncbn.convert_sync_batchnorm(AnyDimension(4))
     layer(torch.randn(2, 4, 3))
     with pytest.raises(ValueError, match="three, please"):
@@ -140,7 +140,7 @@ def test_a_subclass_keeps_its_own_check_of_dimensions() -> None:
 
 
 @pytest.mark.parametrize("how", ["subclass", "instance"])
-def test_a_forward_of_its_own_is_left_alone_with_a_warning(how: str) -> None:
+def test_overridden_forward_is_skipped_with_a_warning(how: str) -> None:
     layer = Activated(4) if how == "subclass" else nn.BatchNorm2d(4)
     if how == "instance":
         layer.forward = lambda input: input  # type: ignore[method-assign]
@@ -153,7 +153,7 @@ def test_a_forward_of_its_own_is_left_alone_with_a_warning(how: str) -> None:
     assert not isinstance(model[1], syncbn.SyncBatchNorm)
 
 
-def test_torch_sync_batch_norm_converts_and_comes_back() -> None:
+def test_torch_sync_batch_norm_round_trip() -> None:
     model: Any = nn.Sequential(nn.SyncBatchNorm(4))
     syncbn.convert_sync_batchnorm(model)
     assert classes(model)[1:] == [syncbn.SyncBatchNorm]
@@ -171,7 +171,7 @@ LAZY: list[tuple[Callable[..., nn.Module], type[nn.Module], int]] = [
 
 
 @pytest.mark.parametrize(("lazy", "becomes", "ndim"), LAZY)
-def test_lazy_layers_convert_before_their_first_input(
+def test_lazy_layers_convert_before_the_first_input(
     lazy: Callable[..., nn.Module], becomes: type[nn.Module], ndim: int
 ) -> None:
     x = torch.randn(3, 6, *(4,) * (ndim - 2))
@@ -200,7 +200,7 @@ def test_parametrized_layers_stay_parametrized() -> None:
     copy.deepcopy(layer)(torch.randn(2, 4, 3, 3))
 
 
-def test_parametrizations_come_and_go_while_converted() -> None:
+def test_parametrizations_added_and_removed_while_converted() -> None:
     layer: Any = parametrizations.weight_norm(nn.BatchNorm2d(4), dim=0)
     syncbn.convert_sync_batchnorm(layer)
     parametrize.remove_parametrizations(layer, "weight")
@@ -213,14 +213,14 @@ def test_parametrizations_come_and_go_while_converted() -> None:
 
 
 class Guarded(nn.BatchNorm2d):
-    """Overrides something that the synchronized layer has to replace."""
+    """Overrides a method that the synchronized layer must replace."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "guarded": True}
 
 
 class TorchSync(nn.SyncBatchNorm):
-    """Adopted it would stay an nn.SyncBatchNorm, which DDP refuses on CPU."""
+    """Converted, it would stay an nn.SyncBatchNorm, which DDP refuses on CPU."""
 
 
 @pytest.mark.parametrize(
@@ -230,14 +230,14 @@ class TorchSync(nn.SyncBatchNorm):
         (TorchSync(4), "TorchSync overrides forward"),
     ],
 )
-def test_what_would_lose_behaviour_is_left_alone(layer: nn.Module, reason: str) -> None:
+def test_unsupported_subclasses_are_skipped_with_the_reason(layer: nn.Module, reason: str) -> None:
     before = type(layer)
     with pytest.warns(UserWarning, match=f"{reason}, so these layers are left unsynchronized"):
         syncbn.convert_sync_batchnorm(layer)
     assert type(layer) is before
 
 
-def test_attributes_of_the_user_are_not_touched() -> None:
+def test_user_attributes_survive_the_round_trip() -> None:
     layer: Any = nn.BatchNorm2d(4)
     layer.layer_name, layer.kernel = "mine", 3
     syncbn.convert_sync_batchnorm(layer)(torch.randn(2, 4, 3, 3))
@@ -256,7 +256,7 @@ def test_subclasses_of_lazy_layers_convert() -> None:
     assert classes(layer) == [syncbn.SyncBatchNorm2d]
 
 
-def test_instance_norm_and_others_are_not_touched() -> None:
+def test_other_norm_layers_are_not_converted() -> None:
     model = nn.Sequential(nn.InstanceNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(4))
     before = classes(model)
     assert classes(syncbn.convert_sync_batchnorm(model)) == before
@@ -273,7 +273,7 @@ def test_convert_is_a_classmethod_as_in_torch() -> None:
     assert isinstance(model[0], syncbn.SyncBatchNorm1d)
 
 
-def test_a_users_subclass_of_the_layer_is_kept_by_both() -> None:
+def test_subclasses_of_sync_batch_norm_keep_their_class() -> None:
     class Mine(syncbn.SyncBatchNorm2d):
         pass
 

@@ -1,4 +1,4 @@
-"""Installing with a compiler, without one, and with one that fails."""
+"""Installation with a working compiler, without one, and with a failing one."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ import hatch_build
 from syncbn import kernels
 from syncbn.kernels import cpu
 from syncbn.kernels.cpu.source_hash import checksum
-from tests.kernels import needs_cpp
+from tests.kernel_cases import needs_cpp
+from tests.transports import ROOT
 
 BUILT = cpu.PATH
-ROOT = Path(__file__).resolve().parent.parent
-# What is found of a syncbn without C++ kernels, and what becomes of layers in it.
+# Prints the properties of an installation without C++ kernels.
 PROGRAM = """
 import json, torch, syncbn
 from syncbn.cli import doctor
@@ -31,7 +31,7 @@ from syncbn.kernels import choose, cpu, reference
 x = torch.randn(4, 3, 5, 5)
 layer = syncbn.SyncBatchNorm2d(3)
 layer(x).sum().backward()
-layer.sync_kernel = "cpu"
+layer.impl = "cpu"
 try:
     layer(x)
 except RuntimeError as error:
@@ -49,7 +49,7 @@ print(json.dumps(found))
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """Return a copy of the sources, for builds to leave this one alone."""
+    """Return a copy of the sources to build in."""
     copy = tmp_path / "checkout"
     ignored = shutil.ignore_patterns("libsyncbn_cpu.*", "__pycache__")
     for folder in ("syncbn", "configs"):
@@ -71,12 +71,12 @@ def wheel(checkout: Path, compiler: str) -> Path:
     return path
 
 
-def test_the_library_is_of_these_sources() -> None:
-    """Else every other test is of an old one: `pip install -e .` again."""
+def test_library_matches_the_sources() -> None:
+    """A stale library would make every other test meaningless: run `pip install -e .`."""
     if (compiler := hatch_build.find_compiler()) is None:
         assert "no C++ compiler" in cpu.describe()
         return
-    assert hatch_build.fingerprint(compiler).encode() in cpu.PATH.read_bytes()
+    assert hatch_build.build_mark(compiler).encode() in cpu.PATH.read_bytes()
     assert cpu.describe() in cpu.LEVELS
 
 
@@ -88,7 +88,7 @@ def test_the_library_is_of_these_sources() -> None:
         ("'g++", "CXX or CXXFLAGS cannot be read: No closing quotation"),
     ],
 )
-def test_without_a_compiler_there_is_the_reference(
+def test_wheel_without_a_compiler_uses_the_reference(
     compiler: str, reason: str, checkout: Path
 ) -> None:
     path = wheel(checkout, compiler)
@@ -116,7 +116,7 @@ def test_without_a_compiler_there_is_the_reference(
 
 
 @pytest.mark.skipif(hatch_build.find_compiler() is None, reason="there is no C++ compiler")
-def test_with_a_compiler_a_wheel_carries_the_library(checkout: Path) -> None:
+def test_wheel_with_a_compiler_contains_the_library(checkout: Path) -> None:
     for file in (BUILT, hatch_build.CHECKSUM):
         shutil.copy(file, checkout / file.relative_to(ROOT))
     path = wheel(checkout, os.environ.get("CXX", ""))
@@ -132,7 +132,7 @@ def test_with_a_compiler_a_wheel_carries_the_library(checkout: Path) -> None:
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Return where the library is looked for."""
+    """Return the path from which the library is loaded."""
     path = tmp_path / "libsyncbn_cpu.so"
     monkeypatch.setattr(cpu, "PATH", path)
     cpu.load.cache_clear()
@@ -140,7 +140,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     cpu.load.cache_clear()
 
 
-def test_a_library_of_something_else_is_not_used(library: Path) -> None:
+def test_file_that_is_no_library_is_rejected(library: Path) -> None:
     library.write_bytes(b"not a library")
     library.with_suffix(".sha256").write_text(checksum(library))
     assert "cannot be used" in cpu.describe()
@@ -149,23 +149,23 @@ def test_a_library_of_something_else_is_not_used(library: Path) -> None:
 
 
 @needs_cpp
-@pytest.mark.parametrize("sources", ["none", "its own", "others"])
-def test_a_library_of_other_sources_is_not_used(library: Path, sources: str) -> None:
-    """After a pull, with functions of other arguments, it was a crash."""
+@pytest.mark.parametrize("sources", ["none", "same", "changed"])
+def test_library_of_other_sources_is_rejected(library: Path, sources: str) -> None:
+    """Regression: after a pull, functions with other arguments crashed."""
     for file in (BUILT, hatch_build.CHECKSUM):
         shutil.copy(file, library.parent)
     if sources != "none":
         shutil.copytree(BUILT.parent / "csrc", library.parent / "csrc")
-    if sources == "others":
-        (library.parent / "csrc" / "more.h").write_text("// more")
-    assert ("is of other sources" in cpu.describe()) == (sources == "others")
+    if sources == "changed":
+        (library.parent / "csrc" / "new.h").write_text("// new")
+    assert ("is of other sources" in cpu.describe()) == (sources == "changed")
 
 
-def damage(library: Path, how: str) -> None:
-    """Change a library, and not its checksum."""
+def damage(library: Path, fault: str) -> None:
+    """Damage a library or its checksum file."""
     size = library.stat().st_size
-    match how:
-        case "cut":
+    match fault:
+        case "truncated":
             os.truncate(library, size // 2)
         case "empty":
             os.truncate(library, 0)
@@ -175,22 +175,22 @@ def damage(library: Path, how: str) -> None:
                 byte = file.read(1)[0]
                 file.seek(size // 2)
                 file.write(bytes([byte ^ 1]))
-        case "without a checksum":
+        case "no checksum":
             library.with_suffix(".sha256").unlink()
-        case "a checksum of other bytes":
+        case "binary checksum":
             library.with_suffix(".sha256").write_bytes(b"\xff\xfe\x80")
 
 
-DAMAGES = ["cut", "empty", "changed", "without a checksum", "a checksum of other bytes"]
+FAULTS = ["truncated", "empty", "changed", "no checksum", "binary checksum"]
 
 
 @needs_cpp
-@pytest.mark.parametrize("how", DAMAGES)
-def test_a_damaged_library_is_not_used(how: str, checkout: Path) -> None:
-    """A truncated library ended every process that loaded it by SIGBUS."""
+@pytest.mark.parametrize("fault", FAULTS)
+def test_damaged_library_is_rejected(fault: str, checkout: Path) -> None:
+    """Regression: loading a truncated library ended the process by SIGBUS."""
     for file in (BUILT, hatch_build.CHECKSUM):
         shutil.copy(file, checkout / file.relative_to(ROOT))
-    damage(checkout / BUILT.relative_to(ROOT), how)
+    damage(checkout / BUILT.relative_to(ROOT), fault)
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], cwd=checkout, capture_output=True, text=True, timeout=50
     )
@@ -198,7 +198,7 @@ def test_a_damaged_library_is_not_used(how: str, checkout: Path) -> None:
     found = json.loads(done.stdout)
     assert found["path"].startswith(str(checkout))
     assert found["reference"]
-    reason = "cannot be used: " if "checksum" in how else "is damaged: "
+    reason = "cannot be used: " if "checksum" in fault else "is damaged: "
     assert reason in found["reason"]
     assert "install syncbn again" in found["reason"]
     assert found["doctor"] == found["reason"]
@@ -206,39 +206,40 @@ def test_a_damaged_library_is_not_used(how: str, checkout: Path) -> None:
 
 
 @pytest.mark.skipif(hatch_build.find_compiler() is None, reason="there is no C++ compiler")
-def test_a_damaged_library_is_built_again(tmp_path: Path) -> None:
-    """A library with the right mark was not built again after damage."""
+def test_damaged_library_is_rebuilt(tmp_path: Path) -> None:
+    """Regression: a damaged library with the right mark was not rebuilt."""
     library = tmp_path / BUILT.name
     compiler = hatch_build.find_compiler()
     assert compiler is not None
-    mark = hatch_build.fingerprint(compiler)
-    for how in DAMAGES:
+    mark = hatch_build.build_mark(compiler)
+    for fault in FAULTS:
         for file in (BUILT, hatch_build.CHECKSUM):
             shutil.copy(file, tmp_path)
         assert hatch_build.is_built(library, mark)
-        assert not hatch_build.is_built(library, f"{mark} of others")
-        damage(library, how)
+        assert not hatch_build.is_built(library, f"{mark} changed")
+        damage(library, fault)
         assert not hatch_build.is_built(library, mark)
 
 
 @needs_cpp
-def test_the_linker_can_mix_up_no_instruction_sets(tmp_path: Path) -> None:
-    """A weak symbol is taken from any of the objects; not inlined, AVX-512 would run everywhere."""
+def test_isa_objects_have_no_weak_symbols(tmp_path: Path) -> None:
+    """A linker takes a weak symbol from any object: a function that is not inlined could bring
+    AVX-512 instructions to every processor."""
     compiler = hatch_build.find_compiler()
     assert compiler is not None
-    out = tmp_path / "instance.o"
-    source = BUILT.parent / "cpp" / "instance.cpp"
+    out = tmp_path / "isa_kernels.o"
+    source = BUILT.parent / "csrc" / "isa_kernels.cpp"
     flags = [*hatch_build.FLAGS.replace("-O3", "-O0").split(), "-DSYNCBN_KERNELS=kernels_baseline"]
     subprocess.run([*compiler, *flags, "-c", str(source), "-o", str(out)], check=True, timeout=50)
     found = subprocess.run(["nm", "-C", str(out)], capture_output=True, text=True, check=True)
     assert "kernels_baseline" in found.stdout
     weak = [line for line in found.stdout.splitlines() if line[17:18] in "VWu"]
-    # Of exceptions, which have no vectors.
-    known = ("std::exception", "std::bad_alloc", "DW.ref.")
-    assert [line for line in weak if not any(name in line for name in known)] == []
+    # Exceptions contain no vector code.
+    allowed = ("std::exception", "std::bad_alloc", "DW.ref.")
+    assert [line for line in weak if not any(name in line for name in allowed)] == []
 
 
-def test_a_wheel_is_named_after_the_processors_that_it_has_code_for() -> None:
+def test_platform_tag_names_the_processor() -> None:
     assert hatch_build.platform_tag("linux-x86_64") == "linux_x86_64"
     for_both = hatch_build.platform_tag("macosx-11.0-universal2")
     assert for_both == f"macosx_11_0_{platform.machine()}"
