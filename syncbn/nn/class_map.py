@@ -30,7 +30,7 @@ _ORIGINAL = {sync: original for original, sync in _SYNC.items()}
 _SYNC_SUBCLASSES: dict[LayerClass, LayerClass] = {}
 # Names that a subclass may define without loss: the synchronized class does not define them, or
 # keeps the subclass's definition.
-_KEPT = {
+_ALLOWED_NAMES = {
     *("__init__", "__module__", "__doc__", "__annotations__", "_check_input_dim"),
     # SyncBatchNorm's versions call super().
     *("__getattr__", "__setattr__", "__setstate__"),
@@ -78,7 +78,7 @@ def unsupported_reason(layer: _BatchNorm) -> str | None:
         return None
     if kind.forward is not _BatchNorm.forward:
         return f"{name} overrides forward"
-    replaced = (set(vars(SyncBatchNorm)) | set(vars(LayerState))) - _KEPT
+    replaced = (set(vars(SyncBatchNorm)) | set(vars(LayerState))) - _ALLOWED_NAMES
     for parent in kind.__mro__:
         if parent in _SYNC or parent is _BatchNorm:
             return None

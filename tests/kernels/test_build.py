@@ -36,14 +36,14 @@ try:
     layer(x)
 except RuntimeError as error:
     message = str(error)
-found = {
+output = {
     "path": syncbn.__file__,
     "reference": choose("auto", x) is reference,
     "reason": cpu.describe(),
     "doctor": doctor.installation()["C++ kernels"],
     "message": message,
 }
-print(json.dumps(found))
+print(json.dumps(output))
 """
 
 
@@ -69,6 +69,24 @@ def wheel(checkout: Path, compiler: str) -> Path:
     assert done.returncode == 0, done.stderr
     (path,) = (checkout / "dist").iterdir()
     return path
+
+
+def copy_library(folder: Path) -> Path:
+    """Copy the library and its checksum file; return the copy."""
+    shutil.copy(hatch_build.CHECKSUM, folder)
+    return Path(shutil.copy(BUILT, folder))
+
+
+def check_reference(folder: Path) -> dict[str, str]:
+    """Run PROGRAM with the package in a folder; check that it uses the reference kernel."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=folder, capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 0, done.stderr
+    output: dict[str, str] = json.loads(done.stdout)
+    assert output["path"].startswith(str(folder))
+    assert output["reference"]
+    return output
 
 
 def test_library_matches_the_sources() -> None:
@@ -98,27 +116,16 @@ def test_wheel_without_a_compiler_uses_the_reference(
     assert not any(name.endswith((".so", ".cpp", ".h")) for name in names if "kernels" in name)
     installed = checkout / "site"
     zipfile.ZipFile(path).extractall(installed)
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        cwd=installed,
-        capture_output=True,
-        text=True,
-        timeout=50,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["path"].startswith(str(installed))
-    assert found["reference"]
-    assert reason in found["reason"]
-    assert reason in found["doctor"]
-    assert found["message"].startswith("kernel 'cpu': there is no ")
-    assert reason in found["message"]
+    output = check_reference(installed)
+    assert reason in output["reason"]
+    assert reason in output["doctor"]
+    assert output["message"].startswith("kernel 'cpu': there is no ")
+    assert reason in output["message"]
 
 
 @pytest.mark.skipif(hatch_build.find_compiler() is None, reason="there is no C++ compiler")
 def test_wheel_with_a_compiler_contains_the_library(checkout: Path) -> None:
-    for file in (BUILT, hatch_build.CHECKSUM):
-        shutil.copy(file, checkout / file.relative_to(ROOT))
+    copy_library(checkout / BUILT.parent.relative_to(ROOT))
     path = wheel(checkout, os.environ.get("CXX", ""))
     assert "-py3-none-" in path.name
     assert not path.name.endswith("-any.whl")
@@ -152,8 +159,7 @@ def test_file_that_is_no_library_is_rejected(library: Path) -> None:
 @pytest.mark.parametrize("sources", ["none", "same", "changed"])
 def test_library_of_other_sources_is_rejected(library: Path, sources: str) -> None:
     """Regression: after a pull, functions with other arguments crashed."""
-    for file in (BUILT, hatch_build.CHECKSUM):
-        shutil.copy(file, library.parent)
+    copy_library(library.parent)
     if sources != "none":
         shutil.copytree(BUILT.parent / "csrc", library.parent / "csrc")
     if sources == "changed":
@@ -188,33 +194,23 @@ FAULTS = ["truncated", "empty", "changed", "no checksum", "binary checksum"]
 @pytest.mark.parametrize("fault", FAULTS)
 def test_damaged_library_is_rejected(fault: str, checkout: Path) -> None:
     """Regression: loading a truncated library ended the process by SIGBUS."""
-    for file in (BUILT, hatch_build.CHECKSUM):
-        shutil.copy(file, checkout / file.relative_to(ROOT))
-    damage(checkout / BUILT.relative_to(ROOT), fault)
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=checkout, capture_output=True, text=True, timeout=50
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["path"].startswith(str(checkout))
-    assert found["reference"]
+    damage(copy_library(checkout / BUILT.parent.relative_to(ROOT)), fault)
+    output = check_reference(checkout)
     reason = "cannot be used: " if "checksum" in fault else "is damaged: "
-    assert reason in found["reason"]
-    assert "install syncbn again" in found["reason"]
-    assert found["doctor"] == found["reason"]
-    assert found["message"].startswith(f"kernel 'cpu': {found['reason']}")
+    assert reason in output["reason"]
+    assert "install syncbn again" in output["reason"]
+    assert output["doctor"] == output["reason"]
+    assert output["message"].startswith(f"kernel 'cpu': {output['reason']}")
 
 
 @pytest.mark.skipif(hatch_build.find_compiler() is None, reason="there is no C++ compiler")
 def test_damaged_library_is_rebuilt(tmp_path: Path) -> None:
     """Regression: a damaged library with the right mark was not rebuilt."""
-    library = tmp_path / BUILT.name
     compiler = hatch_build.find_compiler()
     assert compiler is not None
     mark = hatch_build.build_mark(compiler)
     for fault in FAULTS:
-        for file in (BUILT, hatch_build.CHECKSUM):
-            shutil.copy(file, tmp_path)
+        library = copy_library(tmp_path)
         assert hatch_build.is_built(library, mark)
         assert not hatch_build.is_built(library, f"{mark} changed")
         damage(library, fault)
@@ -231,9 +227,9 @@ def test_isa_objects_have_no_weak_symbols(tmp_path: Path) -> None:
     source = BUILT.parent / "csrc" / "isa_kernels.cpp"
     flags = [*hatch_build.FLAGS.replace("-O3", "-O0").split(), "-DSYNCBN_KERNELS=kernels_baseline"]
     subprocess.run([*compiler, *flags, "-c", str(source), "-o", str(out)], check=True, timeout=50)
-    found = subprocess.run(["nm", "-C", str(out)], capture_output=True, text=True, check=True)
-    assert "kernels_baseline" in found.stdout
-    weak = [line for line in found.stdout.splitlines() if line[17:18] in "VWu"]
+    symbols = subprocess.run(["nm", "-C", out], capture_output=True, text=True, check=True).stdout
+    assert "kernels_baseline" in symbols
+    weak = [line for line in symbols.splitlines() if line[17:18] in "VWu"]
     # Exceptions contain no vector code.
     allowed = ("std::exception", "std::bad_alloc", "DW.ref.")
     assert [line for line in weak if not any(name in line for name in allowed)] == []

@@ -36,21 +36,12 @@ def test_command_of_an_installed_wheel_runs_in_an_empty_folder(tmp_path: Path) -
 
     installed, empty = tmp_path / "site", tmp_path / "empty"
     empty.mkdir()
-    python(
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        f"--target={installed}",
-        str(wheel),
-        cwd=empty,
-    )
+    options = "--quiet", "--no-deps", f"--target={installed}"
+    python("-m", "pip", "install", *options, str(wheel), cwd=empty)
     # PYTHONPATH precedes the environment's editable syncbn.
-    found = python(
-        "-c", "import syncbn; print(syncbn.__file__)", cwd=empty, PYTHONPATH=str(installed)
-    )
-    assert found.startswith(str(installed))
+    program = "import syncbn; print(syncbn.__file__)"
+    path = python("-c", program, cwd=empty, PYTHONPATH=str(installed))
+    assert path.startswith(str(installed))
     python("-m", "syncbn.cli.doctor", "json=r.json", cwd=empty, PYTHONPATH=str(installed))
     assert [path.name for path in empty.iterdir()] == ["r.json"]
     report = json.loads((empty / "r.json").read_text())

@@ -86,10 +86,10 @@ def test_outputs_and_state_are_unchanged() -> None:
     model(torch.randn(4, 3, 6, 6))
     model.eval()
     x = torch.randn(2, 3, 6, 6)
-    wanted, state = model(x), copy.deepcopy(model.state_dict())
+    expected, state = model(x), copy.deepcopy(model.state_dict())
     for change in (syncbn.convert_sync_batchnorm, syncbn.revert_sync_batchnorm):
         change(model)
-        assert torch.equal(model(x), wanted)
+        assert torch.equal(model(x), expected)
         assert list(model.state_dict()) == list(state)
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
@@ -99,8 +99,8 @@ def test_training_after_conversion_equals_training_before() -> None:
     converted = syncbn.convert_sync_batchnorm(copy.deepcopy(original))
     x = torch.randn(4, 3, 6, 6).double()
     torch.testing.assert_close(converted(x), original(x))
-    for found, wanted in zip(converted.buffers(), original.buffers(), strict=True):
-        torch.testing.assert_close(found, wanted)
+    for actual, expected in zip(converted.buffers(), original.buffers(), strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_hooks_survive_conversion_and_reversion() -> None:
@@ -139,10 +139,10 @@ def test_subclass_keeps_its_input_dim_check() -> None:
         layer(torch.randn(2, 4))
 
 
-@pytest.mark.parametrize("how", ["subclass", "instance"])
-def test_overridden_forward_is_skipped_with_a_warning(how: str) -> None:
-    layer = Activated(4) if how == "subclass" else nn.BatchNorm2d(4)
-    if how == "instance":
+@pytest.mark.parametrize("override", ["subclass", "instance"])
+def test_overridden_forward_is_skipped_with_a_warning(override: str) -> None:
+    layer = Activated(4) if override == "subclass" else nn.BatchNorm2d(4)
+    if override == "instance":
         layer.forward = lambda input: input  # type: ignore[method-assign]
     model = nn.Sequential(nn.BatchNorm2d(4), layer)
     with pytest.warns(

@@ -73,8 +73,8 @@ class Residual(nn.Module):
 def test_residual_and_mask_are_recorded() -> None:
     net, x = Residual(), _images()
     mask = torch.rand(4, 6, 6) > 0.3
-    wanted = copy.deepcopy(net)(x, mask)
-    torch.testing.assert_close(symbolic_trace(net)(x, mask), wanted)
+    expected = copy.deepcopy(net)(x, mask)
+    torch.testing.assert_close(symbolic_trace(net)(x, mask), expected)
 
 
 def test_fused_models_and_inference_rules_are_traced() -> None:

@@ -49,7 +49,7 @@ def _attached(activation: Any) -> Any:
 
 CARRIERS: dict[str, Callable[[], nn.BatchNorm2d]] = {
     "text": lambda: Named(4, "gelu"),
-    "ours": lambda: Named(4, "relu"),
+    "library text": lambda: Named(4, "relu"),
     "none": lambda: Named(4, None),
     "module": lambda: Named(4, nn.GELU()),
     "function": lambda: Named(4, torch.tanh),
@@ -88,14 +88,14 @@ def test_conversion_preserves_a_block_that_applies_the_activation(
     before = block.norm.activation
     attributes, submodules = set(vars(block.norm)), dict(block.norm.named_children())
     x = torch.randn(5, 3, 4, 4)
-    wanted = copy.deepcopy(block)(x)
+    expected = copy.deepcopy(block)(x)
     syncbn.convert_sync_batchnorm(block)
     norm: Any = block.norm
     assert isinstance(norm, syncbn.SyncBatchNorm)
     assert norm.activation is before
     for made in (copy.deepcopy, copy.copy, lambda b: pickle.loads(pickle.dumps(b))):
-        torch.testing.assert_close(copy.deepcopy(made(block))(x), wanted)
-    torch.testing.assert_close(block(x), wanted)
+        torch.testing.assert_close(copy.deepcopy(made(block))(x), expected)
+    torch.testing.assert_close(block(x), expected)
     syncbn.revert_sync_batchnorm(block)
     assert type(block.norm) is type(CARRIERS[carrier]())
     assert id(block.norm.activation) == id(before)
@@ -160,16 +160,16 @@ def test_fuse_stores_its_activation_apart_from_the_users() -> None:
     """The library stores its activation under a private name."""
     model = nn.Sequential(Named(4, "gelu"), nn.ReLU())
     x = torch.randn(5, 4, 3, 3)
-    wanted = copy.deepcopy(model)(x)
+    expected = copy.deepcopy(model)(x)
     syncbn.convert_sync_batchnorm(model)
     fusion = syncbn.fuse(model)
     assert fusion.fused == {"0": "relu"}
-    torch.testing.assert_close(model(x), wanted)
+    torch.testing.assert_close(model(x), expected)
     assert model[0].activation == "gelu"
     with pytest.raises(ValueError, match="got a layer with activation='relu'"):
         syncbn.revert_sync_batchnorm(model)
     fusion.undo()
-    torch.testing.assert_close(syncbn.revert_sync_batchnorm(model)(x), wanted)
+    torch.testing.assert_close(syncbn.revert_sync_batchnorm(model)(x), expected)
 
 
 def test_activation_of_library_layers_is_public() -> None:

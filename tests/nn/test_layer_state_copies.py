@@ -70,8 +70,8 @@ def _on_a_rank(rank: int, kind: type[nn.BatchNorm1d], parametrized: bool) -> lis
         parametrizations.weight_norm(layer, dim=0)
     syncbn.convert_sync_batchnorm(layer, group)
     x = _whole()
-    wanted = nn.BatchNorm1d(4).double()(x)
-    part, wanted = (x, wanted) if rank == 2 else (t.chunk(2)[rank] for t in (x, wanted))
+    expected = nn.BatchNorm1d(4).double()(x)
+    part, expected = (x, expected) if rank == 2 else (t.chunk(2)[rank] for t in (x, expected))
     checked = []
     for name, (made, is_live) in COPIES.items():
         if parametrized and (not is_live or name == "attributes"):
@@ -82,7 +82,7 @@ def _on_a_rank(rank: int, kind: type[nn.BatchNorm1d], parametrized: bool) -> lis
                 clone(part)
             clone.eval()(part)
             syncbn.convert_sync_batchnorm(clone, group).train()
-        torch.testing.assert_close(clone(part), wanted, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(clone(part), expected, rtol=1e-10, atol=1e-12)
         checked.append(name)
     return checked
 

@@ -23,7 +23,7 @@ def test_transformers_resnet_round_trip() -> None:
     x = torch.randn(3, 3, 64, 64)
     model(x)
     model.eval()
-    wanted, state = model(x).logits, copy.deepcopy(model.state_dict())
+    expected, state = model(x).logits, copy.deepcopy(model.state_dict())
     before = [type(module) for module in model.modules()]
     assert before.count(nn.BatchNorm2d) > 10
 
@@ -31,11 +31,11 @@ def test_transformers_resnet_round_trip() -> None:
     kinds = [type(module) for module in model.modules()]
     assert kinds.count(syncbn.SyncBatchNorm2d) == before.count(nn.BatchNorm2d)
     assert nn.BatchNorm2d not in kinds
-    assert torch.equal(model(x).logits, wanted)
+    assert torch.equal(model(x).logits, expected)
 
     syncbn.revert_sync_batchnorm(model)
     assert [type(module) for module in model.modules()] == before
-    assert torch.equal(model(x).logits, wanted)
+    assert torch.equal(model(x).logits, expected)
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
@@ -46,5 +46,5 @@ def test_transformers_resnet_trains_as_before() -> None:
     x, labels = torch.randn(3, 3, 64, 64).double(), torch.tensor([0, 1, 2])
     for model in (original, converted):
         model(x, labels=labels).loss.backward()
-    for found, wanted in zip(converted.parameters(), original.parameters(), strict=True):
-        torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-8, atol=1e-12)
+    for actual, expected in zip(converted.parameters(), original.parameters(), strict=True):
+        torch.testing.assert_close(actual.grad, expected.grad, rtol=1e-8, atol=1e-12)

@@ -168,11 +168,11 @@ inline void update_running_stats(PackedMoments packed, const RunningStats& runni
   mean_and_m2(packed, means, vars);
   double degrees = at_least_one(packed.count() - 1);
   for (int64_t c = 0; c < channels; ++c) vars[c] /= degrees;
-  auto update = [&](const double* batch, ChannelValues average) {
-    if (average.data == nullptr) return;
-    read_doubles(average, 0, channels, updated);
+  auto update = [&](const double* batch, ChannelValues stored) {
+    if (stored.data == nullptr) return;
+    read_doubles(stored, 0, channels, updated);
     for (int64_t c = 0; c < channels; ++c) updated[c] += (batch[c] - updated[c]) * momentum;
-    write_doubles(updated, channels, average);
+    write_doubles(updated, channels, stored);
   };
   update(means, running.mean);
   update(vars, running.var);
