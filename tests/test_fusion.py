@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import syncbn
-from syncbn.bench.resnet20 import resnet20
-from syncbn.bench.resnet50 import resnet50
+from syncbn.bench.networks import resnet20, resnet50
 from tests.fusion_checks import check_fused, train_on_a_rank
 from tests.fusion_models import (
     AddsToTheOther,

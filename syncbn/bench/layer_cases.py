@@ -1,4 +1,4 @@
-"""The inputs that layers and kernels are measured with."""
+"""Inputs of the benchmark of layers and kernels."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ DTYPES = {
     "float16": torch.float16,
 }
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-#: What follows a layer; ours does it in the same pass.
+#: Operations after a layer, which our layers fuse.
 NOTHING, RELU, ADDITION = "", "ReLU", "addition and ReLU"
+EPILOGUES = (NOTHING, RELU, ADDITION)
 
 
 @dataclass(frozen=True)
 class Case:
-    """An input.
+    """Input of a layer.
 
     Attributes:
         shape: "CxHxW".
-        batch: samples.
-        layout: a key of :data:`LAYOUTS`.
-        dtype: a key of :data:`DTYPES`.
+        batch: number of samples.
+        layout: key of :data:`LAYOUTS`.
+        dtype: key of :data:`DTYPES`.
     """
 
     shape: str
@@ -46,14 +47,13 @@ class Case:
 
     @property
     def nbytes(self) -> int:
-        """Of the tensor."""
+        """Bytes of the tensor."""
         _, height, width = map(int, self.shape.split("x"))
-        numel = self.batch * self.channels * height * width
-        return numel * DTYPES[self.dtype].itemsize
+        return self.batch * self.channels * height * width * DTYPES[self.dtype].itemsize
 
     @property
-    def parameters(self) -> torch.dtype:
-        """The dtype of weights and running averages: as precise as the arithmetic."""
+    def parameter_dtype(self) -> torch.dtype:
+        """Dtype of weights and running statistics, as precise as the arithmetic."""
         return torch.float64 if self.dtype == "float64" else torch.float32
 
     def tensor(self, device: torch.device) -> Tensor:
