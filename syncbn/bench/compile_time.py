@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 import torch._inductor.config as inductor
@@ -19,6 +19,7 @@ from syncbn.nn.conversion import convert_sync_batchnorm
 
 _BASELINE, _OURS = "nn.BatchNorm2d", "ours"
 _STEPS = 9
+_Maker: TypeAlias = "Callable[[], nn.Module]"
 
 
 @dataclass(frozen=True)
@@ -61,38 +62,26 @@ class CompileTime(Benchmark):
         steps = {n: self._compiled_step(make, world.device) for n, make in makers.items()}
         timed = {n: synchronized(step, world.device) for n, step in steps.items()}
         times = interleave(timed, _STEPS)
-        costs = [
-            CompileCost(
-                norm,
-                Percentiles.of(first),
-                Percentiles.of(first / firsts[_BASELINE]),
-                Percentiles.of(times[norm]),
-            )
-            for norm, first in firsts.items()
-        ]
+        costs = []
+        for norm, first in firsts.items():
+            seconds = first, first / firsts[_BASELINE], times[norm]
+            costs.append(CompileCost(norm, *map(Percentiles.of, seconds)))
         return Report(world.facts, [self._table(costs)], {"costs": costs})
 
-    def _compiled_step(
-        self, make: Callable[[], nn.Module], device: torch.device
-    ) -> Callable[[], None]:
+    def _compiled_step(self, make: _Maker, device: torch.device) -> Callable[[], None]:
         torch.manual_seed(0)
         images = torch.randn(self.batch, 3, self.size, self.size, device=device)
         net = torch.compile(make().to(device), fullgraph=True, backend=self.backend)
         return training_step(cast(nn.Module, net), images)
 
-    def _first_step(self, make: Callable[[], nn.Module], device: torch.device) -> None:
+    def _first_step(self, make: _Maker, device: torch.device) -> None:
         torch._dynamo.reset()
         self._compiled_step(make, device)()
 
     def _table(self, costs: list[CompileCost]) -> Table:
         rows = [
-            [
-                cost.norm,
-                cost.first.text(digits=1),
-                cost.ratio.text(digits=2),
-                cost.step.text(MILLISECOND),
-            ]
-            for cost in costs
+            [c.norm, c.first.text(digits=1), c.ratio.text(digits=2), c.step.text(MILLISECOND)]
+            for c in costs
         ]
         return Table(
             f"torch.compile of resnet20, {self.backend}, {self.batch} images of "

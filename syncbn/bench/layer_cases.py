@@ -8,12 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+_DTYPES = torch.float32, torch.float64, torch.bfloat16, torch.float16
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 #: Operations after a layer, which our layers fuse.
 NOTHING, RELU, ADDITION = "", "ReLU", "addition and ReLU"
@@ -22,19 +18,12 @@ EPILOGUES = (NOTHING, RELU, ADDITION)
 
 @dataclass(frozen=True)
 class Case:
-    """Input of a layer.
+    """Input of a layer."""
 
-    Attributes:
-        shape: "CxHxW".
-        batch: number of samples.
-        layout: key of :data:`LAYOUTS`.
-        dtype: key of :data:`DTYPES`.
-    """
-
-    shape: str
+    shape: str  # CxHxW
     batch: int
-    layout: str
-    dtype: str
+    layout: str  # key of LAYOUTS
+    dtype: str  # key of DTYPES
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", self.shape):

@@ -79,16 +79,7 @@ class TorchSyncBatchNorm(nn.SyncBatchNorm):
 def time_layers(
     case: Case, kernels: list[str], rounds: int, world: World, clock: Clock, burst: int = 1
 ) -> CaseCosts:
-    """Time every layer on one input, on every rank.
-
-    Args:
-        case: the input.
-        kernels: names of our kernels.
-        rounds: turns of each layer.
-        world: the ranks.
-        clock: clock of one step.
-        burst: steps per turn.
-    """
+    """Time every layer on one input, on every rank; see :func:`interleave`."""
     x, residual, dy = (case.tensor(world.device) for _ in range(3))
     x.requires_grad_()
     residual.requires_grad_()

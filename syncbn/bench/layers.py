@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from itertools import groupby, product
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 
 from syncbn import kernels
 from syncbn.bench.kernel_times import TRAFFIC, KernelCost, time_kernel
-from syncbn.bench.layer_cases import ADDITION, DTYPES, EPILOGUES, LAYOUTS, NOTHING, RELU, Case
+from syncbn.bench.layer_cases import DTYPES, EPILOGUES, LAYOUTS, Case
 from syncbn.bench.layer_times import BASELINE, TORCH_SYNC, CaseCosts, time_layers
 from syncbn.bench.memory import reuse_freed_memory
 from syncbn.bench.ranks import init_world, use_gpu
@@ -50,9 +50,7 @@ class Layers(Benchmark):
         settings = product(dtypes, self.layouts, self.shapes)
         self._cases = [Case(shape, batch, layout, dtype) for dtype, layout, shape in settings]
         if not self._cases:
-            raise ValueError(
-                "shapes, layouts, dtypes: got an empty list; expected one or more of each"
-            )
+            raise ValueError("shapes, layouts, dtypes: got an empty list; expected one or more")
 
     def run(self) -> Report:
         """Measure, on every rank."""
@@ -62,13 +60,12 @@ class Layers(Benchmark):
         tiny = time_layers(_TINY, names, rounds, world, cpu_clock, _TINY_BURST)
         # From here on freed memory is kept: kernels write to memory without page faults.
         reused = world.device.type == "cuda" or reuse_freed_memory()
-        steps = [
-            time_kernel(case, name, rounds, world, clock) for name in names for case in self._cases
-        ]
+        tasks = product(names, self._cases)
+        steps = [time_kernel(case, name, rounds, world, clock) for name, case in tasks]
         if self.png is not None and world.rank == 0:
             from syncbn.bench.layer_plot import draw
 
-            draw(layers, steps, Path(self.png))
+            draw(layers, Path(self.png))
         groups = groupby(layers, lambda costs: (costs.case.layout, costs.case.dtype))
         kinds = [(f"{layout}, {dtype}", list(costs)) for (layout, dtype), costs in groups]
         return Report(
@@ -76,7 +73,6 @@ class Layers(Benchmark):
             [
                 *(_ratio_table(kind, costs, e) for kind, costs in kinds for e in EPILOGUES),
                 *_bandwidth_tables(steps, reused),
-                _memory_table(layers),
                 _overhead_table(tiny),
             ],
             {"layers": layers, "kernels": steps, "tiny_layer": tiny},
@@ -86,7 +82,6 @@ class Layers(Benchmark):
 def _ratio_table(kind: str, cases: list[CaseCosts], epilogue: str) -> Table:
     baseline = f"{BASELINE} + {epilogue}" if epilogue else BASELINE
     costs = [[layer for layer in case.layers if layer.epilogue == epilogue] for case in cases]
-    ours = [layer.title for layer in costs[0][1:]]
     rows = [
         [
             case.case.shape,
@@ -103,11 +98,18 @@ def _ratio_table(kind: str, cases: list[CaseCosts], epilogue: str) -> Table:
     if TORCH_SYNC in names:
         torch_mean = means[names.index(TORCH_SYNC)]
         rows.append([f"/ {TORCH_SYNC}", "", "", *(f"{mean / torch_mean:.2f}" for mean in means)])
+    memory = [[layer.peak_bytes for layer in layers] for layers in costs]
+    inputs = torch.tensor([[case.case.nbytes] for case in cases])
+    peaks = (torch.tensor(memory) / inputs).median(0).values.tolist()
+    rows.append(["peak memory / input", "", *(f"{peak:.2f}" for peak in peaks)])
     return Table(
         f"Forward and backward, {kind}: {PERCENTILES}",
-        ["", "copy, ms", f"{baseline}, ms", *ours],
+        ["", "copy, ms", f"{baseline}, ms", *(layer.title for layer in costs[0][1:])],
         rows,
-        [f"Other columns: time over that of {baseline} in the same round."],
+        [
+            f"Other columns: time over that of {baseline} in the same round. Peak memory: median, "
+            "without inputs and output gradient."
+        ],
     )
 
 
@@ -123,54 +125,22 @@ def _bandwidth_tables(steps: list[KernelCost], reused: bool) -> list[Table]:
                 cost.case.shape,
                 f"{cost.case.nbytes / _MIB:.1f}",
                 f"{2 * cost.case.nbytes / cost.seconds['copy'].median / 1e9:.1f}",
-                *(_percent(*astuple(cost.share[step])) for step in TRAFFIC),
+                *(cost.share[step].text(0.01, 0) for step in TRAFFIC),
             ]
             for cost in costs
         ]
-        title = f"Kernel {kernel}, {layout}, {dtype}: share of a copy's bandwidth"
+        title = f"Kernel {kernel}, {layout}, {dtype}: % of a copy's bandwidth"
         tables.append(Table(title, ["", "MiB", "copy, GB/s", *TRAFFIC], rows, notes))
     return tables
 
 
-def _percent(median: float, low: float, high: float) -> str:
-    return f"{median:.0%} ({100 * low:.0f}..{100 * high:.0f})"
-
-
-def _memory_table(cases: list[CaseCosts]) -> Table:
-    plain = [layer for layer in cases[0].layers if layer.epilogue == NOTHING]
-    rows = [
-        [
-            f"{case.case.shape} {case.case.layout} {case.case.dtype}",
-            *(
-                " / ".join(
-                    f"{cost.peak_bytes / case.case.nbytes:.2f}"
-                    for cost in case.layers
-                    if (cost.name, cost.ranks) == (layer.name, layer.ranks)
-                )
-                for layer in plain
-            ),
-        ]
-        for case in cases
-    ]
-    return Table(
-        "Peak memory of a step over the size of the input, without inputs and output gradient: "
-        f"plain / with {RELU} / with {ADDITION}",
-        ["", *(layer.title for layer in plain)],
-        rows,
-    )
-
-
 def _overhead_table(tiny: CaseCosts) -> Table:
     rows = [
-        [
-            " + ".join(filter(None, [layer.title, layer.epilogue])),
-            layer.step.text(MICROSECOND),
-            layer.ratio.text(digits=2),
-        ]
+        [layer.title, layer.epilogue, layer.step.text(MICROSECOND), layer.ratio.text(digits=2)]
         for layer in tiny.layers
     ]
     return Table(
         f"CPU time of a step, input {tiny.case.batch}x{tiny.case.shape}: {PERCENTILES}",
-        ["", "us", f"/ {BASELINE}"],
+        ["", "then", "us", f"/ {BASELINE}"],
         rows,
     )

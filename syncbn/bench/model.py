@@ -72,31 +72,27 @@ class Model(Benchmark):
     def run(self) -> Report:
         """Measure, on every rank."""
         world = init_world(self.device, self.threads)
+        device = world.device
         if self.graph and world.size > 1:
             raise ValueError(f"graph: got true; expected false, for {world.size} ranks")
         torch.manual_seed(0)
         network = _NETWORKS[self.network]()
-        images = torch.randn(self._images, 3, self.size, self.size, device=world.device)
+        images = torch.randn(self._images, 3, self.size, self.size, device=device)
         images = images.contiguous(memory_format=LAYOUTS[self._layout])
         half = None if self._dtype == "float32" else DTYPES[self._dtype]
         steps = {
-            norm: training_step(self._prepare(net, world.device), images, half)
+            norm: training_step(self._prepare(net, device), images, half)
             for norm, net in self._networks(network, world.size).items()
         }
         launches = {n: capture_graph(step) if self.graph else step for n, step in steps.items()}
-        timed = {norm: synchronized(launch, world.device) for norm, launch in launches.items()}
+        timed = {norm: synchronized(launch, device) for norm, launch in launches.items()}
         times = interleave(timed, self.steps, barrier=world.barrier)
         seconds = {norm: max_over_ranks(time) for norm, time in times.items()}
-        costs = [
-            StepCost(
-                norm,
-                step=Percentiles.of(time),
-                ratio=Percentiles.of(time / seconds[_BASELINE]),
-                norms=Percentiles.of(time - seconds[_NONE]),
-                peak_bytes=peak_bytes(steps[norm], world.device),
-            )
-            for norm, time in seconds.items()
-        ]
+        costs = []
+        for norm, time in seconds.items():
+            step, ratio = Percentiles.of(time), Percentiles.of(time / seconds[_BASELINE])
+            norms, peak = Percentiles.of(time - seconds[_NONE]), peak_bytes(steps[norm], device)
+            costs.append(StepCost(norm, step, ratio, norms, peak))
         return Report(world.facts, [self._table(costs)], {"steps": costs})
 
     def _networks(self, network: nn.Module, ranks: int) -> dict[str, nn.Module]:
@@ -120,16 +116,11 @@ class Model(Benchmark):
         return DistributedDataParallel(network) if dist.get_world_size() > 1 else network
 
     def _table(self, costs: list[StepCost]) -> Table:
-        rows = [
-            [
-                cost.norm,
-                cost.step.text(MILLISECOND),
-                cost.ratio.text(digits=2),
-                cost.norms.text(MILLISECOND) if cost.norm != _NONE else "",
-                f"{cost.peak_bytes / _MIB:.0f}",
-            ]
-            for cost in costs
-        ]
+        rows = []
+        for cost in costs:
+            times = cost.step.text(MILLISECOND), cost.ratio.text(digits=2)
+            norms = cost.norms.text(MILLISECOND) if cost.norm != _NONE else ""
+            rows.append([cost.norm, *times, norms, f"{cost.peak_bytes / _MIB:.0f}"])
         graph = ", in a CUDA graph" if self.graph else ""
         return Table(
             f"Training step of {self.network}, {self._images} images of {self.size}x{self.size} a "

@@ -1,7 +1,6 @@
-"""ResNets (He et al. 2015) and their training step.
+"""ResNets (He et al. 2015), equal to those of examples/resnet/resnet.py, and their training step.
 
-The package cannot import ``examples/resnet/resnet.py``, which has more families and options; the
-parameters are equal.
+The package cannot import the examples.
 """
 
 from __future__ import annotations
@@ -68,10 +67,7 @@ class _Bottleneck(nn.Module):
 
 
 def resnet20() -> nn.Module:
-    """Return ResNet-20 (section 4.2): ``[N, 3, 32, 32]`` to logits ``[N, 10]``.
-
-    It has 19 layers of ``nn.BatchNorm2d`` and 269,722 parameters.
-    """
+    """Return ResNet-20 (section 4.2) for 32x32 images and 10 classes, with 19 batch norms."""
     stem = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
     widths = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
     blocks = [_Block(*pair) for pair in pairwise(widths)]
@@ -79,10 +75,7 @@ def resnet20() -> nn.Module:
 
 
 def resnet50() -> nn.Module:
-    """Return ResNet-50 (table 1; stride in the 3x3 convolution): images to logits ``[N, 1000]``.
-
-    It has 53 layers of ``nn.BatchNorm2d`` and 25,557,032 parameters.
-    """
+    """Return ResNet-50 (table 1; stride in the 3x3 convolution), with 53 batch norms."""
     stem = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False), nn.BatchNorm2d(64)
     blocks: list[nn.Module] = [nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1)]
     inputs = 64

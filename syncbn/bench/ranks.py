@@ -28,32 +28,17 @@ _POLL_SECONDS = 1e-4
 
 @dataclass(frozen=True)
 class World:
-    """All ranks, and this rank.
-
-    Attributes:
-        rank: rank of this process.
-        size: number of ranks.
-        device: device of this rank.
-        barrier: function in which all ranks wait for each other.
-        facts: backend, launcher and GPU, by name.
-    """
+    """All ranks, and this rank."""
 
     rank: int
     size: int
     device: torch.device
-    barrier: Callable[[], None]
-    facts: dict[str, str]
+    barrier: Callable[[], None]  # ranks wait for each other in it
+    facts: dict[str, str]  # backend, launcher and GPU, by name
 
 
 def use_gpu(device: str | None) -> bool:
-    """Return whether to measure on a GPU.
-
-    Args:
-        device: "cpu", "cuda", or None for a GPU if available.
-
-    Raises:
-        ValueError: "cuda" without a GPU, or another device.
-    """
+    """Return whether to measure on a GPU: for "cuda", and for None if a GPU is available."""
     if device not in ("cpu", "cuda", None):
         raise ValueError(f"device: got {device}; expected one of cpu, cuda, null")
     if device == "cuda" and not torch.cuda.is_available():
@@ -62,13 +47,7 @@ def use_gpu(device: str | None) -> bool:
 
 
 def init_world(device: str | None, threads: int, backend: str | None = None) -> World:
-    """Initialize torch.distributed for the launcher of this process.
-
-    Args:
-        device: "cpu", "cuda", or None for a GPU if available.
-        threads: torch threads of this rank.
-        backend: argument of :func:`syncbn.init_process_group`.
-    """
+    """Initialize torch.distributed and the number of threads; see :func:`use_gpu`."""
     torch.set_num_threads(threads)
     info, backend = init_process_group(backend), dist.get_backend()
     chosen = info.device if use_gpu(device) else torch.device("cpu")

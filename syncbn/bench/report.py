@@ -31,28 +31,16 @@ class Table:
 
 @dataclass
 class Report:
-    """Result of a benchmark.
+    """Result of a benchmark."""
 
-    Attributes:
-        facts: launcher, devices and libraries, by name.
-        tables: tables to print.
-        results: the same figures for JSON, as dataclasses.
-    """
-
-    facts: dict[str, str]
+    facts: dict[str, str]  # launcher, devices and libraries, by name
     tables: list[Table]
-    results: dict[str, Any]
+    results: dict[str, Any]  # the same figures for JSON, as dataclasses
 
 
 @dataclass
 class Benchmark(ABC):
-    """Settings of a benchmark; its config in ``configs/bench`` explains them.
-
-    Attributes:
-        ranks: processes that `syncbn-bench` starts, with mpirun if more than one.
-        threads: torch threads per rank.
-        json: file for the report, or None.
-    """
+    """Settings of a benchmark; its config in ``configs/bench`` explains them."""
 
     ranks: int
     threads: int

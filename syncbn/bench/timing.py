@@ -38,12 +38,7 @@ class Percentiles:
         return cls(median, low, high)
 
     def text(self, unit: float = 1.0, digits: int | None = None) -> str:
-        """Return ``median (low..high)``.
-
-        Args:
-            unit: divisor of the values.
-            digits: decimals; None for 0 if the median is at least 10, else 1.
-        """
+        """Return ``median (low..high)`` in a unit; by default with one decimal below 10."""
         median, low, high = (value / unit for value in astuple(self))
         if digits is None:
             digits = 0 if abs(median) >= 10 else 1
@@ -111,11 +106,7 @@ def interleave(
 
 
 def capture_graph(call: Callable[[], object]) -> Callable[[], None]:
-    """Capture a call in a CUDA graph and return its replay.
-
-    Args:
-        call: function without synchronization with the CPU; runs a few times to warm up.
-    """
+    """Capture a call in a CUDA graph and return its replay; the call runs twice to warm up."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

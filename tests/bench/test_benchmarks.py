@@ -68,7 +68,7 @@ def test_layers_for_kernels_and_dtypes(kernel: str, dtype: str, tmp_path: Path) 
     output, results = run(
         tmp_path, BENCH, "layers", *settings, f"kernels=[{kernel}]", f"device={device}"
     )
-    assert f"Kernel {kernel}, channels_last, {dtype}: share of" in output
+    assert f"Kernel {kernel}, channels_last, {dtype}: % of" in output
     assert [costs["kernel"] for costs in results["kernels"]] == [kernel] * 2
 
 

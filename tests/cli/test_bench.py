@@ -95,7 +95,7 @@ def test_help_explains_every_setting(
         ("layers dtypes=[int8]", "dtypes: got int8; expected one of float32, float64"),
         ("layers layouts=[NHWC]", "layouts: got NHWC; expected one of contiguous, channels_"),
         ("layers kernels=[fast]", "kernels: got fast; expected one of auto, reference"),
-        ("layers shapes=[]", "got an empty list; expected one or more of each"),
+        ("layers shapes=[]", "got an empty list; expected one or more"),
         ("layers batch=0", "batch: got 0; expected at least 1"),
         ("layers device=tpu", "device: got tpu; expected one of cpu, cuda, null"),
         ("model network=vgg", "network: got vgg; expected one of resnet20, resnet50"),
