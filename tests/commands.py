@@ -1,4 +1,4 @@
-"""Benchmarks as people start them, and what they leave behind."""
+"""Runs of benchmarks as commands."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.transports import ROOT
 
 @contextmanager
 def started(command: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """Start a command with its report in a folder, in a process group of its own."""
-    # What lets Open MPI run as root is the command's own business; and of terminals there is none.
+    """Start a command in a new process group, with its report in a folder."""
+    # The command itself must let Open MPI run as root, and has no terminal.
     unset = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "COLUMNS")
     with subprocess.Popen(
         [*command, f"json={folder / 'report.json'}"],
@@ -39,14 +39,14 @@ def started(command: list[str], folder: Path) -> Iterator[subprocess.Popen[str]]
 
 
 def processes_of(folder: Path) -> list[int]:
-    """Return the processes that have a folder in their command line: mpirun, then the ranks."""
+    """Return the processes with a folder in their command line: mpirun, then the ranks."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             if os.fsencode(folder) in path.read_bytes():
                 found.append(int(path.parent.name))
         except OSError:
-            pass  # it has ended
+            pass  # the process has ended
     return sorted(found)
 
 
@@ -58,23 +58,23 @@ def wait_for(count: int, folder: Path) -> list[int]:
     return found
 
 
-def spreads(found: Any) -> list[dict[str, float]]:
-    """Return every median with its percentiles, wherever it is in a report."""
-    if isinstance(found, list):
-        return [spread for item in found for spread in spreads(item)]
-    if not isinstance(found, dict):
+def percentiles(results: Any) -> list[dict[str, float]]:
+    """Return every median with its percentiles in the results of a report."""
+    if isinstance(results, list):
+        return [found for item in results for found in percentiles(item)]
+    if not isinstance(results, dict):
         return []
-    return [found] if "median" in found else spreads(list(found.values()))
+    return [results] if "median" in results else percentiles(list(results.values()))
 
 
 def run(folder: Path, *command: str) -> tuple[str, dict[str, Any]]:
-    """Run a benchmark; return what it prints, and its results."""
+    """Run a benchmark; return its output and its results."""
     with started([sys.executable, "-m", *command], folder) as job:
         output, errors = job.communicate(timeout=50)
     assert job.returncode == 0, errors
     assert max(map(len, output.splitlines())) <= 160
     results: dict[str, Any] = json.loads((folder / "report.json").read_text())["results"]
-    for spread in spreads(results):
-        assert all(map(math.isfinite, spread.values()))
-        assert spread["low"] <= spread["median"] <= spread["high"]
+    for found in percentiles(results):
+        assert all(map(math.isfinite, found.values()))
+        assert found["low"] <= found["median"] <= found["high"]
     return output, results

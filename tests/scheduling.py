@@ -7,11 +7,12 @@ from xdist.scheduler import LoadScopeScheduling
 
 # Ranks that poll for each other are slow where others want the cores: one such job at a time.
 _POLLING = {
+    "tests/bench/test_collectives.py",
+    "tests/cli/test_bench.py",
+    "tests/cli/test_doctor.py",
     "tests/example/test_mpirun.py",
     "tests/test_asynchronous.py",
-    "tests/test_bench.py",
     "tests/test_conformance.py",
-    "tests/test_doctor.py",
     "tests/test_ecosystem_groups.py",
     "tests/test_environment.py",
     "tests/test_mpi_faults.py",

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
-from syncbn.bench.resnet20 import resnet20
+from syncbn.bench.networks import resnet20
 from syncbn.kernels import traced
 from tests.kernel_cases import DTYPES, tolerance
 from tests.ranks import Ranks

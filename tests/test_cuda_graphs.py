@@ -12,9 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import syncbn
-from syncbn.bench.resnet20 import CLASSES, resnet20
-from syncbn.bench.sgd import training_step
-from syncbn.bench.timing import captured
+from syncbn.bench.networks import resnet20, training_step
+from syncbn.bench.timing import capture_graph
 from tests.gpu import CUDA, MARKS, Layer, case, step, talking
 
 pytestmark = MARKS
@@ -105,17 +104,16 @@ def test_training_steps_are_captured_and_replayed() -> None:
     torch.manual_seed(0)
     network = resnet20().to(CUDA, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.randn(8, 3, 32, 32, device=CUDA)
-    labels = torch.randint(CLASSES, (8,), device=CUDA)
 
     def trained(by: Callable[[Callable[[], None]], Callable[[], None]], steps: int) -> list[Tensor]:
         ours = syncbn.convert_sync_batchnorm(copy.deepcopy(network))
         syncbn.fuse(ours)
-        step = by(training_step(ours, images, labels))
+        step = by(training_step(ours, images))
         for _ in range(steps):
             step()
         return list(ours.state_dict().values())
 
     wanted = trained(lambda step: step, 5)
     # Two steps warm up, and what is captured does not run.
-    for found, value in zip(trained(captured, 3), wanted, strict=True):
+    for found, value in zip(trained(capture_graph, 3), wanted, strict=True):
         torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-3)

@@ -46,10 +46,7 @@ def test_layers_are_measured(tmp_path: Path) -> None:
     settings = ["device=cuda", "shapes=[8x9x9]", "dtypes=[bfloat16]", "rounds=1"]
     output, results = run(tmp_path, "syncbn.cli.bench", "layers", *settings)
     assert "nn.SyncBatchNorm" in output
-    launched = {found["name"]: found for found in results["launches"]}
-    assert len(launched["auto"]["forward"]) == 2
-    assert len(launched["auto"]["backward"]) == 2
-    assert all(overhead["torchs"]["median"] > 0 for overhead in results["overheads"])
+    assert all(layer["step"]["median"] > 0 for layer in results["tiny_layer"]["layers"])
 
 
 @pytest.mark.timeout(180)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from syncbn import SyncBatchNorm2d, kernels
-from syncbn.bench.timing import take_turns
+from syncbn.bench.timing import interleave
 from syncbn.kernels import Kernel, triton
 from syncbn.nn import module
 from tests.triton_launches import active, build
@@ -66,8 +66,8 @@ def chain(ours: bool, after: str) -> Callable[[], object]:
 
 def measured(calls: dict[str, Callable[[], object]]) -> dict[str, float]:
     """Return microseconds of a layer, medians of rounds in which all take their turns."""
-    times = take_turns(calls, ROUNDS, BURST, lambda: None)
-    return {name: float(t.wall.median()) / LAYERS * 1e6 for name, t in times.items()}
+    times = interleave(calls, ROUNDS, BURST, lambda: None)
+    return {name: float(t.median()) / LAYERS * 1e6 for name, t in times.items()}
 
 
 def main() -> None:

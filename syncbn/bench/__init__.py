@@ -1,1 +1,1 @@
-"""Benchmarks: what is measured, as plain data; the command `syncbn-bench` prints it."""
+"""Benchmarks of the command ``syncbn-bench``."""

@@ -1,64 +1,49 @@
-"""What a calibration costs: time in plain passes over the same batches, and memory."""
+"""Time of a calibration over a plain pass over the same batches, and peak memory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from syncbn.bench.memory import peak_bytes
-from syncbn.bench.report import Benchmark, Report, Table, at_least, machine_facts
-from syncbn.bench.resnet20 import resnet20
-from syncbn.bench.timing import Spread, take_turns
+from syncbn.bench.networks import resnet20
+from syncbn.bench.report import Benchmark, Report, Table
+from syncbn.bench.timing import MILLISECOND, PERCENTILES, Percentiles, interleave
 from syncbn.calibration import recalibrate
 from syncbn.calibration.layers import find_layers
 
 _CPU = torch.device("cpu")
-_OWN = "own forward"
-_MILLISECOND = 1e-3
 _MIB = 1 << 20
+# Arguments of recalibrate, by name in the report. With a forward of the user's own, lockstep does
+# not compute small batches together.
+_METHODS: dict[str, dict[str, Any]] = {
+    "lockstep": {"method": "lockstep"},
+    "own forward": {"method": "lockstep", "forward": lambda net, batch: net(batch)},
+    "sequential": {"method": "sequential"},
+}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What was found for one calibration set, method and batch size.
+    """Cost of one calibration set, method and batch size."""
 
-    Attributes:
-        size: height and width of the images.
-        method: of the calibration; "own forward" is lockstep with a forward of the user's own, for
-            which small batches are not computed together.
-        batch: samples.
-        plain: seconds of a pass in inference mode over the same batches.
-        calibration: seconds.
-        ratio: calibration / plain, round by round.
-        plain_bytes: most memory that the tensors of the plain pass had at once.
-        bytes: those of the calibration.
-    """
-
-    size: int
-    method: str
+    size: int  # height and width of the images
+    method: str  # key of _METHODS
     batch: int
-    plain: Spread
-    calibration: Spread
-    ratio: Spread
-    plain_bytes: int
-    bytes: int
+    plain: Percentiles  # seconds of a pass in inference mode over the same batches
+    calibration: Percentiles  # seconds
+    ratio: Percentiles  # calibration / plain, round by round
+    plain_bytes: int  # peak memory of the plain pass
+    bytes: int  # peak memory of the calibration
 
 
 @dataclass
 class Calibration(Benchmark):
-    """The benchmark; `configs/bench/calibration.yaml` explains the settings.
-
-    Attributes:
-        sizes: height and width of the images in each calibration set.
-        samples: number of images in each.
-        batches: batch sizes for lockstep.
-        repeats: passes, and calibrations in lockstep.
-        sequential_batch: batch size for sequential.
-        sequential_repeats: calibrations in sequence.
-    """
+    """Settings of the benchmark; `configs/bench/calibration.yaml` explains them."""
 
     sizes: list[int]
     samples: list[int]
@@ -73,14 +58,11 @@ class Calibration(Benchmark):
             raise ValueError(f"ranks: got {self.ranks}; expected 1, it measures one process")
         if len(self.samples) != len(self.sizes):
             raise ValueError(f"samples: got {self.samples}; expected as many as sizes {self.sizes}")
-        for size, samples in zip(self.sizes, self.samples, strict=True):
-            at_least("sizes", size, 4)
-            at_least("samples", samples, 2)
-        for batch in self.batches:
-            at_least("batches", batch, 1)
-        at_least("repeats", self.repeats, 1)
-        at_least("sequential_batch", self.sequential_batch, 1)
-        at_least("sequential_repeats", self.sequential_repeats, 1)
+        self.check_at_least(4, sizes=min(self.sizes, default=4))
+        self.check_at_least(2, samples=min(self.samples, default=2))
+        self.check_at_least(1, batches=min(self.batches, default=1))
+        self.check_at_least(1, repeats=self.repeats, sequential_batch=self.sequential_batch)
+        self.check_at_least(1, sequential_repeats=self.sequential_repeats)
 
     def run(self) -> Report:
         """Measure."""
@@ -89,93 +71,66 @@ class Calibration(Benchmark):
         net = resnet20().eval()
         costs: list[Cost] = []
         giants: dict[str, int] = {}
-        for size, number in zip(self.sizes, self.samples, strict=True):
-            images = torch.randn(number, 3, size, size)
-            small = [batch for batch in self.batches if batch <= number]
-            costs += [
-                _measure(method, batch, net, images, self.repeats)
-                for batch in small
-                for method in ("lockstep", _OWN)
-            ]
-            last = "sequential", self.sequential_batch
-            costs.append(_measure(*last, net, images, self.sequential_repeats))
-            giants[f"{size}x{size}, one giant batch of {number}"] = peak_bytes(
-                partial(_plain, net, [images]), _CPU
-            )
+        for size, samples in zip(self.sizes, self.samples, strict=True):
+            images = torch.randn(samples, 3, size, size)
+            for batch in self.batches:
+                if batch <= samples:
+                    costs.append(_measure("lockstep", batch, net, images, self.repeats))
+                    costs.append(_measure("own forward", batch, net, images, self.repeats))
+            repeats = self.sequential_repeats
+            costs.append(_measure("sequential", self.sequential_batch, net, images, repeats))
+            name = f"{size}x{size}, one giant batch of {samples}"
+            giants[name] = peak_bytes(partial(_run_plain, net, [images]), _CPU)
         layers = len(find_layers(net))
         return Report(
-            {**machine_facts(), "network": f"ResNet-20, {layers} batch-norm layers"},
-            [_times(costs, layers), _memory(costs, giants)],
+            {"network": f"ResNet-20, {layers} batch-norm layers"},
+            [_time_table(costs, layers), _memory_table(costs, giants)],
             {"layers": layers, "costs": costs, "giant_batch_bytes": giants},
         )
 
 
 def _measure(method: str, batch: int, net: nn.Module, images: Tensor, repeats: int) -> Cost:
     batches = images.split(batch)
-    plain = partial(_plain, net, batches)
-    calibration = partial(
-        recalibrate,
-        net,
-        batches,
-        method="sequential" if method == "sequential" else "lockstep",
-        forward=_forward if method == _OWN else None,
-        progress=False,
-    )
-    times = take_turns({"plain": plain, "calibration": calibration}, repeats)
-    pass_time, time = times["plain"].wall, times["calibration"].wall
+    plain = partial(_run_plain, net, batches)
+    calibration = partial(recalibrate, net, batches, progress=False, **_METHODS[method])
+    times = interleave({"plain": plain, "calibration": calibration}, repeats)
     return Cost(
-        size=images.shape[-1],
-        method=method,
-        batch=batch,
-        plain=Spread.of(pass_time),
-        calibration=Spread.of(time),
-        ratio=Spread.of(time / pass_time),
+        images.shape[-1],
+        method,
+        batch,
+        plain=Percentiles.of(times["plain"]),
+        calibration=Percentiles.of(times["calibration"]),
+        ratio=Percentiles.of(times["calibration"] / times["plain"]),
         plain_bytes=peak_bytes(plain, _CPU),
         bytes=peak_bytes(calibration, _CPU),
     )
 
 
-def _plain(net: nn.Module, batches: list[Tensor]) -> None:
+def _run_plain(net: nn.Module, batches: list[Tensor]) -> None:
     with torch.no_grad():
         for batch in batches:
             net(batch)
 
 
-def _forward(net: nn.Module, batch: Tensor) -> object:
-    return net(batch)
-
-
-def _times(costs: list[Cost], layers: int) -> Table:
-    rows = [
-        [
-            _name(cost),
-            cost.plain.text(_MILLISECOND),
-            cost.calibration.text(_MILLISECOND),
-            cost.ratio.text(digits=2),
-        ]
-        for cost in costs
-    ]
+def _time_table(costs: list[Cost], layers: int) -> Table:
+    rows = []
+    for cost in costs:
+        times = cost.plain.text(MILLISECOND), cost.calibration.text(MILLISECOND)
+        rows.append([_row_name(cost), *times, cost.ratio.text(digits=2)])
     return Table(
-        "A calibration beside a plain evaluation pass over the same batches, milliseconds: median "
-        "(10th..90th percentile)",
+        f"Calibration and plain evaluation pass over the same batches, milliseconds: {PERCENTILES}",
         ["", "pass", "calibration", "calibration / pass"],
         rows,
-        [f"In sequence, {layers} layers are {layers} passes, of which the early ones end early."],
+        [f"Sequential: {layers} passes, one a layer; the pass of an early layer ends early."],
     )
 
 
-def _memory(costs: list[Cost], giants: dict[str, int]) -> Table:
-    rows = [
-        [_name(cost), f"{cost.plain_bytes / _MIB:.1f}", f"{cost.bytes / _MIB:.1f}"]
-        for cost in costs
-    ]
+def _memory_table(costs: list[Cost], giants: dict[str, int]) -> Table:
+    rows = [[_row_name(c), *(f"{b / _MIB:.1f}" for b in (c.plain_bytes, c.bytes))] for c in costs]
     rows += [[name, f"{giant / _MIB:.1f}", ""] for name, giant in giants.items()]
-    return Table(
-        "Most memory of tensors at once, without weights and data, MiB",
-        ["", "pass", "calibration"],
-        rows,
-    )
+    title = "Peak memory of tensors, without weights and data, MiB"
+    return Table(title, ["", "pass", "calibration"], rows)
 
 
-def _name(cost: Cost) -> str:
+def _row_name(cost: Cost) -> str:
     return f"{cost.size}x{cost.size}, {cost.method}, batch {cost.batch}"

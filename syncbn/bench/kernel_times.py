@@ -1,4 +1,4 @@
-"""The functions of kernels by themselves: which share of a copy's bandwidth they reach."""
+"""Bandwidth of the steps of a kernel, as a share of the bandwidth of a copy."""
 
 from __future__ import annotations
 
@@ -10,120 +10,62 @@ import torch
 from torch import Tensor
 
 from syncbn import kernels
-from syncbn.bench.layer_cases import ADDITION, NOTHING, RELU, Case
-from syncbn.bench.timing import Spread, clock_of, take_turns
-from syncbn.kernels import Forward, Kernel, Transform
-from syncbn.kernels.gated import is_gated
+from syncbn.bench.layer_cases import Case
+from syncbn.bench.ranks import World
+from syncbn.bench.timing import Clock, Percentiles, interleave
+from syncbn.kernels.base import NormalizeArgs, Reduced, Saved
 
-#: How many times the tensor's bytes each must read or write, by itself. A copy: twice.
+#: Bytes that each step must read and write, over those of the tensor. A copy: 2.
 TRAFFIC = {"moments": 1, "normalize": 2, "backward_reduce": 2, "backward_elemt": 3}
-_COPY_TRAFFIC, _GATE = 2, 1 / 16
+_COPY, _COPY_TRAFFIC = "copy", 2
 _EPS = 1e-5
-_ONE = "one thread: "
 
 
 @dataclass(frozen=True)
 class KernelCost:
-    """What the functions of a kernel cost on one input.
-
-    Attributes:
-        case: the input.
-        kernel: its name.
-        after: what follows in the same pass, of :func:`follows`.
-        seconds: by function; and of a "copy", to memory that is there already.
-        share: by function, its bandwidth over that of the copy in the same round; all it must read
-            and write counts, once.
-        speedup: by function, its time with one thread over that with all; none if there is one.
-    """
+    """Cost of the steps of a kernel on one input, on this rank."""
 
     case: Case
     kernel: str
-    after: str
-    seconds: dict[str, Spread]
-    share: dict[str, Spread]
-    speedup: dict[str, Spread]
+    seconds: dict[str, Percentiles]  # by step; "copy": to memory that is allocated
+    share: dict[str, Percentiles]  # bandwidth over that of the copy in the same round, by step
 
 
-def follows(name: str, device: torch.device) -> list[str]:
-    """Return what a kernel's functions do in the same pass: forward and backward."""
-    kernel = kernels.choose(name, torch.empty(1, 1, device=device))
-    return [NOTHING, RELU, *([ADDITION] if is_gated(kernel) else [])]
-
-
-def traffic(after: str) -> dict[str, float]:
-    """Return how many times the tensor's bytes each function must read or write."""
-    if after != ADDITION:
-        return {**TRAFFIC}
-    # Forward the residual and the gate, backward the gate and the residual's gradient.
-    more = 1 + _GATE
-    both = {name: TRAFFIC[name] + more for name in ("normalize", "backward_reduce")}
-    return {**TRAFFIC, **both}
-
-
-def measure(
-    case: Case, name: str, after: str, rounds: int, device: torch.device, meet: Callable[[], None]
-) -> KernelCost:
-    """Time the functions of a kernel on one input; every rank must call this, for itself.
-
-    Args:
-        case: the input.
-        name: of the kernel.
-        after: what follows in the same pass.
-        rounds: in which each function takes its turn.
-        device: of the tensors.
-        meet: ranks wait for each other here.
-    """
-    x, dy = case.tensor(device), case.tensor(device)
-    kernel = kernels.choose(name, x)
-    target = torch.empty_like(x)
-    functions = _functions(kernel, x, dy, after, case.parameters)
-    calls: dict[str, Callable[[], object]] = {
-        "copy": partial(target.copy_, x),
-        **functions,
-    }
-    if device.type == "cpu" and torch.get_num_threads() > 1:
-        calls |= {_ONE + f: partial(_with_one_thread, call) for f, call in functions.items()}
-    times = take_turns(calls, rounds, meet=meet, clock=clock_of(device))
-    copy = times["copy"].wall
-    single = {name: times[_ONE + name].wall for name in TRAFFIC if _ONE + name in times}
+def time_kernel(case: Case, name: str, rounds: int, world: World, clock: Clock) -> KernelCost:
+    """Time the steps of a kernel on one input; all ranks at a time, without communication."""
+    steps = _KernelSteps(case, name, world.device)
+    calls: dict[str, Callable[[], object]] = {step: getattr(steps, step) for step in TRAFFIC}
+    calls[_COPY] = partial(torch.empty_like(steps.x).copy_, steps.x)
+    times = interleave(calls, rounds, barrier=world.barrier, clock=clock)
+    share = {s: times[_COPY] / times[s] * factor / _COPY_TRAFFIC for s, factor in TRAFFIC.items()}
     return KernelCost(
         case,
         name,
-        after,
-        seconds={name: Spread.of(times[name].wall) for name in ("copy", *TRAFFIC)},
-        share={
-            name: Spread.of(copy / times[name].wall * passes / _COPY_TRAFFIC)
-            for name, passes in traffic(after).items()
-        },
-        speedup={name: Spread.of(wall / times[name].wall) for name, wall in single.items()},
+        seconds={step: Percentiles.of(time) for step, time in times.items()},
+        share={step: Percentiles.of(ratio) for step, ratio in share.items()},
     )
 
 
-def _with_one_thread(call: Callable[[], object]) -> None:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        call()
-    finally:
-        torch.set_num_threads(threads)
+class _KernelSteps:
+    """Calls of the kernel contract, one method per step."""
 
+    def __init__(self, case: Case, name: str, device: torch.device) -> None:
+        self.x, self.dy = case.tensor(device), case.tensor(device)
+        self.kernel = kernels.select_kernel(name, self.x)
+        ones = torch.ones(case.channels, dtype=case.parameter_dtype, device=device)
+        self.args = NormalizeArgs(_EPS, ones, ones)
+        self.packed = self.moments()
+        self.saved = self.normalize()[1]
+        self.reduced = self.backward_reduce()
 
-def _functions(
-    kernel: Kernel, x: Tensor, dy: Tensor, after: str, parameters: torch.dtype
-) -> dict[str, Callable[[], object]]:
-    ones = torch.ones(x.shape[1], dtype=parameters, device=x.device)
-    gate = kernel.new_gate(x) if after == ADDITION and is_gated(kernel) else None
-    residual = None if gate is None else dy
-    message, forward = kernel.moments(x), Forward(_EPS, ones, ones, after != NOTHING, gate=gate)
-    _, statistics = kernel.normalize(x, message, forward, residual)
-    how = Transform(statistics, ones, ones, after == RELU)
-    sums, _, _ = kernel.backward_reduce(dy, x, how)
-    reduce: Callable[[], object] = partial(kernel.backward_reduce, dy, x, how)
-    if gate is not None and is_gated(kernel):
-        reduce = partial(kernel.backward_reduce_gated, dy, gate, x, how)
-    return {
-        "moments": partial(kernel.moments, x),
-        "normalize": partial(kernel.normalize, x, message, forward, residual),
-        "backward_reduce": reduce,
-        "backward_elemt": partial(kernel.backward_elemt, dy, x, how, sums),
-    }
+    def moments(self) -> Tensor:
+        return self.kernel.moments(self.x)
+
+    def normalize(self) -> tuple[Tensor, Saved]:
+        return self.kernel.normalize(self.x, self.packed, self.args, None)
+
+    def backward_reduce(self) -> Reduced:
+        return self.kernel.backward_reduce(self.dy, self.saved, (True, True, True, False))
+
+    def backward_elemt(self) -> Tensor:
+        return self.kernel.backward_elemt(self.saved, self.reduced, self.reduced.sums)

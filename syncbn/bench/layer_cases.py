@@ -1,4 +1,4 @@
-"""The inputs that layers and kernels are measured with."""
+"""Inputs of the benchmark of layers and kernels."""
 
 from __future__ import annotations
 
@@ -8,32 +8,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+_DTYPES = torch.float32, torch.float64, torch.bfloat16, torch.float16
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-#: What follows a layer; ours does it in the same pass.
+#: Operations after a layer, which our layers fuse.
 NOTHING, RELU, ADDITION = "", "ReLU", "addition and ReLU"
+EPILOGUES = (NOTHING, RELU, ADDITION)
 
 
 @dataclass(frozen=True)
 class Case:
-    """An input.
+    """Input of a layer."""
 
-    Attributes:
-        shape: "CxHxW".
-        batch: samples.
-        layout: a key of :data:`LAYOUTS`.
-        dtype: a key of :data:`DTYPES`.
-    """
-
-    shape: str
+    shape: str  # CxHxW
     batch: int
-    layout: str
-    dtype: str
+    layout: str  # key of LAYOUTS
+    dtype: str  # key of DTYPES
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", self.shape):
@@ -46,14 +36,13 @@ class Case:
 
     @property
     def nbytes(self) -> int:
-        """Of the tensor."""
+        """Bytes of the tensor."""
         _, height, width = map(int, self.shape.split("x"))
-        numel = self.batch * self.channels * height * width
-        return numel * DTYPES[self.dtype].itemsize
+        return self.batch * self.channels * height * width * DTYPES[self.dtype].itemsize
 
     @property
-    def parameters(self) -> torch.dtype:
-        """The dtype of weights and running averages: as precise as the arithmetic."""
+    def parameter_dtype(self) -> torch.dtype:
+        """Dtype of weights and running statistics, as precise as the arithmetic."""
         return torch.float64 if self.dtype == "float64" else torch.float32
 
     def tensor(self, device: torch.device) -> Tensor:

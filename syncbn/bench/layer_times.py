@@ -1,4 +1,4 @@
-"""Forward and backward of layers, in turns: torch's and ours, alone and synchronized."""
+"""Forward and backward of layers: torch's and ours, on a single rank and synchronized."""
 
 from __future__ import annotations
 
@@ -11,225 +11,128 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules._functions import SyncBatchNorm as TorchSyncFunction
 
-from syncbn.bench.launches import Launches, count
-from syncbn.bench.layer_cases import ADDITION, NOTHING, RELU, Case
+from syncbn.bench.layer_cases import ADDITION, EPILOGUES, NOTHING, RELU, Case
 from syncbn.bench.memory import peak_bytes
-from syncbn.bench.mpirun import slowest
-from syncbn.bench.timing import Spread, clock_of, take_turns
-from syncbn.bench.torchs import Synchronized
+from syncbn.bench.ranks import World, max_over_ranks
+from syncbn.bench.timing import Clock, Percentiles, interleave
 from syncbn.distributed.groups import resolve_group
 from syncbn.nn.module import SyncBatchNorm2d
-from syncbn.ops.functional import sync_batch_norm
 
-BASELINE, SYNCHRONIZED, COPY = "nn.BatchNorm2d", "nn.SyncBatchNorm", "copy"
+BASELINE, TORCH_SYNC, COPY = "nn.BatchNorm2d", "nn.SyncBatchNorm", "copy"
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What one layer costs; seconds on the slowest rank.
+    """Cost of forward and backward of one layer; seconds on the slowest rank."""
 
-    Attributes:
-        name: of the layer or kernel.
-        ranks: whose batches are one.
-        after: what follows, of :data:`NOTHING`, :data:`RELU` and :data:`ADDITION` of a residual.
-        forward: seconds.
-        step: seconds of forward and backward.
-        ratio: of steps, to that of nn.BatchNorm2d (with the same after it) in the same round.
-        peak_bytes: of the tensors of a step at once, without inputs and output gradient.
-    """
+    name: str  # layer or kernel
+    ranks: int  # number of ranks that share statistics
+    epilogue: str  # operations after the layer, of EPILOGUES
+    step: Percentiles  # seconds
+    ratio: Percentiles  # step over that of nn.BatchNorm2d with the same epilogue, by round
+    peak_bytes: int  # without inputs and output gradient
 
-    name: str
-    ranks: int
-    after: str
-    forward: Spread
-    step: Spread
-    ratio: Spread
-    peak_bytes: int
+    @property
+    def title(self) -> str:
+        """Name in tables and plots."""
+        return self.name if self.ranks == 1 else f"{self.name}, {self.ranks} ranks"
 
 
 @dataclass(frozen=True)
 class CaseCosts:
-    """What layers cost on one input.
-
-    Attributes:
-        case: the input.
-        copy: seconds to copy it to memory that is there already.
-        layers: nn.BatchNorm2d first.
-    """
+    """Costs of all layers on one input."""
 
     case: Case
-    copy: Spread
-    layers: list[LayerCost]
-
-
-class _Gradients:
-    """Gives a new tensor for each backward pass, as the layer that follows would.
-
-    Attributes:
-        dy: its values.
-        fresh: made before the clock starts.
-    """
-
-    def __init__(self, dy: Tensor) -> None:
-        self.dy = dy
-        self.refill()
-
-    def refill(self) -> None:
-        self.fresh: Tensor | None = self.dy.clone()
-
-
-class _Given(torch.autograd.Function):
-    """Something that has the gradients that it is given."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, gradients: _Gradients) -> Tensor:
-        ctx.gradients = gradients
-        return y.new_zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, None]:
-        dy, ctx.gradients.fresh = ctx.gradients.fresh, None
-        return dy, None
+    copy: Percentiles  # seconds of a copy of the input to allocated memory
+    layers: list[LayerCost]  # nn.BatchNorm2d first
 
 
 @dataclass(frozen=True)
 class _Layer:
     name: str
     ranks: int
-    after: str
-    call: Callable[[Tensor, Tensor], Tensor]
+    epilogue: str
+    forward: Callable[[Tensor, Tensor], Tensor]
     parameters: list[nn.Parameter]
 
-    @property
-    def key(self) -> str:
-        return f"{self.name} {self.ranks} {self.after}"
-
-    @property
-    def baseline(self) -> str:
-        return f"{BASELINE} 1 {self.after}"
-
-    def step(self, x: Tensor, residual: Tensor, gradients: _Gradients) -> None:
-        """Run forward and backward."""
-        loss = _Given.apply(self.call(x, residual), gradients)
-        inputs = [x, residual] if self.after == ADDITION else [x]
-        torch.autograd.grad(loss, [*inputs, *self.parameters])
+    def step(self, x: Tensor, residual: Tensor, dy: Tensor) -> None:
+        inputs = [x, residual] if self.epilogue == ADDITION else [x]
+        torch.autograd.grad(self.forward(x, residual), [*inputs, *self.parameters], dy)
 
 
-def measure(
-    case: Case, kernels: list[str], rounds: int, device: torch.device, meet: Callable[[], None]
-) -> CaseCosts:
-    """Time every layer on one input; every rank must call this.
+class TorchSyncBatchNorm(nn.SyncBatchNorm):
+    """``nn.SyncBatchNorm`` in training, with its own kernels and collectives for one rank, too.
 
-    Args:
-        case: the input.
-        kernels: of ours.
-        rounds: in which each layer takes its turn.
-        device: of the tensors.
-        meet: ranks wait for each other here.
+    The forward of torch calls ``F.batch_norm`` for ``world_size == 1``.
     """
-    x, residual, dy = (case.tensor(device) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output for x, shape ``[N, C, *]``, on a GPU."""
+        tensors = self.weight, self.bias, self.running_mean, self.running_var
+        group, size = dist.group.WORLD, dist.get_world_size()
+        y: Tensor = TorchSyncFunction.apply(x, *tensors, self.eps, self.momentum, group, size)
+        return y
+
+
+def time_layers(
+    case: Case, kernels: list[str], rounds: int, world: World, clock: Clock, burst: int = 1
+) -> CaseCosts:
+    """Time every layer on one input, on every rank; see :func:`interleave`."""
+    x, residual, dy = (case.tensor(world.device) for _ in range(3))
     x.requires_grad_()
     residual.requires_grad_()
-    layers = _layers(case, kernels, device)
-    target, gradients = torch.empty_like(dy), _Gradients(dy)
-    calls: dict[str, Callable[[], object]] = {COPY: partial(target.copy_, dy)}
-    for layer in layers:
-        calls[f"{layer.key} forward"] = partial(layer.call, x, residual)
-        calls[layer.key] = partial(layer.step, x, residual, gradients)
+    layers = _make_layers(case, kernels, world)
+    calls: dict[str, Callable[[], object]] = {COPY: partial(torch.empty_like(dy).copy_, dy)}
+    for i, layer in enumerate(layers):
+        calls[str(i)] = partial(layer.step, x, residual, dy)
 
-    def before() -> None:
-        gradients.refill()
-        meet()
+    def barrier() -> None:
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        world.barrier()
 
-    times = take_turns(calls, rounds, meet=before, clock=clock_of(device))
-    walls = {name: slowest(taken.wall) for name, taken in times.items()}
+    times = interleave(calls, rounds, burst, barrier, clock=clock)
+    seconds = {name: max_over_ranks(time) for name, time in times.items()}
+    baselines = {layer.epilogue: seconds[str(i)] for i, layer in enumerate(layers[:3])}
     costs = [
         LayerCost(
             layer.name,
             layer.ranks,
-            layer.after,
-            forward=Spread.of(walls[f"{layer.key} forward"]),
-            step=Spread.of(walls[layer.key]),
-            ratio=Spread.of(walls[layer.key] / walls[layer.baseline]),
-            peak_bytes=_peak_bytes(calls[layer.key], gradients, device),
+            layer.epilogue,
+            step=Percentiles.of(seconds[str(i)]),
+            ratio=Percentiles.of(seconds[str(i)] / baselines[layer.epilogue]),
+            peak_bytes=peak_bytes(calls[str(i)], world.device),
         )
-        for layer in layers
+        for i, layer in enumerate(layers)
     ]
-    return CaseCosts(case, Spread.of(walls[COPY]), costs)
+    return CaseCosts(case, Percentiles.of(seconds[COPY]), costs)
 
 
-def launched(case: Case, kernels: list[str], device: torch.device) -> list[Launches]:
-    """Return what layers launch on a GPU, but for those that talk to other ranks."""
-    x, residual, dy = (case.tensor(device) for _ in range(3))
-    x.requires_grad_()
-    return [
-        count(
-            f"{layer.name} + {layer.after}" if layer.after else layer.name,
-            partial(layer.call, x, residual),
-            dy,
-            [x, *layer.parameters],
-        )
-        for layer in _layers(case, kernels, device)
-        if layer.ranks == 1
-    ]
-
-
-def _layers(case: Case, kernels: list[str], device: torch.device) -> list[_Layer]:
-    channels, ranks = case.channels, dist.get_world_size()
-    how: dict[str, Any] = {"device": device, "dtype": case.parameters}
-    theirs = nn.BatchNorm2d(channels, **how)
-    weights = list(theirs.parameters())
+def _make_layers(case: Case, kernels: list[str], world: World) -> list[_Layer]:
+    options: dict[str, Any] = {"device": world.device, "dtype": case.parameter_dtype}
+    baseline: nn.Module = nn.BatchNorm2d(case.channels, **options)
+    weights = list(baseline.parameters())
     layers = [
-        _Layer(BASELINE, 1, NOTHING, lambda x, _: theirs(x), weights),
-        _Layer(BASELINE, 1, RELU, lambda x, _: theirs(x).relu_(), weights),
-        _Layer(BASELINE, 1, ADDITION, lambda x, r: theirs(x).add_(r).relu_(), weights),
+        _Layer(BASELINE, 1, NOTHING, lambda x, _: baseline(x), weights),
+        _Layer(BASELINE, 1, RELU, lambda x, _: baseline(x).relu_(), weights),
+        _Layer(BASELINE, 1, ADDITION, lambda x, r: baseline(x).add_(r).relu_(), weights),
     ]
-    if device.type == "cuda":
-        # On CPU it refuses to run.
-        torchs = Synchronized(channels, **how)
-        weights = list(torchs.parameters())
-        layers.append(_Layer(SYNCHRONIZED, ranks, NOTHING, lambda x, _: torchs(x), weights))
-    groups = {1: resolve_group(1), ranks: dist.group.WORLD}
-    for kernel, (size, group) in product(kernels, groups.items()):
-        ours = SyncBatchNorm2d(channels, process_group=group, **how)
-        ours.impl = kernel
-        weights = list(ours.parameters())
-        layers += [
-            _Layer(kernel, size, after, partial(_ours, ours, group, kernel, after), weights)
-            for after in (NOTHING, RELU, ADDITION)
-        ]
+    if world.device.type == "cuda":  # it rejects CPU tensors
+        other: nn.Module = TorchSyncBatchNorm(case.channels, **options)
+        weights = list(other.parameters())
+        layers.append(_Layer(TORCH_SYNC, world.size, NOTHING, lambda x, _: other(x), weights))
+    groups = {1: resolve_group(1), world.size: dist.group.WORLD}
+    for kernel, (size, group), epilogue in product(kernels, groups.items(), EPILOGUES):
+        options["activation"] = "relu" if epilogue else None
+        ours = SyncBatchNorm2d(case.channels, process_group=group, **options)
+        ours.sync_kernel = kernel
+        forward = partial(_forward, ours, epilogue == ADDITION)
+        layers.append(_Layer(kernel, size, epilogue, forward, list(ours.parameters())))
     return layers
 
 
-def _ours(
-    layer: SyncBatchNorm2d,
-    group: dist.ProcessGroup | None,
-    kernel: str,
-    after: str,
-    x: Tensor,
-    residual: Tensor,
-) -> Tensor:
-    if after == NOTHING:
-        y: Tensor = layer(x)
-        return y
-    return sync_batch_norm(
-        x,
-        layer.running_mean,
-        layer.running_var,
-        layer.weight,
-        layer.bias,
-        training=True,
-        process_group=group,
-        residual=residual if after == ADDITION else None,
-        activation="relu",
-        impl=kernel,
-    )
-
-
-def _peak_bytes(step: Callable[[], object], gradients: _Gradients, device: torch.device) -> int:
-    def with_gradient() -> None:
-        gradients.refill()
-        step()
-
-    return peak_bytes(with_gradient, device) - gradients.dy.nbytes
+def _forward(layer: nn.Module, with_residual: bool, x: Tensor, residual: Tensor) -> Tensor:
+    y: Tensor = layer(x, residual) if with_residual else layer(x)
+    return y

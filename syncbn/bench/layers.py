@@ -1,44 +1,31 @@
-"""What a layer costs: forward and backward, beside nn.BatchNorm and a copy of the tensor."""
+"""Cost of a layer beside nn.BatchNorm2d, and of its kernels beside a copy of the tensor."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from syncbn import kernels
-from syncbn.bench import host_overhead, kernel_times, launches, layer_tables, layer_times
-from syncbn.bench.layer_cases import DTYPES, LAYOUTS, Case
-from syncbn.bench.memory import keep_freed_memory
-from syncbn.bench.ranks import begin, is_gpu
-from syncbn.bench.report import (
-    Benchmark,
-    Report,
-    at_least,
-    given,
-    in_a_folder,
-    machine_facts,
-    one_of,
-)
+from syncbn.bench.kernel_times import TRAFFIC, KernelCost, time_kernel
+from syncbn.bench.layer_cases import DTYPES, EPILOGUES, LAYOUTS, Case
+from syncbn.bench.layer_times import BASELINE, TORCH_SYNC, CaseCosts, time_layers
+from syncbn.bench.memory import reuse_freed_memory
+from syncbn.bench.ranks import init_world, use_gpu
+from syncbn.bench.report import Benchmark, Report, Table, default_if_none
+from syncbn.bench.timing import MICROSECOND, MILLISECOND, PERCENTILES, cpu_clock, device_clock
+
+_MIB = 1 << 20
+# Its arithmetic takes about a microsecond; the rest is CPU time of Python and of launches.
+_TINY = Case("16x4x4", 2, "contiguous", "float32")
+_TINY_BURST = 10
 
 
 @dataclass
 class Layers(Benchmark):
-    """The benchmark; `configs/bench/layers.yaml` explains the settings.
-
-    Attributes:
-        png: file for the picture; None for none.
-        device: "cpu" or "cuda"; None for what there is.
-        shapes: of inputs, without the batch: "64x56x56".
-        batch: samples a rank; None for what the device is used with, as below.
-        layouts: keys of :data:`LAYOUTS`.
-        dtypes: keys of :data:`DTYPES`, or None.
-        kernels: names that :func:`syncbn.kernels.choose` knows, or None.
-        rounds: in which all layers take their turn.
-    """
+    """Settings of the benchmark; `configs/bench/layers.yaml` explains them."""
 
     png: str | None
     device: str | None
@@ -51,66 +38,109 @@ class Layers(Benchmark):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("device", [self.device], ["cpu", "cuda", None])
-        on_gpu = is_gpu(self.device)
-        self._samples = given(self.batch, 64 if on_gpu else 16)
-        self._dtypes = given(self.dtypes, ["bfloat16", "float32"] if on_gpu else ["float32"])
-        self._kernels = given(self.kernels, ["auto", "aten_cuda" if on_gpu else "reference"])
-        in_a_folder("png", self.png)
-        at_least("batch", self._samples, 1)
-        at_least("rounds", self.rounds, 1)
-        one_of("layouts", self.layouts, LAYOUTS)
-        one_of("dtypes", self._dtypes, DTYPES)
-        one_of("kernels", self._kernels, kernels.IMPLS)
-        if not self.cases():
-            raise ValueError(
-                "shapes, layouts, dtypes: got none of one; expected one or more of each"
-            )
-
-    def cases(self) -> list[Case]:
-        """Return what is measured: every shape in every layout and dtype."""
-        return [
-            Case(shape, self._samples, layout, dtype)
-            for dtype, layout, shape in product(self._dtypes, self.layouts, self.shapes)
-        ]
+        gpu = use_gpu(self.device)
+        batch = default_if_none(self.batch, 64 if gpu else 16)
+        dtypes = default_if_none(self.dtypes, ["bfloat16", "float32"] if gpu else ["float32"])
+        self._kernels = default_if_none(self.kernels, ["auto", "aten_cuda" if gpu else "reference"])
+        self.check_writable("png", self.png)
+        self.check_at_least(1, batch=batch, rounds=self.rounds)
+        self.check_one_of("layouts", self.layouts, LAYOUTS)
+        self.check_one_of("dtypes", dtypes, DTYPES)
+        self.check_one_of("kernels", self._kernels, kernels.IMPLS)
+        settings = product(dtypes, self.layouts, self.shapes)
+        self._cases = [Case(shape, batch, layout, dtype) for dtype, layout, shape in settings]
+        if not self._cases:
+            raise ValueError("shapes, layouts, dtypes: got an empty list; expected one or more")
 
     def run(self) -> Report:
-        """Measure; every rank calls this."""
-        world = begin(self.device)
-        torch.set_num_threads(self.threads)
-        cases, device, meet = self.cases(), world.device, world.meet
-        layers = [
-            layer_times.measure(case, self._kernels, self.rounds, device, meet) for case in cases
-        ]
-        overheads = [
-            host_overhead.measure(device, backward, self.rounds, meet) for backward in (False, True)
-        ]
-        on_gpu = device.type == "cuda"
-        counted = layer_times.launched(cases[0], self._kernels, device) if on_gpu else []
-        # From here on what is freed stays, for what kernels write to be there already.
-        reused = on_gpu or keep_freed_memory()
-        functions = [
-            kernel_times.measure(case, name, after, self.rounds, device, meet)
-            for name in self._kernels
-            for after in kernel_times.follows(name, device)
-            for case in cases
-        ]
-        if world.size > 1:
-            # Gloo may abort a process that leaves while it still works.
-            dist.barrier()
+        """Measure, on every rank."""
+        world = init_world(self.device, self.threads)
+        clock, rounds, names = device_clock(world.device), self.rounds, self._kernels
+        layers = [time_layers(case, names, rounds, world, clock) for case in self._cases]
+        tiny = time_layers(_TINY, names, rounds, world, cpu_clock, _TINY_BURST)
+        # From here on freed memory is kept: kernels write to memory without page faults.
+        reused = world.device.type == "cuda" or reuse_freed_memory()
+        tasks = product(names, self._cases)
+        steps = [time_kernel(case, name, rounds, world, clock) for name, case in tasks]
         if self.png is not None and world.rank == 0:
             from syncbn.bench.layer_plot import draw
 
-            draw(layers, functions, Path(self.png))
+            draw(layers, Path(self.png))
+        groups = groupby(layers, lambda costs: (costs.case.layout, costs.case.dtype))
+        kinds = [(f"{layout}, {dtype}", list(costs)) for (layout, dtype), costs in groups]
         return Report(
-            {**machine_facts(), **world.facts},
+            world.facts,
             [
-                *layer_tables.ratios(layers),
-                *layer_tables.bandwidth(functions, reused),
-                *layer_tables.speedup(functions, self.threads),
-                layer_tables.memory(layers),
-                layer_tables.overhead(overheads, world.size),
-                *([launches.table(counted, cases[0].shape)] if counted else []),
+                *(_ratio_table(kind, costs, e) for kind, costs in kinds for e in EPILOGUES),
+                *_bandwidth_tables(steps, reused),
+                _overhead_table(tiny),
             ],
-            {"layers": layers, "kernels": functions, "overheads": overheads, "launches": counted},
+            {"layers": layers, "kernels": steps, "tiny_layer": tiny},
         )
+
+
+def _ratio_table(kind: str, cases: list[CaseCosts], epilogue: str) -> Table:
+    baseline = f"{BASELINE} + {epilogue}" if epilogue else BASELINE
+    costs = [[layer for layer in case.layers if layer.epilogue == epilogue] for case in cases]
+    rows = [
+        [
+            case.case.shape,
+            f"{case.copy.median / MILLISECOND:.2f}",
+            layers[0].step.text(MILLISECOND),
+            *(layer.ratio.text(digits=2) for layer in layers[1:]),
+        ]
+        for case, layers in zip(cases, costs, strict=True)
+    ]
+    medians = [[layer.ratio.median for layer in layers[1:]] for layers in costs]
+    means = torch.tensor(medians, dtype=torch.float64).log().mean(0).exp().tolist()
+    rows.append(["geometric mean", "", "", *(f"{mean:.2f}" for mean in means)])
+    names = [layer.name for layer in costs[0][1:]]
+    if TORCH_SYNC in names:
+        torch_mean = means[names.index(TORCH_SYNC)]
+        rows.append([f"/ {TORCH_SYNC}", "", "", *(f"{mean / torch_mean:.2f}" for mean in means)])
+    memory = [[layer.peak_bytes for layer in layers] for layers in costs]
+    inputs = torch.tensor([[case.case.nbytes] for case in cases])
+    peaks = (torch.tensor(memory) / inputs).median(0).values.tolist()
+    rows.append(["peak memory / input", "", *(f"{peak:.2f}" for peak in peaks)])
+    return Table(
+        f"Forward and backward, {kind}: {PERCENTILES}",
+        ["", "copy, ms", f"{baseline}, ms", *(layer.title for layer in costs[0][1:])],
+        rows,
+        [
+            f"Other columns: time over that of {baseline} in the same round. Peak memory: median, "
+            "without inputs and output gradient."
+        ],
+    )
+
+
+def _bandwidth_tables(steps: list[KernelCost], reused: bool) -> list[Table]:
+    notes = ["Each byte that must be read or written counts once."]
+    if not reused:
+        notes.append("malloc returns memory to the system here: steps that write have page faults.")
+    tables = []
+    groups = groupby(steps, lambda c: (c.kernel, c.case.layout, c.case.dtype))
+    for (kernel, layout, dtype), costs in groups:
+        rows = [
+            [
+                cost.case.shape,
+                f"{cost.case.nbytes / _MIB:.1f}",
+                f"{2 * cost.case.nbytes / cost.seconds['copy'].median / 1e9:.1f}",
+                *(cost.share[step].text(0.01, 0) for step in TRAFFIC),
+            ]
+            for cost in costs
+        ]
+        title = f"Kernel {kernel}, {layout}, {dtype}: % of a copy's bandwidth"
+        tables.append(Table(title, ["", "MiB", "copy, GB/s", *TRAFFIC], rows, notes))
+    return tables
+
+
+def _overhead_table(tiny: CaseCosts) -> Table:
+    rows = [
+        [layer.title, layer.epilogue, layer.step.text(MICROSECOND), layer.ratio.text(digits=2)]
+        for layer in tiny.layers
+    ]
+    return Table(
+        f"CPU time of a step, input {tiny.case.batch}x{tiny.case.shape}: {PERCENTILES}",
+        ["", "then", "us", f"/ {BASELINE}"],
+        rows,
+    )

@@ -1,4 +1,4 @@
-"""Memory: how much tensors take, and whether malloc gives it back between calls."""
+"""Peak memory of a call, and reuse of freed memory by malloc."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-# Of glibc's malloc.h.
+# Constants of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 _NEVER = 2**31 - 1
-# Of the profiler's library, which otherwise reports its own beginning and end.
+# Log level at which the profiler's library does not print its own start and stop.
 _SILENT = "99"
-# What it calls an allocation or a release.
-_CHANGE = "[memory]"
+# Name of an allocation or a release in the profiler's trace.
+_MEMORY_EVENT = "[memory]"
 
 
-def keep_freed_memory() -> bool:
-    """Make malloc keep what is freed; return whether it can.
+def reuse_freed_memory() -> bool:
+    """Make malloc keep freed memory; return whether it can.
 
-    Otherwise glibc returns large tensors to the system, and their successors cost a page fault for
-    every 4 KiB: several times what batch norm itself costs. In a shell the same is
+    Otherwise glibc returns large tensors to the system, and the next ones cost a page fault for
+    every 4 KiB: several times the cost of batch norm. The same in a shell is
     ``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=...`` (docs/kernels.md).
     """
     if sys.platform != "linux":
@@ -40,14 +40,14 @@ def keep_freed_memory() -> bool:
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Return the most memory that tensors had at once, without what there was before."""
+    """Return the peak memory of tensors allocated by a call."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    # A recorder of torch's calls would change what is measured: C++ kernels step aside for it.
+    # Not a dispatch mode: the C++ kernels are not used under one.
     os.environ.setdefault("KINETO_LOG_LEVEL", _SILENT)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as events:
         run()
@@ -55,6 +55,6 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         path = Path(folder, "trace.json")
         events.export_chrome_trace(str(path))
         trace = json.loads(path.read_bytes())["traceEvents"]
-    changes = [(event["ts"], event["args"]["Bytes"]) for event in trace if event["name"] == _CHANGE]
+    changes = [(e["ts"], e["args"]["Bytes"]) for e in trace if e["name"] == _MEMORY_EVENT]
     changes.sort(key=itemgetter(0))
     return max(accumulate((int(change) for _, change in changes), initial=0))

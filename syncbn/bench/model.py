@@ -1,4 +1,4 @@
-"""What batch norm makes of whole training steps of a ResNet: torch's, ours, ours synchronized."""
+"""Training steps of a ResNet with torch's batch norm, with ours, and with ours synchronized."""
 
 from __future__ import annotations
 
@@ -12,61 +12,36 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from syncbn import kernels
-from syncbn.bench import resnet20, resnet50
 from syncbn.bench.layer_cases import DTYPES, LAYOUTS
 from syncbn.bench.memory import peak_bytes
-from syncbn.bench.mpirun import slowest
-from syncbn.bench.ranks import begin, is_gpu
-from syncbn.bench.report import Benchmark, Report, Table, at_least, given, machine_facts, one_of
-from syncbn.bench.sgd import training_step
-from syncbn.bench.timing import Spread, captured, finished, take_turns
+from syncbn.bench.networks import resnet20, resnet50, training_step
+from syncbn.bench.ranks import init_world, max_over_ranks, use_gpu
+from syncbn.bench.report import Benchmark, Report, Table, default_if_none
+from syncbn.bench.timing import MILLISECOND, Percentiles, capture_graph, interleave, synchronized
 from syncbn.distributed.groups import GroupLike
 from syncbn.fusion import fuse
 from syncbn.nn.conversion import convert_sync_batchnorm
 from syncbn.nn.module import SyncBatchNorm
 
-_NETWORKS = {
-    "resnet20": (resnet20.resnet20, resnet20.CLASSES),
-    "resnet50": (resnet50.resnet50, resnet50.CLASSES),
-}
+_NETWORKS = {"resnet20": resnet20, "resnet50": resnet50}
 _BASELINE, _NONE = "nn.BatchNorm2d", "no batch norm"
-_MILLISECOND, _MIB = 1e-3, 1 << 20
+_MIB = 1 << 20
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a training step costs; seconds on the slowest rank.
+    """Cost of a training step; seconds on the slowest rank."""
 
-    Attributes:
-        norm: what is in the network.
-        step: seconds.
-        ratio: to the step with nn.BatchNorm2d of the same round.
-        norms: seconds that are due to batch norm: step - step without any, of the same round.
-        peak_bytes: of tensors at once, without weights and the optimizer's.
-    """
-
-    norm: str
-    step: Spread
-    ratio: Spread
-    norms: Spread
-    peak_bytes: int
+    norm: str  # batch norm in the network
+    step: Percentiles  # seconds
+    ratio: Percentiles  # step over that of nn.BatchNorm2d in the same round
+    norms: Percentiles  # step - step without batch norm, in the same round
+    peak_bytes: int  # without weights and optimizer state
 
 
 @dataclass
 class Model(Benchmark):
-    """The benchmark; `configs/bench/model.yaml` explains the settings.
-
-    Attributes:
-        device: "cpu" or "cuda"; None for what there is.
-        network: "resnet20" or "resnet50".
-        batch: images a rank; None for what the device is used with, as below.
-        size: height and width of the images.
-        layout: "contiguous" or "channels_last", or None.
-        dtype: of the computation: "float32", or a half type for autocast, or None.
-        kernel: of ours.
-        graph: whether steps are captured in CUDA graphs, and replayed.
-        steps: training steps with each norm.
-    """
+    """Settings of the benchmark; `configs/bench/model.yaml` explains them."""
 
     device: str | None
     network: str
@@ -80,59 +55,48 @@ class Model(Benchmark):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("device", [self.device], ["cpu", "cuda", None])
-        on_gpu = is_gpu(self.device)
-        self._images = given(self.batch, 64 if on_gpu else 4)
-        self._layout = given(self.layout, "channels_last" if on_gpu else "contiguous")
-        self._dtype = given(self.dtype, "bfloat16" if on_gpu else "float32")
-        one_of("network", [self.network], _NETWORKS)
-        at_least("batch", self._images, 2)
-        at_least("size", self.size, 32)
-        one_of("layout", [self._layout], LAYOUTS)
-        one_of("dtype", [self._dtype], ["float32", "bfloat16", "float16"])
-        one_of("kernel", [self.kernel], kernels.IMPLS)
-        if self.graph and not on_gpu:
+        gpu = use_gpu(self.device)
+        self._images = default_if_none(self.batch, 64 if gpu else 4)
+        self._layout = default_if_none(self.layout, "channels_last" if gpu else "contiguous")
+        self._dtype = default_if_none(self.dtype, "bfloat16" if gpu else "float32")
+        self.check_one_of("network", [self.network], _NETWORKS)
+        self.check_at_least(2, batch=self._images)
+        self.check_at_least(32, size=self.size)
+        self.check_one_of("layout", [self._layout], LAYOUTS)
+        self.check_one_of("dtype", [self._dtype], ["float32", "bfloat16", "float16"])
+        self.check_one_of("kernel", [self.kernel], kernels.IMPLS)
+        if self.graph and not gpu:
             raise ValueError("graph: got true; expected false, since steps do not run on a GPU")
-        at_least("steps", self.steps, 1)
+        self.check_at_least(1, steps=self.steps)
 
     def run(self) -> Report:
-        """Measure; every rank calls this."""
-        world = begin(self.device)
+        """Measure, on every rank."""
+        world = init_world(self.device, self.threads)
+        device = world.device
         if self.graph and world.size > 1:
             raise ValueError(f"graph: got true; expected false, for {world.size} ranks")
-        torch.set_num_threads(self.threads)
         torch.manual_seed(0)
-        make, classes = _NETWORKS[self.network]
-        network = make()
-        images = torch.randn(self._images, 3, self.size, self.size, device=world.device)
+        network = _NETWORKS[self.network]()
+        images = torch.randn(self._images, 3, self.size, self.size, device=device)
         images = images.contiguous(memory_format=LAYOUTS[self._layout])
-        labels = torch.randint(classes, (self._images,), device=world.device)
         half = None if self._dtype == "float32" else DTYPES[self._dtype]
         steps = {
-            name: training_step(self._parallel(net, world.device), images, labels, half)
-            for name, net in self._networks(network, world.size).items()
+            norm: training_step(self._prepare(net, device), images, half)
+            for norm, net in self._networks(network, world.size).items()
         }
-        launched = {name: captured(step) if self.graph else step for name, step in steps.items()}
-        timed = {name: finished(step, world.device) for name, step in launched.items()}
-        times = take_turns(timed, self.steps, meet=world.meet)
-        walls = {name: slowest(taken.wall) for name, taken in times.items()}
-        found = [
-            StepCost(
-                name,
-                step=Spread.of(wall),
-                ratio=Spread.of(wall / walls[_BASELINE]),
-                norms=Spread.of(wall - walls[_NONE]),
-                peak_bytes=peak_bytes(steps[name], world.device),
-            )
-            for name, wall in walls.items()
-        ]
-        if world.size > 1:
-            # Gloo may abort a process that leaves while it still works.
-            dist.barrier()
-        return Report({**machine_facts(), **world.facts}, [self._table(found)], {"steps": found})
+        launches = {n: capture_graph(step) if self.graph else step for n, step in steps.items()}
+        timed = {norm: synchronized(launch, device) for norm, launch in launches.items()}
+        times = interleave(timed, self.steps, barrier=world.barrier)
+        seconds = {norm: max_over_ranks(time) for norm, time in times.items()}
+        costs = []
+        for norm, time in seconds.items():
+            step, ratio = Percentiles.of(time), Percentiles.of(time / seconds[_BASELINE])
+            norms, peak = Percentiles.of(time - seconds[_NONE]), peak_bytes(steps[norm], device)
+            costs.append(StepCost(norm, step, ratio, norms, peak))
+        return Report(world.facts, [self._table(costs)], {"steps": costs})
 
     def _networks(self, network: nn.Module, ranks: int) -> dict[str, nn.Module]:
-        found = {_NONE: _without(copy.deepcopy(network)), _BASELINE: network}
+        networks = {_NONE: _remove_norms(copy.deepcopy(network)), _BASELINE: network}
         groups: dict[str, GroupLike] = {"ours": 1}
         if ranks > 1:
             groups[f"ours, {ranks} ranks"] = None
@@ -140,44 +104,37 @@ class Model(Benchmark):
             net = convert_sync_batchnorm(copy.deepcopy(network), group)
             for layer in net.modules():
                 if isinstance(layer, SyncBatchNorm):
-                    layer.impl = self.kernel
-            found[name] = net
-            found[f"{name}, fused"] = copy.deepcopy(net)
-            fuse(found[f"{name}, fused"])
-        return found
+                    layer.sync_kernel = self.kernel
+            networks[name] = net
+            networks[f"{name}, fused"] = copy.deepcopy(net)
+            fuse(networks[f"{name}, fused"])
+        return networks
 
-    def _parallel(self, network: nn.Module, device: torch.device) -> nn.Module:
+    def _prepare(self, network: nn.Module, device: torch.device) -> nn.Module:
         layout: Any = {"memory_format": LAYOUTS[self._layout]}
         network = network.to(device, **layout)
         return DistributedDataParallel(network) if dist.get_world_size() > 1 else network
 
-    def _table(self, found: list[StepCost]) -> Table:
-        rows = [
-            [
-                cost.norm,
-                cost.step.text(_MILLISECOND),
-                cost.ratio.text(digits=2),
-                cost.norms.text(_MILLISECOND) if cost.norm != _NONE else "",
-                f"{cost.peak_bytes / _MIB:.0f}",
-            ]
-            for cost in found
-        ]
-        how = ", in a CUDA graph" if self.graph else ""
+    def _table(self, costs: list[StepCost]) -> Table:
+        rows = []
+        for cost in costs:
+            times = cost.step.text(MILLISECOND), cost.ratio.text(digits=2)
+            norms = cost.norms.text(MILLISECOND) if cost.norm != _NONE else ""
+            rows.append([cost.norm, *times, norms, f"{cost.peak_bytes / _MIB:.0f}"])
+        graph = ", in a CUDA graph" if self.graph else ""
         return Table(
             f"Training step of {self.network}, {self._images} images of {self.size}x{self.size} a "
-            f"rank, {self._layout}, {self._dtype}{how}",
+            f"rank, {self._layout}, {self._dtype}{graph}",
             ["", "step, ms", f"/ {_BASELINE}", "batch norm, ms", "MiB"],
             rows,
             [
-                "Median (10th..90th percentile). Batch norm: step - step of the network without "
-                "any. MiB: of tensors at once, without weights and the optimizer's. Fused: by "
-                "syncbn.fuse.",
+                "Median (10th..90th percentile). Batch norm: step minus step without batch norm. "
+                "MiB: peak memory, without weights and optimizer state. Fused: by syncbn.fuse."
             ],
         )
 
 
-def _without(network: nn.Module) -> nn.Module:
-    """Replace every batch norm by nothing."""
+def _remove_norms(network: nn.Module) -> nn.Module:
     for module in network.modules():
         for name, child in module.named_children():
             if isinstance(child, nn.BatchNorm2d):

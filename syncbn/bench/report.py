@@ -1,4 +1,4 @@
-"""What a benchmark is, and what it finds: tables for people, numbers for programs."""
+"""Base class of benchmarks, and their reports: tables to print and results for JSON."""
 
 from __future__ import annotations
 
@@ -21,14 +21,7 @@ _MODEL_NAME = "model name"
 
 @dataclass
 class Table:
-    """A table to print.
-
-    Attributes:
-        title: above it.
-        columns: headings; the first column names the row.
-        rows: cells, as many as headings.
-        notes: sentences to print below it.
-    """
+    """Table to print; the first column names the row."""
 
     title: str
     columns: list[str]
@@ -38,85 +31,62 @@ class Table:
 
 @dataclass
 class Report:
-    """What a benchmark found.
+    """Result of a benchmark."""
 
-    Attributes:
-        facts: the machine and the libraries, by name.
-        tables: for people.
-        results: for programs; what JSON can hold, and dataclasses.
-    """
-
-    facts: dict[str, str]
+    facts: dict[str, str]  # launcher, devices and libraries, by name
     tables: list[Table]
-    results: dict[str, Any]
+    results: dict[str, Any]  # the same figures for JSON, as dataclasses
 
 
 @dataclass
 class Benchmark(ABC):
-    """A benchmark's settings, and what it does with them; one subclass a file.
-
-    Attributes:
-        ranks: processes that `syncbn-bench` starts, with mpirun if there are several.
-        threads: of torch, a rank.
-        json: file to write the report to as well; None for none.
-    """
+    """Settings of a benchmark; its config in ``configs/bench`` explains them."""
 
     ranks: int
     threads: int
     json: str | None
 
     def __post_init__(self) -> None:
-        at_least("ranks", self.ranks, 1)
-        at_least("threads", self.threads, 1)
-        in_a_folder("json", self.json)
+        self.check_at_least(1, ranks=self.ranks, threads=self.threads)
+        self.check_writable("json", self.json)
 
     @abstractmethod
     def run(self) -> Report:
-        """Measure; every rank calls this, and rank 0's report counts."""
+        """Measure, on every rank; the report of rank 0 counts."""
 
+    @staticmethod
+    def check_at_least(low: int, **settings: int) -> None:
+        """Raise ValueError if a setting is below its lowest value."""
+        for name, value in settings.items():
+            if value < low:
+                raise ValueError(f"{name}: got {value}; expected at least {low}")
 
-def at_least(name: str, value: int, low: int) -> None:
-    """Check a setting.
+    @staticmethod
+    def check_one_of(name: str, values: Iterable[object], known: Iterable[object]) -> None:
+        """Raise ValueError unless each value of a setting is known."""
+        known = list(known)
+        for value in values:
+            if value not in known:
+                expected = ", ".join(map(str, known))
+                raise ValueError(f"{name}: got {value}; expected one of {expected}")
 
-    Raises:
-        ValueError: the value is below ``low``.
-    """
-    if value < low:
-        raise ValueError(f"{name}: got {value}; expected at least {low}")
-
-
-def one_of(name: str, values: Iterable[object], known: Iterable[object]) -> None:
-    """Check the values of a setting.
-
-    Raises:
-        ValueError: one is not among those that are known.
-    """
-    known = list(known)
-    for value in values:
-        if value not in known:
-            raise ValueError(f"{name}: got {value}; expected one of {', '.join(map(str, known))}")
-
-
-def given(value: T | None, default: T) -> T:
-    """Return a setting, or what stands for none."""
-    return default if value is None else value
-
-
-def in_a_folder(name: str, path: str | None) -> None:
-    """Check the name of a file to write, if there is one.
-
-    Raises:
-        ValueError: the folder does not exist or is not writable, or the file is not a regular one.
-    """
-    if path is not None:
+    @staticmethod
+    def check_writable(name: str, path: str | None) -> None:
+        """Raise ValueError if a setting names a file that cannot be written."""
         try:
-            require_file(Path(path))
+            if path is not None:
+                require_file(Path(path))
         except ValueError as error:
             raise ValueError(f"{name}: got {error}") from error
 
 
+def default_if_none(value: T | None, default: T) -> T:
+    """Return a setting, or its default."""
+    return default if value is None else value
+
+
 def machine_facts() -> dict[str, str]:
-    """Return what every benchmark says about where it ran."""
+    """Return the facts that all benchmarks report."""
     system = f"{platform.system()} {platform.release()}"
     return {
         "machine": f"{os.cpu_count()} CPUs, {_cpu_name()}, {system}",

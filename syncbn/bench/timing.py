@@ -1,4 +1,4 @@
-"""Times of calls that take turns, so that a busy machine disturbs all of them alike."""
+"""Times of interleaved calls, so that other load on the machine affects all of them alike."""
 
 from __future__ import annotations
 
@@ -6,147 +6,107 @@ import random
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import astuple, dataclass
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-#: Runs a call; returns the seconds that it took, and those that this process had a CPU.
-Clock: TypeAlias = Callable[[Callable[[], object]], tuple[float, float]]
+#: Runs a call and returns its duration in seconds.
+Clock: TypeAlias = Callable[[Callable[[], object]], float]
+MICROSECOND, MILLISECOND = 1e-6, 1e-3
+PERCENTILES = "median (10th..90th percentile)"
 
-# The first rounds pay for memory, connections and DDP's buckets.
+# The first rounds allocate memory, connections and DDP's buckets.
 _WARM_UP_ROUNDS = 2
-# Bytes, several times the L2 cache of any GPU, read often enough to take it four milliseconds: by
-# then the host has launched what is to be measured, unless that waits for the GPU. Written, they
-# would have to leave the cache for what is measured, at its expense.
-_FILLING, _FILLINGS = 1 << 29, 32
+# Bytes, several times the L2 cache of any GPU, and number of reads: 4 ms of work, enough for the
+# CPU to launch the measured call meanwhile. Writes would have to leave the cache during the call.
+_FLUSH_BYTES, _FLUSHES = 1 << 29, 32
 
 
 @dataclass(frozen=True)
-class Spread:
-    """The middle of some values, and the range that holds four fifths of them.
-
-    Attributes:
-        median: of the values.
-        low: their 10th percentile.
-        high: their 90th percentile.
-    """
+class Percentiles:
+    """Median, 10th and 90th percentile."""
 
     median: float
     low: float
     high: float
 
     @classmethod
-    def of(cls, values: Tensor) -> Spread:
-        """Return the spread of a vector of float64."""
+    def of(cls, values: Tensor) -> Percentiles:
+        """Return the percentiles of a float64 vector."""
         low, median, high = values.quantile(values.new_tensor([0.1, 0.5, 0.9])).tolist()
         return cls(median, low, high)
 
     def text(self, unit: float = 1.0, digits: int | None = None) -> str:
-        """Return ``median (low..high)`` in multiples of a unit.
-
-        Args:
-            unit: of the values.
-            digits: after the point; None for none from ten on, and one below.
-        """
+        """Return ``median (low..high)`` in a unit; by default with one decimal below 10."""
         median, low, high = (value / unit for value in astuple(self))
         if digits is None:
             digits = 0 if abs(median) >= 10 else 1
         return f"{median:.{digits}f} ({low:.{digits}f}..{high:.{digits}f})"
 
 
-class Times(NamedTuple):
-    """What one of the calls took, each time.
-
-    Attributes:
-        wall: ``[rounds * burst]`` float64, seconds.
-        cpu: ``[rounds * burst]`` float64, seconds that this process, all threads, had a CPU.
-    """
-
-    wall: Tensor
-    cpu: Tensor
-
-
-def on_host(call: Callable[[], object]) -> tuple[float, float]:
-    """Run a call; return the seconds that it took here."""
-    cpu, start = time.process_time(), time.perf_counter()
+def cpu_clock(call: Callable[[], object]) -> float:
+    """Return the seconds until a call returns."""
+    start = time.perf_counter()
     call()
-    end = time.perf_counter()
-    return end - start, time.process_time() - cpu
+    return time.perf_counter() - start
 
 
-class OnDevice:
-    """A clock of a GPU: the seconds that it works at a call, whose inputs are in no cache.
+def device_clock(device: torch.device) -> Clock:
+    """Return a clock of the work on a device; on a GPU, with cold caches."""
+    if device.type != "cuda":
+        return cpu_clock
+    flushed = torch.zeros(_FLUSH_BYTES // 4, device=device)
 
-    Args:
-        device: the GPU.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._filling = torch.zeros(_FILLING // 4, device=device)
-
-    def __call__(self, call: Callable[[], object]) -> tuple[float, float]:
-        """Run a call; return the seconds that it took."""
+    def clock(call: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(_FILLINGS):
-            self._filling.sum()
+        for _ in range(_FLUSHES):
+            flushed.sum()
         start.record()
-        cpu = time.process_time()
         call()
-        cpu = time.process_time() - cpu
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3, cpu
+        return float(start.elapsed_time(end)) / 1e3
+
+    return clock
 
 
-def clock_of(device: torch.device) -> Clock:
-    """Return a clock for work on a device."""
-    return OnDevice(device) if device.type == "cuda" else on_host
-
-
-def take_turns(
+def interleave(
     calls: Mapping[str, Callable[[], object]],
     rounds: int,
     burst: int = 1,
-    meet: Callable[[], None] = lambda: None,
+    barrier: Callable[[], None] = lambda: None,
     warm_up: int = _WARM_UP_ROUNDS,
-    clock: Clock = on_host,
-) -> dict[str, Times]:
-    """Measure calls in turns.
+    clock: Clock = cpu_clock,
+) -> dict[str, Tensor]:
+    """Time calls in rounds of one turn each.
+
+    The order in a round is random, and equal on all ranks.
 
     Args:
-        calls: what to measure, by name.
-        rounds: how often each gets its turn, in an order that is drawn anew, the same on all ranks.
-        burst: calls a turn, in a row.
-        meet: called before each turn, and not measured; ranks that measure together wait for each
-            other here.
-        warm_up: rounds before, which do not count.
-        clock: measures a call.
+        calls: functions to time, by name.
+        rounds: number of timed rounds.
+        burst: consecutive calls per turn.
+        barrier: function called before each turn, untimed.
+        warm_up: number of untimed rounds before.
+        clock: clock of one call.
 
     Returns:
-        The times of each call. The i-th time of one belongs to the i-th of another.
+        Seconds by name, float64, shape ``[rounds * burst]``. Equal indices belong to one round.
     """
-    clocks: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    times: dict[str, list[float]] = {name: [] for name in calls}
     names, order = list(calls), random.Random(0)
     for _ in range(warm_up + rounds):
         order.shuffle(names)
         for name in names:
-            call, times = calls[name], clocks[name]
-            meet()
-            times += [clock(call) for _ in range(burst)]
+            barrier()
+            times[name] += [clock(calls[name]) for _ in range(burst)]
     skipped = warm_up * burst
-    return {
-        name: Times(*torch.tensor(times[skipped:], dtype=torch.float64).unbind(1))
-        for name, times in clocks.items()
-    }
+    return {name: torch.tensor(t[skipped:], dtype=torch.float64) for name, t in times.items()}
 
 
-def captured(call: Callable[[], object]) -> Callable[[], None]:
-    """Return a replay of what a call does on the current GPU, without what it does on the host.
-
-    Args:
-        call: must not wait for the GPU; is called some times to warm up.
-    """
+def capture_graph(call: Callable[[], object]) -> Callable[[], None]:
+    """Capture a call in a CUDA graph and return its replay; the call runs twice to warm up."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -159,8 +119,8 @@ def captured(call: Callable[[], object]) -> Callable[[], None]:
     return graph.replay
 
 
-def finished(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """Return a call that ends when the device is done with it."""
+def synchronized(call: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """Return a call that returns when the device has completed its work."""
 
     def run() -> None:
         call()

@@ -1,6 +1,6 @@
-"""`syncbn-bench NAME [KEY=VALUE ...]`: measure what this library costs on this machine.
+"""`syncbn-bench NAME [KEY=VALUE ...]`: measure the cost of this library on this machine.
 
-Starts the ranks that a benchmark needs; under mpirun it is one of them:
+Starts the ranks of a benchmark, or runs as one of them under mpirun:
 ``mpirun -n 2 python -m syncbn.cli.bench collectives``.
 """
 
@@ -18,14 +18,15 @@ from typing import Any
 import torch.distributed as dist
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
+from hydra.utils import get_class
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from syncbn.bench.mpirun import become_mpirun
-from syncbn.bench.report import Benchmark, Report
+from syncbn.bench.ranks import exec_mpirun
+from syncbn.bench.report import Benchmark, Report, machine_facts
 from syncbn.cli import config_path
 from syncbn.cli.signals import deferred_termination
 from syncbn.distributed.launcher import is_one_of_several
@@ -37,57 +38,32 @@ syncbn-bench NAME [KEY=VALUE ...]  measure: starts the ranks, or under mpirun is
 syncbn-bench NAME --help           the settings
 """
 _WRONG_USE = 2
-# Of texts, and at most of tables.
+# Width of texts, and largest width of tables.
 _COLUMNS, _WIDEST = 100, 160
 
 
-def benchmark_class(name: str) -> type[Benchmark]:
-    """Return a benchmark by its name, which is also that of its config.
-
-    Raises:
-        ValueError: there is none of that name.
-    """
-    match name:
-        case "collectives":
-            from syncbn.bench.collectives import Collectives
-
-            return Collectives
-        case "calibration":
-            from syncbn.bench.calibration import Calibration
-
-            return Calibration
-        case "compile":
-            from syncbn.bench.compile_time import CompileTime
-
-            return CompileTime
-        case "layers":
-            from syncbn.bench.layers import Layers
-
-            return Layers
-        case "model":
-            from syncbn.bench.model import Model
-
-            return Model
-    raise ValueError(f"got benchmark {name!r}; expected one of\n{_list()}")
+def names() -> list[str]:
+    """Return the names of the benchmarks: a config in ``configs/bench`` is a benchmark."""
+    return sorted(path.stem for path in _CONFIGS.glob("*.yaml"))
 
 
-def settle(name: str, overrides: list[str]) -> Benchmark:
+def compose_benchmark(name: str, overrides: list[str]) -> Benchmark:
     """Return a benchmark with its settings.
 
     Args:
-        name: of the benchmark.
-        overrides: ``KEY=VALUE``, in hydra's grammar.
+        name: name of the benchmark.
+        overrides: ``KEY=VALUE`` in the grammar of hydra.
 
     Raises:
-        ValueError: no such benchmark or key, or a value of the wrong type or range.
+        ValueError: unknown benchmark or key, or a value of the wrong type or range.
     """
-    kind = benchmark_class(name)
+    _check_name(name)
     try:
         with initialize_config_dir(config_dir=str(_CONFIGS), version_base="1.3"):
             composed = compose(name, overrides=overrides)
         plain: Any = OmegaConf.to_container(composed, resolve=True)
-        typed = OmegaConf.merge(OmegaConf.structured(kind), OmegaConf.create(plain))
-        benchmark = OmegaConf.to_object(typed)
+        typed = OmegaConf.structured(get_class(plain.pop("_target_")))
+        benchmark = OmegaConf.to_object(OmegaConf.merge(typed, OmegaConf.create(plain)))
     except HydraException as error:
         raise ValueError(f"{_first_line(error)} (syncbn-bench {name} --help)") from error
     except OmegaConfBaseException as error:
@@ -98,7 +74,7 @@ def settle(name: str, overrides: list[str]) -> Benchmark:
 
 def show(report: Report) -> None:
     """Print a report."""
-    # Open MPI gives the ranks terminals of their own: theirs says nothing about the user's.
+    # Open MPI gives each rank a terminal, whose width is not that of the user's terminal.
     columns = int(os.environ.get("COLUMNS", _WIDEST))
     console = Console(width=columns, color_system=None, highlight=False)
     text = min(columns, _COLUMNS)
@@ -119,21 +95,25 @@ def show(report: Report) -> None:
             console.print(note, width=text)
 
 
-def write(found: dict[str, Any], path: Path) -> None:
-    """Write JSON; the file is there whole or not at all."""
+def write(report: dict[str, Any], path: Path) -> None:
+    """Write JSON atomically."""
     with atomic_write(path) as file:
-        file.write((json.dumps(found, indent=2, default=asdict) + "\n").encode())
+        file.write((json.dumps(report, indent=2, default=asdict) + "\n").encode())
 
 
 def run(name: str, benchmark: Benchmark) -> None:
-    """Measure; print, and write where ``json=`` says, what rank 0 found."""
+    """Measure; print the report of rank 0, and write it to the file of ``json=``."""
     report = benchmark.run()
+    report.facts = {**machine_facts(), **report.facts}
+    if dist.is_initialized():
+        # Gloo may abort a process that exits during its work for another rank.
+        dist.barrier()
     if not dist.is_initialized() or dist.get_rank() == 0:
         show(report)
         if benchmark.json is not None:
-            about = {"benchmark": name, "settings": benchmark, "facts": report.facts}
+            header = {"benchmark": name, "settings": benchmark, "facts": report.facts}
             with deferred_termination():
-                write({**about, "results": report.results}, Path(benchmark.json))
+                write({**header, "results": report.results}, Path(benchmark.json))
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -142,26 +122,28 @@ def main() -> None:
     """Run the benchmark that the command line names."""
     match sys.argv[1:]:
         case [] | ["-h" | "--help"]:
-            print(f"{_USAGE}\nBenchmarks:\n{_list()}")
+            print(f"{_USAGE}\nBenchmarks:\n{_list_benchmarks()}")
         case [name, "-h" | "--help"]:
-            with _errors_of_the_user():
-                benchmark_class(name)
+            with _user_errors():
+                _check_name(name)
             print((_CONFIGS / f"{name}.yaml").read_text(), end="")
         case [name, *overrides]:
-            with _errors_of_the_user():
-                benchmark = settle(name, overrides)
+            with _user_errors():
+                benchmark = compose_benchmark(name, overrides)
                 if benchmark.ranks > 1 and not is_one_of_several(os.environ):
-                    become_mpirun(benchmark.ranks)
+                    exec_mpirun(benchmark.ranks)
             run(name, benchmark)
 
 
-def _list() -> str:
-    """Return a line for each benchmark: its name and the first line of its config."""
-    lines = []
-    for path in sorted(_CONFIGS.glob("*.yaml")):
-        about = path.read_text().splitlines()[0].removeprefix("# ")
-        lines.append(f"  {path.stem:<13}{about}")
-    return "\n".join(lines)
+def _check_name(name: str) -> None:
+    if name not in names():
+        raise ValueError(f"got benchmark {name!r}; expected one of\n{_list_benchmarks()}")
+
+
+def _list_benchmarks() -> str:
+    """Return a line per benchmark: its name and the first line of its config."""
+    lines = ((name, (_CONFIGS / f"{name}.yaml").read_text().splitlines()[0]) for name in names())
+    return "\n".join(f"  {name:<13}{line.removeprefix('# ')}" for name, line in lines)
 
 
 def _first_line(error: Exception) -> str:
@@ -169,8 +151,8 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _errors_of_the_user() -> Iterator[None]:
-    # Without a traceback: the message says what to do.
+def _user_errors() -> Iterator[None]:
+    # Without a traceback: the message names the remedy.
     try:
         yield
     except (ValueError, FileNotFoundError) as error:

@@ -1,6 +1,7 @@
-"""`syncbn-doctor`: what this machine, this launcher and this installation give the layer.
+"""`syncbn-doctor`: report on this machine, launcher and installation.
 
-Alone, or on every rank of a job: ``launch/torchrun.sh -m syncbn.cli.doctor``, or with mpirun.sh.
+On a single rank, or on every rank of a job: ``launch/torchrun.sh -m syncbn.cli.doctor``, or with
+mpirun.sh.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ from syncbn.distributed.objects import all_gather_objects
 from syncbn.files import atomic_write, require_file
 from syncbn.kernels import cpu, triton_unavailable_reason
 
-# Numbers in the message of a layer with 512 channels.
-_MESSAGE = 1025
+# Float64 values in the all-reduce of a layer with 512 channels.
+_NUMEL = 1025
 _REPEATS = 30
 _WRONG_USE = 2
 
 
 def installation() -> dict[str, str]:
-    """Return versions, and the kernels that layers take."""
+    """Return versions, available backends and available kernels."""
     backends = {
         "gloo": dist.is_gloo_available(),
         "nccl": dist.is_nccl_available(),
@@ -58,7 +59,7 @@ def installation() -> dict[str, str]:
 
 
 def mpi() -> dict[str, str]:
-    """Return what MPI can do, once it has been started."""
+    """Return library, thread level and CUDA support of MPI; starts MPI."""
     from syncbn.distributed.mpi_library import LIBRARY, MPI, reads_cuda_memory
 
     levels = {
@@ -67,31 +68,30 @@ def mpi() -> dict[str, str]:
         MPI.THREAD_SERIALIZED: "serialized",
         MPI.THREAD_MULTIPLE: "multiple",
     }
-    reads = reads_cuda_memory()
     return {
         "MPI library": LIBRARY,
         "MPI thread level": levels[MPI.Query_thread()],
         "CUDA tensors over MPI": (
-            "device pointers (CUDA-aware)" if reads else "staged through host memory"
+            "device pointers (CUDA-aware)" if reads_cuda_memory() else "staged through host memory"
         ),
     }
 
 
-def rank_report(place: syncbn.RankInfo) -> dict[str, Any]:
-    """Return where this rank runs and how its all-reduce behaves; every rank must call this."""
+def rank_report(info: syncbn.RankInfo) -> dict[str, Any]:
+    """Return host, device and all-reduce time of this rank; collective."""
     return {
-        "rank": place.rank,
+        "rank": info.rank,
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "device": str(place.device),
+        "device": str(info.device),
         "threads": torch.get_num_threads(),
-        "all_reduce_us": _all_reduce_microseconds(place.device),
+        "all_reduce_us": _all_reduce_microseconds(info.device),
     }
 
 
-def report(place: syncbn.RankInfo) -> dict[str, Any]:
+def report(info: syncbn.RankInfo) -> dict[str, Any]:
     """Return the whole report, the same on every rank."""
-    ranks = all_gather_objects(rank_report(place))
+    ranks = all_gather_objects(rank_report(info))
     backend = dist.get_backend()
     return {
         "installation": {**installation(), **(mpi() if backend == "mpi4py" else {})},
@@ -101,30 +101,30 @@ def report(place: syncbn.RankInfo) -> dict[str, Any]:
     }
 
 
-def show(found: dict[str, Any]) -> None:
+def show(report: dict[str, Any]) -> None:
     """Print a report as two tables."""
-    # Not markup: it would drop the brackets of 'syncbn[cuda]'.
+    # Not markup, which would drop the brackets of 'syncbn[cuda]'.
     console = Console(markup=False, emoji=False)
     table = Table(title="Installation", show_header=False, title_justify="left")
-    for name, value in found["installation"].items():
+    for name, value in report["installation"].items():
         table.add_row(name, escape_controls(value, keep="\n"))
     console.print(table)
-    title = f"{len(found['ranks'])} rank(s), backend {found['backend']}"
-    table = Table(title=f"{title}, launcher: {found['launcher']}", title_justify="left")
-    for name in found["ranks"][0]:
+    title = f"{len(report['ranks'])} rank(s), backend {report['backend']}"
+    table = Table(title=f"{title}, launcher: {report['launcher']}", title_justify="left")
+    for name in report["ranks"][0]:
         table.add_column(name.replace("_", " "), justify="right")
-    for rank in found["ranks"]:
+    for rank in report["ranks"]:
         cells = (f"{v:.0f}" if isinstance(v, float) else str(v) for v in rank.values())
         table.add_row(*map(escape_controls, cells))
     console.print(table)
     console.print(
-        f"all reduce us: median of {_REPEATS} sums of {_MESSAGE} float64 numbers, the message of a "
+        f"all reduce us: median of {_REPEATS} all-reduces of {_NUMEL} float64 values, as for a "
         "layer with 512 channels"
     )
 
 
 def _all_reduce_microseconds(device: torch.device) -> float:
-    vector = torch.ones(_MESSAGE, dtype=torch.float64, device=device)
+    vector = torch.ones(_NUMEL, dtype=torch.float64, device=device)
     times = []
     for _ in range(_REPEATS):
         start = time.perf_counter()
@@ -143,26 +143,26 @@ def _version(package: str) -> str | None:
 
 @hydra.main(version_base="1.3", config_path=config_path(), config_name="doctor")
 def main(config: DictConfig) -> None:
-    """Print the report on rank 0; write it where ``json=`` says."""
-    place = syncbn.init_process_group(config.backend)
+    """Print the report on rank 0, and write it to the file of ``json=``."""
+    info = syncbn.init_process_group(config.backend)
     path = None if config.json is None else Path(config.json)
-    refusal = _refusal(path) if place.rank == 0 else None
-    if any(all_gather_objects(refusal)):
+    problem = _output_problem(path) if info.rank == 0 else None
+    if any(all_gather_objects(problem)):
         dist.destroy_process_group()
-        if refusal is not None:
-            sys.stderr.write(f"syncbn-doctor: {refusal}\n")
+        if problem is not None:
+            sys.stderr.write(f"syncbn-doctor: {problem}\n")
         sys.exit(_WRONG_USE)
-    found = report(place)
-    if place.rank == 0:
-        show(found)
+    result = report(info)
+    if info.rank == 0:
+        show(result)
         if path is not None:
             with deferred_termination(), atomic_write(path) as file:
-                file.write((json.dumps(found, indent=2) + "\n").encode())
+                file.write((json.dumps(result, indent=2) + "\n").encode())
     dist.destroy_process_group()
 
 
-def _refusal(path: Path | None) -> str | None:
-    """Return the reason why a file cannot be written, for all ranks to stop."""
+def _output_problem(path: Path | None) -> str | None:
+    """Return the reason why a file cannot be written, or None."""
     try:
         if path is not None:
             require_file(path)

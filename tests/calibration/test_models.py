@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 
 import syncbn
-from syncbn.bench.resnet20 import resnet20
+from syncbn.bench.networks import resnet20
 from tests.calibration.networks import as_they_are, distance, images, network, statistics
 from tests.calibration.test_exact import EXACT
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import syncbn
-from syncbn.bench.resnet20 import resnet20
+from syncbn.bench.networks import resnet20
 from syncbn.calibration.layers import find_layers
 from syncbn.calibration.verification import Trace
 from tests.calibration.networks import as_they_are, by_hand, distance, layers, network, statistics

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import syncbn
-from syncbn.bench.resnet20 import resnet20
-from syncbn.bench.resnet50 import resnet50
-from tests.fusion_checks import check_fused, train_on_a_rank
-from tests.fusion_models import (
+from syncbn.bench.networks import resnet20, resnet50
+from tests.fusion.checks import check_fused, train_on_a_rank
+from tests.fusion.models import (
     AddsToTheOther,
     ByMode,
     ByValue,
@@ -109,7 +108,7 @@ def test_layers_are_not_moved_behind_what_writes(build: Callable[[], nn.Module])
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (ByMode, "its forward has 'self.training', of which torch.fx may lose something"),
+        (ByMode, "its forward has 'self.training', which torch.fx may not record"),
         (ByValue, "its forward has 'x.sum() > 0'"),
         (Optional, "its forward has an optional argument, twice"),
         (Variadic, "its forward takes *x"),
@@ -128,9 +127,7 @@ def test_a_forward_of_an_instance_is_left_alone() -> None:
     model: Any = syncbn.convert_sync_batchnorm(Methods())
     other: Any = copy.deepcopy(model)
     model.forward = lambda x: x
-    assert syncbn.fuse(model).skipped == {
-        "": "it has a forward of its own, which is not that of its class"
-    }
+    assert syncbn.fuse(model).skipped == {"": "its forward is an attribute of the instance"}
     other.bn.forward = lambda x: x
     assert syncbn.fuse(other).fused == {"other": "relu"}
 
@@ -150,7 +147,7 @@ def test_a_fused_module_is_left_alone() -> None:
     first = syncbn.fuse(model)
     second = syncbn.fuse(model)
     assert second.fused == {}
-    assert "source of its forward cannot be read" in second.skipped[""]
+    assert second.skipped == {"": "it is already fused"}
     second.undo()
     assert model.bn.activation == "relu"
     first.undo()
@@ -183,7 +180,7 @@ def test_undo_refuses_a_class_changed_since() -> None:
     fused = type(model)
     model.scale = nn.Parameter(torch.ones(2, 2))
     parametrizations.orthogonal(model, "scale")
-    with pytest.raises(RuntimeError, match=r"expected a FusedPlain, as syncbn\.fuse"):
+    with pytest.raises(RuntimeError, match=r"expected a FusedPlain, the class set by syncbn\.fuse"):
         fusion.undo()
     assert model.bn.activation == "relu"
     torch.nn.utils.parametrize.remove_parametrizations(model, "scale")

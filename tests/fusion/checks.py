@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 import syncbn
 from tests.device import seeded
-from tests.fusion_models import Parent
+from tests.fusion.models import Parent
 
 
 def _outcome(model: nn.Module, x: Tensor) -> dict[str, Any]:

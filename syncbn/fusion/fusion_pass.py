@@ -1,0 +1,124 @@
+"""Rewriting of a model's forwards, in which layers take over the operations that followed them."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+from syncbn.fusion.fused_module import FusedModule, Fusion
+from syncbn.fusion.matching import Match, accepts_residual, find_matches, sole_use
+from syncbn.fusion.tracing import callee, trace
+from syncbn.nn.fx_call import has_hooks
+from syncbn.nn.module import SyncBatchNorm
+
+# Argument of modules that pass a residual on to the layer that they end in.
+_RESIDUAL = "residual_of_the_last_layer"
+
+
+class FusionPass:
+    """Traces the modules of a model, then changes them, children before their parents."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = {module: name for name, module in model.named_modules()}
+        self._registrations = Counter(m for _, m in model.named_modules(remove_duplicate=False))
+        # Modules that end in a layer that can be fused, with the call of the child that they end
+        # in; None for the layer itself.
+        self._last_calls: dict[nn.Module, Node | None] = {}
+        self._changed: dict[nn.Module, Graph] = {}
+        self._fused: dict[SyncBatchNorm, str] = {}
+
+    def run(self) -> Fusion:
+        """Rewrite the modules of all matches."""
+        graphs, skipped = {}, {}
+        for module, name in self._names.items():
+            try:
+                if isinstance(module, FusedModule):
+                    raise ValueError("it is already fused")
+                if any(isinstance(child, SyncBatchNorm) for child in list(module.modules())[1:]):
+                    graphs[module] = trace(module)
+            except ValueError as error:
+                skipped[name] = str(error)
+        calls = Counter(callee(m, node) for m, graph in graphs.items() for node in graph.nodes)
+        for module in reversed(self._names):
+            once = calls[module] == 1 and self._registrations[module] == 1
+            is_private = once and not has_hooks(module)
+            if isinstance(module, SyncBatchNorm):
+                if is_private and _is_unchanged(module):
+                    self._last_calls[module] = None
+            elif module in graphs:
+                self._rewrite(module, graphs[module], is_private)
+        classes = self._change_classes()
+        fused = {name: self._fused[m] for m, name in self._names.items() if m in self._fused}
+        return Fusion(fused, skipped, list(self._fused), classes)
+
+    def _rewrite(self, module: nn.Module, graph: Graph, is_private: bool) -> None:
+        norms = {node for node in graph.nodes if callee(module, node) in self._last_calls}
+        for match in find_matches(module, graph, norms):
+            self._fuse(module, graph, match)
+            self._changed[module] = graph
+        (output,) = graph.find_nodes(op="output")
+        match sole_use(output.args[0]):
+            case Node() as last if is_private and accepts_residual(last):
+                if callee(module, last) in self._last_calls:
+                    self._last_calls[module] = last
+
+    def _fuse(self, module: nn.Module, graph: Graph, match: Match) -> None:
+        norm, add, relu = match
+        if add is None:
+            relu.replace_all_uses_with(norm)
+            graph.erase_node(relu)
+        else:
+            (residual,) = (node for node in add.all_input_nodes if node is not norm)
+            with graph.inserting_before(add):
+                call = graph.node_copy(norm)
+            _pass_residual(module, call, residual)
+            relu.replace_all_uses_with(call)
+            for node in (relu, add, norm):
+                graph.erase_node(node)
+        layer = self._consume_norm(callee(module, norm), add is not None)
+        self._fused[layer] = "relu" if add is None else "residual, relu"
+
+    def _consume_norm(self, module: nn.Module, with_residual: bool) -> SyncBatchNorm:
+        """Return the layer that a module ends in; pass the residual through all modules above."""
+        call = self._last_calls.pop(module)
+        if call is None:
+            assert isinstance(module, SyncBatchNorm)
+            return module
+        if with_residual:
+            *_, parameter = call.graph.find_nodes(op="placeholder")
+            with call.graph.inserting_after(parameter):
+                residual = call.graph.placeholder(_RESIDUAL, default_value=None)
+            _pass_residual(module, call, residual)
+            self._changed[module] = call.graph
+        return self._consume_norm(callee(module, call), with_residual)
+
+    def _change_classes(self) -> dict[nn.Module, tuple[type[nn.Module], type[nn.Module]]]:
+        # Modules with equal class and forward keep equal classes, for compilers to share their
+        # code. All classes are made before the first is used: __init_subclass__ may raise.
+        made: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
+        classes = {}
+        for module, graph in self._changed.items():
+            graph.lint()
+            kind, traced = type(module), GraphModule(module, graph)
+            if (key := (kind, traced.code)) not in made:
+                # The class of a GraphModule is unshared, and its forward a plain function.
+                members = {"__module__": kind.__module__, "forward": type(traced).forward}
+                made[key] = type(f"Fused{kind.__name__}", (FusedModule, kind), members)
+            classes[module] = kind, made[key]
+        for module, (_, fused) in classes.items():
+            module.__class__ = fused
+        for layer in self._fused:
+            layer._syncbn_activation = "relu"
+        return classes
+
+
+def _is_unchanged(layer: SyncBatchNorm) -> bool:
+    forward = vars(layer).get("forward", type(layer).forward)
+    return forward is SyncBatchNorm.forward and layer._syncbn_activation is None
+
+
+def _pass_residual(module: nn.Module, call: Node, residual: Node) -> None:
+    is_layer = isinstance(callee(module, call), SyncBatchNorm)
+    call.kwargs = {**call.kwargs, "residual" if is_layer else _RESIDUAL: residual}

@@ -1,0 +1,101 @@
+"""Patterns that fuse into a layer: a ReLU, or an addition and a ReLU, after the layer."""
+
+from __future__ import annotations
+
+import operator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import Graph, Node
+
+from syncbn.fusion.tracing import INPLACE_OPERATORS, callee
+from syncbn.nn.fx_call import has_hooks
+from syncbn.nn.module import SyncBatchNorm
+
+_CALLS = ("call_function", "call_method")
+_RELUS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
+_INPLACE_ADDITIONS = {operator.iadd, "add_"}
+_ADDITIONS = {operator.add, torch.add, "add", *_INPLACE_ADDITIONS}
+
+
+class Match(NamedTuple):
+    """Call of a layer, or of a module that ends in one; addition of a residual, or None; ReLU."""
+
+    norm: Node
+    add: Node | None
+    relu: Node
+
+
+def find_matches(root: nn.Module, graph: Graph, norms: set[Node]) -> list[Match]:
+    """Return the matches in the graph of a module, in its order.
+
+    Args:
+        root: the module.
+        graph: trace of its forward.
+        norms: only calls of layers, and of modules that end in a layer.
+    """
+    matches: list[Match] = []
+    for relu in graph.nodes:
+        source = sole_use(relu.args[0] if relu.args else None)
+        if source is None or not _is_relu(root, relu):
+            continue
+        if source in norms:
+            matches.append(Match(source, None, relu))
+        elif (norm := _find_summand(root, source, norms)) is not None:
+            matches.append(Match(norm, source, relu))
+    return matches
+
+
+def sole_use(value: object) -> Node | None:
+    """Return an argument of a node if it is a node without other users, else None."""
+    return value if isinstance(value, Node) and len(value.users) == 1 else None
+
+
+def accepts_residual(call: Node) -> bool:
+    """Return whether a residual can be added to the arguments of a layer's call."""
+    return len(call.args) + len(call.kwargs) == 1
+
+
+def _find_summand(root: nn.Module, add: Node, norms: set[Node]) -> Node | None:
+    """Return the call of the layer whose output an addition takes, or None."""
+    is_addition = add.op in _CALLS and add.target in _ADDITIONS
+    if not is_addition or add.kwargs or len(add.args) != 2 or add.args[0] is add.args[1]:
+        return None
+    # An in-place addition changes its left operand, which may have other references; the output
+    # of a layer has none.
+    is_private = add.target not in _INPLACE_ADDITIONS or sole_use(add.args[0]) in norms
+    for norm in map(sole_use, add.args if is_private else add.args[:1]):
+        if norm in norms and accepts_residual(norm) and _can_move(root, norm, add):
+            return norm
+    return None
+
+
+def _can_move(root: nn.Module, norm: Node, add: Node) -> bool:
+    """Return whether the call of a layer can move to the addition of its output.
+
+    All-reduces keep their order, so that ranks may fuse different layers. A call of more than a
+    layer stays in place: it may write to tensors, or draw random numbers.
+    """
+    nodes = list(norm.graph.nodes)
+    between = nodes[nodes.index(norm) + 1 : nodes.index(add)]
+    is_layer = isinstance(callee(root, norm), SyncBatchNorm)
+    return not between or (is_layer and not any(_prevents_move(root, node) for node in between))
+
+
+def _prevents_move(root: nn.Module, node: Node) -> bool:
+    """Return whether a call communicates, or may change the input of a layer moved after it."""
+    if node.op == "call_module":
+        modules = list(callee(root, node).modules())
+        return any(isinstance(m, SyncBatchNorm) or getattr(m, "inplace", False) for m in modules)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    flags = node.kwargs.get("inplace"), "out" in node.kwargs, *(arg is True for arg in node.args)
+    return name in INPLACE_OPERATORS or name.endswith("_") or any(flags)
+
+
+def _is_relu(root: nn.Module, node: Node) -> bool:
+    if node.op == "call_module":
+        child = callee(root, node)
+        return type(child) is nn.ReLU and not has_hooks(child)
+    return node.op in _CALLS and node.target in _RELUS

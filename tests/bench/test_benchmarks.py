@@ -1,0 +1,118 @@
+"""Each benchmark of a single process or any launcher, as a command: its report and its tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.commands import run
+from tests.kernels import device_of, needs_cpp
+
+BENCH = "syncbn.cli.bench"
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "kernel"),
+    [
+        ("none", "reference"),
+        pytest.param("mpirun", "cpu", marks=needs_cpp),
+        ("torchrun", "reference"),
+    ],
+)
+def test_layers(launcher: str, kernel: str, tmp_path: Path) -> None:
+    ranks = 1 if launcher == "none" else 2
+    dtypes = ["float32", "bfloat16"] if launcher == "none" else ["float32"]
+    output, results = run(
+        tmp_path,
+        *(TORCHRUN if launcher == "torchrun" else []),
+        *(BENCH, "layers", "shapes=[3x9x9,40x2x2]", "batch=3", "rounds=2", f"kernels=[{kernel}]"),
+        *(["ranks=2"] if launcher == "mpirun" else []),
+        f"dtypes=[{','.join(dtypes)}]",
+        f"png={tmp_path / 'report.png'}",
+    )
+    cases = [costs["case"] for costs in results["layers"]]
+    layouts, shapes = ("contiguous", "channels_last"), ("3x9x9", "40x2x2")
+    wanted = [(d, layout, shape) for d in dtypes for layout in layouts for shape in shapes]
+    assert [(case["dtype"], case["layout"], case["shape"]) for case in cases] == wanted
+    assert [costs["case"] for costs in results["kernels"]] == cases
+    for costs in [*results["layers"], results["tiny_layer"]]:
+        layers = [(layer["name"], layer["ranks"]) for layer in costs["layers"]]
+        assert layers == [
+            *[("nn.BatchNorm2d", 1)] * 3,
+            *((kernel, size) for size in sorted({1, ranks}) for _ in range(3)),
+        ]
+        assert [layer["epilogue"] for layer in costs["layers"][:3]] == [
+            *("", "ReLU", "addition and ReLU"),
+        ]
+        assert [layer["ratio"]["median"] for layer in costs["layers"][:3]] == [1, 1, 1]
+        case = costs["case"]
+        channels, height, width = map(int, case["shape"].split("x"))
+        nbytes = case["batch"] * channels * height * width * (2 if "b" in case["dtype"] else 4)
+        for layer in costs["layers"]:
+            assert layer["step"]["median"] > 0
+            assert layer["peak_bytes"] >= 2 * nbytes  # output and input gradient
+    for costs in results["kernels"]:
+        assert set(costs["share"]) == {"moments", "normalize", "backward_reduce", "backward_elemt"}
+    assert f"{kernel}, {ranks} ranks" in output or ranks == 1
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype"), [("triton", "float32"), ("auto", "float64"), ("auto", "float16")]
+)
+def test_layers_for_kernels_and_dtypes(kernel: str, dtype: str, tmp_path: Path) -> None:
+    settings = ["shapes=[3x9x9]", "batch=3", "rounds=1", f"dtypes=[{dtype}]", "threads=2"]
+    device = device_of(kernel)
+    output, results = run(
+        tmp_path, BENCH, "layers", *settings, f"kernels=[{kernel}]", f"device={device}"
+    )
+    assert f"Kernel {kernel}, channels_last, {dtype}: % of" in output
+    assert [costs["kernel"] for costs in results["kernels"]] == [kernel] * 2
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_model(ranks: int, tmp_path: Path) -> None:
+    settings = ["batch=2", "size=32", "steps=2", "dtype=bfloat16", "layout=channels_last"]
+    output, results = run(tmp_path, BENCH, "model", f"ranks={ranks}", "network=resnet20", *settings)
+    names = ["no batch norm", "nn.BatchNorm2d", "ours", "ours, fused"]
+    names += ["ours, 2 ranks", "ours, 2 ranks, fused"] if ranks == 2 else []
+    assert [step["norm"] for step in results["steps"]] == names
+    assert "Training step of resnet20, 2 images of 32x32" in output
+    without, baseline = results["steps"][:2]
+    assert baseline["ratio"]["median"] == 1
+    assert 0 < without["peak_bytes"] < baseline["peak_bytes"]
+
+
+@pytest.mark.timeout(120)
+def test_compile(tmp_path: Path) -> None:
+    settings = ["backend=aot_eager", "batch=2", "size=8", "rounds=1"]
+    output, results = run(tmp_path, BENCH, "compile", *settings)
+    baseline, ours = results["costs"]
+    assert [baseline["norm"], ours["norm"]] == ["nn.BatchNorm2d", "ours"]
+    assert baseline["ratio"]["median"] == 1
+    # Compilation takes far longer than a compiled step.
+    assert all(cost["first"]["median"] > 2 * cost["step"]["median"] for cost in (baseline, ours))
+    assert "torch.compile of resnet20, aot_eager" in output
+
+
+def test_calibration(tmp_path: Path) -> None:
+    settings = ["sizes=[8,16]", "samples=[6,2]", "batches=[1,4]", "repeats=2"]
+    output, results = run(tmp_path, BENCH, "calibration", *settings, "sequential_repeats=1")
+    assert "8x8, lockstep, batch 4" in output
+    assert results["layers"] == 19
+    costs = results["costs"]
+    assert [(cost["size"], cost["method"], cost["batch"]) for cost in costs] == [
+        *((8, method, batch) for batch in (1, 4) for method in ("lockstep", "own forward")),
+        (8, "sequential", 16),
+        *((16, method, 1) for method in ("lockstep", "own forward")),
+        (16, "sequential", 16),
+    ]
+    assert all(cost["plain"]["median"] > 0 and cost["ratio"]["median"] > 0 for cost in costs)
+    # Input and output of a convolution with 16 channels, for one 8x8 image.
+    plain, giant = costs[0]["plain_bytes"], results["giant_batch_bytes"]
+    assert plain >= 2 * 4 * 16 * 8 * 8
+    assert giant["8x8, one giant batch of 6"] >= 6 * 2 * 4 * 16 * 8 * 8
+    assert plain < costs[0]["bytes"]
+    assert plain < costs[4]["bytes"]

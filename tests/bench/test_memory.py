@@ -1,0 +1,87 @@
+"""Peak memory of calls, of layers and of fused blocks; reuse of freed memory."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from syncbn import SyncBatchNorm2d, convert_sync_batchnorm, fuse
+from syncbn.bench.memory import peak_bytes
+from syncbn.bench.networks import resnet50
+from tests.kernels import needs_cpp
+
+CPU = torch.device("cpu")
+
+
+@needs_cpp
+@pytest.mark.parametrize(("block", "channels"), [("4", 64), ("5", 256)])
+def test_fused_block_needs_no_more_memory_than_torch(block: str, channels: int) -> None:
+    """Forward and backward of a bottleneck of ResNet-50, with and without a projection."""
+    baseline = resnet50().get_submodule(block)
+    x = torch.randn(2, channels, 28, 28, requires_grad=True)
+    ours = convert_sync_batchnorm(copy.deepcopy(baseline))
+    fused = copy.deepcopy(ours)
+    assert len(fuse(fused).fused) == 3
+
+    def peak(net: nn.Module) -> int:
+        def step() -> None:
+            # The gradient of the block is unshared, as in a network.
+            (net(x) * 1.0).sum().backward()
+
+        step()  # allocates the gradients of parameters
+        return peak_bytes(step, CPU)
+
+    # Per-channel values: statistics in float64, gradients of parameters.
+    limit = peak(baseline) + 2**14
+    assert peak(ours) <= limit
+    assert peak(fused) <= limit
+
+
+@needs_cpp
+def test_peak_memory_depends_on_the_kernel() -> None:
+    x = torch.randn(4, 3, 50, 50, requires_grad=True)
+    layer = SyncBatchNorm2d(3)
+
+    def peak(kernel: str) -> float:
+        layer.sync_kernel = kernel
+        return peak_bytes(lambda: (layer(x) * 2).sum().backward(), CPU) / x.nbytes
+
+    peak("cpu")  # allocates the gradients
+    # y and 2 y; then the gradients of both, the first of which becomes dx.
+    assert 1.9 < peak("cpu") < 2.5
+    assert peak("reference") > 3
+
+
+def test_peak_memory_counts_freed_tensors() -> None:
+    def run() -> None:
+        first = torch.empty(1000)
+        del first
+        assert torch.empty(3000) is not torch.empty(2000)
+
+    assert peak_bytes(run, CPU) == 5000 * 4
+
+
+def test_malloc_reuses_freed_memory() -> None:
+    """In a separate process, since the setting is permanent."""
+    program = """
+import resource, torch
+from syncbn.bench.memory import reuse_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.empty(16 << 20).zero_()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults(), reuse_freed_memory(), faults(), faults())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    before, can, _, after = done.stdout.split()
+    assert (can == "True") == (platform.libc_ver()[0] == "glibc")
+    if can == "True":
+        assert int(after) < int(before) / 10
