@@ -89,7 +89,7 @@ def three_of_mpi(request: pytest.FixtureRequest, pool: Pool) -> Ranks:
 
 
 @pytest.fixture(params=[pytest.param(i, id=name) for i, name in enumerate(cpu.LEVELS)])
-def kernel(request: pytest.FixtureRequest) -> cpu.CPU:
+def kernel(request: pytest.FixtureRequest) -> cpu.CPUKernel:
     """Return the C++ kernels for one instruction set."""
     level: int = request.param
     if level > cpp().level:
