@@ -13,7 +13,7 @@ from syncbn.bench.report import Benchmark, Report, Table, at_least, machine_fact
 from syncbn.bench.resnet20 import resnet20
 from syncbn.bench.timing import Spread, take_turns
 from syncbn.calibration import recalibrate
-from syncbn.calibration.layers import find_layers
+from syncbn.nn.bn_layers import find_layers
 
 _CPU = torch.device("cpu")
 _OWN = "own forward"

@@ -1,4 +1,4 @@
-"""Checkpoints: found in any nesting, changed in nothing but running statistics, never damaged."""
+"""Checkpoints: any nesting, only running statistics change, files are never damaged."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NESTINGS: dict[str, Any] = {
 
 
 def flat(content: Any, path: str = "") -> dict[str, Any]:
-    """Return everything in a checkpoint by its path, tensors as bytes."""
+    """Return all entries of a checkpoint by path, tensors as lists."""
     match content:
         case Tensor():
             described = (content.dtype, tuple(content.shape), content.stride())
@@ -69,7 +69,7 @@ def recalibrate(source: Path, output: Path, where: str | None = None) -> nn.Modu
     state = checkpoint.find(net, where)
     state.load_into(net)
     syncbn.recalibrate(net, images().split(6))
-    state.take_statistics(net)
+    state.replace_running_stats(net)
     checkpoint.write(output)
     return net
 
@@ -108,7 +108,7 @@ def test_safetensors(tmp_path: Path) -> None:
     assert distance(statistics(again), statistics(net)) == 0.0
 
 
-def test_weights_before_their_averages_unless_asked(tmp_path: Path) -> None:
+def test_plain_weights_preferred_to_averages(tmp_path: Path) -> None:
     content = {"ema": weights(), "model": weights(), "step": 1}
     torch.save(content, tmp_path / "in.pt")
     checkpoint = read_checkpoint(tmp_path / "in.pt")
@@ -122,8 +122,8 @@ def test_weights_before_their_averages_unless_asked(tmp_path: Path) -> None:
         checkpoint.find(network(), "optimizer")
 
 
-def test_a_mapping_at_a_million_paths(tmp_path: Path) -> None:
-    """A file of 25 KB took all memory: each path to a mapping was held."""
+def test_search_memory_with_million_paths(tmp_path: Path) -> None:
+    """A file of 25 KB took all memory: each path to a mapping was stored."""
     content: dict[str, Any] = {"step": 1}
     for _ in range(4):
         content = {f"{number:03}": content for number in range(100)}
@@ -138,8 +138,8 @@ def test_a_mapping_at_a_million_paths(tmp_path: Path) -> None:
     assert peak < 1 << 20
 
 
-def test_hundreds_of_prefixes(tmp_path: Path) -> None:
-    """The problems of every prefix were held: memory grew with the product."""
+def test_search_memory_with_many_prefixes(tmp_path: Path) -> None:
+    """The mismatches of every prefix were stored: memory grew with the product."""
     content = {f"{number}.0.weight": torch.zeros(1) for number in range(300)}
     torch.save(content, tmp_path / "in.pt")
     checkpoint, net = read_checkpoint(tmp_path / "in.pt"), network()
@@ -151,7 +151,7 @@ def test_hundreds_of_prefixes(tmp_path: Path) -> None:
     assert peak < 1 << 19
 
 
-def test_a_state_dict_with_two_names(tmp_path: Path) -> None:
+def test_state_dict_under_two_keys(tmp_path: Path) -> None:
     shared = weights()
     torch.save({"model": shared, "all": {"best": shared}}, tmp_path / "in.pt")
     checkpoint = read_checkpoint(tmp_path / "in.pt")
@@ -160,8 +160,8 @@ def test_a_state_dict_with_two_names(tmp_path: Path) -> None:
         assert checkpoint.find(network(), where).where == (where or "model")
 
 
-def test_entries_that_share_memory(tmp_path: Path) -> None:
-    """A layer under two names, and half-precision buffers in a slice of a larger one."""
+def test_entries_sharing_memory(tmp_path: Path) -> None:
+    """A layer under two names, with half-precision buffers in a slice of a larger tensor."""
     net: Any = nn.Module()
     net.first = nn.BatchNorm1d(2)
     net.second = net.first
@@ -173,7 +173,7 @@ def test_entries_that_share_memory(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(tmp_path / "in.pt")
     state = checkpoint.find(net)
     syncbn.recalibrate(net, [torch.randn(9, 2) + 3], forward=lambda m, x: net.first(x))
-    state.take_statistics(net)
+    state.replace_running_stats(net)
     checkpoint.write(tmp_path / "out.pt")
     new = torch.load(tmp_path / "out.pt", weights_only=True)
     mean = new["model"]["first.running_mean"]
@@ -182,23 +182,23 @@ def test_entries_that_share_memory(tmp_path: Path) -> None:
     assert new["model"]["second.running_mean"].data_ptr() == mean.data_ptr()
 
 
-def test_statistics_beyond_the_checkpoint(tmp_path: Path) -> None:
+def test_statistics_overflow_checkpoint_dtype(tmp_path: Path) -> None:
     content = {k: v.half() if "running" in k else v for k, v in weights().items()}
     torch.save(content, tmp_path / "in.pt")
     net, state = network(), read_checkpoint(tmp_path / "in.pt").find(network())
     layers(net)["6"].running_var.fill_(1e6)
     with pytest.raises(ValueError, match=r"6\.running_var: .* beyond the range of torch\.float16"):
-        state.take_statistics(net)
+        state.replace_running_stats(net)
 
 
-def test_counters_of_batches_may_be_missing(tmp_path: Path) -> None:
+def test_missing_num_batches_tracked(tmp_path: Path) -> None:
     content = {k: v for k, v in weights().items() if not k.endswith("num_batches_tracked")}
     torch.save(content, tmp_path / "in.pt")
     recalibrate(tmp_path / "in.pt", tmp_path / "out.pt")
     assert list(torch.load(tmp_path / "out.pt", weights_only=True)) == list(content)
 
 
-def test_a_network_in_a_larger_one(tmp_path: Path) -> None:
+def test_submodule_checkpoint(tmp_path: Path) -> None:
     content = {**weights("student.net."), "head.weight": torch.ones(3), **weights("ema.")}
     torch.save({"state_dict": content}, tmp_path / "in.pt")
     assert read_checkpoint(tmp_path / "in.pt").find(network()).prefix == "student.net."
@@ -214,10 +214,10 @@ class WithExtra(nn.BatchNorm2d):
         return {"version": 3}
 
     def set_extra_state(self, state: Any) -> None:
-        raise AssertionError("not asked for")
+        raise AssertionError("extra state was loaded")
 
 
-def test_extra_state_that_is_no_tensor(tmp_path: Path) -> None:
+def test_extra_state_is_not_loaded(tmp_path: Path) -> None:
     net = WithExtra(3).double()
     torch.save(net.state_dict(), tmp_path / "in.pt")
     state = read_checkpoint(tmp_path / "in.pt").find(net)
@@ -233,7 +233,7 @@ def _corrupt(path: Path, text: bytes) -> None:
     path.write_bytes(text)
 
 
-def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     good = tmp_path / "good.pt"
     torch.save({"model": weights()}, good)
@@ -261,7 +261,7 @@ def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         read_checkpoint(Path("no_tensors.pt")).find(network())
 
 
-def test_what_does_not_fit(tmp_path: Path) -> None:
+def test_mismatched_state_dict(tmp_path: Path) -> None:
     content = weights()
     del content["1.running_mean"]
     content["7.running_mean"] = torch.zeros(3)
@@ -275,8 +275,8 @@ def test_what_does_not_fit(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "in.pt").find(network())
 
 
-def test_integer_statistics_are_refused(tmp_path: Path) -> None:
-    """The new statistics were written with their fractions cut off."""
+def test_integer_statistics_raise(tmp_path: Path) -> None:
+    """The new statistics were written without their fractions."""
     content = weights()
     content["6.running_var"] = content["6.running_var"].long()
     torch.save(content, tmp_path / "in.pt")
@@ -285,7 +285,7 @@ def test_integer_statistics_are_refused(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "in.pt").find(network())
 
 
-def test_outputs_that_are_refused(tmp_path: Path) -> None:
+def test_invalid_outputs(tmp_path: Path) -> None:
     source = tmp_path / "in.pt"
     torch.save(weights(), source)
     (tmp_path / "link.pt").symlink_to(source)
@@ -304,7 +304,7 @@ def test_outputs_that_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_a_full_disk_leaves_what_there_was(suffix: str, tmp_path: Path) -> None:
+def test_full_disk_preserves_files(suffix: str, tmp_path: Path) -> None:
     source = tmp_path / f"in{suffix}"
     torch.save(weights(), source) if suffix == ".pt" else save_file(weights(), source)
     checkpoint, before = read_checkpoint(source), source.read_bytes()

@@ -1,4 +1,4 @@
-"""Bad input: an error that says what was got, what was expected and what to do; nothing changed."""
+"""Invalid input: errors with the value, the expectation and the remedy; nothing changes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import syncbn
-from syncbn.calibration.budget import free_bytes, watch_pass
-from syncbn.calibration.layers import find_layers
-from tests.calibration.networks import distance, images, layers, network, statistics
+from syncbn.calibration.memory import free_bytes, profile_forward
+from syncbn.nn.bn_layers import find_layers
+from tests.calibration.networks import METHODS, distance, images, layers, network, statistics
 
 
 class Promises:
-    """More batches than there are."""
+    """Batches whose length is too large."""
 
     def __len__(self) -> int:
         return 9
@@ -50,7 +50,7 @@ BAD: dict[str, tuple[Callable[[nn.Module], None], Any, dict[str, Any], str]] = {
         _unchanged,
         [torch.empty(0, 3, 8, 8).double()],
         {},
-        r"no sample came to any of the batch-norm layers",
+        r"no sample reached any of the batch-norm layers",
     ),
     "too few batches": (
         _unchanged,
@@ -71,11 +71,11 @@ BAD: dict[str, tuple[Callable[[nn.Module], None], Any, dict[str, Any], str]] = {
         {"num_samples": 5, "forward": lambda model, batch: model(images(batch))},
         r"num_samples=5 needs to know the samples of a batch, but got a int",
     ),
-    "a method nobody knows": (
+    "unknown method": (
         _unchanged,
         images().split(6),
         {"method": "precise"},
-        r"got method 'precise'; expected one of lockstep, sequential, pooled, average, ema",
+        rf"got method 'precise'; expected one of {', '.join(METHODS)}",
     ),
     "batches that come once": (
         _unchanged,
@@ -95,13 +95,13 @@ BAD: dict[str, tuple[Callable[[nn.Module], None], Any, dict[str, Any], str]] = {
         _unchanged,
         [3.5],
         {},
-        r"got a batch of type float; expected a tensor, a sequence .* else pass forward=",
+        r"got a batch of type float; expected a tensor, a sequence .* pass forward=",
     ),
     "samples of detection": (
         _unchanged,
         [[{"image": images(1)[0]}, {"image": images(1)[0]}]],
         {},
-        r"got a batch of type list that begins with a dict; .* else pass forward=, called as",
+        r"got a batch of type list that begins with a dict; .* pass forward=, called as",
     ),
     "pairs": (
         _unchanged,
@@ -116,13 +116,13 @@ BAD: dict[str, tuple[Callable[[nn.Module], None], Any, dict[str, Any], str]] = {
         _unchanged,
         images().split(6),
         {"forward": lambda model, batch: None},
-        r"no sample came to any of the batch-norm layers \(1, 3\.first\.1, 3\.second\.1, 6, 11\)",
+        r"no sample reached any of the batch-norm layers \(1, 3\.first\.1, 3\.second\.1, 6, 11\)",
     ),
-    "one value a channel": (
+    "one value per channel": (
         _unchanged,
         [images(1)],
         {},
-        r"11: got one value a channel in the whole calibration set",
+        r"11: got one value per channel in the whole calibration set",
     ),
     "too little room": (
         _unchanged,
@@ -133,9 +133,9 @@ BAD: dict[str, tuple[Callable[[nn.Module], None], Any, dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_bad_input(what: str) -> None:
-    change, batches, options, message = BAD[what]
+@pytest.mark.parametrize("case", BAD)
+def test_invalid_arguments(case: str) -> None:
+    change, batches, options, message = BAD[case]
     net = network().train()
     change(net)
     before = statistics(net)
@@ -159,14 +159,14 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
-@pytest.mark.parametrize("what", MODELS)
-def test_models_that_cannot_be_calibrated(what: str) -> None:
-    make, message = MODELS[what]
+@pytest.mark.parametrize("case", MODELS)
+def test_unsupported_models(case: str) -> None:
+    make, message = MODELS[case]
     with pytest.raises(ValueError, match=message):
         syncbn.recalibrate(make(), images().float().split(6))
 
 
-def test_a_layer_in_a_thread_of_the_models_own() -> None:
+def test_layer_in_another_thread() -> None:
     class Threaded(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -188,13 +188,13 @@ def test_a_layer_in_a_thread_of_the_models_own() -> None:
             if errors:
                 raise errors[0]
 
-    with pytest.raises(RuntimeError, match=r"norm: called in a thread of the model's own"):
+    with pytest.raises(RuntimeError, match=r"norm: called in another thread than the forward"):
         syncbn.recalibrate(Threaded(), images().float().split(6))
     syncbn.recalibrate(Threaded(), images().float().split(6), method="pooled")
 
 
-def test_memory_that_passes_hold() -> None:
-    """At the second layer: its input and the shortcut that is kept beside it."""
+def test_profiled_memory() -> None:
+    """The second layer's input and the shortcut are alive."""
 
     class Shortcut(nn.Module):
         def __init__(self) -> None:
@@ -208,17 +208,17 @@ def test_memory_that_passes_hold() -> None:
 
     net, x = Shortcut().eval(), torch.zeros(5, 3, 8, 8)
     with torch.no_grad():
-        held = watch_pass(lambda: net(x), find_layers(net)).bytes
+        held = profile_forward(lambda: net(x), find_layers(net)).bytes
     assert held == 2 * x.nbytes
     free = free_bytes(torch.device("cpu"))
     assert free is not None
     assert free > 1 << 20
 
 
-def test_files_that_were_read_leave_room_in_a_container(
+def test_page_cache_counts_as_free_in_container(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("syncbn.calibration.budget._CGROUP", tmp_path)
+    monkeypatch.setattr("syncbn.calibration.memory._CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("900\n")
     (tmp_path / "memory.stat").write_text("anon 200\ninactive_file 600\nactive_file 100\n")
@@ -229,19 +229,19 @@ def test_files_that_were_read_leave_room_in_a_container(
     assert free > 1 << 20
 
 
-def test_room_is_looked_for_before_any_work() -> None:
+def test_memory_checked_before_work() -> None:
     net = network()
     calls: list[int] = []
     layers(net)["1"].register_forward_hook(lambda module, args, output: calls.append(len(output)))
     with pytest.raises(MemoryError):
         syncbn.recalibrate(net, images().split(12), max_bytes=100_000)
-    assert calls == [1]  # the sample that was measured
+    assert calls == [1]  # the profiled sample
 
 
-def test_room_is_looked_for_while_a_stream_comes() -> None:
+def test_memory_checked_during_stream() -> None:
     net, sample = network().eval(), images(1)
     with torch.no_grad():
-        held = watch_pass(lambda: net(sample), find_layers(net)).bytes + sample.nbytes
+        held = profile_forward(lambda: net(sample), find_layers(net)).bytes + sample.nbytes
     with pytest.raises(MemoryError, match="for 24 samples on this rank"):
         syncbn.recalibrate(net, iter(images().split(6)), max_bytes=15 * held)
     syncbn.recalibrate(net, iter(images().split(6)), max_bytes=24 * held)
