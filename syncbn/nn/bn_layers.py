@@ -61,15 +61,15 @@ class BNLayer:
             unbiased: True for the unbiased variance, as in running statistics.
 
         Raises:
-            ValueError: the statistics overflow the dtype of the buffers.
+            ValueError: the statistics are not finite in the dtype of the buffers.
         """
         if moments.count > 0:
             self.set_running_stats(moments.mean(), moments.variance(unbiased=unbiased))
             if not bool((self.running_mean + self.running_var).isfinite().all()):
                 raise ValueError(
-                    f"{self.name}: the mean or variance of the inputs is beyond the range of its "
-                    f"buffers, which are {self.running_var.dtype}; expected buffers that can hold "
-                    "it (calibrate the model in float32)"
+                    f"{self.name}: the mean or variance of the inputs is NaN, infinite, or beyond "
+                    f"the range of its buffers, which are {self.running_var.dtype}; expected "
+                    "finite inputs, and buffers that can hold their statistics (such as float32)"
                 )
 
 

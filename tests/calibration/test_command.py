@@ -221,64 +221,56 @@ def test_escapes_checkpoint_names(source: Path) -> None:
     assert all(c.isprintable() or c == "\n" for c in done.stderr)
 
 
-BAD = {
+DRY_RUN = ["+data.batch_size=4", "dry_run=true"]
+INVALID = {
     "no output": (["+data.batch_size=4"], "got no output="),
-    "the input": (["+data.batch_size=4", "output={source}"], "is the checkpoint that is read"),
-    "a method": (["+data.batch_size=4", "dry_run=true", "method=x"], "expected one of lockstep"),
-    "an argument": (["dry_run=true"], "missing 1 required positional argument: 'batch_size'"),
-    "no data": (["+data.batch_size=4", "+data.rank=24", "dry_run=true"], "no sample reached"),
-    "a place": (["+data.batch_size=4", "dry_run=true", "state_dict=ema"], "found at 'ema'"),
-    "a metric": (
-        ["+data.batch_size=4", "dry_run=true", "evaluate=true"],
+    "output": (["+data.batch_size=4", "output={source}"], "is the checkpoint that is read"),
+    "output folder": (["+data.batch_size=4", "output=/no/such/x.pt"], "/no/such does not exist"),
+    "method": ([*DRY_RUN, "method=x"], "expected one of lockstep"),
+    "argument": (["dry_run=true"], "missing 1 required positional argument: 'batch_size'"),
+    "no data": ([*DRY_RUN, "+data.rank=24"], "no sample reached"),
+    "state_dict": ([*DRY_RUN, "state_dict=ema"], "found at 'ema'"),
+    "metric": (
+        [*DRY_RUN, "evaluate=true"],
         "got a batch of type Tensor without labels; expected (inputs, labels)",
     ),
-    "an iterator to evaluate": (
+    "evaluate an iterator": (
         [f"data._target_={NETWORKS}.one_shot", "dry_run=true", "evaluate=true"],
         "evaluate: got a one-shot generator, which cannot be read before and after",
     ),
-    "a report over the input": (
-        ["+data.batch_size=4", "dry_run=true", "report={source}"],
-        "which is the checkpoint; expected another file",
-    ),
-    "two in one": (
-        ["+data.batch_size=4", "dry_run=true", "report={source}.x", "between={source}.x"],
+    "report": ([*DRY_RUN, "report={source}"], "which is the checkpoint; expected another file"),
+    "same file twice": (
+        [*DRY_RUN, "report={source}.x", "between={source}.x"],
         "which is the report; expected another file",
     ),
-    "a picture nowhere": (
-        ["+data.batch_size=4", "dry_run=true", "report={source}.x", "plot=/no/such/x.png"],
+    "plot": (
+        [*DRY_RUN, "report={source}.x", "plot=/no/such/x.png"],
         "the folder /no/such does not exist",
     ),
-    "a backend": (["+data.batch_size=4", "dry_run=true", "backend=foo"], "got backend 'foo'"),
-    "a number": (
-        ["+data.batch_size=4", "dry_run=true", "num_samples=many"],
+    "backend": ([*DRY_RUN, "backend=foo"], "got backend 'foo'"),
+    "num_samples": (
+        [*DRY_RUN, "num_samples=many"],
         "got num_samples='many'; expected 1 or more, or None for all",
     ),
-    "a layer that is a number": (
-        ["+data.batch_size=4", "dry_run=true", "skip=[6,3.10]"],
+    "skip": (
+        [*DRY_RUN, "skip=[6,3.10]"],
         "skip: got the number 3.1; expected names, in quotes if they look like numbers",
     ),
-    "a layer": (
-        ["+data.batch_size=4", "dry_run=true", "layers=backbone"],
+    "layers": (
+        [*DRY_RUN, "layers=backbone"],
         "layers: got 'backbone', which is no module of the model with a batch-norm layer in it",
     ),
-    "a key": (
-        [f"data._target_={NETWORKS}.without_a_key", "dry_run=true"],
+    "KeyError": (
+        [f"data._target_={NETWORKS}.raise_key_error", "dry_run=true"],
         "KeyError: 'image'",
     ),
-    "a folder": (
-        ["+data.batch_size=4", "dry_run=false", "output=/no/such/folder/out.pt"],
-        "the folder /no/such/folder does not exist",
-    ),
-    "a model": (
-        ["+data.batch_size=4", "dry_run=true", "model._target_=torch.nn.Identity"],
-        "does not fit the model",
-    ),
+    "model": ([*DRY_RUN, "model._target_=torch.nn.Identity"], "does not fit the model"),
 }
 
 
-@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("case", INVALID)
 def test_invalid_settings(case: str, source: Path) -> None:
-    arguments, message = BAD[case]
+    arguments, message = INVALID[case]
     before = source.read_bytes()
     done = command(source, *(argument.format(source=source) for argument in arguments), forked=True)
     assert done.returncode == 2, done.stderr

@@ -27,122 +27,80 @@ class Promises:
         return iter(images().split(6))
 
 
-def _poisoned(value: float) -> Callable[[nn.Module], None]:
-    def poison(net: nn.Module) -> None:
-        net[3].first[0].bias.data[2] = value  # type: ignore[index]
-
-    return poison
-
-
-def _unchanged(net: nn.Module) -> None:
-    pass
-
-
-BAD: dict[str, tuple[Callable[[nn.Module], None], Any, dict[str, Any], str]] = {
-    "nothing": (_unchanged, [], {}, r"got no batches on any rank"),
-    "nothing, in sequence": (
-        _unchanged,
-        [],
-        {"method": "sequential"},
-        r"got no batches on any rank",
-    ),
-    "batches without samples": (
-        _unchanged,
-        [torch.empty(0, 3, 8, 8).double()],
-        {},
-        r"no sample reached any of the batch-norm layers",
-    ),
-    "too few batches": (
-        _unchanged,
-        Promises(),
-        {},
-        r"the batches ended early: got 4, expected the 9 that their len\(\) promises",
-    ),
+X = images().split(6)
+NO_BATCHES, NO_SAMPLES = (
+    "got no batches on any rank",
+    "no sample reached any of the batch-norm layers",
+)
+INVALID: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "no samples": ([torch.empty(0, 3, 8, 8).double()], {}, NO_SAMPLES),
+    "too few batches": (Promises(), {}, r"ended early: got 4, expected the 9 that their len\(\)"),
     "too few samples": (
-        _unchanged,
-        images().split(6),
+        X,
         {"num_samples": 25},
-        r"the batches ended after 24 samples; expected 25 on this rank",
+        r"ended after 24 samples; expected 25 on this",
     ),
-    "no samples wanted": (_unchanged, images().split(6), {"num_samples": 0}, r"num_samples=0"),
-    "samples that cannot be counted": (
-        _unchanged,
+    "num_samples=0": (X, {"num_samples": 0}, r"num_samples=0"),
+    "samples without a count": (
         [1, 2],
         {"num_samples": 5, "forward": lambda model, batch: model(images(batch))},
         r"num_samples=5 needs to know the samples of a batch, but got a int",
     ),
-    "unknown method": (
-        _unchanged,
-        images().split(6),
-        {"method": "precise"},
-        rf"got method 'precise'; expected one of {', '.join(METHODS)}",
-    ),
-    "batches that come once": (
-        _unchanged,
-        iter(images().split(6)),
+    "method": (X, {"method": "precise"}, rf"'precise'; expected one of {', '.join(METHODS)}"),
+    "one-shot batches": (
+        iter(X),
         {"method": "sequential"},
         r"got a one-shot tuple_?iterator; expected a list, a DataLoader",
     ),
-    "NaN": (_poisoned(float("nan")), images().split(6), {}, r"3\.first\.1: the inputs have NaN"),
-    "infinity": (_poisoned(float("inf")), images().split(6), {}, r"3\.first\.1: the inputs have"),
-    "NaN, in sequence": (
-        _poisoned(float("nan")),
-        images().split(6),
-        {"method": "sequential"},
-        r"3\.first\.1: the inputs have NaN or infinite values",
-    ),
-    "a batch of no known make": (
-        _unchanged,
-        [3.5],
-        {},
-        r"got a batch of type float; expected a tensor, a sequence .* pass forward=",
-    ),
-    "samples of detection": (
-        _unchanged,
+    "float": ([3.5], {}, r"type float; expected a tensor, a sequence .* pass forward="),
+    "detection": (
         [[{"image": images(1)[0]}, {"image": images(1)[0]}]],
         {},
         r"got a batch of type list that begins with a dict; .* pass forward=, called as",
     ),
-    "pairs": (
-        _unchanged,
-        [((images(2), images(2)), 1)],
-        {},
-        r"type tuple that begins with a tuple",
-    ),
-    "names": (_unchanged, [["a", "b"]], {}, r"type list that begins with a str; expected a tensor"),
-    "text": (_unchanged, ["a"], {}, r"got a batch of type str; expected a tensor"),
-    "an empty batch": (_unchanged, [[]], {}, r"got a batch of type list; expected a tensor"),
-    "a forward that uses nothing": (
-        _unchanged,
-        images().split(6),
+    "pairs": ([((images(2), images(2)), 1)], {}, r"type tuple that begins with a tuple"),
+    "names": ([["a", "b"]], {}, r"type list that begins with a str; expected a tensor"),
+    "text": (["a"], {}, r"got a batch of type str; expected a tensor"),
+    "empty batch": ([[]], {}, r"got a batch of type list; expected a tensor"),
+    "unused model": (
+        X,
         {"forward": lambda model, batch: None},
-        r"no sample reached any of the batch-norm layers \(1, 3\.first\.1, 3\.second\.1, 6, 11\)",
+        rf"{NO_SAMPLES} \(1, 3\.first\.1, 3\.second\.1, 6, 11\)",
     ),
-    "one value per channel": (
-        _unchanged,
-        [images(1)],
-        {},
-        r"11: got one value per channel in the whole calibration set",
-    ),
-    "too little room": (
-        _unchanged,
-        images().split(6),
+    "one value": ([images(1)], {}, r"11: got one value per channel in the whole calibration set"),
+    "max_bytes": (
+        X,
         {"max_bytes": 100_000},
         r"would hold .* GiB of activations for 24 samples .*max_bytes=100000.*'sequential'",
     ),
 }
 
 
-@pytest.mark.parametrize("case", BAD)
-def test_invalid_arguments(case: str) -> None:
-    change, batches, options, message = BAD[case]
-    net = network().train()
-    change(net)
-    before = statistics(net)
+def _require_error(net: nn.Module, message: str, batches: Any, **options: Any) -> None:
+    before = statistics(net.train())
     with pytest.raises((ValueError, TypeError, MemoryError), match=message):
         syncbn.recalibrate(net, batches, **options)
     assert distance(statistics(net), before) == 0.0
     assert all(module.training for module in net.modules())
+
+
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_arguments(case: str) -> None:
+    batches, options, message = INVALID[case]
+    _require_error(network(), message, batches, **options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_batches(method: Any) -> None:
+    _require_error(network(), "got no batches on any rank", [], method=method)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", METHODS)
+def test_nonfinite_inputs(method: Any, value: float) -> None:
+    net: Any = network()
+    net[3].first[0].bias.data[2] = value
+    _require_error(net, r"3\.first\.1: the .*inputs .*NaN.* infinite", X, method=method)
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {

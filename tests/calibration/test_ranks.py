@@ -104,6 +104,7 @@ def _run_forked(folder: Path, work: Callable[[int], Any]) -> list[Any]:
     for rank in range(2):
         if (child := os.fork()) == 0:
             try:
+                torch.set_num_threads(1)  # a fork has no threads of its parent's OpenMP pool
                 store = dist.FileStore(str(folder / "store"), 2)
                 limit = timedelta(seconds=15)
                 dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)

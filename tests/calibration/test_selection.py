@@ -38,16 +38,12 @@ class Affine(nn.Module):
         self.norm = [norm]  # no submodule
 
     def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm[0]
         mean, var, weight, bias = (
             values.view(-1, *(1,) * (x.dim() - 2))
-            for values in (
-                self.norm[0].running_mean,
-                self.norm[0].running_var,
-                self.norm[0].weight,
-                self.norm[0].bias,
-            )
+            for values in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
         )
-        y: Tensor = (x - mean) / (var + self.norm[0].eps).sqrt() * weight + bias
+        y: Tensor = (x - mean) / (var + norm.eps).sqrt() * weight + bias
         return y
 
 
@@ -127,12 +123,10 @@ def test_select_by_name(choice: str, wrap: Any) -> None:
 
 
 def test_names_override_frozen_mode() -> None:
-    net = partly_frozen()
-    report = syncbn.recalibrate(net, images().split(4), layers=["1", "6"])
-    assert [layer.name for layer in report.layers] == ["1", "6"]
-    net = partly_frozen()
-    report = syncbn.recalibrate(net, images().split(4), skip="11")
-    assert [layer.name for layer in report.layers] == ["3.first.1", "6"]
+    choices: Any = [({"layers": ["1", "6"]}, ["1", "6"]), ({"skip": "11"}, ["3.first.1", "6"])]
+    for arguments, names in choices:
+        report = syncbn.recalibrate(partly_frozen(), images().split(4), **arguments)
+        assert [layer.name for layer in report.layers] == names
 
 
 def test_select_by_module() -> None:
