@@ -211,9 +211,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def _describe_load_error(path: Path, reason: str) -> str:
     # torch's message is long and advises running the code in the file; only the class is reported.
-    if (found := re.search(r"GLOBAL (\S+)", reason)) is not None:
+    if (match := re.search(r"GLOBAL (\S+)", reason)) is not None:
         return (
-            f"{path}: holds an object of class {found[1]} beside its tensors, which is not loaded "
+            f"{path}: holds an object of class {match[1]} beside its tensors, which is not loaded "
             "because that could run any code; save the state dict alone, or without such objects"
         )
     return f"{path}: cannot be read as tensors and plain data ({reason.splitlines()[0]}); damaged?"
@@ -282,5 +282,5 @@ def _find_prefixes(values: Mapping[str, Any], model: nn.Module) -> list[str]:
     """Return possible prefixes of all names of a model, such as ``module.``, shortest first."""
     first = next(iter(model.state_dict()), "")
     names = [name for name in values if isinstance(name, str)]
-    found = {n.removesuffix(first) for n in names if n.endswith(f".{first}")} if first else set()
-    return ["", *sorted(found, key=len)]
+    prefixes = {n.removesuffix(first) for n in names if n.endswith(f".{first}")} if first else set()
+    return ["", *sorted(prefixes, key=len)]

@@ -106,8 +106,7 @@ def recalibrate(
     If one rank fails, every rank fails. The ranks compare arguments and layers at the start and
     confirm the end: a rank keeps new statistics only if every rank has computed them. The exception
     is a rank that dies during this last exchange: the remaining ranks may end with or without an
-    error. Ctrl-C after the exchange is raised, and leaves the new statistics in place on
-    several ranks.
+    error. After the exchange, Ctrl-C is raised, and the new statistics of several ranks remain.
 
     ``lockstep`` interleaves the forwards of all batches. It then compares the layer inputs of two
     batches with single passes. If they differ, because the model keeps state between layers,

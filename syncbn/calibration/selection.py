@@ -17,11 +17,11 @@ _MAX_NAMES = 8
 
 
 class Selection(NamedTuple):
-    """The batch-norm layers of a model.
+    """Batch-norm layers of a model by their treatment.
 
     Attributes:
         layers: layers to calibrate.
-        left_alone: other layers, by name.
+        left_alone: remaining layers by name.
     """
 
     layers: list[BNLayer]
@@ -35,7 +35,7 @@ def select_layers(
 
     If some batch-norm layers are in training mode, the layers in evaluation mode are frozen and
     left alone. If all are in the same mode, all are calibrated. ``layers`` replaces this rule;
-    ``skip`` takes layers away from either choice.
+    ``skip`` excludes layers from either choice.
 
     Args:
         model: network, wrapped or not.

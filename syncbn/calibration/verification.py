@@ -16,8 +16,8 @@ from torch import Tensor
 
 from syncbn.calibration.batches import copy_batch
 from syncbn.calibration.context import CalibrationContext, hook_inputs
-from syncbn.calibration.input_stats import SampleStats, sample_stats
 from syncbn.nn.bn_layers import BNLayer
+from syncbn.nn.sample_stats import SampleStats, sample_stats
 
 #: Number of passes that are traced. One is not enough: it may fill a cache that the second uses.
 TRACED_PASSES = 2

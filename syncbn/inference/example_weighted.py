@@ -10,10 +10,10 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from syncbn.calibration import CalibrationReport
-from syncbn.calibration.input_stats import sample_stats
 from syncbn.inference.convert import convert_inference, reverted_after
 from syncbn.inference.rule import EvalStatistics
 from syncbn.nn.bn_layers import BNLayer
+from syncbn.nn.sample_stats import sample_stats
 
 M = TypeVar("M", bound=nn.Module)
 

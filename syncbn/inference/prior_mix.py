@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.calibration.input_stats import sample_stats
 from syncbn.distributed.collectives import communicating_group, sum_over_ranks
 from syncbn.inference.convert import convert_inference, reverted_after
 from syncbn.inference.rule import EvalStatistics
@@ -20,6 +19,7 @@ from syncbn.moments import Moments, get_packed_size
 from syncbn.nn.bn_layers import BNLayer
 from syncbn.nn.layer_state import active_group
 from syncbn.nn.module import SyncBatchNorm
+from syncbn.nn.sample_stats import sample_stats
 
 M = TypeVar("M", bound=nn.Module)
 
