@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import syncbn
-from syncbn.calibration.printable import escape_controls
+from syncbn.calibration.display import escape_controls
 from syncbn.cli import config_path
 from syncbn.cli.signals import deferred_termination
 from syncbn.distributed.launcher import launcher

@@ -49,7 +49,7 @@ def test_peak_memory_depends_on_the_kernel() -> None:
     layer = SyncBatchNorm2d(3)
 
     def peak(kernel: str) -> float:
-        layer.sync_kernel = kernel
+        layer.impl = kernel
         return peak_bytes(lambda: (layer(x) * 2).sum().backward(), CPU) / x.nbytes
 
     peak("cpu")  # allocates the gradients

@@ -1,4 +1,4 @@
-"""The methods that normalize each batch by itself: against formulas evaluated with numpy."""
+"""Methods that normalize each batch with the batch's statistics, compared with NumPy."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import nn
 
 import syncbn
 from tests.calibration.networks import (
+    collect_training_inputs,
     distance,
     images,
-    inputs_in_training,
     layers,
     network,
     statistics,
@@ -20,10 +20,10 @@ from tests.calibration.networks import (
 BATCHES = [images(24)[:3], images(24)[3:10], images(24)[10:12], images(24)[12:]]
 
 
-def test_pooled_is_the_statistics_of_all_inputs_of_a_layer() -> None:
+def test_pooled_matches_statistics_of_all_inputs() -> None:
     net = network()
     report = syncbn.recalibrate(net, BATCHES, method="pooled")
-    inputs = inputs_in_training(network(), BATCHES)
+    inputs = collect_training_inputs(network(), BATCHES)
     for name, (mean, var) in statistics(net).items():
         values = np.concatenate([x.numpy() for x in inputs[name]], axis=1)
         np.testing.assert_allclose(mean.numpy(), values.mean(1), rtol=1e-12, atol=1e-12)
@@ -31,10 +31,10 @@ def test_pooled_is_the_statistics_of_all_inputs_of_a_layer() -> None:
     assert [layer.samples for layer in report.layers] == [24] * 5
 
 
-def test_average_is_the_formula_of_ioffe_and_szegedy() -> None:
+def test_average_matches_ioffe_and_szegedy() -> None:
     net = network()
     syncbn.recalibrate(net, BATCHES, method="average")
-    inputs = inputs_in_training(network(), BATCHES)
+    inputs = collect_training_inputs(network(), BATCHES)
     for name, (mean, var) in statistics(net).items():
         batches = [x.numpy() for x in inputs[name]]
         means = np.mean([x.mean(1) for x in batches], axis=0)
@@ -44,7 +44,7 @@ def test_average_is_the_formula_of_ioffe_and_szegedy() -> None:
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.7, None])
-def test_ema_is_what_training_does(momentum: float | None) -> None:
+def test_ema_matches_training(momentum: float | None) -> None:
     ours, torchs = network(), network()
     for net in (ours, torchs):
         net[6] = nn.BatchNorm2d(5).double()
@@ -62,17 +62,17 @@ def test_ema_is_what_training_does(momentum: float | None) -> None:
 
 
 @pytest.mark.parametrize("method", ["average", "ema"])
-def test_a_batch_of_one_value_has_no_variance(method: str) -> None:
+def test_single_value_batch_raises(method: str) -> None:
     net = network()
     before = statistics(net)
-    with pytest.raises(ValueError, match=r"11: got a batch with one value a channel.*lockstep"):
+    with pytest.raises(ValueError, match=r"11: got a batch with one value per channel.*lockstep"):
         syncbn.recalibrate(net, images(4).split(1), method=method)  # type: ignore[arg-type]
     assert distance(statistics(net), before) == 0.0
 
 
-def test_pooled_takes_batches_of_one_value() -> None:
+def test_pooled_accepts_single_value_batches() -> None:
     net = network()
     syncbn.recalibrate(net, images(4).split(1), method="pooled")
-    inputs = inputs_in_training(network(), list(images(4).split(1)))
+    inputs = collect_training_inputs(network(), list(images(4).split(1)))
     values = np.concatenate([x.numpy() for x in inputs["11"]], axis=1)
     np.testing.assert_allclose(statistics(net)["11"][0].numpy(), values.mean(1), rtol=1e-9)

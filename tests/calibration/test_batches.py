@@ -1,4 +1,4 @@
-"""What batches may be: of any make, size and number."""
+"""Supported batches: any type, size and number."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import syncbn
-from tests.calibration.networks import distance, images, network, statistics
-from tests.calibration.test_exact import EXACT
+from tests.calibration.networks import EXACT, distance, images, network, statistics
 
 
 class Pair(NamedTuple):
@@ -41,7 +40,7 @@ FEEDS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("feed", FEEDS)
-def test_batches_of_any_make(feed: str) -> None:
+def test_batch_types(feed: str) -> None:
     batches = FEEDS[feed]() if callable(FEEDS[feed]) else FEEDS[feed]
     expected, net = network(), network()
     syncbn.recalibrate(expected, X.split(24))
@@ -51,21 +50,19 @@ def test_batches_of_any_make(feed: str) -> None:
 
 @pytest.mark.parametrize(
     ("number", "size", "together"),
-    # 32 samples of 8x8; of 64x64 and float64, 96 KiB each, as many as stay below 256 KiB.
+    # 32 samples of 8x8; two of 64x64 and float64, 96 KiB each, stay below 256 KiB.
     [(70, 8, [32, 32, 6]), (5, 64, [2, 2, 1]), (2, 128, [1, 1])],
 )
-def test_lockstep_computes_small_batches_together(
-    number: int, size: int, together: list[int]
-) -> None:
+def test_lockstep_coalesces_small_batches(number: int, size: int, together: list[int]) -> None:
     net, seen = network(), []
     x = torch.randn(number, 3, size, size, dtype=torch.float64)
     net.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     syncbn.recalibrate(net, x.split(1))
     verified = [1, 1]
-    assert seen == [1, *together, *verified]  # the memory of one sample is measured first
+    assert seen == [1, *together, *verified]  # the first sample is profiled
 
 
-def test_a_forward_of_the_users_own() -> None:
+def test_custom_forward() -> None:
     expected, net = network(), network()
     syncbn.recalibrate(expected, X.split(24))
     batches = [("ignored", (x,)) for x in X.split(7)]
@@ -75,7 +72,7 @@ def test_a_forward_of_the_users_own() -> None:
 
 @pytest.mark.parametrize("method", EXACT)
 @pytest.mark.parametrize("batch_size", [3, 10, 24])
-def test_a_number_of_samples(method: Any, batch_size: int) -> None:
+def test_num_samples(method: Any, batch_size: int) -> None:
     expected, net = network(), network()
     syncbn.recalibrate(expected, [X[:11]])
     batches = [{"input": x} for x in X.split(batch_size)]
@@ -84,8 +81,8 @@ def test_a_number_of_samples(method: Any, batch_size: int) -> None:
     assert report.layers[0].samples == 11
 
 
-def test_sequential_sees_the_same_random_batches_in_every_pass() -> None:
-    """A loader that shuffles, and a subset of it: another one would show in the statistics."""
+def test_sequential_repeats_shuffled_batches() -> None:
+    """Another subset of a shuffling loader would change the statistics."""
     expected, net = network(), network()
     loader = DataLoader(TensorDataset(X, LABELS), batch_size=5, shuffle=True)
     torch.manual_seed(5)

@@ -1,7 +1,8 @@
-"""The layers to calibrate: found, read and written."""
+"""Batch-norm layers of a model: their names in the plain model and their running statistics."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -14,12 +15,12 @@ from syncbn.moments import Moments
 
 
 @dataclass(frozen=True)
-class Layer:
+class BNLayer:
     """A batch-norm layer with running statistics.
 
     Attributes:
-        index: among the layers of its model, the same on every rank.
-        name: in the model, without what wrappers add; the first one of a shared layer.
+        index: position among the layers of the model, the same on every rank.
+        name: dotted name from :func:`plain_name`; the first name of a shared layer.
         module: ``nn.BatchNorm*``, ``nn.SyncBatchNorm`` or a layer of this library.
     """
 
@@ -29,100 +30,107 @@ class Layer:
 
     @property
     def channels(self) -> int:
-        """The number of channels."""
+        """Number of channels, C."""
         return self.running_mean.numel()
 
     @property
     def running_mean(self) -> Tensor:
-        """The buffer, ``[C]``."""
+        """Running mean, shape ``[C]``."""
         mean = self.module.running_mean
         assert mean is not None
         return mean
 
     @property
     def running_var(self) -> Tensor:
-        """The buffer, ``[C]``."""
+        """Running variance, shape ``[C]``."""
         var = self.module.running_var
         assert var is not None
         return var
 
-    def use(self, mean: Tensor, var: Tensor) -> None:
-        """Normalize with these statistics from now on; writes to the buffers in place.
-
-        Args:
-            mean: ``[C]``.
-            var: ``[C]``.
-        """
+    def set_running_stats(self, mean: Tensor, var: Tensor) -> None:
+        """Copy a mean and a variance, shape ``[C]`` each, into the buffers."""
         with torch.no_grad():
             self.running_mean.copy_(mean)
             self.running_var.copy_(var)
 
-    def use_moments(self, moments: Moments, unbiased: bool = True) -> None:
-        """Normalize with the mean and the variance of moments from now on, if they have values.
+    def set_moments(self, moments: Moments, unbiased: bool = True) -> None:
+        """Copy the mean and variance of moments into the buffers, unless the count is zero.
 
         Args:
-            moments: ``[C]``.
-            unbiased: take the unbiased variance, that of running averages.
+            moments: moments of the layer's input, shape ``[C]``.
+            unbiased: True for the unbiased variance, as in running statistics.
 
         Raises:
-            ValueError: they are beyond the dtype of the buffers.
+            ValueError: the statistics are not finite in the dtype of the buffers.
         """
         if moments.count > 0:
-            self.use(moments.mean(), moments.variance(unbiased=unbiased))
+            self.set_running_stats(moments.mean(), moments.variance(unbiased=unbiased))
             if not bool((self.running_mean + self.running_var).isfinite().all()):
                 raise ValueError(
-                    f"{self.name}: the mean or variance of the inputs is beyond the range of its "
-                    f"buffers, which are {self.running_var.dtype}; expected buffers that can hold "
-                    "it (calibrate the model in float32)"
+                    f"{self.name}: the mean or variance of the inputs is NaN, infinite, or beyond "
+                    f"the range of its buffers, which are {self.running_var.dtype}; expected "
+                    "finite inputs, and buffers that can hold their statistics (such as float32)"
                 )
 
 
-#: Layers with copies of their running means and variances, ``[C]``.
-Backup: TypeAlias = list[tuple[Layer, Tensor, Tensor]]
+#: Layers with copies of their running means and variances, shape ``[C]``.
+RunningStats: TypeAlias = list[tuple[BNLayer, Tensor, Tensor]]
 
 
-def find_layers(model: nn.Module) -> list[Layer]:
-    """Return the batch-norm layers that have running statistics, each once.
+def clone_running_stats(layers: Sequence[BNLayer]) -> RunningStats:
+    """Return the layers with copies of their running statistics."""
+    with torch.no_grad():
+        return [(layer, layer.running_mean.clone(), layer.running_var.clone()) for layer in layers]
+
+
+def restore_running_stats(stats: RunningStats) -> None:
+    """Copy saved running statistics back into the buffers."""
+    for layer, mean, var in stats:
+        layer.set_running_stats(mean, var)
+
+
+def find_layers(model: nn.Module) -> list[BNLayer]:
+    """Return all batch-norm layers of a model, each once.
 
     Raises:
-        ValueError: the model has no batch-norm layer; see also :func:`require_statistics`.
+        ValueError: the model has no batch-norm layer, or :func:`require_running_stats` fails.
     """
-    layers = [Layer(index, name, module) for index, (name, module) in enumerate(batch_norms(model))]
-    for layer in layers:
-        require_statistics(layer.name, layer.module)
-    return layers
+    named = named_batch_norms(model)
+    for name, module in named:
+        require_running_stats(name, module)
+    return [BNLayer(index, name, module) for index, (name, module) in enumerate(named)]
 
 
-def batch_norms(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
-    """Return the batch-norm layers with their names in the plain model, each once.
+def named_batch_norms(model: nn.Module) -> list[tuple[str, _BatchNorm]]:
+    """Return the batch-norm modules with their names in the plain model, each once.
 
     Raises:
         ValueError: the model has no batch-norm layer.
     """
-    found = [
+    named = [
         (plain_name(name, model), module)
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm)
     ]
-    if not found:
+    if not named:
         raise ValueError(
             f"got {type(model).__name__} without a batch-norm layer; expected nn.BatchNorm*, "
             "nn.SyncBatchNorm or syncbn layers in it"
         )
-    return found
+    return named
 
 
-def require_statistics(name: str, module: _BatchNorm) -> None:
+def require_running_stats(name: str, module: _BatchNorm) -> None:
     """Raise unless a layer normalizes with running statistics in evaluation mode.
 
     Raises:
-        ValueError: the layer follows a rule of :mod:`syncbn.inference`; is lazy and has no size
-            yet; has no running statistics, or integer ones.
+        ValueError: the layer has an inference rule (:mod:`syncbn.inference`), no size yet (lazy
+            layers), no running statistics, or integer ones.
     """
     if (rule := module._modules.get("_syncbn_rule")) is not None:
         raise ValueError(
             f"{name}: follows {rule} instead of its running statistics; expected a layer "
-            "without a rule (syncbn.inference.revert_inference takes it away)"
+            "without an inference rule (remove it with syncbn.inference.revert_inference)"
         )
     mean, var = module.running_mean, module.running_var
     if isinstance(mean, nn.UninitializedBuffer):
@@ -132,7 +140,7 @@ def require_statistics(name: str, module: _BatchNorm) -> None:
     if mean is None or var is None:
         raise ValueError(
             f"{name}: got a layer with track_running_stats=False, which has no population "
-            "statistics and makes those of later layers depend on the batch size; expected "
+            "statistics and makes the inputs of later layers depend on the batch size; expected "
             "running_mean and running_var"
         )
     for buffer in (mean, var):
@@ -143,22 +151,8 @@ def require_statistics(name: str, module: _BatchNorm) -> None:
             )
 
 
-def back_up(layers: list[Layer]) -> Backup:
-    """Return the layers with copies of their buffers."""
-    return [
-        (layer, *statistics)
-        for layer, statistics in zip(layers, old_statistics(layers), strict=True)
-    ]
-
-
-def put_back(backup: Backup) -> None:
-    """Write saved statistics into the buffers."""
-    for layer, mean, var in backup:
-        layer.use(mean, var)
-
-
 def plain_name(name: str, model: nn.Module) -> str:
-    """Return the name of a module without the prefixes of DDP and torch.compile."""
+    """Return a module's name without the prefixes of DDP and ``torch.compile``."""
     name = name.replace("_orig_mod.", "").removesuffix("_orig_mod")
     while True:
         if isinstance(model, DistributedDataParallel):
@@ -167,9 +161,3 @@ def plain_name(name: str, model: nn.Module) -> str:
             model = compiled
         else:
             return name
-
-
-def old_statistics(layers: list[Layer]) -> list[tuple[Tensor, Tensor]]:
-    """Return copies of the buffers."""
-    with torch.no_grad():
-        return [(layer.running_mean.clone(), layer.running_var.clone()) for layer in layers]

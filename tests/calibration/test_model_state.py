@@ -1,4 +1,4 @@
-"""What calibration leaves alone, and what it puts back when something fails."""
+"""Model and process state during and after calibration, failures included."""
 
 from __future__ import annotations
 
@@ -17,16 +17,22 @@ from torch import Tensor, nn
 
 import syncbn
 from syncbn.calibration import CalibrationReport
-from syncbn.calibration.interrupts import uninterrupted
-from syncbn.calibration.job import Job
+from syncbn.calibration.context import CalibrationContext
 from syncbn.calibration.ranks import Ranks
-from tests.calibration.networks import as_they_are, distance, images, layers, network, statistics
+from syncbn.calibration.sigint import defer_sigint
+from tests.calibration.networks import (
+    METHODS,
+    distance,
+    images,
+    layers,
+    network,
+    run_batch,
+    statistics,
+)
 
-METHODS = ("lockstep", "sequential", "pooled", "average", "ema")
 
-
-def everything(net: nn.Module) -> dict[str, Any]:
-    """Return all of a model that can be seen, but for the running statistics."""
+def model_state(net: nn.Module) -> dict[str, Any]:
+    """Return the visible state of a model, without running statistics."""
     return {
         "training": [module.training for module in net.modules()],
         "hooks": [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in net.modules()],
@@ -45,18 +51,18 @@ def test_only_running_statistics_change(method: Any) -> None:
     net = network().train()
     net[3].first.eval()  # type: ignore[union-attr]
     net[0].weight.requires_grad_(False)
-    before = everything(net)
+    before = model_state(net)
     syncbn.recalibrate(net, images().split(4), method=method)
-    assert everything(net) == before
+    assert model_state(net) == before
 
 
 def randomness() -> list[Any]:
-    """Return the next numbers of every generator."""
+    """Return the next numbers of each generator."""
     return [torch.rand(2).tolist(), random.random(), np.random.rand()]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_random_generators_go_on_as_if_nothing_had_been(method: Any) -> None:
+def test_rng_state_is_preserved(method: Any) -> None:
     class Random:
         def __iter__(self) -> Iterator[Tensor]:
             for x in images().split(4):
@@ -71,7 +77,7 @@ def test_random_generators_go_on_as_if_nothing_had_been(method: Any) -> None:
 
 
 class Failing:
-    """Fails from the n-th of its events on: a batch, or the forward of a layer."""
+    """Batches that fail from the n-th event on; an event is a batch or the forward of a layer."""
 
     def __init__(self, net: nn.Module, fail_at: int, fail: Callable[[], None]) -> None:
         self.events = 0
@@ -101,33 +107,33 @@ def _interrupt() -> None:
 
 @pytest.mark.parametrize("fail", [_raise, _interrupt])
 @pytest.mark.parametrize("method", METHODS)
-def test_any_failure_leaves_the_model_as_it_was(method: Any, fail: Any) -> None:
+def test_failure_restores_model(method: Any, fail: Any) -> None:
     counted = Failing(net := network(), -1, _raise)
-    syncbn.recalibrate(net, counted, method=method, forward=as_they_are)
+    syncbn.recalibrate(net, counted, method=method, forward=run_batch)
     assert counted.events >= 18
     for event in range(1, counted.events + 1):
         net = network().train()
         source = Failing(net, event, fail)
-        before, everything_before = statistics(net), everything(net)
+        before, everything_before = statistics(net), model_state(net)
         with pytest.raises((LookupError, KeyboardInterrupt)):
-            syncbn.recalibrate(net, source, method=method, forward=as_they_are)
+            syncbn.recalibrate(net, source, method=method, forward=run_batch)
         assert distance(statistics(net), before) == 0.0, f"event {event}"
-        assert everything(net) == everything_before, f"event {event}"
+        assert model_state(net) == everything_before, f"event {event}"
 
 
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (CalibrationReport, "of"),
-        (Ranks, "gather"),
-        (Job, "total"),
+        (CalibrationReport, "from_stats"),
+        (Ranks, "all_gather_object"),
+        (CalibrationContext, "reduce_stats"),
         (nn.Module, "register_forward_pre_hook"),
         (torch.random, "fork_rng"),
     ],
     ids=lambda part: getattr(part, "__name__", part),
 )
 @pytest.mark.parametrize("method", METHODS)
-def test_an_interrupt_anywhere_leaves_the_model_as_it_was(
+def test_interrupt_restores_model(
     owner: Any, name: str, method: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, calls = getattr(owner, name), []
@@ -138,19 +144,19 @@ def test_an_interrupt_anywhere_leaves_the_model_as_it_was(
         return real(*args, **kwargs)
 
     net = network().train()
-    before, everything_before = statistics(net), everything(net)
+    before, everything_before = statistics(net), model_state(net)
     monkeypatch.setattr(owner, name, interrupted)
     with pytest.raises(KeyboardInterrupt):
         syncbn.recalibrate(net, images().split(8), method=method)
     assert calls
     monkeypatch.undo()
     assert distance(statistics(net), before) == 0.0
-    assert everything(net) == everything_before
+    assert model_state(net) == everything_before
     assert torch.is_grad_enabled()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_interrupted_passes_end() -> None:
+def test_failure_ends_suspended_passes() -> None:
     """A pass that is suspended when another fails runs its cleanup."""
     ended: list[int] = []
 
@@ -170,16 +176,16 @@ def test_interrupted_passes_end() -> None:
 
     batches = [torch.full((2, 2), float(n)) for n in range(6)]
     with pytest.raises(LookupError):
-        syncbn.recalibrate(Careful(), batches, forward=as_they_are)
-    # Before: a measurement. After: the first batch of sequential, then its pass up to the fourth.
+        syncbn.recalibrate(Careful(), batches, forward=run_batch)
+    # First the profile; last the first batch of sequential, then its pass up to the fourth.
     assert sorted(ended) == sorted([0, 0, 1, 2, 3, 4, 5, 0, 0, 1, 2, 3])
 
 
-def test_interrupts_are_put_off() -> None:
+def test_defer_sigint() -> None:
     done = []
 
     def work() -> None:
-        with uninterrupted():
+        with defer_sigint():
             _interrupt()
             done.append(True)
 
@@ -189,7 +195,7 @@ def test_interrupts_are_put_off() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_in_a_thread() -> None:
+def test_calibration_in_thread() -> None:
     results: list[Any] = []
     expected, net = network(), network()
     syncbn.recalibrate(expected, images().split(4))
@@ -206,9 +212,9 @@ def test_in_a_thread() -> None:
 
 def test_undo() -> None:
     net = network()
-    before, addresses = statistics(net), everything(net)["memory"]
+    before, addresses = statistics(net), model_state(net)["memory"]
     report = syncbn.recalibrate(net, images().split(4))
     assert distance(statistics(net), before) > 0.1
     report.undo()
     assert distance(statistics(net), before) == 0.0
-    assert everything(net)["memory"] == addresses
+    assert model_state(net)["memory"] == addresses

@@ -1,4 +1,4 @@
-"""Ranks that differ, fail or die: no rank ends with new statistics while another one failed."""
+"""Ranks that differ, fail or die: no rank keeps new statistics if another one failed."""
 
 from __future__ import annotations
 
@@ -77,10 +77,10 @@ DIFFERENCES: dict[str, tuple[Callable[[Any], dict[str, Any]], dict[str, Any], st
 }
 
 
-def _different(rank: int, what: str) -> tuple[bool, bool]:
-    change, arguments, message = DIFFERENCES[what]
+def _calibrate_differently(rank: int, case: str) -> tuple[bool, bool]:
+    change, arguments, message = DIFFERENCES[case]
     net = network().train()
-    if what == "frozen statistics":
+    if case == "frozen statistics":
         layers(net)["3.second.1"].eval()
     arguments = {**change(net), **arguments} if rank == 1 else {}
     before = statistics(net)
@@ -91,19 +91,20 @@ def _different(rank: int, what: str) -> tuple[bool, bool]:
     return distance(statistics(net), before) == 0.0, value.item() == dist.get_world_size()
 
 
-@pytest.mark.parametrize("what", DIFFERENCES)
-def test_ranks_that_differ(two_ranks: Ranks, what: str) -> None:
+@pytest.mark.parametrize("case", DIFFERENCES)
+def test_different_arguments_raise(two_ranks: Ranks, case: str) -> None:
     """One rank returned with new statistics while the other one failed, or both were wrong."""
-    assert two_ranks.run(_different, what) == [(True, True)] * 2
+    assert two_ranks.run(_calibrate_differently, case) == [(True, True)] * 2
 
 
-def _forked(folder: Path, work: Callable[[int], Any]) -> list[Any]:
-    """Return the result of every rank of two, None if it has died; the ranks are forks."""
+def _run_forked(folder: Path, work: Callable[[int], Any]) -> list[Any]:
+    """Return the results of two forked ranks, None for a dead one."""
     folder.mkdir()
     children = []
     for rank in range(2):
         if (child := os.fork()) == 0:
             try:
+                torch.set_num_threads(1)  # a fork has no threads of its parent's OpenMP pool
                 store = dist.FileStore(str(folder / "store"), 2)
                 limit = timedelta(seconds=15)
                 dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)
@@ -123,7 +124,7 @@ def _small() -> nn.Sequential:
 
 
 def _die_before(exchange: int) -> None:
-    """Count the exchanges of this rank, and end it before one of them."""
+    """End this rank before one of its exchanges."""
     number = 0
 
     def counted(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,11 +137,11 @@ def _die_before(exchange: int) -> None:
 
         return call
 
-    for name in ("gather", "first", "sum"):
+    for name in ("all_gather_object", "broadcast_first", "all_reduce"):
         setattr(calibration_ranks.Ranks, name, counted(getattr(calibration_ranks.Ranks, name)))
 
 
-def _outlive(rank: int, exchange: int, method: Any) -> tuple[str, bool]:
+def _calibrate_until_death(rank: int, exchange: int, method: Any) -> tuple[str, bool]:
     if rank == 1:
         _die_before(exchange)
     net = _small()
@@ -154,12 +155,12 @@ def _outlive(rank: int, exchange: int, method: Any) -> tuple[str, bool]:
 
 
 @pytest.mark.parametrize("method", ["lockstep", "average"])
-def test_a_rank_that_dies_before_any_exchange(method: str, tmp_path: Path) -> None:
-    """The other rank raised the text of Gloo, or returned with new statistics."""
+def test_rank_death_before_each_exchange(method: str, tmp_path: Path) -> None:
+    """The other rank raised Gloo's message, or returned with new statistics."""
     steps = []
     for exchange in range(1, 30):
-        work = partial(_outlive, exchange=exchange, method=method)
-        results = _forked(tmp_path / str(exchange), work)
+        work = partial(_calibrate_until_death, exchange=exchange, method=method)
+        results = _run_forked(tmp_path / str(exchange), work)
         message, unchanged = results[0]
         if results[1] is not None:
             assert (message, unchanged) == ("", False)
@@ -167,15 +168,15 @@ def test_a_rank_that_dies_before_any_exchange(method: str, tmp_path: Path) -> No
         assert unchanged, exchange
         steps.append(message)
     assert len(steps) >= 8
-    assert all("other ranks, then start all ranks again" in s or "of 1: the all-reduce" in s
+    assert all("other ranks, then restart all ranks" in s or "of 1: the all-reduce" in s
                or "of 3: the all-reduce" in s for s in steps), steps  # fmt: skip
     assert "calibration failed on rank 0 of 2 in the preparation" in steps[0]
     assert "in the comparison of arguments and layers" in steps[1]
-    assert "in the exchange of the old statistics" in steps[2]
+    assert "in the broadcast of the old statistics" in steps[2]
     assert "in the last exchange" in steps[-1]
 
 
-def _fail_after(rank: int, folder: Path) -> str:
+def _fail_after_death(rank: int, folder: Path) -> str:
     gone = folder / "gone"
 
     def batches() -> Iterator[Tensor]:
@@ -195,12 +196,12 @@ def _fail_after(rank: int, folder: Path) -> str:
     return ""
 
 
-def test_a_rank_that_dies_does_not_hide_an_error(tmp_path: Path) -> None:
-    found = _forked(tmp_path / "ranks", lambda rank: _fail_after(rank, tmp_path))
+def test_rank_death_does_not_hide_error(tmp_path: Path) -> None:
+    found = _run_forked(tmp_path / "ranks", lambda rank: _fail_after_death(rank, tmp_path))
     assert found == ["LookupError('the disk is gone')", None]
 
 
-def _interrupted(rank: int, owner: Any, name: str, when: str) -> tuple[str, bool, float]:
+def _interrupt_on_rank_1(rank: int, owner: Any, name: str, when: str) -> tuple[str, bool, float]:
     real = getattr(owner, name)
 
     def interrupt(*args: Any, **kwargs: Any) -> Any:
@@ -225,13 +226,13 @@ def _interrupted(rank: int, owner: Any, name: str, when: str) -> tuple[str, bool
     return error_type, distance(statistics(net), before) == 0.0, value.item()
 
 
-def test_an_interrupt_before_the_last_exchange_restores_all_ranks(two_ranks: Ranks) -> None:
+def test_interrupt_before_last_exchange_restores_all(two_ranks: Ranks) -> None:
     """The interrupted rank had its old statistics, and the other one the new ones."""
-    results = two_ranks.run(_interrupted, CalibrationReport, "of", "")
+    results = two_ranks.run(_interrupt_on_rank_1, CalibrationReport, "from_stats", "")
     assert results == [("RuntimeError", True, 2.0), ("KeyboardInterrupt", True, 2.0)]
 
 
-def test_an_interrupt_after_the_last_exchange_restores_no_rank(two_ranks: Ranks) -> None:
+def test_interrupt_after_last_exchange_restores_none(two_ranks: Ranks) -> None:
     last = "the last exchange"
-    results = two_ranks.run(_interrupted, calibration_ranks.Ranks, "agreed", last)
+    results = two_ranks.run(_interrupt_on_rank_1, calibration_ranks.Ranks, "run_on_all_ranks", last)
     assert results == [("", False, 2.0), ("KeyboardInterrupt", False, 2.0)]
