@@ -13,7 +13,7 @@ import torch.distributed as dist
 from syncbn.bench.mpirun import meeting, slowest
 from syncbn.bench.report import Table
 from syncbn.bench.timing import Spread, take_turns
-from syncbn.distributed.mpi_library import MPI
+from syncbn.distributed.mpi import MPI
 
 # In a row, as in other benchmarks of MPI: what is measured is the call, not what it finds evicted
 # from the caches.

@@ -47,7 +47,7 @@ class Collectives(Benchmark):
         place = init_process_group("mpi4py")
         # Imported here: they start MPI, which a process that becomes mpirun must not.
         from syncbn.bench import all_reduce, training_step
-        from syncbn.distributed.mpi_library import LIBRARY
+        from syncbn.distributed.mpi import VERSION
 
         torch.set_num_threads(self.threads)
         gloo = dist.new_group(backend="gloo")
@@ -58,7 +58,7 @@ class Collectives(Benchmark):
         return Report(
             {
                 **machine_facts(),
-                "MPI": LIBRARY,
+                "MPI": VERSION,
                 "ranks": f"{place.world_size}, each on {_cpus()} of the CPUs",
             },
             [all_reduce.table(sums), training_step.table(step, self.batch)],

@@ -52,7 +52,7 @@ def become_mpirun(ranks: int) -> NoReturn:
 def meeting() -> Callable[[], None]:
     """Return a function with which all ranks wait for each other; every rank must call this."""
     # Imported here: it starts MPI, which a process that becomes mpirun must not.
-    from syncbn.distributed.mpi_library import MPI
+    from syncbn.distributed.mpi import MPI
 
     communicator = MPI.COMM_WORLD.Dup()
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from syncbn.distributed.environment import init_process_group
-from syncbn.distributed.launcher import launcher
+from syncbn.distributed.launchers import detect_launcher
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def begin(device: str | None) -> World:
     on_gpu = is_gpu(device)
     place = init_process_group()
     backend = dist.get_backend()
-    facts = {"ranks": f"{place.world_size}, {backend}, started by: {launcher(os.environ)}"}
+    facts = {"ranks": f"{place.world_size}, {backend}, started by: {detect_launcher(os.environ)}"}
     on = place.device if on_gpu else torch.device("cpu")
     if on.type == "cuda":
         facts["GPU"] = torch.cuda.get_device_name(on)

@@ -22,7 +22,7 @@ from syncbn.calibration.report import CalibrationReport
 from syncbn.calibration.selection import Modules, Selection, select_layers
 from syncbn.calibration.sums import Sums
 from syncbn.distributed import resolve_group
-from syncbn.distributed.collectives import communicating_group
+from syncbn.distributed.collectives import active_group
 
 Method = Literal["lockstep", "sequential", "pooled", "average", "ema"]
 
@@ -131,7 +131,7 @@ def recalibrate(
     """
     backup: Backup = []
     with uninterrupted(undo=lambda: put_back(backup)) as interrupts:
-        group = communicating_group(resolve_group(process_group))
+        group = active_group(resolve_group(process_group))
         device = _device(model)
         ranks = Ranks(group, device, interrupts)
 

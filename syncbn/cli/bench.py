@@ -28,7 +28,7 @@ from syncbn.bench.mpirun import become_mpirun
 from syncbn.bench.report import Benchmark, Report
 from syncbn.cli import config_path
 from syncbn.cli.signals import deferred_termination
-from syncbn.distributed.launcher import is_one_of_several
+from syncbn.distributed.launchers import is_multi_process
 from syncbn.files import replacing
 
 _CONFIGS = Path(config_path()) / "bench"
@@ -150,7 +150,7 @@ def main() -> None:
         case [name, *overrides]:
             with _errors_of_the_user():
                 benchmark = settle(name, overrides)
-                if benchmark.ranks > 1 and not is_one_of_several(os.environ):
+                if benchmark.ranks > 1 and not is_multi_process(os.environ):
                     become_mpirun(benchmark.ranks)
             run(name, benchmark)
 

@@ -26,7 +26,7 @@ import syncbn
 from syncbn.calibration.printable import escape_controls
 from syncbn.cli import config_path
 from syncbn.cli.signals import deferred_termination
-from syncbn.distributed.launcher import launcher
+from syncbn.distributed.launchers import detect_launcher
 from syncbn.distributed.objects import all_gather_objects
 from syncbn.files import replacing, require_file
 from syncbn.kernels import cpu, missing_triton
@@ -59,7 +59,7 @@ def installation() -> dict[str, str]:
 
 def mpi() -> dict[str, str]:
     """Return what MPI can do, once it has been started."""
-    from syncbn.distributed.mpi_library import LIBRARY, MPI, reads_cuda_memory
+    from syncbn.distributed.mpi import MPI, VERSION, is_cuda_aware
 
     levels = {
         MPI.THREAD_SINGLE: "single",
@@ -67,9 +67,9 @@ def mpi() -> dict[str, str]:
         MPI.THREAD_SERIALIZED: "serialized",
         MPI.THREAD_MULTIPLE: "multiple",
     }
-    reads = reads_cuda_memory()
+    reads = is_cuda_aware()
     return {
-        "MPI library": LIBRARY,
+        "MPI library": VERSION,
         "MPI thread level": levels[MPI.Query_thread()],
         "CUDA tensors over MPI": (
             "device pointers (CUDA-aware)" if reads else "staged through host memory"
@@ -96,7 +96,7 @@ def report(place: syncbn.RankInfo) -> dict[str, Any]:
     return {
         "installation": {**installation(), **(mpi() if backend == "mpi4py" else {})},
         "backend": backend,
-        "launcher": launcher(os.environ),
+        "launcher": detect_launcher(os.environ),
         "ranks": ranks,
     }
 

@@ -35,7 +35,7 @@ from syncbn.calibration.ranks import Ranks
 from syncbn.calibration.table import render_metrics
 from syncbn.cli import config_path
 from syncbn.cli.signals import deferred_termination
-from syncbn.distributed.collectives import communicating_group
+from syncbn.distributed.collectives import active_group
 from syncbn.files import replacing, require_file
 
 _WRONG_USE = 2
@@ -52,7 +52,7 @@ def run(config: DictConfig, place: syncbn.RankInfo) -> None:
         ValueError: bad input, on the ranks that have it.
         RuntimeError: another rank has failed.
     """
-    ranks = Ranks(communicating_group(None), place.device)
+    ranks = Ranks(active_group(None), place.device)
     checkpoint = ranks.agreed(lambda: open_checkpoint(config))
     model = ranks.agreed(lambda: make_model(config))
     state = ranks.agreed(lambda: load(checkpoint, model, config))

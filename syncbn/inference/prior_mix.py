@@ -14,11 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.calibration.layers import Layer
 from syncbn.calibration.per_sample import precise
-from syncbn.distributed.collectives import communicating_group, sum_over_ranks
+from syncbn.distributed.collectives import active_group, differentiable_all_reduce
 from syncbn.inference.convert import convert_inference, reverted_after
 from syncbn.inference.rule import Rule
 from syncbn.moments import Moments, get_packed_size
-from syncbn.nn.layer_state import active_group
+from syncbn.nn.layer_state import layer_group
 from syncbn.nn.module import SyncBatchNorm
 
 M = TypeVar("M", bound=nn.Module)
@@ -100,7 +100,9 @@ class PriorMix(Rule):
     def statistics(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mixed mean and variance, ``[1, C]``."""
         message = torch.cat([_moments(x).pack(), layer.running_mean.new_tensor([len(x)]).double()])
-        total = sum_over_ranks(message, _group(layer.module), f"prior_mix in {layer.name}")
+        total = differentiable_all_reduce(
+            message, _group(layer.module), f"prior_mix in {layer.name}"
+        )
         moments, samples = Moments.unpack(total[:-1], x.shape[1]), total[-1]
         share = samples / (self.pseudo_samples + samples)
         old_mean, old_var = layer.running_mean.double(), layer.running_var.double()
@@ -129,7 +131,7 @@ def _moments(x: Tensor) -> Moments:
 def _group(module: _BatchNorm) -> dist.ProcessGroup | None:
     match module:
         case SyncBatchNorm():
-            return active_group(module)
+            return layer_group(module)
         case nn.SyncBatchNorm():
-            return communicating_group(module.process_group)
+            return active_group(module.process_group)
     return None

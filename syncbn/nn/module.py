@@ -12,7 +12,7 @@ from syncbn.distributed.groups import GroupLike, resolve_group
 from syncbn.kernels import Running, choose
 from syncbn.nn.fx_call import record_call
 from syncbn.nn.layer_state import DetachedGroup as DetachedGroup
-from syncbn.nn.layer_state import LayerState, active_group, first_length, layer_label, layer_tensors
+from syncbn.nn.layer_state import LayerState, first_length, layer_group, layer_label, layer_tensors
 from syncbn.ops.batch_norm import Call, normalize
 from syncbn.ops.functional import (
     Activation,
@@ -141,7 +141,7 @@ class SyncBatchNorm(LayerState):
             numbers = mean, var, weight, bias, self.eps
             return evaluate(input, *numbers, residual, self._syncbn_activation, mask)
         # In evaluation without running averages the batch is that of this rank, as in torch.
-        group = active_group(self) if self.training else None
+        group = layer_group(self) if self.training else None
         kernel = choose(self._syncbn_kernel, input, weight, bias, mean, var, residual)
         running, pending = None, None
         if self.training and self.track_running_stats:

@@ -122,7 +122,7 @@ def _first_order_gated(
     through, mine, dweight, dbias = kernel.backward_reduce_gated(*given, write=write)
     label, over = call.about("backward", x), not needs_residual
     if is_beside:
-        message = collectives.begin_all_reduce(mine, call.group, label)
+        message = collectives.all_reduce_async(mine, call.group, label)
         through = kernel.through_gate(through, gate, x)
         sums = message.wait()
     else:

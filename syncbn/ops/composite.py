@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from syncbn import modes
-from syncbn.distributed.collectives import sum_over_ranks
+from syncbn.distributed.collectives import differentiable_all_reduce
 from syncbn.kernels import Forward, Transform, reference
 from syncbn.moments import Moments, add_packed
 from syncbn.ops.params import Call, moments
@@ -41,7 +41,7 @@ def forward(
             "track_running_stats=False"
         )
     message = moments(reference.moments, x, call)
-    message = sum_over_ranks(message, call.group, call.about("forward", x))
+    message = differentiable_all_reduce(message, call.group, call.about("forward", x))
     if call.running is not None:
         group = Moments.unpack(message.detach(), x.shape[1])
         reference.move_running(group, call.running)
@@ -117,7 +117,7 @@ def transformed_first(
     wanted = weight if needs[1] else None, bias if needs[2] else None
     sums, dweight, dbias = reference.backward_reduce(g, x, transform, wanted)
     # Also on ranks that need no dx: the all-reduce is collective.
-    sums = sum_over_ranks(sums, call.group, call.about("backward", x))
+    sums = differentiable_all_reduce(sums, call.group, call.about("backward", x))
     dx = reference.backward_elemt(g, x, transform, sums) if needs[0] else None
     return dx, dweight, dbias, g if needs[3] else None
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from syncbn import kernels
-from syncbn.distributed.collectives import communicating_group
+from syncbn.distributed.collectives import active_group
 from syncbn.kernels import Running
 from syncbn.ops.batch_norm import Call, finish, normalize
 
@@ -90,7 +90,7 @@ def sync_batch_norm(
             )
         numbers = running_mean, running_var, weight, bias, eps
         return evaluate(input, *numbers, residual, activation, mask)
-    group = communicating_group(process_group)
+    group = active_group(process_group)
     chosen = kernels.choose(kernel, input, weight, bias, running_mean, running_var, residual)
     running = Running(running_mean, running_var, None, momentum)
     call = Call(eps, activation == "relu", running, group, chosen, "sync_batch_norm")

@@ -25,7 +25,7 @@ class Call(NamedTuple):
         eps: added to the variance.
         relu: whether a ReLU comes last.
         running: averages to move, or None.
-        group: from :func:`~syncbn.distributed.collectives.communicating_group`; None if alone.
+        group: from :func:`~syncbn.distributed.collectives.active_group`; None if alone.
         kernel: from :func:`syncbn.kernels.choose`.
         label: names the layer in error messages.
         filling: what stands where values do not count; None if all do.
