@@ -23,7 +23,7 @@ from syncbn.calibration.sequential import calibrate_sequential
 from syncbn.calibration.sigint import defer_sigint
 from syncbn.calibration.single_pass import calibrate_average, calibrate_ema, calibrate_pooled
 from syncbn.distributed import resolve_group
-from syncbn.distributed.collectives import communicating_group
+from syncbn.distributed.collectives import active_group
 from syncbn.nn.bn_layers import (
     BNLayer,
     RunningStats,
@@ -157,7 +157,7 @@ def recalibrate(
     """
     backup: RunningStats = []
     with defer_sigint(undo=lambda: restore_running_stats(backup)) as sigint:
-        group = communicating_group(resolve_group(process_group))
+        group = active_group(resolve_group(process_group))
         device = _find_device(model)
         ranks = Ranks(group, device, sigint)
 

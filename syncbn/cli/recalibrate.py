@@ -29,7 +29,7 @@ from syncbn.calibration.evaluate import evaluate
 from syncbn.calibration.ranks import Ranks
 from syncbn.cli import config_path
 from syncbn.cli.signals import deferred_termination
-from syncbn.distributed.collectives import communicating_group
+from syncbn.distributed.collectives import active_group
 from syncbn.files import atomic_write, require_file
 
 _EXIT_CODE = 2
@@ -46,7 +46,7 @@ def run(config: DictConfig, info: syncbn.RankInfo) -> None:
         ValueError: bad input on this rank.
         RuntimeError: another rank has failed.
     """
-    ranks = Ranks(communicating_group(None), info.device)
+    ranks = Ranks(active_group(None), info.device)
     checkpoint = ranks.run_on_all_ranks(lambda: open_checkpoint(config))
     model = ranks.run_on_all_ranks(lambda: make_model(config))
     state = ranks.run_on_all_ranks(lambda: load_weights(checkpoint, model, config))

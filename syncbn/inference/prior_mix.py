@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.distributed.collectives import communicating_group, sum_over_ranks
+from syncbn.distributed.collectives import active_group, differentiable_all_reduce
 from syncbn.inference.convert import convert_inference, reverted_after
 from syncbn.inference.rule import EvalStatistics
 from syncbn.moments import Moments, get_packed_size
 from syncbn.nn.bn_layers import BNLayer
-from syncbn.nn.layer_state import active_group
+from syncbn.nn.layer_state import layer_group
 from syncbn.nn.module import SyncBatchNorm
 from syncbn.nn.sample_stats import sample_stats
 
@@ -93,7 +93,9 @@ class PriorMix(EvalStatistics):
     def statistics(self, layer: BNLayer, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mixed mean and variance, float64 ``[1, C]``."""
         payload = torch.cat([_moments(x).pack(), layer.running_mean.new_tensor([len(x)]).double()])
-        total = sum_over_ranks(payload, _group(layer.module), f"prior_mix in {layer.name}")
+        total = differentiable_all_reduce(
+            payload, _group(layer.module), f"prior_mix in {layer.name}"
+        )
         moments, samples = Moments.unpack(total[:-1], x.shape[1]), total[-1]
         share = samples / (self.pseudo_samples + samples)
         old_mean, old_var = layer.running_mean.double(), layer.running_var.double()
@@ -122,7 +124,7 @@ def _moments(x: Tensor) -> Moments:
 def _group(module: _BatchNorm) -> dist.ProcessGroup | None:
     match module:
         case SyncBatchNorm():
-            return active_group(module)
+            return layer_group(module)
         case nn.SyncBatchNorm():
-            return communicating_group(module.process_group)
+            return active_group(module.process_group)
     return None

@@ -14,7 +14,7 @@ from torch import nn
 from syncbn import SyncBatchNorm2d, convert_sync_batchnorm, fuse
 from syncbn.bench.memory import peak_bytes
 from syncbn.bench.networks import resnet50
-from tests.kernels import needs_cpp
+from tests.kernel_cases import needs_cpp
 
 CPU = torch.device("cpu")
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from syncbn.bench.resnet20 import resnet20
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 
 import syncbn
+from syncbn.bench.networks import resnet20
 from tests.calibration.networks import (
     EXACT,
     METHODS,

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from syncbn.bench.resnet20 import resnet20
 from torch import Tensor, nn
 
 import syncbn
+from syncbn.bench.networks import resnet20
 from syncbn.calibration.verification import Trace
 from syncbn.nn.bn_layers import find_layers
 from tests.calibration.networks import (
