@@ -105,9 +105,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
         _check_value_count(x, saved.statistics, params)
         ctx.save_for_backward(*saved[:5])
         ctx.saved_constants = saved[5:]
-        if number := fingerprint.count(params.group):
-            params = params._replace(call_number=number)
-        ctx.params = params
+        number = 0 if params.group is None else fingerprint.count(params.group)
+        ctx.params = params._replace(call_number=number) if number else params
         return y
 
     @staticmethod
@@ -147,8 +146,8 @@ def _needs_moments(params: BatchNormParams) -> bool:
 def _reduce_moments(x: Tensor, params: BatchNormParams) -> tuple[Tensor, bool]:
     """Return the all-reduced moments, and whether they are new.
 
-    In the recomputation of a checkpointed region they are those of the forward pass: nothing is
-    sent, and neither the running statistics nor ``params.pending`` may count them again.
+    In the recomputation of a checkpointed region the moments of the forward pass are reused: there
+    is no all-reduce, and neither the running statistics nor ``params.pending`` may count them again.
     """
 
     def compute() -> Tensor:

@@ -1,4 +1,4 @@
-"""Checks of the arguments of a batch norm; each error says what was got and what was expected."""
+"""Checks of the arguments of a batch norm, at the public edge."""
 
 from __future__ import annotations
 

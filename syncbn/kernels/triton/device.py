@@ -1,6 +1,6 @@
 """Device code of the four kernels.
 
-A tensor is ``[samples, channels, space]``, dense but for gaps between samples, which are a
+A tensor is ``[samples, channels, space]``, with gaps only between samples, which are a
 ``stride`` apart. A channels_last tensor (``CHANNELS_LAST``) is a single sample
 ``[space, channels]``, whose positions are a ``stride`` apart. A program handles a block of channels
 and some tiles of their values: ``BLOCK_N`` samples of ``BLOCK_S`` positions. Its arrays are
