@@ -22,9 +22,9 @@ M = TypeVar("M", bound=nn.Module)
 class SyncBatchNorm(LayerState):
     """Batch normalization over the batches of every rank of a process group.
 
-    In training, the layer normalizes with the exact mean and variance of the concatenated batch, and
-    its gradients take both into account. Batches may have different sizes on each rank, or be empty.
-    In evaluation it uses the running statistics, without communication. Constructor, buffers and
+    In training, the layer normalizes with the exact mean and variance of the concatenated batch,
+    and its gradients take both into account. Batches may have different sizes on each rank, or be
+    empty. In evaluation it uses the running statistics, without communication. Constructor, buffers and
     ``state_dict`` equal :class:`torch.nn.SyncBatchNorm`'s, and checkpoints interchange with
     ``torch.nn.BatchNorm*``. Works on CPU and CUDA.
 

@@ -146,8 +146,8 @@ def _needs_moments(params: BatchNormParams) -> bool:
 def _reduce_moments(x: Tensor, params: BatchNormParams) -> tuple[Tensor, bool]:
     """Return the all-reduced moments, and whether they are new.
 
-    In the recomputation of a checkpointed region the moments of the forward pass are reused: there
-    is no all-reduce, and neither the running statistics nor ``params.pending`` may count them again.
+    The recomputation of a checkpointed region reuses the moments of the forward pass: there is no
+    all-reduce, and neither the running statistics nor ``params.pending`` may count them again.
     """
 
     def compute() -> Tensor:

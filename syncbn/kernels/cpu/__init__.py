@@ -221,7 +221,7 @@ def _readable_parameters(
 
 @cache
 def load() -> CPUKernel | str:
-    """Return the kernel for the best instruction set of this processor, or the reason why it is missing."""
+    """Return the kernel for the best instruction set of this processor, or why it is missing."""
     if not PATH.exists():
         reason = _REASON.read_text().strip() if _REASON.exists() else "it has not been built"
         return f"there is no {PATH}: {reason}; fix this and install syncbn again"
