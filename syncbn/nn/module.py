@@ -24,8 +24,8 @@ class SyncBatchNorm(LayerState):
 
     In training, the layer normalizes with the exact mean and variance of the concatenated batch,
     and its gradients take both into account. Batches may have different sizes on each rank, or be
-    empty. In evaluation it uses the running statistics, without communication. Constructor, buffers and
-    ``state_dict`` equal :class:`torch.nn.SyncBatchNorm`'s, and checkpoints interchange with
+    empty. In evaluation it uses the running statistics, without communication. Constructor, buffers
+    and ``state_dict`` equal :class:`torch.nn.SyncBatchNorm`'s, and checkpoints interchange with
     ``torch.nn.BatchNorm*``. Works on CPU and CUDA.
 
     Every rank of the group must run its synchronized layers in the same order, forward and
