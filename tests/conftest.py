@@ -10,12 +10,11 @@ from hypothesis import HealthCheck, settings
 
 from syncbn.kernels import cpu
 from tests import device
-from tests.conformance import MPIS, SUITE
 from tests.kernel_cases import cpp, levels
 from tests.mpi_jobs import Launch
 from tests.ranks import Pool, Ranks
 from tests.scheduling import FileByFile, longest_first
-from tests.transports import TRANSPORTS
+from tests.transports import MPIS, SUITE, TRANSPORTS
 
 # Spawned workers and small all-reduces make examples slow to generate, not wrong.
 settings.register_profile(
@@ -89,7 +88,7 @@ def three_of_mpi(request: pytest.FixtureRequest, pool: Pool) -> Ranks:
 
 
 @pytest.fixture(params=[pytest.param(i, id=name) for i, name in enumerate(cpu.LEVELS)])
-def kernel(request: pytest.FixtureRequest) -> cpu.CPU:
+def kernel(request: pytest.FixtureRequest) -> cpu.CPUKernel:
     """Return the C++ kernels for one instruction set."""
     level: int = request.param
     if level > cpp().level:

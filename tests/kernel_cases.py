@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from syncbn import kernels
-from syncbn.kernels import Forward, Kernel, Transform, alone, cpu, reference
+from syncbn.kernels import REFERENCE, cpu
+from syncbn.kernels.base import Kernel, NormalizeArgs, OutputMask, Reduced, Saved
+from syncbn.kernels.coefficients import split_statistics
+from syncbn.kernels.reference import compute_statistics
 from syncbn.moments import Moments, has_two_parts
 from tests import interpreter
 
@@ -45,68 +48,89 @@ KERNELS_AND_DTYPES = [
 ]
 
 
-def cpp() -> cpu.CPU:
-    """Return the C++ kernels, which are there."""
-    found = cpu.load()
-    assert isinstance(found, cpu.CPU), found
-    return found
+def cpp() -> cpu.CPUKernel:
+    """Return the C++ kernel."""
+    kernel = cpu.load()
+    assert isinstance(kernel, cpu.CPUKernel), kernel
+    return kernel
 
 
-def levels() -> list[cpu.CPU]:
-    """Return the C++ kernels for each instruction set that this processor has."""
+def levels() -> list[cpu.CPUKernel]:
+    """Return the C++ kernel for each instruction set of this processor."""
     best = cpp()
-    return [cpu.CPU(best.library, level) for level in range(best.level + 1)]
+    return [cpu.CPUKernel(best.library, level) for level in range(best.level + 1)]
 
 
-def on_its_device(kernel: str) -> Kernel:
-    """Return a kernel by its name."""
-    return kernels.choose(kernel, torch.empty(0, device=device_of(kernel)))
+def select_on_device(name: str) -> Kernel:
+    """Return the kernel of a name, on the device it is tested on."""
+    return kernels.select_kernel(name, torch.empty(0, device=device_of(name)))
 
 
-def normalize(kernel: Kernel, x: Tensor, how: Transform, residual: Tensor | None = None) -> Tensor:
-    """Return x normalized with given statistics, by way of a message that has them, and eps = 0."""
-    count, mean = how.values, how.mean
-    around = torch.zeros_like(mean), count * how.invstd**-2
-    moments = Moments.from_pivot(count, mean, *around, has_two_parts(x.dtype))
-    forward = Forward(0.0, how.weight, how.bias, how.relu)
-    return kernel.normalize(x, moments.pack(), forward, residual)[0]
+def normalize(kernel: Kernel, x: Tensor, saved: Saved, residual: Tensor | None = None) -> Tensor:
+    """Return x normalized with given statistics: moments that yield them, and eps = 0."""
+    mean, invstd, count = split_statistics(saved.statistics)
+    centered = torch.zeros_like(mean), count * invstd**-2
+    moments = Moments.from_pivot(count, mean, *centered, has_two_parts(x.dtype))
+    args = NormalizeArgs(0.0, saved.weight, saved.bias, saved.relu)
+    return kernel.normalize(x, moments.pack(), args, residual)[0]
 
 
-def totals(message: Tensor, channels: int) -> Tensor:
+def backward_reduce(
+    kernel: Kernel, dy: Tensor, x: Tensor, saved: Saved, mask: OutputMask = (True,) * 4
+) -> Reduced:
+    """Return the reduction of a kernel for another x."""
+    return kernel.backward_reduce(dy, saved._replace(x=x), mask)
+
+
+def backward_elemt(
+    kernel: Kernel, dy: Tensor, x: Tensor, saved: Saved, sums: Tensor, inplace_ok: bool = False
+) -> Tensor:
+    """Return dx of a kernel for another x and for given sums."""
+    reduced = Reduced(sums, None, None, None, dy, inplace_ok)
+    return kernel.backward_elemt(saved._replace(x=x), reduced, sums)
+
+
+def totals(packed: Tensor, channels: int) -> Tensor:
     """Return ``[sum (C) | sum_sq (C) | count (1)]`` of packed moments of one part or two."""
-    found = Moments.unpack(message, channels)
-    return torch.cat([*found.round_sums(), found.count.reshape(1)])
+    moments = Moments.unpack(packed, channels)
+    return torch.cat([*moments.round_sums(), moments.count.reshape(1)])
 
 
-def transform(x: Tensor, relu: bool = False) -> Transform:
-    """Return the transform of a batch, with a weight and a bias."""
-    numbers = torch.linspace(0.5, 1.5, x.shape[1], dtype=torch.float64)
-    weight, bias = numbers.to(x.dtype), (numbers - 1).to(x.dtype)
-    moments = Moments.unpack(reference.moments(x.double()), x.shape[1])
-    return Transform(reference.statistics(moments, EPS), weight, bias, relu)
+def saved_for(x: Tensor, relu: bool = False) -> Saved:
+    """Return the saved values of a forward pass with a weight and a bias."""
+    values = torch.linspace(0.5, 1.5, x.shape[1], dtype=torch.float64)
+    weight, bias = values.to(x.dtype), (values - 1).to(x.dtype)
+    moments = Moments.unpack(REFERENCE.moments(x.double()), x.shape[1])
+    return Saved(x, weight, bias, compute_statistics(moments, NormalizeArgs(EPS)), None, relu)
 
 
-def everything(kernel: Kernel, x: Tensor, dy: Tensor, how: Transform) -> list[Tensor]:
-    """Return what the functions find, where rounding cannot move a value through a ReLU."""
-    message = totals(kernel.moments(x), x.shape[1])
-    sums, _, _ = kernel.backward_reduce(dy, x, how)
-    given = torch.ones_like(sums)
-    found = [message, sums, normalize(kernel, x, how), kernel.backward_elemt(dy, x, how, given)]
-    found += alone.forward(kernel, x, Forward(EPS, how.weight, how.bias, how.relu))
-    apart, dx, _, _ = alone.backward(kernel, dy, x, how, (None, None), keep_sums=True)
-    assert apart is not None
-    found += apart, dx
-    return [t.double().flatten() for t in found]
-
-
-def is_same_over_dy(kernel: Kernel, x: Tensor, dy: Tensor, how: Transform) -> bool:
-    """Return whether dx is the same, to the bit, where it may be written over dy."""
-    sums, _, _ = kernel.backward_reduce(dy, x, how)
-    functions = (
-        lambda dy, over: kernel.backward_elemt(dy, x, how, sums, over),
-        lambda dy, over: alone.backward(kernel, dy, x, how, (None, None), over)[1],
+def compute_all(kernel: Kernel, x: Tensor, dy: Tensor, saved: Saved) -> list[Tensor]:
+    """Return the results of every method, where rounding cannot move a value through a ReLU."""
+    moments = totals(kernel.moments(x), x.shape[1])
+    sums = backward_reduce(kernel, dy, x, saved).sums
+    ones = torch.ones_like(sums)
+    y, local = kernel.forward_local(x, NormalizeArgs(EPS, saved.weight, saved.bias, saved.relu))
+    dx, dweight, dbias, _ = kernel.backward_local(
+        dy, saved._replace(x=x), (True, True, True, False)
     )
-    return all(torch.equal(f(deepcopy(dy), True), f(dy, False)) for f in functions)
+    assert dx is not None
+    assert dweight is not None
+    assert dbias is not None
+    results = [
+        moments,
+        sums,
+        normalize(kernel, x, saved),
+        backward_elemt(kernel, dy, x, saved, ones),
+    ]
+    results += [y, local.statistics, dbias, dweight, dx]
+    return [t.double().flatten() for t in results]
+
+
+def is_equal_in_place(kernel: Kernel, x: Tensor, dy: Tensor, saved: Saved) -> bool:
+    """Return whether dx has the same bits when it is written over dy."""
+    sums = backward_reduce(kernel, dy, x, saved).sums
+    inplace = backward_elemt(kernel, deepcopy(dy), x, saved, sums, inplace_ok=True)
+    return torch.equal(inplace, backward_elemt(kernel, dy, x, saved, sums))
 
 
 def device_of(kernel: str) -> torch.device:

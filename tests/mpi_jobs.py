@@ -1,4 +1,4 @@
-"""Programs under mpirun, whose processes are watched."""
+"""Programs under mpirun, with the process ids of their ranks."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from pathlib import Path
 
 from tests import transports
 
-MPIS = ["openmpi", "mpich"]
-# Every rank says its process number first; the parts of the programs below come between.
+# Start of every program: each rank prints its process id.
 HEAD = """
 import os, sys, time, torch, torch.distributed as dist, syncbn
 from datetime import timedelta
@@ -25,10 +24,10 @@ def join(seconds=30):
 
 
 class Job:
-    """A program under mpirun whose processes are watched.
+    """A program under mpirun.
 
     Args:
-        process: of mpirun.
+        process: process of mpirun.
     """
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
@@ -37,34 +36,34 @@ class Job:
         self.pids: dict[int, int] = {}
 
     def read_until(self, text: str, times: int) -> None:
-        """Read the output until a text has come that often."""
+        """Read the output until a text has occurred that many times."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            self._keep(line)
+            self._append(line)
             times -= line.count(text)  # mpirun may join the lines of two ranks
             if times <= 0:
                 return
         raise AssertionError(f"ended without {text!r}:\n{self.output}")
 
     def finish(self, timeout: float = 40) -> int:
-        """Wait for the end; return the exit status."""
+        """Wait for the job; return its exit status."""
         rest, _ = self.process.communicate(timeout=timeout)
         for line in rest.splitlines(keepends=True):
-            self._keep(line)
+            self._append(line)
         return self.process.returncode
 
     @property
     def output(self) -> str:
         return "".join(self.lines)
 
-    def _keep(self, line: str) -> None:
+    def _append(self, line: str) -> None:
         self.lines.append(line)
         if found := re.search(r"pid (\d+) (\d+)", line):
             self.pids[int(found[1])] = int(found[2])
 
 
 class Launch:
-    """Starts jobs, and ends what a failed test has left of them."""
+    """Starts jobs; terminates the jobs left by a failed test."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

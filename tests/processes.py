@@ -1,4 +1,4 @@
-"""Commands that are run to their end, and leave no ranks behind if there is none."""
+"""Commands with a timeout that leaves no ranks behind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-# Below pytest's own timeout, which would end the whole run.
+# Below pytest's timeout, which would end the whole run.
 _SECONDS = 50
 _SECONDS_TO_END = 5
 
@@ -25,14 +25,14 @@ def run(
     """Run a command and return its exit code and output.
 
     Args:
-        command: and its arguments.
-        cwd: folder to run it in.
-        environment: variables added to those of this process; one thread a rank is the default.
-        largest_file: bytes that a file of its may have; -1 for any.
+        command: program and arguments.
+        cwd: working directory.
+        environment: variables added to this process's environment; default: one thread per rank.
+        largest_file: maximal file size in bytes; -1 for no limit.
 
     Raises:
-        TimeoutError: it took too long. Launchers end their ranks when they are told to end, and not
-            when they are killed.
+        TimeoutError: the command exceeded the time limit. It is terminated, not killed, so that a
+            launcher ends its ranks.
     """
     with subprocess.Popen(
         command,
@@ -59,7 +59,7 @@ def run(
 def run_forked(
     module: str, arguments: Sequence[str], cwd: Path
 ) -> subprocess.CompletedProcess[str]:
-    """Run a module as a command does, in a fork of this process, which has torch already."""
+    """Run a module as a command in a fork of this process, which has imported torch already."""
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         if (child := os.fork()) == 0:
             status = 1

@@ -1,4 +1,4 @@
-"""A pool of worker processes that are the ranks of a group, started once a test run."""
+"""Pools of worker processes, one per rank of a group, started once per test run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from typing import Any
 
 from tests import transports
 
-# A rank that waits for one that raised gives up after this, so that the test fails before pytest's
-# own timeout would end the whole run.
+# Timeout of a rank that waits for a failed rank: shorter than pytest's timeout, which would end the
+# whole run.
 COLLECTIVE_TIMEOUT = 20.0
 CALL_TIMEOUT = 45.0
 
@@ -26,7 +26,7 @@ class RankError(AssertionError):
 
 
 class Ranks:
-    """Run a function on every rank of a group.
+    """The ranks of a group.
 
     Args:
         size: number of ranks.
@@ -43,8 +43,8 @@ class Ranks:
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """Call ``function(rank, *args)`` on every rank and return the results by rank.
 
-        The function must be importable by name. After a failure the pool is made anew, since a rank
-        that raised may have left others in a collective.
+        The function must be importable by name. After a failure the processes are restarted, since
+        a rank that raised may have left other ranks in a collective.
 
         Raises:
             RankError: a rank raised, died or did not answer in time.
@@ -65,7 +65,7 @@ class Ranks:
         return [value for _, value in answers]
 
     def close(self) -> None:
-        """End the workers: they leave their group when nobody is connected any more."""
+        """End the workers: they destroy their group when the connection closes."""
         for connection in self._connections:
             connection.close()
         for process in self._processes:
@@ -118,5 +118,5 @@ def _receive(connection: Connection) -> tuple[bool, Any]:
     return answer
 
 
-#: The fixture that gives the ranks of a size and transport, the same for all tests.
+#: Type of the fixture that returns the ranks for a size and transport.
 Pool = Callable[[int, str], Ranks]

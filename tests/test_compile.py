@@ -10,17 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from oracle import Case
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import syncbn
 from syncbn.bench.networks import resnet20
-from syncbn.kernels import traced
-from tests.kernel_cases import DTYPES, tolerance
 from tests.ranks import Ranks
-from tests.test_kernels import LAYOUTS, SHAPES, check_module
 
 # Of torch, when it compiles.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
@@ -213,13 +209,3 @@ def test_a_network_trains_alike() -> None:
             nn.functional.cross_entropy(call(x), labels).backward()
             optimizer.step()
     torch.testing.assert_close(nets[1].state_dict(), nets[0].state_dict(), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_kernels_for_compilers_agree_with_float64(dtype: torch.dtype, layout: str) -> None:
-    for shape, offset in itertools.product(SHAPES, (0.0, 1e4)):
-        if offset and dtype != torch.float32:
-            continue
-        case = Case((shape,), dtype, layout, offset=offset)
-        check_module(traced, case, tolerance(dtype), torch.device("cpu"))

@@ -10,9 +10,20 @@ import torch.nn.functional as F
 from oracle import Case
 from torch import Tensor
 
-from syncbn.kernels import Forward, Running, Transform, alone, cpu, reference
+from syncbn.kernels import REFERENCE, cpu
+from syncbn.kernels.base import NormalizeArgs, RunningStats, Saved
 from syncbn.moments import Moments
-from tests.kernel_cases import DTYPES, EPS, everything, needs_cpp, normalize, tolerance, transform
+from tests.kernel_cases import (
+    DTYPES,
+    EPS,
+    backward_elemt,
+    backward_reduce,
+    compute_all,
+    needs_cpp,
+    normalize,
+    saved_for,
+    tolerance,
+)
 from tests.test_kernels import LAYOUTS, SHAPES, check_module
 
 pytestmark = needs_cpp
@@ -22,20 +33,20 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_agrees_with_float64(kernel: cpu.CPU, dtype: torch.dtype, layout: str) -> None:
+def test_agrees_with_float64(kernel: cpu.CPUKernel, dtype: torch.dtype, layout: str) -> None:
     for shape, affine in itertools.product(SHAPES, (True, False)):
         check_module(kernel, Case((shape,), dtype, layout, affine=affine), tolerance(dtype), CPU)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("offset", [30.0, 1e4])
-def test_keeps_precision_far_from_zero(kernel: cpu.CPU, layout: str, offset: float) -> None:
+def test_keeps_precision_far_from_zero(kernel: cpu.CPUKernel, layout: str, offset: float) -> None:
     for shape in (*SHAPES[-2:], (2, 3, 301, 401), (700, 3), (5, 70, 3)):
         check_module(kernel, Case((shape,), layout=layout, offset=offset), 1e-6, CPU)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_keeps_precision_where_the_mean_moves(kernel: cpu.CPU, layout: str) -> None:
+def test_keeps_precision_where_the_mean_moves(kernel: cpu.CPUKernel, layout: str) -> None:
     """A pivot from the first values is then far from those that follow, again and again."""
     drift = torch.linspace(0, 1e4, 40 * 90 * 90, dtype=torch.float64)
     noise = torch.randn(40, 3, 90, 90, dtype=torch.float64)
@@ -49,7 +60,7 @@ def test_keeps_precision_where_the_mean_moves(kernel: cpu.CPU, layout: str) -> N
 
 
 @pytest.mark.parametrize("value", [0.1, -7.3, 1e3 + 0.1, 1e6 + 0.3, 1e-30])
-def test_a_constant_channel_is_constant(kernel: cpu.CPU, value: float) -> None:
+def test_a_constant_channel_is_constant(kernel: cpu.CPUKernel, value: float) -> None:
     """Also where a first pivot of few digits, or the rounding of a sum, is beside it."""
     for samples, channels, space in itertools.product(
         (1, 2, 5), (1, 3, 40), (1, 2, 9, 16, 75, 9000)
@@ -66,18 +77,19 @@ def every_half(dtype: torch.dtype) -> Tensor:
     return bits.view(dtype).view(1, 4096, 4, 4)
 
 
-def scaling(channels: int, scale: float) -> Transform:
+def scaling(channels: int, scale: float) -> Saved:
     """Return the transform that multiplies."""
     numbers = torch.zeros(2 * channels + 1, dtype=torch.float64)
     numbers[channels:] = 1
-    return Transform(numbers, torch.full((channels,), scale, dtype=torch.float64))
+    weight = torch.full((channels,), scale, dtype=torch.float64)
+    return Saved(weight, weight, None, numbers, None, False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 1 / 3, 0.5**7, 1.00390625, 3e4])
 @pytest.mark.parametrize("layout", ["rows", "columns", "short rows"])
 def test_every_half_is_read_and_rounded_as_by_torch(
-    kernel: cpu.CPU, dtype: torch.dtype, scale: float, layout: str
+    kernel: cpu.CPUKernel, dtype: torch.dtype, scale: float, layout: str
 ) -> None:
     """Subnormal, tied, overflowing: multiplied in float32 and rounded to nearest, ties to even."""
     x = every_half(dtype)
@@ -98,15 +110,15 @@ def test_every_half_is_read_and_rounded_as_by_torch(
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_goes_where_torch_lets_it(
-    kernel: cpu.CPU, layout: str, bad: float
+    kernel: cpu.CPUKernel, layout: str, bad: float
 ) -> None:
     memory_format = getattr(torch, layout.replace("contiguous", "contiguous_format"))
     x = torch.randn(3, 40, 5, 6).contiguous(memory_format=memory_format)
     x[1, 20, 3, 4] = bad
     message = kernel.moments(x)
     mean, var, their_mean, their_var = torch.ones(4, 40)
-    running = Running(mean, var, None, 0.1)
-    y, _ = kernel.normalize(x, message, Forward(EPS, running=running))
+    running = RunningStats(mean, var, None, 0.1)
+    y, _ = kernel.normalize(x, message, NormalizeArgs(EPS, running=running))
     wanted = F.batch_norm(x, their_mean, their_var, training=True)
     assert torch.equal(y.isfinite(), wanted.isfinite())
     assert torch.equal(y.isnan(), wanted.isnan())
@@ -114,7 +126,7 @@ def test_what_is_not_finite_goes_where_torch_lets_it(
     assert torch.equal(var.isfinite(), their_var.isfinite())
 
 
-def test_subnormal_inputs(kernel: cpu.CPU) -> None:
+def test_subnormal_inputs(kernel: cpu.CPUKernel) -> None:
     x = torch.randn(4, 5, 6, 7, dtype=torch.float64) * 1e-41
     values = x.float().double().movedim(1, 0).flatten(1)
     found = Moments.unpack(kernel.moments(x.float()), 5)
@@ -126,54 +138,54 @@ def test_subnormal_inputs(kernel: cpu.CPU) -> None:
 @pytest.mark.parametrize("shape", [(3, 20, 7, 7), (3, 20, 2, 2), (2, 3, 70, 70)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_relu_and_residual(
-    kernel: cpu.CPU, dtype: torch.dtype, shape: tuple[int, ...], layout: str
+    kernel: cpu.CPUKernel, dtype: torch.dtype, shape: tuple[int, ...], layout: str
 ) -> None:
     memory_format = getattr(torch, layout.replace("contiguous", "contiguous_format"))
     x, dy, residual = (
         torch.randn(shape).to(dtype).contiguous(memory_format=memory_format) for _ in range(3)
     )
-    how, exact = transform(x, relu=True), transform(x.double(), relu=True)
+    how, exact = saved_for(x, relu=True), saved_for(x.double(), relu=True)
     # Where rounding decides what passes, either is right.
-    edge = normalize(reference, x.double(), exact._replace(relu=False)).abs() < 1e-3
+    edge = normalize(REFERENCE, x.double(), exact._replace(relu=False)).abs() < 1e-3
     dy.masked_fill_(edge, 0)
     for a, b in zip(
-        everything(kernel, x, dy, how),
-        everything(reference, x.double(), dy.double(), exact),
+        compute_all(kernel, x, dy, how),
+        compute_all(REFERENCE, x.double(), dy.double(), exact),
         strict=True,
     ):
         assert (a - b).abs().max() <= 2 * tolerance(dtype) * b.abs().max()
-    wanted = normalize(reference, x.double(), exact, residual.double())
+    wanted = normalize(REFERENCE, x.double(), exact, residual.double())
     found = normalize(kernel, x, how, residual)
     assert (found - wanted).abs().max() <= 2 * tolerance(dtype) * wanted.abs().max()
     assert (found == 0).any()
     assert (found >= 0).all()
 
 
-def test_relu_keeps_nan_and_lets_its_gradient_pass(kernel: cpu.CPU) -> None:
+def test_relu_keeps_nan_and_lets_its_gradient_pass(kernel: cpu.CPUKernel) -> None:
     """As torch.relu, and its gradient, do."""
     x = torch.randn(2, 3, 17)
     x[0, 1, 5] = float("nan")
-    how = transform(torch.randn(2, 3, 17), relu=True)
+    how = saved_for(torch.randn(2, 3, 17), relu=True)
     assert torch.equal(normalize(kernel, x, how).isnan(), x.isnan())
-    dx = kernel.backward_elemt(torch.ones_like(x), x, how, torch.zeros(6, dtype=torch.float64))
+    dx = backward_elemt(kernel, torch.ones_like(x), x, how, torch.zeros(6, dtype=torch.float64))
     assert torch.equal(dx.isnan(), x.isnan())
-    sums = kernel.backward_reduce(torch.ones_like(x), x, how)[0].view(2, -1)
+    sums = backward_reduce(kernel, torch.ones_like(x), x, how).sums.view(2, -1)
     assert sums[0].isfinite().all()
     assert torch.equal(sums[1].isnan(), torch.tensor([False, True, False]))
 
 
 @pytest.mark.parametrize("dtypes", list(itertools.product(DTYPES, DTYPES)), ids=str)
 def test_weight_and_bias_of_any_dtype(
-    kernel: cpu.CPU, dtypes: tuple[torch.dtype, torch.dtype]
+    kernel: cpu.CPUKernel, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> None:
     x = torch.randn(4, 21, 5)
-    how = transform(x)
+    how = saved_for(x)
     assert how.weight is not None
     assert how.bias is not None
     weight, bias = how.weight.to(dtypes[0]), how.bias.to(dtypes[1])
     for w, b in itertools.product((weight, weight.repeat(2, 1).t()[:, 0], None), (bias, None)):
         mixed = how._replace(weight=w, bias=b)
-        found, wanted = (normalize(k, x, mixed) for k in (kernel, reference))
+        found, wanted = (normalize(k, x, mixed) for k in (kernel, REFERENCE))
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
@@ -184,15 +196,15 @@ AVERAGES = [(a, b) for a in (*DTYPES, None) for b in (*DTYPES, None)]
 @pytest.mark.parametrize("momentum", [0.3, None])
 @pytest.mark.parametrize("count", [0, 1, 7])
 def test_running_averages(
-    kernel: cpu.CPU,
+    kernel: cpu.CPUKernel,
     dtypes: tuple[torch.dtype | None, torch.dtype | None],
     momentum: float | None,
     count: int,
 ) -> None:
     x = torch.randn(count, 37, dtype=torch.float64)
-    message = reference.moments(x)
+    message = REFERENCE.moments(x)
     found: list[list[Tensor | None]] = []
-    for k in (kernel, reference):
+    for k in (kernel, REFERENCE):
         generator = torch.Generator().manual_seed(0)
         averages: list[Tensor | None] = [
             None if dtype is None else torch.rand(37, generator=generator).to(dtype)
@@ -200,9 +212,9 @@ def test_running_averages(
         ]
         averages.append(torch.tensor(4))
         for tracked in (averages[2], None):
-            running = Running(averages[0], averages[1], tracked, momentum)
-            k.normalize(x, message, Forward(EPS, running=running))
-            alone.forward(k, x, Forward(EPS, running=running))
+            running = RunningStats(averages[0], averages[1], tracked, momentum)
+            k.normalize(x, message, NormalizeArgs(EPS, running=running))
+            k.forward_local(x, NormalizeArgs(EPS, running=running))
         found.append(averages)
     for mine, other in zip(*found, strict=True):
         if mine is not None:
@@ -212,31 +224,31 @@ def test_running_averages(
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float32, torch.int64], ids=str)
-def test_counters_of_any_dtype(kernel: cpu.CPU, dtype: torch.dtype) -> None:
+def test_counters_of_any_dtype(kernel: cpu.CPUKernel, dtype: torch.dtype) -> None:
     """Of 32 bits, they once had their neighbours overwritten."""
     counters = torch.tensor([-1, 7, -1], dtype=dtype)
     x = torch.randn(5, 3)
-    running = Running(torch.zeros(3), torch.ones(3), counters[1], 0.1)
-    kernel.normalize(x, kernel.moments(x), Forward(EPS, running=running))
+    running = RunningStats(torch.zeros(3), torch.ones(3), counters[1], 0.1)
+    kernel.normalize(x, kernel.moments(x), NormalizeArgs(EPS, running=running))
     assert counters.tolist() == [-1, 8, -1]
 
 
-def test_a_momentum_that_is_not_a_number_is_none(kernel: cpu.CPU) -> None:
+def test_a_momentum_that_is_not_a_number_is_none(kernel: cpu.CPUKernel) -> None:
     x, mean = torch.randn(5, 3), torch.zeros(3)
-    running = Running(mean, None, torch.tensor(0), float("nan"))
-    kernel.normalize(x, kernel.moments(x), Forward(EPS, running=running))
+    running = RunningStats(mean, None, torch.tensor(0), float("nan"))
+    kernel.normalize(x, kernel.moments(x), NormalizeArgs(EPS, running=running))
     assert mean.isnan().all()
 
 
-def test_numbers_that_are_negated_yet(kernel: cpu.CPU) -> None:
+def test_numbers_that_are_negated_yet(kernel: cpu.CPUKernel) -> None:
     """A view with a bit that says so: its memory has the other sign."""
     x = torch.randn(4, 3, 5)
-    message = reference.moments(x)
+    message = REFERENCE.moments(x)
     found = []
-    for k in (kernel, reference):
+    for k in (kernel, REFERENCE):
         weight, mean = (torch._neg_view(torch.full((3,), -2.0)) for _ in range(2))
-        running = Running(mean, None, None, 0.1)
-        y, _ = k.normalize(x, message, Forward(EPS, weight, weight, running=running))
+        running = RunningStats(mean, None, None, 0.1)
+        y, _ = k.normalize(x, message, NormalizeArgs(EPS, weight, weight, running=running))
         found.append((y, mean))
     torch.testing.assert_close(*found)
 

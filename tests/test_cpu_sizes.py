@@ -10,18 +10,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from syncbn.kernels import Forward, Transform, alone, cpu, reference
-from syncbn.kernels.layout import Samples
+from syncbn.kernels import REFERENCE, cpu
+from syncbn.kernels.base import NormalizeArgs, Saved
+from syncbn.kernels.coefficients import split_statistics
+from syncbn.kernels.layout import as_dense
 from tests.kernel_cases import (
     EPS,
+    backward_elemt,
+    compute_all,
     cpp,
-    everything,
-    is_same_over_dy,
+    is_equal_in_place,
     levels,
     needs_cpp,
     normalize,
+    saved_for,
     tolerance,
-    transform,
 )
 
 pytestmark = needs_cpp
@@ -34,13 +37,18 @@ def last_channels(x: Tensor) -> Tensor:
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
+def largest_invstd(saved: Saved) -> float:
+    """Return the largest 1/sqrt(var + eps) of a forward pass."""
+    return float(split_statistics(saved.statistics)[1].max())
+
+
 def largest(t: Tensor) -> Tensor:
     """Return the largest magnitude, zero if there is none."""
     return t.abs().max() if t.numel() else t.new_zeros(())
 
 
 # Which of everything are sums over a channel, and which are float64.
-SUMS = (0, 1, 6)
+SUMS = (0, 1, 6, 7)
 C_NUMBERS = (*SUMS, 5)
 
 
@@ -56,14 +64,14 @@ class Near:
         return bool(((torch.cat(found) - self.wanted).abs() <= self.limits).all())
 
 
-def bounds(wanted: list[Tensor], how: Transform, dy: Tensor) -> list[Tensor]:
+def bounds(wanted: list[Tensor], how: Saved, dy: Tensor) -> list[Tensor]:
     """Return 1e-6 of the largest number of each kind, or of what its terms would give."""
     # Sums of random numbers grow as their square root, and now and then all but vanish.
     typical = max(1.0, (dy.numel() / dy.shape[1]) ** 0.5)
     least = [typical if i in SUMS else 1.0 for i in range(len(wanted))]
     found = [1e-6 * largest(t).clamp(min=m) for t, m in zip(wanted, least, strict=True)]
     # Of few values a channel, dx is a difference of these that all but vanishes.
-    found[-1] = 1e-6 * how.invstd.max() * 1.5 * largest(dy)
+    found[-1] = 1e-6 * largest_invstd(how) * 1.5 * largest(dy)
     return found
 
 
@@ -76,11 +84,11 @@ def test_every_small_size(channels: int) -> None:
         numel = samples * channels * space
         # Not aligned to anything but its own size.
         x, dy = memory[:, space % 16 :][:, :numel].view(2, samples, channels, space)
-        how = transform(x)
-        wanted = everything(reference, x.double(), dy.double(), how)
+        how = saved_for(x)
+        wanted = compute_all(REFERENCE, x.double(), dy.double(), how)
         near = Near(wanted, bounds(wanted, how, dy))
         for kernel, values in itertools.product(levels(), (x, last_channels(x))):
-            assert near(everything(kernel, values, dy, how)), (samples, space, kernel)
+            assert near(compute_all(kernel, values, dy, how)), (samples, space, kernel)
 
 
 # Around the sizes of vectors.
@@ -91,10 +99,10 @@ EDGES = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 70)
 def test_dx_over_dy(channels: int) -> None:
     for samples, space in itertools.product(range(1, 4), EDGES):
         x, dy = torch.randn(2, samples, channels, space)
-        how = transform(x, relu=space % 2 == 0)
+        how = saved_for(x, relu=space % 2 == 0)
         for kernel, columns in itertools.product(levels(), (False, True)):
             a, b = (last_channels(x), last_channels(dy)) if columns else (x, dy)
-            assert is_same_over_dy(kernel, a, b, how), (samples, space, kernel)
+            assert is_equal_in_place(kernel, a, b, how), (samples, space, kernel)
 
 
 # More columns than a unit of work has values, and every order of magnitude.
@@ -112,11 +120,11 @@ LARGE = [
 def test_large_sizes(shape: tuple[int, ...]) -> None:
     """More than 65,536 columns were a division by zero."""
     x, dy = torch.randn(2, *shape)
-    how = transform(x)
-    wanted = everything(reference, x.double(), dy.double(), how)
+    how = saved_for(x)
+    wanted = compute_all(REFERENCE, x.double(), dy.double(), how)
     near = Near(wanted, bounds(wanted, how, dy))
     for kernel, values in itertools.product(levels(), (x, last_channels(x))):
-        assert near(everything(kernel, values, dy, how)), kernel
+        assert near(compute_all(kernel, values, dy, how)), kernel
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -125,16 +133,16 @@ def test_every_width_of_halves(dtype: torch.dtype, space: int) -> None:
     """Two vectors at once, whose values are in an order of their own, and what is left."""
     for channels, samples in itertools.product(range(1, 2 * LONGEST), (1, 9)):
         x, dy = torch.randn(2, samples, channels, space).to(dtype)
-        how = transform(x.float())
-        wanted = everything(reference, x.double(), dy.double(), how)
+        how = saved_for(x.float())
+        wanted = compute_all(REFERENCE, x.double(), dy.double(), how)
         # Of few values a channel, dx is a difference of these that all but vanishes.
-        terms = how.invstd.max() * 1.5 * largest(dy).double()
+        terms = largest_invstd(how) * 1.5 * largest(dy).double()
         sizes = [*(largest(t).clamp(min=1) for t in wanted[:-1]), terms]
         precision = [1e-6 if i in C_NUMBERS else tolerance(dtype) for i in range(len(sizes))]
         near = Near(wanted, [size * most for size, most in zip(sizes, precision, strict=True)])
         for kernel in levels():
-            assert near(everything(kernel, x, dy, how)), (channels, samples, kernel)
-        assert is_same_over_dy(cpp(), last_channels(x), last_channels(dy), how)
+            assert near(compute_all(kernel, x, dy, how)), (channels, samples, kernel)
+        assert is_equal_in_place(cpp(), last_channels(x), last_channels(dy), how)
 
 
 VIEWS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
@@ -157,21 +165,21 @@ VIEWS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_any_strides(kernel: cpu.CPU, view: str) -> None:
+def test_any_strides(kernel: cpu.CPUKernel, view: str) -> None:
     make, readable = VIEWS[view]
     x, dy, residual = (make(torch.randn(4, 24, 6, 9)) for _ in range(3))
-    assert (Samples.of(x) is not None) == readable
-    how = transform(x.contiguous())
+    assert (as_dense(x)[0] is x or x.is_neg()) == readable
+    how = saved_for(x.contiguous())
     # Of equal values dx is a difference that vanishes, times 1/sqrt(eps).
-    bound = 1e-6 * max(10.0, float(how.invstd.max()))
+    bound = 1e-6 * max(10.0, largest_invstd(how))
     # Gradients and residuals need not lie as the input does.
     other = dy.contiguous(memory_format=torch.channels_last) if dy.dim() == 4 else dy.contiguous()
     for gradient in (dy, other):
-        found, wanted = (everything(k, x, gradient, how) for k in (kernel, reference))
+        found, wanted = (compute_all(k, x, gradient, how) for k in (kernel, REFERENCE))
         for a, b in zip(found, wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=bound)
-        assert is_same_over_dy(kernel, x, gradient, how)
-    mine, theirs = (normalize(k, x, how, residual) for k in (kernel, reference))
+        assert is_equal_in_place(kernel, x, gradient, how)
+    mine, theirs = (normalize(k, x, how, residual) for k in (kernel, REFERENCE))
     torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=bound)
 
 
@@ -182,13 +190,13 @@ def test_threads_change_nothing(shape: tuple[int, ...], layout: str) -> None:
     x, dy = torch.randn(2, *shape)
     if layout == "channels_last":
         x, dy = last_channels(x), last_channels(dy)
-    how = transform(x)
+    how = saved_for(x)
     before = torch.get_num_threads()
     found = []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            found.append(everything(cpp(), x, dy, how))
+            found.append(compute_all(cpp(), x, dy, how))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -213,7 +221,7 @@ STREAMED = [
 @pytest.mark.parametrize("shape", STREAMED, ids=str)
 @pytest.mark.parametrize("offset", [0, 1])
 def test_what_is_written_past_the_caches(
-    kernel: cpu.CPU, dtype: torch.dtype, shape: tuple[int, ...], offset: int
+    kernel: cpu.CPUKernel, dtype: torch.dtype, shape: tuple[int, ...], offset: int
 ) -> None:
     memory = torch.randn(math.prod(shape) + 1, dtype=dtype)
     assert memory.nbytes > 1 << 22
@@ -221,13 +229,13 @@ def test_what_is_written_past_the_caches(
     dim = 2 if len(shape) > 2 else 0
     # Parts of it are written by way of the caches.
     parts = x.split(shape[dim] // 10, dim)
-    dy, how = x.flip(0), transform(parts[0].double())
+    dy, how = x.flip(0), saved_for(parts[0].double())
     gradients, sums = dy.split(shape[dim] // 10, dim), torch.ones(2 * shape[1]).double()
     y = [normalize(kernel, part, how) for part in parts]
     assert torch.equal(normalize(kernel, x, how), torch.cat(y, dim))
-    dx = [kernel.backward_elemt(g, x, how, sums) for g, x in zip(gradients, parts, strict=True)]
-    assert torch.equal(kernel.backward_elemt(dy, x, how, sums), torch.cat(dx, dim))
-    assert is_same_over_dy(kernel, x, dy, how)
-    alone_y, _ = alone.forward(kernel, x, Forward(EPS))
-    apart, _ = kernel.normalize(x, kernel.moments(x), Forward(EPS))
+    dx = [backward_elemt(kernel, g, x, how, sums) for g, x in zip(gradients, parts, strict=True)]
+    assert torch.equal(backward_elemt(kernel, dy, x, how, sums), torch.cat(dx, dim))
+    assert is_equal_in_place(kernel, x, dy, how)
+    alone_y, _ = kernel.forward_local(x, NormalizeArgs(EPS))
+    apart, _ = kernel.normalize(x, kernel.moments(x), NormalizeArgs(EPS))
     assert torch.equal(alone_y, apart)

@@ -95,7 +95,7 @@ def test_the_functional_form(kernel: str, training: bool) -> None:
         leaves = [t.requires_grad_() for t in (case.x, case.weight, case.bias)]
         x, dy, weight, bias, mean, var = case
         arguments = x, mean, var, weight, bias, training, MOMENTUM, EPS
-        y = syncbn.sync_batch_norm(*arguments, kernel=kernel)
+        y = syncbn.sync_batch_norm(*arguments, impl=kernel)
         found = [y, *torch.autograd.grad(y, leaves, dy), mean, var]
         _compare(case, found, wanted)
 

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.conformance import MPIS, SUITE
 from tests.ranks import Pool, Ranks
+from tests.transports import MPIS, SUITE
 
 
 def _sum(group: Any, value: float) -> float:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from tests.conformance import SUITE
 from tests.ecosystem import (
     adam,
     batch,
@@ -24,6 +23,7 @@ from tests.ecosystem import (
     trained_alone,
 )
 from tests.ranks import Pool, Ranks
+from tests.transports import SUITE
 
 
 # On one MPI alone: every rank takes seconds to import what is used here.

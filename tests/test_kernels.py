@@ -18,13 +18,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncbn
 from syncbn import kernels
-from syncbn.kernels import Forward, Kernel, Running, Transform, alone, cpu, reference
+from syncbn.kernels import REFERENCE, cpu
+from syncbn.kernels.base import Kernel, NormalizeArgs, RunningStats, Saved
 from syncbn.moments import Moments
 from tests.kernel_cases import (
     DTYPES,
     EPS,
     KERNELS,
     KERNELS_AND_DTYPES,
+    backward_elemt,
     device_of,
     dtypes_of,
     normalize,
@@ -45,7 +47,7 @@ def close(actual: Tensor, wanted: Tensor, bound: float, largest_term: Tensor) ->
 def check(kernel: str, case: Case, bound: float) -> None:
     """Compare a kernel with float64 formulas on its device."""
     device = device_of(kernel)
-    check_module(kernels.choose(kernel, torch.empty(0, device=device)), case, bound, device)
+    check_module(kernels.select_kernel(kernel, torch.empty(0, device=device)), case, bound, device)
 
 
 def check_module(chosen: Kernel, case: Case, bound: float, device: torch.device) -> None:
@@ -69,15 +71,16 @@ def check_module(chosen: Kernel, case: Case, bound: float, device: torch.device)
     std = var.sqrt().clamp(min=1e-30)
     # Raw float64 sums in a message of one part add 1e-16 (mean/std)^2.
     raw = 0.0 if case.dtype == torch.float64 else 1e-15
-    statistics = min(bound, 1e-6) + raw * (mean / std).square().max()
+    allowed = min(bound, 1e-6) + raw * (mean / std).square().max()
     if var.min() > 1e-4 * var.max():
-        assert ((found.mean() - mean) / std).abs().max() <= statistics
-        assert ((found.variance() - var) / var).abs().max() <= statistics
+        assert ((found.mean() - mean) / std).abs().max() <= allowed
+        assert ((found.variance() - var) / var).abs().max() <= allowed
 
     weight, bias = (None if t is None else t.to(device) for t in (weight, bias))
     count = torch.tensor([float(values.shape[1])], dtype=torch.float64)
-    transform = Transform(torch.cat([mean, invstd, count]).to(device), weight, bias)
-    result = normalize(chosen, x, transform)
+    statistics = torch.cat([mean, invstd, count]).to(device)
+    saved = Saved(x, weight, bias, statistics, None, False)
+    result = normalize(chosen, x, saved)
     assert result.dtype == x.dtype
     if case.layout != "strided":
         assert result.stride() == x.stride()
@@ -86,14 +89,14 @@ def check_module(chosen: Kernel, case: Case, bound: float, device: torch.device)
     close(result, restore(y), passed, y.abs().max().clamp(min=1e-9))
 
     sums = torch.cat([gradients.sum(1), (gradients * xhat).sum(1)])
-    found_sums, _, _ = chosen.backward_reduce(dy, x, transform)
+    found_sums = chosen.backward_reduce(dy, saved, (True, True, True, False)).sums
     # A sum may cancel: its rounding depends on what is added up, not on what comes out.
     added = torch.cat([gradients.abs().sum(1), (gradients * xhat).abs().sum(1)])
     assert ((found_sums.cpu() - sums).abs() <= 1e-6 * added.clamp(min=1e-9)).all()
 
     mean_dy, mean_dy_xhat = (sums / count).view(2, -1, 1)
     dx = (gradients - mean_dy - xhat * mean_dy_xhat) * (invstd * scale)[:, None]
-    found_dx = chosen.backward_elemt(dy, x, transform, sums.to(device))
+    found_dx = backward_elemt(chosen, dy, x, saved, sums.to(device))
     assert found_dx.dtype == x.dtype
     # With two values a channel dx is a difference that all but vanishes.
     largest_term = (gradients * (invstd * scale)[:, None]).abs().max()
@@ -137,7 +140,9 @@ def test_kernel_ignores_where_the_outlier_is(kernel: str) -> None:
     x = torch.randn(4, 8, 40, 40, dtype=torch.float64).add(1e3).float()
     x[0, :, 0, 0] = 0
     device = device_of(kernel)
-    found = Moments.unpack(kernels.choose(kernel, x.to(device)).moments(x.to(device)).cpu(), 8)
+    found = Moments.unpack(
+        kernels.select_kernel(kernel, x.to(device)).moments(x.to(device)).cpu(), 8
+    )
     values = x.double().movedim(1, 0).reshape(8, -1)
     var = values.var(1, correction=0)
     torch.testing.assert_close(found.variance(), var, rtol=1e-6, atol=0)
@@ -152,7 +157,7 @@ def test_kernel_finds_a_constant_channel_constant(kernel: str, layout: str) -> N
         x = torch.full((6, 3, 13, 11), value, device=device_of(kernel))
         if layout == "channels_last":
             x = x.to(memory_format=torch.channels_last)
-        found = Moments.unpack(kernels.choose(kernel, x).moments(x), 3)
+        found = Moments.unpack(kernels.select_kernel(kernel, x).moments(x), 3)
         assert torch.equal(found.variance(), torch.zeros_like(found.sum))
 
 
@@ -162,7 +167,7 @@ def test_parameter_gradients(
     kernel: str, dtypes: tuple[torch.dtype | None, torch.dtype | None]
 ) -> None:
     device = device_of(kernel)
-    chosen = kernels.choose(kernel, torch.empty(0, device=device))
+    chosen = kernels.select_kernel(kernel, torch.empty(0, device=device))
     for channels in (1, 2, 7, 8, 17, 33, 64):
         x, dy = torch.randn(2, 5, channels, 3, device=device)
         statistics = torch.cat([torch.randn(channels), torch.rand(channels + 1)]).double()
@@ -170,37 +175,33 @@ def test_parameter_gradients(
             None if dtype is None else torch.rand(channels, dtype=dtype, device=device)
             for dtype in dtypes
         )
-        transform = Transform(statistics.to(device), weight, bias)
-        given = chosen, dy, x, transform, (weight, bias)
-        apart, _, dweight, dbias = alone.backward(*given, keep_sums=True)
-        assert apart is not None
-        every = [
-            chosen.backward_reduce(dy, x, transform, (weight, bias)),
-            (apart, dweight, dbias),
-            (apart, *alone.backward(*given)[2:]),
-        ]
-        for sums, dweight, dbias in every:
+        saved = Saved(x, weight, bias, statistics.to(device), None, False)
+        reduced = chosen.backward_reduce(dy, saved, (True, True, True, False))
+        sums = reduced.sums
+        local = chosen.backward_local(dy, saved, (True, True, True, False))[1:3]
+        for dweight, dbias in (reduced[1:3], local):
             for gradient, part, like in ((dweight, sums[channels:], weight), (dbias, sums, bias)):
                 if like is None or gradient is None:
                     assert gradient is like
                 else:
                     assert torch.equal(gradient, part[:channels].to(like.dtype))
                     assert gradient._base is None
-        assert chosen.backward_reduce(dy, x, transform)[1:] == (None, None)
+        assert chosen.backward_reduce(dy, saved, (True, False, False, False))[1:4] == (None,) * 3
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0, 4)])
 def test_kernel_takes_no_values(kernel: str, shape: tuple[int, ...]) -> None:
     x = torch.empty(shape, device=device_of(kernel))
-    chosen = kernels.choose(kernel, x)
+    chosen = kernels.select_kernel(kernel, x)
     zeros = torch.zeros(7, dtype=torch.float64, device=x.device)
-    transform, sums = Transform(zeros), zeros[:6]
+    saved, sums = Saved(x, None, None, zeros, None, False), zeros[:6]
     assert torch.equal(chosen.moments(x), zeros)
-    y, _ = chosen.normalize(x, zeros, Forward(EPS))
+    y, _ = chosen.normalize(x, zeros, NormalizeArgs(EPS))
     assert y.shape == shape
-    assert torch.equal(chosen.backward_reduce(x, x, transform)[0], sums)
-    assert chosen.backward_elemt(x, x, transform, sums).shape == shape
+    reduced = chosen.backward_reduce(x, saved, (True, True, True, False))
+    assert torch.equal(reduced.sums, sums)
+    assert chosen.backward_elemt(saved, reduced, sums).shape == shape
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -208,9 +209,9 @@ def test_kernel_takes_no_values(kernel: str, shape: tuple[int, ...]) -> None:
 def test_kernel_propagates_nan_in_its_channel_only(kernel: str, bad: float) -> None:
     x = torch.randn(3, 4, 5, 6, device=device_of(kernel))
     x[1, 2, 3, 4] = bad
-    chosen = kernels.choose(kernel, x)
+    chosen = kernels.select_kernel(kernel, x)
     found = Moments.unpack(chosen.moments(x), 4)
-    y, _ = chosen.normalize(x, found.pack(), Forward(EPS))
+    y, _ = chosen.normalize(x, found.pack(), NormalizeArgs(EPS))
     clean = y.movedim(1, 0).isfinite().flatten(1)
     assert not clean[2].any() or bad == float("inf")
     assert clean[[0, 1, 3]].all()
@@ -230,8 +231,8 @@ def test_what_is_not_finite_reaches_the_averages(kernel: str, what: str) -> None
         case _:
             x[:, 2] *= 1e20
     mean, var = torch.stack([torch.zeros(3), torch.ones(3)]).to(x.device)
-    chosen = kernels.choose(kernel, x)
-    how = Forward(EPS, running=Running(mean, var, None, 0.1))
+    chosen = kernels.select_kernel(kernel, x)
+    how = NormalizeArgs(EPS, running=RunningStats(mean, var, None, 0.1))
     chosen.normalize(x, chosen.moments(x), how)
     assert var.isfinite().tolist() == [True, True, False]
     assert mean[:2].isfinite().all()
@@ -241,8 +242,8 @@ def test_what_is_not_finite_reaches_the_averages(kernel: str, what: str) -> None
 def test_values_may_be_larger_than_the_root_of_the_largest(kernel: str) -> None:
     """Their squares are not in float32."""
     x = 1e20 * (1 + 1e-3 * torch.randn(6, 3, 5, 7, device=device_of(kernel)))
-    chosen = kernels.choose(kernel, x)
-    y, _ = chosen.normalize(x, chosen.moments(x), Forward(EPS))
+    chosen = kernels.select_kernel(kernel, x)
+    y, _ = chosen.normalize(x, chosen.moments(x), NormalizeArgs(EPS))
     std = y.double().movedim(1, 0).flatten(1).std(1, correction=0)
     torch.testing.assert_close(std.cpu(), torch.ones(3).double(), rtol=1e-3, atol=0)
 
@@ -251,9 +252,9 @@ def test_values_may_be_larger_than_the_root_of_the_largest(kernel: str) -> None:
 @pytest.mark.parametrize("value", [0.1, 1e3 + 0.1, 1e6 + 0.3])
 def test_a_constant_channel_has_no_variance(kernel: str, value: float) -> None:
     x = torch.full((7, 2, 11, 5), value, device=device_of(kernel))
-    chosen = kernels.choose(kernel, x)
-    _, statistics = chosen.normalize(x, chosen.moments(x), Forward(EPS))
-    torch.testing.assert_close(statistics[2:4].cpu(), torch.full((2,), EPS**-0.5).double())
+    chosen = kernels.select_kernel(kernel, x)
+    _, saved = chosen.normalize(x, chosen.moments(x), NormalizeArgs(EPS))
+    torch.testing.assert_close(saved.statistics[2:4].cpu(), torch.full((2,), EPS**-0.5).double())
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -261,13 +262,13 @@ def test_relu_is_closed_at_zero_and_open_at_nan(kernel: str) -> None:
     """As torch's is, to gradients."""
     x, dy = torch.randn(2, 4, 3, 5, device=device_of(kernel))
     x[:, 0], x[0, 1, 0] = 3.0, float("nan")
-    chosen = kernels.choose(kernel, x)
-    _, statistics = chosen.normalize(x, chosen.moments(x), Forward(EPS))
-    transform = Transform(statistics, relu=True)
-    sums, _, _ = chosen.backward_reduce(dy, x, transform)
+    chosen = kernels.select_kernel(kernel, x)
+    _, saved = chosen.normalize(x, chosen.moments(x), NormalizeArgs(EPS, relu=True))
+    reduced = chosen.backward_reduce(dy, saved, (True, True, True, False))
+    sums = reduced.sums
     assert torch.equal(sums[:4:3], torch.zeros(2, device=x.device).double())
     torch.testing.assert_close(sums[1], dy[:, 1].double().sum())
-    dx = chosen.backward_elemt(dy, x, transform, torch.zeros_like(sums))
+    dx = chosen.backward_elemt(saved, reduced, torch.zeros_like(sums))
     assert torch.equal(dx[:, 0], torch.zeros_like(dx[:, 0]))
     assert dx[:, 1].isnan().all()
 
@@ -279,13 +280,14 @@ def test_kernel_takes_any_gradient_layout(kernel: str, gradient: str) -> None:
     dy = torch.randn_like(x, memory_format=torch.contiguous_format)
     if gradient == "expanded":
         dy = torch.ones((), device=x.device).expand(x.shape)
-    chosen = kernels.choose(kernel, x)
+    chosen = kernels.select_kernel(kernel, x)
     zeros = torch.zeros(10, dtype=torch.float64, device=x.device)
     statistics = torch.cat([zeros[:5], zeros[:6] + 1])
-    found, _, _ = chosen.backward_reduce(dy, x, Transform(statistics))
+    saved = Saved(x, None, None, statistics, None, False)
+    reduced = chosen.backward_reduce(dy, saved, (True, True, True, False))
     wanted = torch.cat([dy.double().sum((0, 2, 3)), (dy.double() * x).sum((0, 2, 3))])
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-    dx = chosen.backward_elemt(dy, x, Transform(statistics), zeros)
+    torch.testing.assert_close(reduced.sums, wanted, rtol=1e-5, atol=1e-5)
+    dx = chosen.backward_elemt(saved, reduced, zeros)
     torch.testing.assert_close(dx, dy.expand_as(x), rtol=1e-6, atol=1e-6)
 
 
@@ -317,13 +319,13 @@ def test_kernel_agrees_with_float64_on_any_shape(
 
 
 def test_unknown_kernel_is_an_error() -> None:
-    with pytest.raises(ValueError, match="unknown kernel 'cuda'; expected one of auto"):
-        kernels.choose("cuda", torch.empty(1, 1))
+    with pytest.raises(ValueError, match="unknown impl 'cuda'; expected one of auto"):
+        kernels.select_kernel("cuda", torch.empty(1, 1))
 
 
 def test_named_kernel_never_falls_back() -> None:
-    with pytest.raises(ValueError, match="'aten_cuda' does not serve 'cpu' tensors"):
-        kernels.choose("aten_cuda", torch.empty(1, 1))
+    with pytest.raises(ValueError, match="'aten_cuda' does not support 'cpu' tensors"):
+        kernels.select_kernel("aten_cuda", torch.empty(1, 1))
 
 
 class Recorder(TorchDispatchMode):
@@ -337,10 +339,10 @@ def test_who_watches_the_calls_of_torch_sees_formulas() -> None:
     """A tracer saw new memory, and nothing that writes to it; fake tensors were a crash."""
     x = torch.randn(4, 3, 5)
     with Recorder():
-        assert kernels.choose("auto", x) is reference
+        assert kernels.select_kernel("auto", x) is REFERENCE
         if not isinstance(cpu.load(), str):
             with pytest.raises(RuntimeError, match="or a TorchDispatchMode"):
-                kernels.choose("cpu", x)
+                kernels.select_kernel("cpu", x)
     traced = make_fx(lambda x: syncbn.sync_batch_norm(x, None, None, training=True))(x)
     values = torch.randn(4, 3, 5)
     torch.testing.assert_close(traced(values), F.batch_norm(values, None, None, training=True))
@@ -350,6 +352,6 @@ def test_who_watches_the_calls_of_torch_sees_formulas() -> None:
 
 def test_auto_takes_the_fastest_kernel_of_the_device() -> None:
     found = cpu.load()
-    fastest = reference if isinstance(found, str) else found
-    assert kernels.choose("auto", torch.empty(1, 1)) is fastest
-    assert kernels.choose("auto", torch.empty(1, 1, device="meta")) is reference
+    fastest = REFERENCE if isinstance(found, str) else found
+    assert kernels.select_kernel("auto", torch.empty(1, 1)) is fastest
+    assert kernels.select_kernel("auto", torch.empty(1, 1, device="meta")) is REFERENCE

@@ -17,7 +17,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.testing._internal.two_tensor import TwoTensor
 
 import syncbn
-from syncbn.kernels import Running, reference
+from syncbn.kernels.base import RunningStats
+from syncbn.kernels.reference import update_running_stats
 from syncbn.moments import Moments
 from tests.kernel_cases import KERNELS, device_of
 
@@ -170,7 +171,7 @@ def test_a_single_value_reaches_no_buffer(value: float) -> None:
     """CPU refuses such a batch; on CUDA, where reading the count would stall, this keeps it out."""
     mean, var = torch.zeros(2), torch.ones(2)
     one, sums = torch.tensor(1.0).double(), torch.full((2,), value).double()
-    reference.move_running(Moments(one, sums, sums.square()), Running(mean, var, None, 0.1))
+    update_running_stats(Moments(one, sums, sums.square()), RunningStats(mean, var, None, 0.1))
     assert torch.equal(mean, torch.zeros(2))
     assert torch.equal(var, torch.ones(2))
 

@@ -5,12 +5,12 @@ from fractions import Fraction
 import pytest
 import torch
 
-from syncbn.kernels import reference
+from syncbn.kernels import REFERENCE
 from syncbn.moments import Moments, add_packed
 
 
 def moments_of(x: torch.Tensor) -> Moments:
-    return Moments.unpack(reference.moments(x), x.shape[1])
+    return Moments.unpack(REFERENCE.moments(x), x.shape[1])
 
 
 def test_any_split_gives_the_same_moments() -> None:
@@ -91,8 +91,8 @@ def test_high_parts_add_without_rounding() -> None:
 def test_messages_of_one_part_and_of_two_add(dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     """Micro-batches of another dtype than the running averages."""
     x = torch.randn(20, 3) + 1
-    total = reference.moments(x[:8].to(dtypes[0]))
-    add_packed(total, reference.moments(x[8:].to(dtypes[1])), 3)
+    total = REFERENCE.moments(x[:8].to(dtypes[0]))
+    add_packed(total, REFERENCE.moments(x[8:].to(dtypes[1])), 3)
     found, values = Moments.unpack(total, 3), x.double()
     torch.testing.assert_close(found.mean(), values.mean(0), rtol=1e-6, atol=0)
     torch.testing.assert_close(found.variance(), values.var(0, correction=0), rtol=1e-6, atol=0)

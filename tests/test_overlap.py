@@ -17,7 +17,7 @@ from torch import Tensor
 
 import syncbn
 from syncbn.distributed import collectives
-from syncbn.distributed.collectives import Message
+from syncbn.distributed.collectives import PendingAllReduce
 from syncbn.kernels import choose
 from syncbn.kernels.triton.launcher import Launch
 from syncbn.ops import backward
@@ -60,7 +60,7 @@ def _noted(
 ) -> Iterator[list[str]]:
     """Return what is done of a backward pass, in its order; and have more done around launches."""
     done: list[str] = []
-    launch, begin, wait = Launch.__call__, collectives.begin_all_reduce, collectives.Message.wait
+    launch, begin, wait = Launch.__call__, collectives.all_reduce_async, PendingAllReduce.wait
 
     def launching(self: Launch, *given: Any) -> None:
         name = self.steps[0].kernel.__name__
@@ -70,18 +70,18 @@ def _noted(
         launch(self, *given)
         after(name)
 
-    def beginning(*given: Any) -> Message:
+    def beginning(*given: Any) -> PendingAllReduce:
         done.append("begin")
         return begin(*given)
 
-    def waiting(self: Message) -> Tensor:
+    def waiting(self: PendingAllReduce) -> Tensor:
         done.append("wait")
         return wait(self)
 
     with (
         patch.object(Launch, "__call__", launching),
-        patch.object(collectives, "begin_all_reduce", beginning),
-        patch.object(Message, "wait", waiting),
+        patch.object(collectives, "all_reduce_async", beginning),
+        patch.object(PendingAllReduce, "wait", waiting),
     ):
         yield done
 
@@ -174,5 +174,5 @@ def test_a_message_that_fails_names_the_layer(two_on_host: Ranks) -> None:
     message = two_on_host.run(_absent)[0]
     assert message.startswith("SyncBatchNorm2d(4) backward of call ")
     numbers = 10 if DEVICE.type == "cpu" else 8  # with a fingerprint on the CPU alone
-    assert f"input: the all-reduce of {numbers} numbers failed on rank 0 of 2" in message
+    assert f"input: the all-reduce of {numbers} elements failed on rank 0 of 2" in message
     two_on_host.close()  # The group is broken.

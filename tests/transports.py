@@ -1,4 +1,4 @@
-"""How the ranks of a test are started: torch's backends, and mpi4py under each MPI."""
+"""Start of a test's ranks: torch's backends, and mpi4py under each MPI."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-#: One row of every distributed test each. The layer's tests take the first of each backend.
+#: Transports of every distributed test. Tests of the layer use the first of each backend.
 TRANSPORTS = ("gloo", "openmpi", "mpich", *(["nccl"] if torch.cuda.device_count() >= 2 else []))
+#: Transports of the conformance suite. NCCL needs three GPUs, where its gaps are still unknown.
+SUITE = tuple(name for name in TRANSPORTS if name != "nccl")
+MPIS = ("openmpi", "mpich")
 
 
 def backend_of(transport: str) -> str:
-    """Return the name that init_process_group gets."""
-    return "mpi4py" if transport in ("openmpi", "mpich") else transport
+    """Return the backend name for init_process_group."""
+    return "mpi4py" if transport in MPIS else transport
 
 
 def start(
@@ -33,22 +36,22 @@ def start(
     cwd: Path = ROOT,
     variables: Mapping[str, str | None] | None = None,
 ) -> list[subprocess.Popen[str]]:
-    """Start ``python PROGRAM`` on every rank, one thread each.
+    """Start ``python PROGRAM`` on every rank, with one thread per rank.
 
-    Without mpirun, the ranks are told who they are by RANK and WORLD_SIZE alone.
+    Without mpirun, only RANK and WORLD_SIZE identify the ranks.
 
     Args:
         transport: one of TRANSPORTS.
         size: number of ranks.
-        program: a file, or ``-m`` and a module, and arguments.
-        outlives_ranks: mpirun lets the other ranks live when one ends.
-        stdout: as for Popen.
-        stderr: as for Popen.
-        cwd: folder in which they run.
-        variables: of their environment; None to leave one out.
+        program: a file, or ``-m`` and a module, then arguments.
+        outlives_ranks: True if mpirun keeps the other ranks running after one ends.
+        stdout: see Popen.
+        stderr: see Popen.
+        cwd: working directory.
+        variables: additional environment variables; None removes a variable.
     """
     environment = {
-        **{name: value for name, value in os.environ.items() if not _is_of_a_launcher(name)},
+        **{name: value for name, value in os.environ.items() if not _is_launcher_variable(name)},
         "PYTHONPATH": os.pathsep.join(sys.path),
         "OMP_NUM_THREADS": "1",
         **environment_of(transport),
@@ -80,7 +83,7 @@ def start(
 
 
 def mpirun(transport: str, size: int, outlives_ranks: bool = False) -> list[str]:
-    """Return the command line that starts a program on every rank."""
+    """Return the mpirun command line before the program."""
     if transport == "mpich":
         option = ["-disable-auto-cleanup"] if outlives_ranks else []
         return [str(_mpich() / "bin" / "mpirun"), *option, "-n", str(size)]
@@ -92,7 +95,7 @@ def mpirun(transport: str, size: int, outlives_ranks: bool = False) -> list[str]
 
 
 def environment_of(transport: str) -> Mapping[str, str]:
-    """Return the variables by which mpi4py loads the library of a transport."""
+    """Return the variables that make mpi4py load the library of a transport."""
     if transport != "mpich":
         return {}
     return {"MPI4PY_MPIABI": "mpich", "LD_LIBRARY_PATH": str(_mpich() / "lib")}
@@ -100,11 +103,11 @@ def environment_of(transport: str) -> Mapping[str, str]:
 
 @cache
 def _mpich() -> Path:
-    # Its mpirun would replace Open MPI's: it gets a folder of its own.
+    # In a separate folder, since its mpirun would replace Open MPI's.
     folder = ROOT / ".pytest_cache" / "mpich"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
-        # Of two test processes that want it, one waits until the other has it whole.
+        # A second test process waits until the installation is complete.
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (folder / "bin" / "mpirun").exists():
             subprocess.run(
@@ -117,6 +120,6 @@ def _mpich() -> Path:
     return folder
 
 
-def _is_of_a_launcher(name: str) -> bool:
+def _is_launcher_variable(name: str) -> bool:
     prefixes = ("OMPI_", "PMI", "SLURM_", "TORCHELASTIC_", "MASTER_", "LOCAL_")
     return name in ("RANK", "WORLD_SIZE", "GROUP_RANK") or name.startswith(prefixes)

@@ -1,4 +1,4 @@
-"""One rank of a pool: runs the functions that the test process sends (see tests/ranks.py)."""
+"""One rank of a pool: runs the functions sent by the test process (see tests/ranks.py)."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _serve(rank: int, connection: Connection) -> bool:
         answer = (True, function(rank, *args))
     except Exception:
         answer = (False, traceback.format_exc())
-    # Plain pickle: the connection's own would share tensors through files of this process.
+    # Plain pickle: Connection.send would share tensors through files of this process.
     connection.send_bytes(pickle.dumps(answer))
     return True
 

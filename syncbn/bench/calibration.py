@@ -14,7 +14,7 @@ from syncbn.bench.networks import resnet20
 from syncbn.bench.report import Benchmark, Report, Table
 from syncbn.bench.timing import MILLISECOND, PERCENTILES, Percentiles, interleave
 from syncbn.calibration import recalibrate
-from syncbn.calibration.layers import find_layers
+from syncbn.nn.bn_layers import find_layers
 
 _CPU = torch.device("cpu")
 _MIB = 1 << 20

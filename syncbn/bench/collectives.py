@@ -70,19 +70,19 @@ class Collectives(Benchmark):
         """
         world = init_world("cpu", self.threads, "mpi4py")
         # Imported late: the import starts MPI, which must not happen before exec_mpirun.
-        from syncbn.distributed.mpi_library import LIBRARY
+        from syncbn.distributed.mpi import VERSION
 
         gloo = dist.new_group(backend="gloo")
         sums = [self._time_all_reduce(numel, gloo, world) for numel in self.sizes]
         step = self._time_step(gloo, world)
         return Report(
-            {"MPI": LIBRARY, **world.facts},
+            {"MPI": VERSION, **world.facts},
             [_all_reduce_table(sums), _step_table(step, self.batch)],
             {"all_reduce": sums, "training_step": step},
         )
 
     def _time_all_reduce(self, numel: int, gloo: dist.ProcessGroup, world: World) -> AllReduce:
-        from syncbn.distributed.mpi_library import MPI
+        from syncbn.distributed.mpi import MPI
 
         # mpi4py takes an array of the standard library like one of NumPy.
         memory = array("d", bytes(8 * numel))

@@ -127,7 +127,7 @@ def _make_layers(case: Case, kernels: list[str], world: World) -> list[_Layer]:
     for kernel, (size, group), epilogue in product(kernels, groups.items(), EPILOGUES):
         options["activation"] = "relu" if epilogue else None
         ours = SyncBatchNorm2d(case.channels, process_group=group, **options)
-        ours.sync_kernel = kernel
+        ours.impl = kernel
         forward = partial(_forward, ours, epilogue == ADDITION)
         layers.append(_Layer(kernel, size, epilogue, forward, list(ours.parameters())))
     return layers

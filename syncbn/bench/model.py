@@ -104,7 +104,7 @@ class Model(Benchmark):
             net = convert_sync_batchnorm(copy.deepcopy(network), group)
             for layer in net.modules():
                 if isinstance(layer, SyncBatchNorm):
-                    layer.sync_kernel = self.kernel
+                    layer.impl = self.kernel
             networks[name] = net
             networks[f"{name}, fused"] = copy.deepcopy(net)
             fuse(networks[f"{name}, fused"])

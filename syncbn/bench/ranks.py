@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn.distributed.environment import init_process_group
-from syncbn.distributed.launcher import launcher
+from syncbn.distributed.launchers import detect_launcher
 
 # By environment variables, since mpirun of other MPIs rejects options of Open MPI. A root user, as
 # in every container, has chosen to run this command, and mpirun starts nothing else.
@@ -51,7 +51,7 @@ def init_world(device: str | None, threads: int, backend: str | None = None) -> 
     torch.set_num_threads(threads)
     info, backend = init_process_group(backend), dist.get_backend()
     chosen = info.device if use_gpu(device) else torch.device("cpu")
-    facts = {"ranks": f"{info.world_size}, {backend}, started by: {launcher(os.environ)}"}
+    facts = {"ranks": f"{info.world_size}, {backend}, started by: {detect_launcher(os.environ)}"}
     if chosen.type == "cuda":
         facts["GPU"] = torch.cuda.get_device_name(chosen)
         facts["CUDA"] = f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
@@ -96,7 +96,7 @@ def exec_mpirun(ranks: int) -> NoReturn:
 
 def _mpi_barrier() -> Callable[[], None]:
     # Imported late: the import starts MPI, which must not happen before exec_mpirun.
-    from syncbn.distributed.mpi_library import MPI
+    from syncbn.distributed.mpi import MPI
 
     communicator = MPI.COMM_WORLD.Dup()
 

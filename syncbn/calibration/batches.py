@@ -1,4 +1,4 @@
-"""A calibration set, batch by batch: what a sample is, how a batch gets into the model."""
+"""Calibration batches of a rank: iteration, sample counts, slices and the default forward."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Where the time for Python is a tenth of that for a small ResNet.
-_SAMPLES_TOGETHER = 32
-# Larger inputs have activations beyond the caches, and beyond what malloc keeps: each is slower.
-_BYTES_TOGETHER = 1 << 18
+# With 32 samples, Python overhead is 10 % of a small ResNet's forward.
+_MAX_COALESCED_SAMPLES = 32
+# Activations of larger inputs exceed the caches and the blocks that malloc retains: both are slow.
+_MAX_COALESCED_BYTES = 1 << 18
 
 Forward = Callable[[nn.Module, Any], object]
 
@@ -20,8 +20,8 @@ Forward = Callable[[nn.Module, Any], object]
 def default_forward(model: nn.Module, batch: Any) -> object:
     """Call ``model(batch)``, ``model(batch[0])`` for a sequence, ``model(**batch)`` for a mapping.
 
-    Most loaders yield sequences of inputs and labels. A list of several inputs looks the same, so
-    a model that takes such a list needs a ``forward`` of the user.
+    Most loaders yield sequences of inputs and labels. A list of several inputs cannot be
+    distinguished from them, so a model that takes such a list needs a ``forward`` argument.
 
     Raises:
         TypeError: the batch is neither a tensor, a mapping, nor a sequence that begins with a
@@ -39,19 +39,19 @@ def default_forward(model: nn.Module, batch: Any) -> object:
         kind += f" that begins with a {type(batch[0]).__name__}"
     raise TypeError(
         f"got {kind}; expected a tensor, a sequence that begins with the input tensor, or a "
-        "mapping of arguments; else pass forward=, called as forward(model, batch)"
+        "mapping of arguments; for other batches pass forward=, called as forward(model, batch)"
     )
 
 
 @dataclass
 class Batches:
-    """The batches of this rank.
+    """Batches of this rank, moved to a device and limited to a number of samples.
 
     Attributes:
-        source: what the user gave: re-iterable, or an iterator that gives its batches once.
-        limit: samples to stop after; the last batch is cut. None for all.
-        device: tensors in batches are moved there.
-        size: samples of the first batch, once it has come.
+        source: user's iterable; an iterator is one-shot.
+        limit: maximum number of samples; the last batch is cut. None for all.
+        device: device of the tensors in the yielded batches.
+        size: number of samples in the first batch, 0 before its arrival.
     """
 
     source: Iterable[Any]
@@ -61,34 +61,34 @@ class Batches:
 
     @property
     def is_one_shot(self) -> bool:
-        """Whether the batches come only once."""
+        """True if the batches can be read only once."""
         return isinstance(self.source, Iterator)
 
     def __len__(self) -> int:
-        """Return how many batches the source promises; zero if it does not say."""
+        """Return the number of batches that the source promises; zero if unknown."""
         try:
             return len(self.source)  # type: ignore[arg-type]
-        except TypeError:  # also of a DataLoader, whose class has a length, over a stream
+        except TypeError:  # also a DataLoader over a stream, though its class has a length
             return 0
 
-    def kept(self) -> Batches:
-        """Return the same batches, which can be read again even if the source gives them once."""
+    def cached(self) -> Batches:
+        """Return re-iterable batches: a one-shot source is cached while it is read."""
         if not self.is_one_shot:
             return self
-        return Batches(_Kept(iter(self.source)), self.limit, self.device)
+        return Batches(_CachedIterator(iter(self.source)), self.limit, self.device)
 
     def expected_samples(self) -> int:
-        """Return how many samples to expect once the first batch has come; zero if unknown."""
+        """Return the number of samples to expect after the first batch; zero if unknown."""
         promised = self.size * len(self)
         if self.limit is None:
             return promised
         return min(promised, self.limit) if promised else self.limit
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield the batches on the device, as copies: a forward may write to its input.
+        """Yield copies of the batches on the device, since a forward may write to its input.
 
         Raises:
-            ValueError: there are fewer samples, or batches, than expected.
+            ValueError: the source ends before the expected number of samples or batches.
         """
         left, number = self.limit, 0
         if left == 0:
@@ -105,9 +105,9 @@ class Batches:
                         "or no num_samples"
                     )
                 if samples > left:
-                    batch = first_samples(batch, left, samples)
+                    batch = slice_batch(batch, left, samples)
                 left -= min(samples, left)
-            yield move(batch, self.device)
+            yield copy_batch(batch, self.device)
             if left == 0:
                 return
         if left:
@@ -122,29 +122,23 @@ class Batches:
             )
 
 
-class _Kept(Iterable[Any]):
-    """What an iterator gives, as often as it is asked for.
-
-    Args:
-        source: read once.
-    """
-
+class _CachedIterator(Iterable[Any]):
     def __init__(self, source: Iterator[Any]) -> None:
         self._source = source
-        self._seen: list[Any] = []
+        self._cache: list[Any] = []
 
     def __iter__(self) -> Iterator[Any]:
-        yield from self._seen
+        yield from self._cache
         for batch in self._source:
-            self._seen.append(batch)
+            self._cache.append(batch)
             yield batch
 
 
-def group_batches(batches: Iterable[Any]) -> Iterator[list[Any]]:
-    """Yield lists of small input tensors that one pass may compute, and other batches alone.
+def coalesce_batches(batches: Iterable[Any]) -> Iterator[list[Any]]:
+    """Yield lists of small input tensors that one pass can compute together.
 
-    Only for :func:`default_forward`. A pass over one image takes less time than a switch between
-    two passes. A batch without a tensor, or of another shape, is alone in its list.
+    For :func:`default_forward` only. A pass over one image takes less time than the switch between
+    two passes. A batch without a tensor, or with an input of another shape, is a list of one.
     """
     group: list[Tensor] = []
     for batch in batches:
@@ -164,15 +158,15 @@ def _small_input(batch: Any) -> Tensor | None:
     match batch:
         case list() | tuple() if len(batch) and isinstance(batch[0], Tensor):
             batch = batch[0]
-    small = isinstance(batch, Tensor) and batch.dim() and len(batch) < _SAMPLES_TOGETHER
+    small = isinstance(batch, Tensor) and batch.dim() and len(batch) < _MAX_COALESCED_SAMPLES
     return batch if small else None
 
 
 def _fits(x: Tensor, group: list[Tensor]) -> bool:
-    together = [x, *group]
-    alike = x.shape[1:] == group[0].shape[1:] and x.dtype == group[0].dtype
-    few = sum(len(part) for part in together) <= _SAMPLES_TOGETHER
-    return alike and few and sum(part.nbytes for part in together) <= _BYTES_TOGETHER
+    if x.shape[1:] != group[0].shape[1:] or x.dtype != group[0].dtype:
+        return False
+    samples, nbytes = sum(map(len, [x, *group])), sum(t.nbytes for t in [x, *group])
+    return samples <= _MAX_COALESCED_SAMPLES and nbytes <= _MAX_COALESCED_BYTES
 
 
 def count_samples(batch: Any) -> int | None:
@@ -181,13 +175,14 @@ def count_samples(batch: Any) -> int | None:
     return None if tensor is None else len(tensor)
 
 
-def first_samples(batch: Any, number: int, samples: int) -> Any:
-    """Return the first samples of a batch: of every tensor and list with one entry a sample.
+def slice_batch(batch: Any, number: int, samples: int) -> Any:
+    """Return the first samples of a batch.
 
     Args:
-        batch: tensors, nested in sequences and mappings.
-        number: samples to keep.
-        samples: in the batch.
+        batch: tensors, nested in sequences and mappings. Tensors and lists with one entry per
+            sample are sliced.
+        number: samples in the slice.
+        samples: samples in the batch.
     """
     match batch:
         case Tensor():
@@ -195,24 +190,17 @@ def first_samples(batch: Any, number: int, samples: int) -> Any:
         case list() if len(batch) == samples and not any(isinstance(x, Tensor) for x in batch):
             return batch[:number]
         case _:
-            return _rebuilt(batch, lambda part: first_samples(part, number, samples))
+            return _map_parts(batch, lambda part: slice_batch(part, number, samples))
 
 
-def move(batch: Any, device: torch.device) -> Any:
-    """Return the batch with copies of its tensors on a device."""
+def copy_batch(batch: Any, device: torch.device | None = None) -> Any:
+    """Return a batch with copies of its tensors, on another device if one is passed."""
     if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True, copy=True)
-    return _rebuilt(batch, lambda part: move(part, device))
+        return batch.clone() if device is None else batch.to(device, non_blocking=True, copy=True)
+    return _map_parts(batch, lambda part: copy_batch(part, device))
 
 
-def copy(batch: Any) -> Any:
-    """Return the batch with copies of its tensors."""
-    if isinstance(batch, Tensor):
-        return batch.clone()
-    return _rebuilt(batch, copy)
-
-
-def _rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:
+def _map_parts(batch: Any, change: Callable[[Any], Any]) -> Any:
     match batch:
         case tuple() if hasattr(batch, "_fields"):
             return type(batch)(*(change(part) for part in batch))
@@ -220,8 +208,8 @@ def _rebuilt(batch: Any, change: Callable[[Any], Any]) -> Any:
             return type(batch)(change(part) for part in batch)
         case dict():
             return {key: change(part) for key, part in batch.items()}
-        case Mapping():
-            return type(batch)({key: change(part) for key, part in batch.items()})  # type: ignore[call-arg]  # UserDict's, and so those of transformers
+        case Mapping():  # UserDict and its subclasses, such as the encodings of transformers
+            return type(batch)({key: change(part) for key, part in batch.items()})  # type: ignore[call-arg]
     return batch
 
 

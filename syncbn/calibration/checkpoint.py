@@ -1,6 +1,6 @@
-"""Checkpoint files: the state dict in them found, its running statistics replaced, nothing else.
+"""Checkpoint files: find the state dict of a model and replace its running statistics only.
 
-Files are read without running code from them, and written whole or not at all.
+Files are read without running code from them, and written completely or not at all.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn.files import atomic_write, require_file
 
 _SAFETENSORS = ".safetensors"
-# Of several state dicts that fit, the weights themselves come before averages of them.
+# If several state dicts fit, plain weights are preferred to averaged ones.
 _AVERAGES = ("ema", "swa", "average")
-_DEEPEST = 3
-# Of layers; files from before torch 0.4.1 have none, and calibration does not use it.
+_MAX_DEPTH = 3
+# Files from before torch 0.4.1 have no such buffer, and calibration does not use it.
 _COUNTER = "num_batches_tracked"
 _STATISTICS = ("running_mean", "running_var")
 
 
 @dataclass
 class Checkpoint:
-    """What a file holds.
+    """Content of a checkpoint file.
 
     Attributes:
-        path: of the file.
-        content: everything in it.
-        metadata: of a safetensors file.
+        path: path of the file.
+        content: complete content.
+        metadata: metadata of a safetensors file.
     """
 
     path: Path
@@ -44,38 +44,42 @@ class Checkpoint:
         """Return the state dict that fits a model.
 
         Args:
-            model: whose names and shapes are looked for.
-            where: keys to it, separated by dots; None to look everywhere.
+            model: network with the expected names and shapes.
+            where: keys of the state dict, separated by dots; None to search everywhere.
 
         Raises:
-            ValueError: none fits; the message says what the nearest lacks.
+            ValueError: no state dict fits; the message has the mismatches of the nearest.
         """
-        found = [StateDict(name, values, prefix) for name, values in _nested(self.content, where)
-                 for prefix in _prefixes(values, model)]  # fmt: skip
-        if not found:
+        candidates = [
+            StateDict(name, values, prefix)
+            for name, values in _iterate_mappings(self.content, where)
+            for prefix in _find_prefixes(values, model)
+        ]
+        if not candidates:
             place = "anywhere" if where is None else f"at {where!r}"
             raise ValueError(f"{self.path}: no state dict found {place}; expected tensors by name")
-        # A generator: the problems of thousands of prefixes would take gigabytes.
-        problems = ((state, state.problems(model)) for state in found)
-        state, problem = min(problems, key=lambda pair: (len(pair[1]), pair[0].is_average))
-        if not problem:
+        # A generator: the mismatches of thousands of prefixes would take gigabytes.
+        checked = ((state, state.mismatches(model)) for state in candidates)
+        state, mismatches = min(checked, key=lambda pair: (len(pair[1]), pair[0].is_average))
+        if not mismatches:
             return state
+        more = f" and {len(mismatches) - 5} more" if len(mismatches) > 5 else ""
         raise ValueError(
-            f"{self.path}: does not fit the model; {state.name()}: {_few(problem)}; expected the "
-            "names and shapes of the model"
+            f"{self.path}: does not fit the model; {state.describe()}: "
+            f"{', '.join(mismatches[:5])}{more}; expected the names and shapes of the model"
         )
 
     def write(self, path: Path, overwrite: bool = False) -> None:
-        """Write everything to a file of the same kind, complete or not at all.
+        """Write the content to a file of the same kind, completely or not at all.
 
-        The file grants its group and other users no more than the file that was read.
+        The file grants its group and other users no more than the source file.
 
         Args:
-            path: to write.
-            overwrite: allow that it is the file that was read.
+            path: file to write.
+            overwrite: permission to replace the source file.
 
         Raises:
-            ValueError: it is, and that is not allowed; the kind is another.
+            ValueError: :func:`require_output` fails.
             OSError: the file cannot be written.
         """
         require_output(self.path, path, overwrite)
@@ -90,12 +94,12 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class StateDict:
-    """A state dict in a checkpoint.
+    """State dict in a checkpoint.
 
     Attributes:
-        where: the keys that lead to it, joined by dots; empty at the top.
-        values: tensors by name, in place.
-        prefix: before every name.
+        where: keys of the state dict in the content, joined by dots; empty at the top.
+        values: entries by name; changed in place.
+        prefix: prefix of all names of the model.
     """
 
     where: str
@@ -104,11 +108,11 @@ class StateDict:
 
     @property
     def is_average(self) -> bool:
-        """Whether it seems to hold averaged weights."""
+        """True if a key or the prefix suggests averaged weights."""
         return any(word in f"{self.where}.{self.prefix}".lower() for word in _AVERAGES)
 
-    def name(self) -> str:
-        """Return what to call it in a message."""
+    def describe(self) -> str:
+        """Return a phrase for messages."""
         place = f"the state dict at {self.where!r}" if self.where else "its tensors"
         return f"{place}, from {self.prefix!r} on" if self.prefix else place
 
@@ -120,19 +124,23 @@ class StateDict:
             if isinstance(value, Tensor) and name.startswith(self.prefix)
         }
 
-    def problems(self, model: nn.Module) -> list[str]:
-        """Return what keeps it from fitting a model, a line each."""
-        own, ours = model.state_dict(), self.tensors()
+    def mismatches(self, model: nn.Module) -> list[str]:
+        """Return the mismatches with a model, a phrase for each tensor."""
+        expected, ours = model.state_dict(), self.tensors()
         return [
             *(
                 f"{name} is missing"
-                for name, value in own.items()
+                for name, value in expected.items()
                 if isinstance(value, Tensor) and name not in ours and not name.endswith(_COUNTER)
             ),
-            *(f"{name} is unexpected" for name in ours if name not in own and name != "n_averaged"),
+            *(
+                f"{name} is unexpected"
+                for name in ours
+                if name not in expected and name != "n_averaged"
+            ),
             *(
                 f"{name} is {tuple(ours[name].shape)}, not {tuple(value.shape)}"
-                for name, value in own.items()
+                for name, value in expected.items()
                 if isinstance(value, Tensor) and name in ours and ours[name].shape != value.shape
             ),
             *(
@@ -143,20 +151,20 @@ class StateDict:
         ]
 
     def load_into(self, model: nn.Module) -> None:
-        """Copy all tensors into a model that they fit."""
-        # Not strict: counters of batches may be missing, and what is no tensor is not loaded.
+        """Copy all tensors into a matching model."""
+        # Not strict: num_batches_tracked may be missing, and extra state is not loaded.
         model.load_state_dict(
             {k: v for k, v in self.tensors().items() if k != "n_averaged"}, strict=False
         )
 
-    def take_statistics(self, model: nn.Module) -> None:
-        """Replace the running statistics by those of a model.
+    def replace_running_stats(self, model: nn.Module) -> None:
+        """Replace the running statistics by the running statistics of a model.
 
-        By new tensors: other entries of the file may share the memory of the old ones. Names of one
-        layer go on sharing theirs.
+        The new entries are new tensors, since further entries of the file may share the memory of
+        the old ones. Several names of one layer still share a tensor.
 
         Raises:
-            ValueError: they are beyond the dtype of the entries.
+            ValueError: the statistics overflow the dtype of the entries.
         """
         replaced: dict[tuple[str, int], Tensor] = {}
         for name, module in model.named_modules(remove_duplicate=False):
@@ -167,26 +175,26 @@ class StateDict:
                 if key in self.values:
                     new = replaced.get((buffer, id(module)))
                     if new is None:
-                        new = _in_dtype_of(self.values[key], getattr(module, buffer), key)
+                        new = _cast_like(self.values[key], getattr(module, buffer), key)
                     self.values[key] = replaced[buffer, id(module)] = new
 
 
-def _in_dtype_of(old: Tensor, statistic: Tensor, key: str) -> Tensor:
+def _cast_like(old: Tensor, statistic: Tensor, key: str) -> Tensor:
     new = statistic.detach().to(old, copy=True)
     if not bool(new.isfinite().all()):
         raise ValueError(
-            f"{key}: the new statistics are beyond the range of {new.dtype}, in which the "
-            "checkpoint has the old ones; save it in float32"
+            f"{key}: the new statistics are beyond the range of {new.dtype}, the dtype of the old "
+            "ones in the checkpoint; save it in float32"
         )
     return new
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Read a file of torch.save or of safetensors, to the CPU, without running code from it.
+    """Read a file of ``torch.save`` or safetensors to the CPU, without running code from it.
 
     Raises:
-        ValueError: there is no such file, it is damaged, or it holds more than data.
-        ImportError: safetensors is needed and missing.
+        ValueError: the file does not exist, is damaged, or holds objects other than data.
+        ImportError: safetensors is needed and not installed.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected a checkpoint")
@@ -194,19 +202,19 @@ def read_checkpoint(path: Path) -> Checkpoint:
         return _read_safetensors(path)
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler raises whatever the bytes make it raise
-        raise ValueError(_unreadable(path, str(error) or repr(error))) from None
+    except Exception as error:  # damaged pickles raise any exception
+        raise ValueError(_describe_load_error(path, str(error) or repr(error))) from None
     if not isinstance(content, MutableMapping):
         raise ValueError(f"{path}: got a {type(content).__name__}; expected a dict")
     return Checkpoint(path, content)
 
 
-def _unreadable(path: Path, reason: str) -> str:
-    # Of torch's long message, with its advice to run what is in the file, the one fact.
-    if (found := re.search(r"GLOBAL (\S+)", reason)) is not None:
+def _describe_load_error(path: Path, reason: str) -> str:
+    # torch's message is long and advises running the code in the file; only the class is reported.
+    if (match := re.search(r"GLOBAL (\S+)", reason)) is not None:
         return (
-            f"{path}: holds an object of class {found[1]} beside its tensors, which is not loaded, "
-            "because that could run any code; save its state dict alone, or without such objects"
+            f"{path}: holds an object of class {match[1]} beside its tensors, which is not loaded "
+            "because that could run any code; save the state dict alone, or without such objects"
         )
     return f"{path}: cannot be read as tensors and plain data ({reason.splitlines()[0]}); damaged?"
 
@@ -215,15 +223,15 @@ def require_output(source: Path, output: Path, overwrite: bool) -> None:
     """Raise unless a checkpoint may be written to a file.
 
     Raises:
-        ValueError: it is the source, of another kind, or no regular file; its folder does not
-            exist.
+        ValueError: the file is the source and ``overwrite`` is False, has another kind, or is not
+            a regular file; its folder does not exist.
     """
     require_file(output)
     if (output.suffix == _SAFETENSORS) != (source.suffix == _SAFETENSORS):
-        raise ValueError(f"{output}: expected a file of the kind of {source}, which is kept")
+        raise ValueError(f"{output}: expected a file of the kind of {source}")
     if output.exists() and output.samefile(source) and not overwrite:
         raise ValueError(
-            f"{output}: is the checkpoint that is read; give another output, or overwrite=true"
+            f"{output}: is the checkpoint that is read; set another output, or overwrite=true"
         )
 
 
@@ -240,20 +248,20 @@ def _read_safetensors(path: Path) -> Checkpoint:
         raise ValueError(f"{path}: cannot be read as safetensors ({error})") from None
 
 
-def _nested(
+def _iterate_mappings(
     content: MutableMapping[str, Any], where: str | None
 ) -> Iterator[tuple[str, MutableMapping[str, Any]]]:
-    """Yield the mappings in a mapping, itself included, that have tensors by name.
+    """Yield the content and nested mappings, with their paths, if they have tensors by name.
 
     Each mapping is visited once, on its shortest path: a file of 25 KB can hold a mapping at
     millions of paths.
 
     Args:
         content: mapping to search.
-        where: the only path to yield, keys joined by dots; None for all.
+        where: only path to yield, keys joined by dots; None for all.
     """
     level, visited = [("", content)], {id(content)}
-    for _ in range(_DEEPEST):
+    for _ in range(_MAX_DEPTH):
         deeper: list[tuple[str, MutableMapping[str, Any]]] = []
         for path, values in level:
             if where in (None, path) and any(
@@ -270,13 +278,9 @@ def _nested(
         level = deeper
 
 
-def _prefixes(values: Mapping[str, Any], model: nn.Module) -> list[str]:
-    """Return what may stand before all names of a model, such as ``module.``, shortest first."""
+def _find_prefixes(values: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """Return possible prefixes of all names of a model, such as ``module.``, shortest first."""
     first = next(iter(model.state_dict()), "")
     names = [name for name in values if isinstance(name, str)]
-    found = {n.removesuffix(first) for n in names if n.endswith(f".{first}")} if first else set()
-    return ["", *sorted(found, key=len)]
-
-
-def _few(lines: list[str]) -> str:
-    return ", ".join(lines[:5]) + (f" and {len(lines) - 5} more" if len(lines) > 5 else "")
+    prefixes = {n.removesuffix(first) for n in names if n.endswith(f".{first}")} if first else set()
+    return ["", *sorted(prefixes, key=len)]

@@ -1,4 +1,4 @@
-"""A metric over an evaluation set, before and after a calibration."""
+"""Metrics over an evaluation set that is distributed over ranks."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from syncbn.calibration.batches import Batches, count_samples
 from syncbn.calibration.ranks import Ranks
 
-#: Called with the model and a batch; returns means over the samples of the batch, by name.
+#: Function of the model and a batch that returns means over the samples of the batch, by name.
 Metric = Callable[[nn.Module, Any], Mapping[str, "float | Tensor"]]
 
 
 def classification(model: nn.Module, batch: Any) -> dict[str, Tensor]:
-    """Return the cross-entropy, nats, and the accuracy of a classifier.
+    """Return the cross-entropy in nats and the accuracy of a classifier.
 
     Args:
-        model: maps ``batch[0]`` to logits ``[N, classes, *]``.
-        batch: ``(inputs, labels)``, labels int64 ``[N, *]``; what follows is ignored.
+        model: network that maps ``batch[0]`` to logits ``[N, classes, *]``.
+        batch: ``(inputs, labels, ...)`` with labels int64 ``[N, *]``; later parts are ignored.
 
     Raises:
         ValueError: the batch has no labels.
@@ -29,7 +29,7 @@ def classification(model: nn.Module, batch: Any) -> dict[str, Tensor]:
     if not (isinstance(batch, list | tuple) and len(batch) >= 2):
         raise ValueError(
             f"got a batch of type {type(batch).__name__} without labels; expected (inputs, "
-            "labels), or a metric of your own"
+            "labels), or another metric"
         )
     inputs, labels = batch[:2]
     logits: Tensor = model(inputs)
@@ -47,24 +47,23 @@ def evaluate(
     ranks: Ranks,
     device: torch.device,
 ) -> dict[str, float]:
-    """Return a metric over the samples of all ranks, each counted once.
+    """Return means of a metric over the samples of all ranks, each counted once.
 
     Args:
-        model: in evaluation mode, not wrapped in DDP: ranks may have different numbers of batches.
-        batches: of this rank; may be empty.
-        metric: what to average.
-        ranks: that evaluate together; every rank must call this.
-        device: to move the batches to.
+        model: network in evaluation mode, without DDP, since ranks may have different numbers of
+            batches.
+        batches: batches of this rank; may be empty.
+        metric: metric to average.
+        ranks: ranks that evaluate together; a collective.
+        device: device of the batches.
 
     Raises:
         ValueError: no rank has samples; batches without tensors.
         RuntimeError: another rank has failed.
     """
-    sums: dict[str, float] = {}
-    samples = 0
 
-    def work() -> None:
-        nonlocal samples
+    def run() -> tuple[int, dict[str, float]]:
+        samples, sums = 0, dict[str, float]()
         for batch in Batches(batches, None, device):
             size = count_samples(batch)
             if size is None:
@@ -75,11 +74,11 @@ def evaluate(
             for name, value in metric(model, batch).items() if size else ():
                 sums[name] = sums.get(name, 0.0) + float(value) * size
             samples += size
+        return samples, sums
 
-    ranks.agreed(work, "the evaluation")
-    everyone = ranks.objects((samples, sums))
-    total = sum(number for number, _ in everyone)
+    results = ranks.all_gather_result(run, "the evaluation")
+    total = sum(samples for samples, _ in results)
     if not total:
         raise ValueError("got no samples to evaluate on any rank; expected at least one")
-    names = dict.fromkeys(name for _, found in everyone for name in found)
-    return {name: sum(f.get(name, 0.0) for _, f in everyone) / total for name in names}
+    names = dict.fromkeys(name for _, sums in results for name in sums)
+    return {name: sum(sums.get(name, 0.0) for _, sums in results) / total for name in names}

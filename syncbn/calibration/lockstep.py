@@ -1,9 +1,8 @@
-"""Exact in one pass: all batches wait at a layer until its statistics are those of all of them.
+"""Exact in one pass: all batches are suspended at a layer until its statistics cover all of them.
 
-Every layer's input is then the one that the network sees in inference, whatever the batches' size.
-Interleaved passes disturb each other if the model keeps state between its layers. So the layer
-inputs of two batches are compared with single passes. If they differ, ``sequential`` replaces
-lockstep.
+Each layer's input is then the one that the network has in inference, at any batch size. Interleaved
+passes interfere if the model keeps state between its layers. So the layer inputs of two batches are
+compared with single passes. If they differ, ``sequential`` replaces lockstep.
 """
 
 from __future__ import annotations
@@ -13,91 +12,91 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from syncbn.calibration.budget import Room
-from syncbn.calibration.job import Job
-from syncbn.calibration.layers import Layer, back_up, put_back
-from syncbn.calibration.passes import Passes
-from syncbn.calibration.sequential import sequential
-from syncbn.calibration.settle import Found, add_call, settle
-from syncbn.calibration.sums import Sums
+from syncbn.calibration.context import CalibrationContext, LayerInputs, add_call, solve_fixed_point
+from syncbn.calibration.input_stats import InputStats
+from syncbn.calibration.memory import MemoryBudget
+from syncbn.calibration.passes import InterleavedPasses
+from syncbn.calibration.sequential import calibrate_sequential
 from syncbn.calibration.verification import InterferenceError
+from syncbn.nn.bn_layers import BNLayer, clone_running_stats, restore_running_stats
 
 
-def lockstep(job: Job) -> dict[Layer, Sums]:
-    """Return the sums over the inputs of every layer that was reached; the layers use them.
+def calibrate_lockstep(context: CalibrationContext) -> dict[BNLayer, InputStats]:
+    """Return the input statistics of every layer that was reached; they are set in the layers.
 
     Raises:
-        ValueError: no batches; batches that come to different layers; NaN; passes that disturb
-            each other, if ``sequential`` fails, too.
-        MemoryError: the suspended passes would not fit.
+        ValueError: no batches; batches that reach different layers; non-finite inputs; passes that
+            interfere, if ``sequential`` also fails.
+        MemoryError: the suspended passes exceed the memory limit.
 
     Warns:
-        UserWarning: ``sequential`` replaced lockstep; on the first rank.
+        UserWarning: ``sequential`` replaced lockstep; on rank 0.
     """
     # A second attempt, and layers that are called again, take more passes.
-    job = replace(job, batches=job.batches.kept())
-    room, backup, seed = Room(job), back_up(job.layers), torch.initial_seed()
-    for join in (True, False):
+    context = replace(context, batches=context.batches.cached())
+    budget, seed = MemoryBudget(context), torch.initial_seed()
+    stats = clone_running_stats(context.layers)
+    for coalesce in (True, False):
         try:
-            return settle(job, _Attempt(job, room, join, seed))
+            return solve_fixed_point(_Attempt(context, budget, coalesce, seed).run_pass)
         except InterferenceError as error:
-            reason, joined = str(error), error.joined
-        put_back(backup)
-        if not joined:
+            reason, coalesced = str(error), error.coalesced
+        restore_running_stats(stats)
+        if not coalesced:
             break
     try:
-        totals = sequential(job, whole_forwards=True)
+        results = calibrate_sequential(context, whole_forwards=True)
     except ValueError as error:
         raise ValueError(
             f"lockstep is not possible ({reason}), and method 'sequential', which replaced it, "
             f"failed: {error}"
         ) from error
     sentence = f"lockstep is not possible ({reason}); sequential replaced it"
-    job.report_check(sentence)
+    context.report_check(sentence)
 
     def warn() -> None:
-        if job.ranks.rank == 0:
+        if context.ranks.rank == 0:
             warnings.warn(sentence, stacklevel=2)
 
-    job.ranks.agreed(warn)  # a filter may turn the warning into an error
-    return totals
+    context.ranks.run_on_all_ranks(warn)  # a filter may turn the warning into an error
+    return results
 
 
 @dataclass
 class _Attempt:
-    """Lockstep with or without joined batches; a call is one pass over the data.
+    """Lockstep with or without coalesced batches.
 
     Attributes:
-        job: the calibration.
-        room: memory for suspended passes.
-        join: permission to compute small batches as one.
+        context: inputs of the calibration.
+        budget: memory for suspended passes.
+        coalesce: permission to coalesce small batches.
         seed: seed for forwards that draw random numbers.
-        verified: True once layer inputs were compared with single passes.
+        verified: True after a comparison of layer inputs with single passes.
     """
 
-    job: Job
-    room: Room
-    join: bool
+    context: CalibrationContext
+    budget: MemoryBudget
+    coalesce: bool
     seed: int
     verified: bool = False
 
-    def __call__(self, held: frozenset[Layer]) -> Found:
-        job = self.job
-        found: Found = {}
-        passes = Passes(job, self.room, self.join, self.seed)
+    def run_pass(self, frozen: frozenset[BNLayer]) -> LayerInputs:
+        context = self.context
+        inputs: LayerInputs = {}
+        passes = InterleavedPasses(context, self.budget, self.coalesce, self.seed)
         try:
-            layer = passes.begin()
+            layer = passes.start()
             while layer is not None:
-                add_call(found, layer, job.total(layer, passes.take_samples(layer)))
-                if layer not in held:
-                    layer.use_moments(found[layer].sums.moments)
-                job.report_progress(len(found), len(job.layers))
-                layer = passes.go_on()
+                add_call(inputs, layer, context.reduce_stats(layer, passes.pop_inputs(layer)))
+                if layer not in frozen:
+                    layer.set_moments(inputs[layer].stats.moments)
+                context.report_progress(len(inputs), len(context.layers))
+                layer = passes.resume()
         finally:
             passes.close()
         # Single passes repeat the inputs only if no layer changed statistics between its calls.
-        steady = all(layer in held for layer, input in found.items() if input.calls > 1)
+        steady = all(layer in frozen for layer, entry in inputs.items() if entry.calls > 1)
         if steady and not self.verified:
-            job.report_check(passes.verify(len(found)))
+            context.report_check(passes.verify(len(inputs)))
             self.verified = True
-        return found
+        return inputs

@@ -1,7 +1,7 @@
-"""Interleaved forward passes of many batches, which stop together at every batch-norm layer.
+"""Interleaved forward passes of many batches, suspended together at every batch-norm layer.
 
-The inputs of a layer, of the whole calibration set, are in memory together. So small batches may as
-well be computed together, if that changes no input.
+All inputs of a layer are in memory together, so small batches may be coalesced if that changes no
+input.
 """
 
 from __future__ import annotations
@@ -14,246 +14,225 @@ from itertools import chain, islice
 import torch
 from torch import Tensor
 
-from syncbn.calibration.batches import default_forward, group_batches
-from syncbn.calibration.budget import Room
-from syncbn.calibration.intercept import intercepted
-from syncbn.calibration.job import Job
-from syncbn.calibration.layers import Layer
-from syncbn.calibration.randomness import seed_generators
-from syncbn.calibration.samples import Samples
-from syncbn.calibration.suspended import Stop, Suspended, stop
+from syncbn.calibration.batches import coalesce_batches, default_forward
+from syncbn.calibration.context import CalibrationContext, hook_inputs
+from syncbn.calibration.coroutine import ForwardCoroutine, Suspension, suspend
+from syncbn.calibration.input_stats import StatsAccumulator
+from syncbn.calibration.memory import MemoryBudget
+from syncbn.calibration.model_state import seed_generators
 from syncbn.calibration.verification import (
+    TRACED_PASSES,
     InterferenceError,
     Trace,
-    largest_difference,
-    trace_parts,
+    compare_with_single_passes,
+    make_traces,
 )
-
-# Passes that are compared with single passes. One is not enough: it may fill a cache that the
-# second finds.
-_CHECKED = 2
+from syncbn.nn.bn_layers import BNLayer
 
 
-class Passes:
-    """The forward passes of all batches of this rank; they stop at the same layer on all ranks.
+class InterleavedPasses:
+    """Forward passes of all batches of this rank, suspended at the same layer on all ranks.
 
     Args:
-        job: the calibration.
-        room: memory for the passes.
-        join: permission to compute small batches as one.
+        context: inputs of the calibration.
+        budget: memory for the passes.
+        coalesce: permission to coalesce small batches.
         seed: seed for forwards that draw random numbers.
     """
 
-    def __init__(self, job: Job, room: Room, join: bool, seed: int) -> None:
-        self._job = job
-        self._room = room
-        self._join = join and job.forward is default_forward
+    def __init__(
+        self, context: CalibrationContext, budget: MemoryBudget, coalesce: bool, seed: int
+    ) -> None:
+        self._context = context
+        self._budget = budget
+        self._coalesce = coalesce and context.forward is default_forward
         self._seed = seed
         self._draws, self._eps = False, 0.0
-        self._passes: list[Suspended] = []
+        self._passes: list[ForwardCoroutine] = []
         self._traces: list[list[Trace]] = []
-        self._joined = False
-        self._reason = ""
-        self._stops = 0
+        self._coalesced = False
+        self._step = 0
         self._indices: set[int] = set()
-        self._samples: Samples | None = None
+        self._end = len(context.layers)  # the index at the end of a pass
+        self._accumulator: StatsAccumulator | None = None
         self._inputs: list[Tensor] = []
         self._hooks = ExitStack()
-        # Ranks exchange the index of a layer, or one of these.
-        self._finished, self._no_data = len(job.layers), len(job.layers) + 1
-        self._interference = len(job.layers) + 2
 
-    def begin(self) -> Layer | None:
-        """Run all passes to the first layer and return it; None at their end."""
+    def start(self) -> BNLayer | None:
+        """Run all passes to the first layer and return it; None at the end of the passes."""
         return self._sync_step(self._start_all)
 
-    def go_on(self) -> Layer | None:
-        """Run all passes to the next layer and return it; None at their end."""
+    def resume(self) -> BNLayer | None:
+        """Run all passes to the next layer and return it; None at the end of the passes."""
         return self._sync_step(self._resume_all)
 
-    def take_samples(self, layer: Layer) -> Samples:
-        """Return this rank's inputs of the layer that the passes have stopped at."""
-        samples, inputs = self._samples or self._job.samples(layer), self._inputs
-        self._samples, self._inputs = None, []
-        if samples.must_be_precise():
-            samples = self._job.samples(layer)
+    def pop_inputs(self, layer: BNLayer) -> StatsAccumulator:
+        """Return the accumulated inputs of the current layer on this rank, and release them."""
+        accumulator = self._accumulator or self._context.make_accumulator(layer)
+        inputs = self._inputs
+        self._accumulator, self._inputs = None, []
+        if accumulator.has_lost_digits():
+            accumulator = self._context.make_accumulator(layer)
             for x in inputs:
-                samples.add(x)
-        return samples
+                accumulator.add(x)
+        return accumulator
 
     def close(self) -> None:
-        """End the passes where they are."""
+        """End the passes early."""
         self._inputs.clear()
         for forward in self._passes:
             forward.close()
         self._hooks.close()
 
-    def verify(self, layers: int) -> str:
-        """Compare the inputs of layers with single passes over two batches, after :meth:`close`.
+    def verify(self, num_layers: int) -> str:
+        """Return a sentence on the comparison with single passes; call it after :meth:`close`.
 
         Args:
-            layers: number of layers that the passes have reached.
-
-        Returns:
-            A sentence on the comparison, the same on every rank.
+            num_layers: number of layers that the passes have reached.
 
         Raises:
-            InterferenceError: the inputs differ on some rank; raised on every rank.
+            InterferenceError: the inputs differ on a rank; raised on every rank.
         """
-        job = self._job
 
-        def compare() -> tuple[int, float]:
+        def compare() -> tuple[str, int, float]:
+            if len(self._passes) < 2 and not self._coalesced:
+                return "", 0, 0.0
             try:
-                return self._run_single_passes()
+                largest = compare_with_single_passes(
+                    self._context, self._traces, self._eps, self._seed_draws
+                )
             except InterferenceError as error:
-                self._reason = str(error)
-                return 0, 0.0
+                return str(error), 0, 0.0
+            return "", 2, largest
 
-        own = job.ranks.agreed(compare, "the comparison with single passes")
-        everyone = job.ranks.objects((self._reason, *own))
-        if any(reason for reason, _, _ in everyone):
-            raise self._gather_interference()
-        batches = sum(batches for _, batches, _ in everyone)
+        step = "the comparison with single passes"
+        results = self._context.ranks.all_gather_result(lambda: (*compare(), self._coalesced), step)
+        self._raise_interference([(reason, coalesced) for reason, _, _, coalesced in results])
+        batches = sum(batches for _, batches, _, _ in results)
         if not batches:
             return "a single batch on each rank; nothing was interleaved"
-        largest = max(largest for _, _, largest in everyone)
         return (
-            f"inputs of {layers} layers for {batches} batches match single passes "
-            f"(largest difference {largest:.1g} standard deviations)"
+            f"inputs of {num_layers} layers for {batches} batches match single passes (largest "
+            f"difference {max(largest for _, _, largest, _ in results):.1g} standard deviations)"
         )
 
     def _start_all(self) -> None:
-        job = self._job
-        rest = iter(job.batches)
+        context = self._context
+        rest = iter(context.batches)
         first = list(islice(rest, 1))
         if not first:
             return
-        observed = self._room.start(*first)
-        if self._room.lock is not None:
-            raise InterferenceError(self._room.lock)
-        self._draws, self._eps = observed.draws, observed.eps
-        self._hooks.enter_context(intercepted(job.layers, stop))
+        profile = self._budget.reset(*first)
+        if profile.lock is not None:
+            raise InterferenceError(profile.lock)
+        self._draws, self._eps = profile.draws, profile.eps
+        self._hooks.enter_context(hook_inputs(context.layers, suspend))
         batches = chain(first, rest)
-        join = self._join and not (observed.reads_data or observed.draws)
-        for group in group_batches(batches) if join else ([batch] for batch in batches):
+        # A forward that reads values may depend on the batch as a whole.
+        coalesce = self._coalesce and not (profile.reads_data or profile.draws)
+        for group in coalesce_batches(batches) if coalesce else ([batch] for batch in batches):
             batch = torch.cat(group) if len(group) > 1 else group[0]
-            self._room.take(batch)
-            self._joined = self._joined or len(group) > 1
-            number = len(self._passes)
-            if number < _CHECKED:
-                self._traces.append(trace_parts(group))
-            self._passes.append(Suspended(partial(job.run, batch)))
-            self._on_suspend(number, self._resume(number))
+            self._budget.reserve(batch)
+            self._coalesced = self._coalesced or len(group) > 1
+            if len(self._passes) < TRACED_PASSES:
+                self._traces.append(make_traces(group))
+            self._passes.append(ForwardCoroutine(partial(context.run, batch)))
+            self._run_to_layer(len(self._passes) - 1)
 
     def _resume_all(self) -> None:
         self._indices.clear()
-        self._stops += 1
+        self._step += 1
         for number in range(len(self._passes)):
-            self._on_suspend(number, self._resume(number))
+            self._run_to_layer(number)
 
-    def _resume(self, number: int) -> Stop | None:
-        self._seed_draws(number, self._stops)
+    def _run_to_layer(self, number: int) -> None:
+        self._seed_draws(number, self._step)
         forward = self._passes[number]
         try:
-            return forward.resume()
+            suspension = forward.resume()
         except Exception as error:
-            # Joined batches, or the state of a suspended pass, may be the cause. If they are not,
-            # the attempt without them raises the error again.
-            others = (other for other in self._passes if other is not forward)
-            if self._joined or any(other.is_suspended for other in others):
+            # Coalesced batches, or the state of a suspended pass, may be the cause. If they are
+            # not, the attempt without them raises the error again.
+            suspended = any(p.is_suspended for p in self._passes if p is not forward)
+            if self._coalesced or suspended:
                 raise InterferenceError(
-                    f"a pass fails beside others: {type(error).__name__}: {error}"
+                    f"an interleaved pass fails: {type(error).__name__}: {error}"
                 ) from error
             raise
+        self._on_suspend(number, suspension)
 
-    def _on_suspend(self, number: int, stop: Stop | None) -> None:
-        if stop is None:
-            self._indices.add(self._finished)
+    def _on_suspend(self, number: int, suspension: Suspension | None) -> None:
+        if suspension is None:
+            self._indices.add(self._end)
             return
-        self._indices.add(stop.layer.index)
-        for trace in self._traces[number] if number < _CHECKED else ():
-            trace.add(*stop)
+        layer, x = suspension
+        self._indices.add(layer.index)
+        for trace in self._traces[number] if number < TRACED_PASSES else ():
+            trace.add(layer, x)
         if len(self._indices) == 1:
-            if self._samples is None:
-                self._samples = self._job.samples(stop.layer, precise=False)
-            self._samples.add(stop.input)  # now, while it is in the cache
-            self._inputs.append(stop.input)
+            if self._accumulator is None:
+                self._accumulator = self._context.make_accumulator(layer, exact=False)
+            self._accumulator.add(x)  # now, while it is in the cache
+            self._inputs.append(x)
 
-    def _run_single_passes(self) -> tuple[int, float]:
-        """Return the number of batches compared, and the largest difference."""
-        if len(self._passes) < 2 and not self._joined:
-            return 0, 0.0
-        # A causal forward cannot show joined batches in the first, nor a reversed one in the last.
-        checked = ((0, self._traces[0][0]), (len(self._traces) - 1, self._traces[-1][-1]))
-        return len(checked), max(self._compare(number, trace) for number, trace in checked)
-
-    def _compare(self, number: int, trace: Trace) -> float:
-        single = Trace(trace.batch)
-
-        def record(layer: Layer, x: Tensor) -> None:
-            single.add(layer, x)
-            self._seed_draws(number, len(single.entries))
-
-        self._seed_draws(number, 0)
-        with intercepted(self._job.layers, record):
-            self._job.run(trace.batch)
-        return largest_difference(trace, single, self._eps)
-
-    def _seed_draws(self, number: int, stops: int) -> None:
-        """Make random numbers a function of the pass and the layer: single passes repeat them."""
+    def _seed_draws(self, number: int, step: int) -> None:
+        """Make random numbers a function of pass and layer, so that single passes repeat them."""
         if self._draws:
-            seed_generators(self._seed, number, stops)
+            seed_generators(self._seed, number, step)
 
-    def _sync_step(self, step: Callable[[], None]) -> Layer | None:
-        def work() -> list[int]:
+    def _sync_step(self, step: Callable[[], None]) -> BNLayer | None:
+        """Run a step on all ranks and return the layer that all passes have reached."""
+
+        def run() -> tuple[str, bool, int | None]:
             try:
                 step()
-                return [self._layer_index()]
+                index = self._layer_index()
             except InterferenceError as error:
-                self._reason = str(error)
-                return [self._interference]
+                return str(error), self._coalesced, None
+            return "", self._coalesced, index
 
-        indices = set(self._job.ranks.together(work, numbers=1).flatten().tolist())
-        if self._interference in indices:
-            self._job.ranks.agreed(self._finish, "the end of suspended passes")
-            raise self._gather_interference()
-        indices.discard(self._no_data)
+        ranks = self._context.ranks
+        results = ranks.all_gather_result(run)
+        if any(reason for reason, _, _ in results):
+            # A model may reset its state only at the end of a forward.
+            ranks.run_on_all_ranks(self._finish, "the end of suspended passes")
+        self._raise_interference([(reason, coalesced) for reason, coalesced, _ in results])
+        indices = {index for _, _, index in results if index is not None}
         if not indices:
             raise ValueError("got no batches on any rank; expected at least one")
         if len(indices) > 1:
-            self._reason = self._describe_layers("ranks", indices)
-            error = self._gather_interference()
-            raise error if error.joined else ValueError(self._reason)
+            text = self._describe_layers("ranks", indices)
+            if any(coalesced for _, coalesced, _ in results):
+                raise InterferenceError(text, coalesced=True)
+            raise ValueError(text)
         index = indices.pop()
-        return None if index == self._finished else self._job.layers[index]
+        return None if index == self._end else self._context.layers[index]
 
     def _finish(self) -> None:
-        """Run suspended passes to their end: a model may reset its state only there."""
         for forward in self._passes:
             with suppress(Exception):
                 while forward.resume() is not None:
                     pass
 
-    def _gather_interference(self) -> InterferenceError:
-        """Return the same error on every rank; every rank must call this."""
-        everyone = self._job.ranks.objects((self._reason, self._joined))
-        error = InterferenceError(next(reason for reason, _ in everyone if reason))
-        error.joined = any(joined for _, joined in everyone)
-        return error
+    @staticmethod
+    def _raise_interference(results: list[tuple[str, bool]]) -> None:
+        """Raise the first reason of all ranks, if any, on every rank."""
+        if reasons := [reason for reason, _ in results if reason]:
+            raise InterferenceError(reasons[0], any(coalesced for _, coalesced in results))
 
-    def _layer_index(self) -> int:
+    def _layer_index(self) -> int | None:
         if len(self._indices) > 1:
             text = self._describe_layers("batches", self._indices)
-            raise InterferenceError(text) if self._joined else ValueError(text)
-        return min(self._indices, default=self._no_data)
+            raise InterferenceError(text) if self._coalesced else ValueError(text)
+        return min(self._indices, default=None)
 
     def _describe_layers(self, members: str, indices: set[int]) -> str:
-        first, *others = (
-            "the end" if index == self._finished else repr(self._job.layers[index].name)
+        first, *rest = (
+            "the end" if index == self._end else repr(self._context.layers[index].name)
             for index in sorted(indices)
         )
         return (
-            f"the {members} come to different layers: some to {first} while others come to "
-            f"{' or '.join(others)}; method 'lockstep' needs a forward that calls the same layers "
-            "in the same order for every batch; method 'sequential' does not"
+            f"the {members} reach different layers: some {first}, and some {' or '.join(rest)}; "
+            "method 'lockstep' needs a forward that calls the same layers in the same order for "
+            "every batch; method 'sequential' does not"
         )

@@ -1,4 +1,4 @@
-"""The ranks of a calibration: they agree on every step, and fail together."""
+"""Ranks of a calibration: every step succeeds on all of them or fails on all of them."""
 
 from __future__ import annotations
 
@@ -13,114 +13,101 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn.calibration.interrupts import Held
+from syncbn.calibration.sigint import DeferredSigint
 from syncbn.distributed.collectives import all_reduce
 from syncbn.distributed.objects import all_gather_objects
 
-_FAILED = -1
 T = TypeVar("T")
 
 
 class Ranks:
-    """The ranks that calibrate together.
+    """Ranks that calibrate together. All methods are collectives.
 
     Args:
-        group: to talk to; None for this process alone.
-        device: of the messages.
-        interrupts: held back while ranks talk: a rank that left a message out would be waited for.
+        group: process group; None for a single rank.
+        device: device of the tensors in collectives.
+        sigint: deferred Ctrl-C, allowed only while a rank works alone. A rank interrupted within a
+            collective would leave the remaining ranks waiting.
     """
 
     def __init__(
         self,
         group: dist.ProcessGroup | None,
         device: torch.device,
-        interrupts: Held | None = None,
+        sigint: DeferredSigint | None = None,
     ) -> None:
         self._group = group
         self._device = device
-        self._interrupts = interrupts or Held()
+        self._sigint = sigint or DeferredSigint()
 
     @property
     def rank(self) -> int:
-        """The rank of this process, from 0."""
+        """Rank of this process, from 0. Not a collective."""
         return 0 if self._group is None else self._group.rank()
 
     @property
     def size(self) -> int:
-        """The number of ranks."""
+        """Number of ranks. Not a collective."""
         return 1 if self._group is None else self._group.size()
 
-    def together(
-        self, work: Callable[[], list[int]], numbers: int, step: str = "a pass over the data"
-    ) -> Tensor:
-        """Do this rank's work and learn what the others' has come to; every rank must call this.
+    def all_gather_result(
+        self, work: Callable[[], T], step: str = "a pass over the data"
+    ) -> list[T]:
+        """Call a function on every rank and return the results of all ranks.
 
         Args:
-            work: raises, or returns what the others must know: integers from 0.
-            numbers: that it returns.
-            step: part of the calibration, for error messages.
-
-        Returns:
-            int64 ``[W, numbers]``, by rank.
+            work: function with a small picklable result.
+            step: name of the step in error messages.
 
         Raises:
-            RuntimeError: the work of another rank has failed, or a rank cannot be reached.
-            BaseException: what this rank's work has raised.
+            RuntimeError: the function raised on another rank, or a rank cannot be reached.
+            BaseException: the function raised on this rank.
         """
         try:
-            with self._interrupts.let_through():
-                mine = work()
-            assert len(mine) == numbers
-            assert all(number >= 0 for number in mine)
+            with self._sigint.allow_sigint():
+                result = work()
         except BaseException:
             # An unreachable rank must not hide the error of this one.
             with suppress(RuntimeError):
-                self._gather([_FAILED] * numbers, step)
+                self.all_gather_object((False, None), step)
             raise
-        everyone = self._gather(mine, step)
-        failed = (everyone == _FAILED).all(1).nonzero().flatten().tolist()
+        results: list[tuple[bool, T]] = self.all_gather_object((True, result), step)
+        failed = [f"rank {rank}" for rank, (succeeded, _) in enumerate(results) if not succeeded]
         if failed:
-            names = ", ".join(f"rank {rank}" for rank in failed)
-            raise RuntimeError(f"calibration was ended by an error on {names}; see there")
-        return everyone
+            raise RuntimeError(
+                f"calibration was ended by an error on {', '.join(failed)}; see the output there"
+            )
+        return [result for _, result in results]
 
-    def agreed(self, work: Callable[[], T], step: str = "the preparation") -> T:
-        """Do this rank's work, which has succeeded on every rank when this returns.
-
-        Every rank must call this.
+    def run_on_all_ranks(self, work: Callable[[], T], step: str = "the preparation") -> T:
+        """Call a function on every rank and return this rank's result if all ranks succeed.
 
         Args:
-            work: function to run.
-            step: part of the calibration, for error messages.
+            work: function with any result.
+            step: name of the step in error messages.
 
         Raises:
-            RuntimeError: the work of another rank has failed, or a rank cannot be reached.
-            BaseException: what this rank's work has raised.
+            RuntimeError: the function raised on another rank, or a rank cannot be reached.
+            BaseException: the function raised on this rank.
         """
         results: list[T] = []
-
-        def do() -> list[int]:
-            results.append(work())
-            return [0]
-
-        self.together(do, numbers=1, step=step)
+        self.all_gather_result(lambda: results.append(work()), step)
         return results[0]
 
     def require_same(self, lines: list[str]) -> None:
-        """Raise on every rank unless all have the same lines; every rank must call this.
-
-        Only a digest is exchanged, and the lines if digests differ.
+        """Raise on every rank unless all ranks pass the same lines.
 
         Args:
-            lines: facts that must be the same on all ranks, such as the names of layers.
+            lines: facts such as arguments and names of layers. A hash of them is exchanged, and
+                the lines themselves only if hashes differ.
 
         Raises:
-            ValueError: a rank has other lines; the message has the first that differs.
+            ValueError: the lines differ; the message has the first difference.
         """
-        mine = torch.tensor([_number("\n".join(lines))], device=self._device)
-        if bool((self.gather(mine, "the comparison of arguments and layers") == mine[0]).all()):
+        digest = hashlib.blake2b("\n".join(lines).encode(), digest_size=8).digest()
+        if len(set(self.all_gather_object(digest, "the comparison of arguments and layers"))) == 1:
             return
-        first, *rest = self.objects(lines)
+        first, *rest = self.all_gather_object(lines)
         for rank, theirs in enumerate(rest, 1):
             for pair in zip_longest(first, theirs, fillvalue="no more layers"):
                 if pair[0] != pair[1]:
@@ -129,52 +116,38 @@ class Ranks:
                         "expected the same model and arguments on every rank"
                     )
 
-    def objects(self, value: T) -> list[T]:
-        """Return the values of all ranks, anything that pickles; every rank must call this."""
-        if self._group is None:
-            return [value]
-        with self._explained("an exchange of results"):
-            return all_gather_objects(value, self._group)
-
-    def sharing_memory(self) -> int:
-        """Return how many of the ranks share this one's memory; every rank must call this."""
-        where = socket.gethostname()
+    def ranks_per_device(self) -> int:
+        """Return the number of ranks that share the memory of this rank."""
+        memory = socket.gethostname()
         if self._device.type == "cuda":
-            where += str(torch.cuda.get_device_properties(self._device).uuid)
-        mine = torch.tensor([_number(where)], device=self._device)
-        return int((self.gather(mine) == mine).sum())
+            memory += str(torch.cuda.get_device_properties(self._device).uuid)
+        return self.all_gather_object(memory).count(memory)
 
-    def sum(self, vector: Tensor, label: str) -> Tensor:
-        """Return a float64 vector summed over the ranks, with the same bits on all of them."""
-        return all_reduce(vector, self._group, label)
-
-    def first(self, vector: Tensor) -> Tensor:
-        """Return the vector of the first rank, in place; every rank must call this."""
-        if self._group is not None:
-            with self._explained("the exchange of the old statistics"):
-                dist.broadcast(vector, dist.get_global_rank(self._group, 0), group=self._group)
-        return vector
-
-    def gather(self, vector: Tensor, step: str = "an exchange of statistics") -> Tensor:
-        """Return the vectors of all ranks, ``[W, n]``.
+    def all_gather_object(self, value: T, step: str = "an exchange of results") -> list[T]:
+        """Return the values of all ranks, by rank.
 
         Args:
-            vector: shape ``[n]``.
-            step: part of the calibration, for error messages.
+            value: picklable object.
+            step: name of the step in error messages.
 
         Raises:
             RuntimeError: a rank cannot be reached.
         """
-        rows = vector.new_empty(self.size, vector.numel())
         if self._group is None:
-            rows[0] = vector
-        else:
-            with self._explained(step):
-                dist.all_gather(list(rows), vector.contiguous(), group=self._group)
-        return rows
+            return [value]
+        with self._explained(step):
+            return all_gather_objects(value, self._group)
 
-    def _gather(self, numbers: list[int], step: str) -> Tensor:
-        return self.gather(torch.tensor(numbers, device=self._device), step).cpu()
+    def all_reduce(self, vector: Tensor, label: str) -> Tensor:
+        """Return a float64 vector summed over the ranks, with the same bits on all of them."""
+        return all_reduce(vector, self._group, label)
+
+    def broadcast_first(self, vector: Tensor) -> Tensor:
+        """Replace a vector by the vector of rank 0, in place."""
+        if self._group is not None:
+            with self._explained("the broadcast of the old statistics"):
+                dist.broadcast(vector, dist.get_global_rank(self._group, 0), group=self._group)
+        return vector
 
     @contextmanager
     def _explained(self, step: str) -> Iterator[None]:
@@ -183,11 +156,6 @@ class Ranks:
         except RuntimeError as error:
             raise RuntimeError(
                 f"calibration failed on rank {self.rank} of {self.size} in {step}: a rank has "
-                "ended, cannot be reached, or has not come here in time. Look for the first error "
-                f"of the other ranks, then start all ranks again ({error})"
+                "ended, cannot be reached, or did not arrive in time. Find the first error on the "
+                f"other ranks, then restart all ranks ({error})"
             ) from error
-
-
-def _number(text: str) -> int:
-    """Return a hash of a text, 56 bits: the same in every process."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")

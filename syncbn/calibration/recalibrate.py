@@ -1,4 +1,4 @@
-"""``syncbn.recalibrate``: exact population statistics, whatever batch size fits in memory."""
+"""``syncbn.recalibrate``: population statistics of a trained network, exact at any batch size."""
 
 from __future__ import annotations
 
@@ -11,20 +11,48 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.calibration.batches import Batches, Forward, default_forward
-from syncbn.calibration.budget import free_bytes
-from syncbn.calibration.guard import untouched
-from syncbn.calibration.interrupts import uninterrupted
-from syncbn.calibration.job import Job
-from syncbn.calibration.layers import Backup, Layer, back_up, old_statistics, put_back
-from syncbn.calibration.progress import progress_bar
+from syncbn.calibration.context import CalibrationContext
+from syncbn.calibration.display import progress_bar
+from syncbn.calibration.input_stats import InputStats
+from syncbn.calibration.memory import free_bytes
+from syncbn.calibration.model_state import preserved_model_state
 from syncbn.calibration.ranks import Ranks
 from syncbn.calibration.report import CalibrationReport
-from syncbn.calibration.selection import Modules, Selection, select_layers
-from syncbn.calibration.sums import Sums
+from syncbn.calibration.selection import Modules, select_layers
+from syncbn.calibration.sequential import calibrate_sequential
+from syncbn.calibration.sigint import defer_sigint
+from syncbn.calibration.single_pass import calibrate_average, calibrate_ema, calibrate_pooled
 from syncbn.distributed import resolve_group
-from syncbn.distributed.collectives import communicating_group
+from syncbn.distributed.collectives import active_group
+from syncbn.nn.bn_layers import (
+    BNLayer,
+    RunningStats,
+    clone_running_stats,
+    restore_running_stats,
+)
 
-Method = Literal["lockstep", "sequential", "pooled", "average", "ema"]
+#: Methods whose result does not depend on the batch size.
+ExactMethod = Literal["lockstep", "sequential"]
+Method = Literal[ExactMethod, "pooled", "average", "ema"]
+
+_Calibrate = Callable[[CalibrationContext], dict[BNLayer, InputStats]]
+
+
+def _get_method(name: str) -> _Calibrate:
+    match name:
+        case "lockstep":
+            from syncbn.calibration.lockstep import calibrate_lockstep  # needs greenlet
+
+            return calibrate_lockstep
+        case "sequential":
+            return calibrate_sequential
+        case "pooled":
+            return calibrate_pooled
+        case "average":
+            return calibrate_average
+        case "ema":
+            return calibrate_ema
+    raise ValueError(f"got method {name!r}; expected one of {', '.join(get_args(Method))}")
 
 
 def recalibrate(
@@ -40,33 +68,33 @@ def recalibrate(
     progress: bool | None = None,
     max_bytes: int | None = None,
 ) -> CalibrationReport:
-    """Replace a model's running statistics by those of a calibration set.
+    """Replace a model's running statistics by the statistics of a calibration set.
 
-    The population statistics of a layer are those of its input in inference, when the layers before
-    it use their population statistics already. The exact methods compute just that, in float64,
-    weighted by element counts, over all batches of all ranks, with the unbiased variance; the
-    result depends neither on the batch size nor on how the data is shared out.
+    The population statistics of a layer are the statistics of its input in inference, with
+    population statistics in all earlier layers. The exact methods compute them in float64,
+    weighted by element counts, over all batches of all ranks, with the unbiased variance. The
+    result depends neither on the batch size nor on the distribution of the data over ranks.
 
     ============== ===== ======================================= ===================================
-    method         exact reads the data                          memory
+    method         exact passes over the data                    memory
     ============== ===== ======================================= ===================================
-    ``lockstep``   yes   once                                    one layer's input, of all the data
-    ``sequential`` yes   once a layer, up to it; must be         one batch
-                         re-iterable
-    ``pooled``     no    once                                    one batch
-    ``average``    no    once                                    one batch
-    ``ema``        no    once                                    one batch
+    ``lockstep``   yes   one                                     one layer's input, of all the data
+    ``sequential`` yes   one per layer, up to the layer; data    one batch
+                         must be re-iterable
+    ``pooled``     no    one                                     one batch
+    ``average``    no    one                                     one batch
+    ``ema``        no    one                                     one batch
     ============== ===== ======================================= ===================================
 
-    The last three normalize every batch with its own statistics, as in training: ``pooled`` puts
-    those together exactly, ``average`` averages means and variances (Ioffe and Szegedy, 2015),
-    ``ema`` moves the old ones with the layers' momentum.
+    The last three normalize each batch with its own statistics, as in training: ``pooled`` pools
+    these exactly, ``average`` averages means and variances (Ioffe and Szegedy, 2015), ``ema``
+    updates the old statistics with the layers' momentum.
 
-    A layer that a forward calls several times takes the statistics of all its calls, found by
-    repeated passes; a layer that is not reached keeps its own. Ranks whose old statistics differ
-    start from those of the first. Nothing else of the model changes: not training flags, hooks,
-    counters of batches, or the state of random generators. On any error, Ctrl-C included, the
-    statistics are put back.
+    A layer that a forward calls several times gets the statistics of all its calls, found by
+    repeated passes. A layer that no batch reaches keeps its statistics. If the old statistics of
+    ranks differ, all start from the statistics of rank 0. Nothing else of the model changes:
+    training flags, hooks, ``num_batches_tracked`` and random generators are preserved. On any
+    error, including Ctrl-C, the statistics are restored.
 
     If some batch-norm layers are in training mode, the layers in evaluation mode are frozen and
     left alone. If all are in the same mode, all are calibrated. ``layers`` replaces this rule.
@@ -75,103 +103,116 @@ def recalibrate(
     ``layers`` or ``skip`` excludes it, it normalizes as in inference, and results depend on the
     batches if its outputs do.
 
-    Every rank fails if one rank fails. The ranks compare arguments and layers at the start, and
+    If one rank fails, every rank fails. The ranks compare arguments and layers at the start and
     confirm the end: a rank keeps new statistics only if every rank has computed them. The exception
-    is a rank that dies during this last exchange: the rest may end with or without an error. Ctrl-C
-    after it is raised, and leaves the new statistics in place if other ranks have them, too.
+    is a rank that dies during this last exchange: the remaining ranks may end with or without an
+    error. After the exchange, Ctrl-C is raised, and the new statistics of several ranks remain.
 
-    ``lockstep`` interleaves the forwards of all batches. It then compares the layer inputs of the
-    first batches with single passes. If they differ, because the model keeps state between layers,
+    ``lockstep`` interleaves the forwards of all batches. It then compares the layer inputs of two
+    batches with single passes. If they differ, because the model keeps state between layers,
     or if the forward holds a lock at a layer, ``sequential`` with whole forwards replaces it, with
     a warning on rank 0. ``report.verification`` describes the comparison.
 
     A sample is an entry of the first dimension of the first tensor in a batch.
 
     Args:
-        model: with ``nn.BatchNorm*``, ``nn.SyncBatchNorm`` or layers of this library; may be
-            wrapped by DDP, FSDP2 or ``torch.compile``. Runs in inference mode.
+        model: network with ``nn.BatchNorm*``, ``nn.SyncBatchNorm`` or layers of this library; may
+            be wrapped by DDP, FSDP2 or ``torch.compile``. It runs in inference mode.
         batches: this rank's part of the calibration set; may be empty on some ranks. Tensors are
             moved to the device of the first layer.
-        method: see above.
+        method: a row of the table above.
         layers: modules to calibrate, as modules of the model, as dotted names in the plain model
             (as in the report), or a list of both; every batch-norm layer in them is calibrated.
             None for the rule above.
         skip: modules to leave alone, in the same form.
-        num_samples: how many samples to use, of all ranks together, each an equal share; None for
-            all.
-        forward: called as ``forward(model, batch)``; by default ``model(batch)``,
+        num_samples: number of samples to use, over all ranks, an equal share each; None for all.
+        forward: function called as ``forward(model, batch)``. The default calls ``model(batch)``,
             ``model(batch[0])`` for a sequence that begins with a tensor, or ``model(**batch)`` for
-            a mapping. A model that takes a list of tensors needs a forward of yours. By default,
-            and if the model's forward reads no values, ``lockstep`` computes small batches of equal
-            shapes together, up to 32 samples and 256 KiB of input, if this changes no layer input
-            of two batches; a forward of your own gets the batches as they are. Not within
-            ``torch.inference_mode()``, for ``lockstep``.
-        process_group: the ranks that calibrate together, described as for
+            a mapping; a model that takes a list of tensors needs another. With the default, and if
+            the model's forward reads no values, ``lockstep`` coalesces small batches of equal
+            shapes, up to 32 samples and 256 KiB of input, if this changes no layer input
+            of two batches; another function gets the batches unchanged. It must not call layers
+            within ``torch.inference_mode()`` for ``lockstep``.
+        process_group: ranks that calibrate together, in the form accepted by
             :class:`~syncbn.SyncBatchNorm`; None for all.
-        progress: show a progress bar on rank 0; None: if it has a terminal.
-        max_bytes: that ``lockstep`` may hold on this rank; None for what is free.
+        progress: True for a progress bar on rank 0; None for a bar if it has a terminal.
+        max_bytes: memory limit for ``lockstep`` on this rank, in bytes; None for the free memory.
 
     Returns:
-        What changed, layer by layer, and how well the new statistics are known; ``.undo()`` puts
-        the old ones back.
+        Changes of each layer with their standard errors; ``.undo()`` restores the old statistics.
 
     Raises:
         ValueError: no batch norm in the model; no or too little data; NaN or infinite activations;
             an unknown method; ``layers`` or ``skip`` without a batch-norm layer; integer statistics
-            or shared buffers; one-shot batches for ``sequential``; batches that come to different
-            layers, for ``lockstep``; a wrapper that cannot be served; ranks with different
-            arguments or layers.
-        TypeError: a batch that the default forward cannot pass on; ``layers`` or ``skip`` of
+            or shared buffers; one-shot batches for ``sequential``; batches that reach different
+            layers, for ``lockstep``; an unsupported wrapper; ranks with different arguments or
+            layers.
+        TypeError: a batch that the default forward does not support; ``layers`` or ``skip`` of
             another type.
-        MemoryError: ``lockstep`` would take more than ``max_bytes``.
+        MemoryError: ``lockstep`` would exceed ``max_bytes``.
         RuntimeError: another rank has failed or cannot be reached.
 
     Reference:
         Wu and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576, section 3.
     """
-    backup: Backup = []
-    with uninterrupted(undo=lambda: put_back(backup)) as interrupts:
-        group = communicating_group(resolve_group(process_group))
-        device = _device(model)
-        ranks = Ranks(group, device, interrupts)
+    backup: RunningStats = []
+    with defer_sigint(undo=lambda: restore_running_stats(backup)) as sigint:
+        group = active_group(resolve_group(process_group))
+        device = _find_device(model)
+        ranks = Ranks(group, device, sigint)
 
-        def prepare() -> tuple[Callable[[Job], dict[Layer, Sums]], Selection]:
-            _check_number(num_samples)
-            return _method(method), select_layers(model, layers, skip)
+        def prepare() -> tuple[_Calibrate, list[BNLayer], dict[str, _BatchNorm]]:
+            if num_samples is not None and not (isinstance(num_samples, int) and num_samples >= 1):
+                raise ValueError(
+                    f"got num_samples={num_samples!r}; expected 1 or more, or None for all"
+                )
+            return _get_method(method), *select_layers(model, layers, skip)
 
-        run, (chosen, left_alone) = ranks.agreed(prepare)
-        backup += back_up(chosen)
-        own = [(mean, var) for _, mean, var in backup]
+        calibrate, chosen, left_alone = ranks.run_on_all_ranks(prepare)
+        backup += clone_running_stats(chosen)
+        undo = list(backup)
         ranks.require_same(_describe(method, num_samples, chosen, left_alone))
-        with untouched(model, backup):
-            _start_alike(chosen, ranks)
-            old = old_statistics(chosen)
+        with preserved_model_state(model, backup):
+            _broadcast_running_stats(chosen, ranks)
+            old = clone_running_stats(chosen)
             checks: list[str] = []
-            title = f"recalibrating ({method})"
-            with progress_bar(ranks.rank == 0, progress, title) as report_progress:
-                totals = run(
-                    Job(
+            with progress_bar(
+                progress if ranks.rank == 0 else False, f"recalibrating ({method})"
+            ) as report_progress:
+                results = calibrate(
+                    CalibrationContext(
                         model=model,
                         layers=chosen,
-                        pivots=[mean.double().nan_to_num(0.0, 0.0, 0.0) for mean, _ in old],
+                        pivots=[mean.double().nan_to_num(0.0, 0.0, 0.0) for _, mean, _ in old],
                         batches=Batches(batches, _share(num_samples, ranks), device),
                         forward=forward or default_forward,
                         ranks=ranks,
-                        max_bytes=_room(max_bytes, ranks, device),
+                        max_bytes=_limit_memory(max_bytes, ranks, device),
                         report_progress=report_progress,
                         report_check=checks.append,
                     )
                 )
-            report = ranks.agreed(
-                lambda: _report(chosen, list(left_alone), old, own, totals, "".join(checks[-1:])),
-                "the last exchange",
-            )
+
+            def make_report() -> CalibrationReport:
+                reached = {k: stats for k, stats in results.items() if stats.scatter.samples > 0}
+                if not reached:
+                    raise ValueError(
+                        "no sample reached any of the batch-norm layers "
+                        f"({', '.join(layer.name for layer in chosen)}); expected batches with "
+                        "samples and a forward that calls these layers"
+                    )
+                verification = "".join(checks[-1:])
+                return CalibrationReport.from_stats(
+                    reached, old, undo, list(left_alone), verification
+                )
+
+            report = ranks.run_on_all_ranks(make_report, "the last exchange")
             if ranks.size > 1:
-                backup.clear()  # the other ranks keep the new statistics from here on
+                backup.clear()  # the other ranks keep the new statistics after this exchange
         return report
 
 
-def _device(model: nn.Module) -> torch.device:
+def _find_device(model: nn.Module) -> torch.device:
     """Return the device of the first batch-norm layer, or of a model without one."""
     norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
     tensors = (t for module in (*norms, model) for t in (*module.buffers(), *module.parameters()))
@@ -179,7 +220,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _describe(
-    method: str, num_samples: int | None, layers: list[Layer], left_alone: dict[str, _BatchNorm]
+    method: str, num_samples: int | None, layers: list[BNLayer], left_alone: dict[str, _BatchNorm]
 ) -> list[str]:
     """Return a line for every argument and layer that must be the same on all ranks."""
     return [
@@ -205,60 +246,12 @@ def _digest(buffer: Tensor | None) -> str:
     return hashlib.blake2b(content, digest_size=4).hexdigest()
 
 
-def _report(
-    layers: list[Layer],
-    left_alone: list[str],
-    old: list[tuple[Tensor, Tensor]],
-    own: list[tuple[Tensor, Tensor]],
-    totals: dict[Layer, Sums],
-    verification: str,
-) -> CalibrationReport:
-    totals = {layer: sums for layer, sums in totals.items() if sums.spread.samples > 0}
-    if not totals:
-        raise ValueError(
-            "no sample came to any of the batch-norm layers "
-            f"({', '.join(layer.name for layer in layers)}); expected batches with samples "
-            "and a forward that calls these layers"
-        )
-    return CalibrationReport.of(layers, left_alone, old, own, totals, verification)
-
-
-def _start_alike(layers: list[Layer], ranks: Ranks) -> None:
-    """Take the old statistics of the first rank: without synchronization, each has its own."""
-    old = [part.double() for pair in old_statistics(layers) for part in pair]
-    parts = iter(ranks.first(torch.cat(old)).split([len(part) for part in old]))
+def _broadcast_running_stats(layers: list[BNLayer], ranks: Ranks) -> None:
+    """Set the old statistics of rank 0; ranks differ if training was not synchronized."""
+    old = [part.double() for _, *parts in clone_running_stats(layers) for part in parts]
+    parts = iter(ranks.broadcast_first(torch.cat(old)).split([len(part) for part in old]))
     for layer, mean, var in zip(layers, parts, parts, strict=True):
-        layer.use(mean, var)
-
-
-def _check_number(num_samples: object) -> None:
-    if num_samples is not None and not (isinstance(num_samples, int) and num_samples >= 1):
-        raise ValueError(f"got num_samples={num_samples!r}; expected 1 or more, or None for all")
-
-
-def _method(name: str) -> Callable[[Job], dict[Layer, Sums]]:
-    match name:
-        case "lockstep":
-            from syncbn.calibration.lockstep import lockstep
-
-            return lockstep
-        case "sequential":
-            from syncbn.calibration.sequential import sequential
-
-            return sequential
-        case "pooled":
-            from syncbn.calibration.pooled import pooled
-
-            return pooled
-        case "average":
-            from syncbn.calibration.average import average
-
-            return average
-        case "ema":
-            from syncbn.calibration.ema import ema
-
-            return ema
-    raise ValueError(f"got method {name!r}; expected one of {', '.join(get_args(Method))}")
+        layer.set_running_stats(mean, var)
 
 
 def _share(num_samples: int | None, ranks: Ranks) -> int | None:
@@ -267,7 +260,7 @@ def _share(num_samples: int | None, ranks: Ranks) -> int | None:
     return num_samples // ranks.size + (ranks.rank < num_samples % ranks.size)
 
 
-def _room(max_bytes: int | None, ranks: Ranks, device: torch.device) -> int | None:
-    sharing = ranks.sharing_memory()  # on every rank, whatever this one was given
+def _limit_memory(max_bytes: int | None, ranks: Ranks, device: torch.device) -> int | None:
+    sharing = ranks.ranks_per_device()  # a collective, so also with max_bytes
     free = free_bytes(device) if max_bytes is None else None
     return max_bytes if free is None else free // sharing

@@ -1,4 +1,4 @@
-"""What a calibration has changed, and how well the new statistics are known."""
+"""Report of a calibration: drift of the old statistics, and standard errors of the new ones."""
 
 from __future__ import annotations
 
@@ -8,35 +8,90 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from syncbn.calibration.drift import NOTICEABLE, Channels, rms
-from syncbn.calibration.interrupts import uninterrupted
-from syncbn.calibration.layers import Layer
-from syncbn.calibration.population import Population
-from syncbn.calibration.sums import Sums
+from syncbn.calibration.display import draw_drift, render_table
+from syncbn.calibration.input_stats import InputStats, Population, estimate_population
+from syncbn.calibration.sigint import defer_sigint
 from syncbn.files import atomic_write
+from syncbn.nn.bn_layers import BNLayer, RunningStats, restore_running_stats
 
-# Of the change, what noise may make up before the calibration set is called small.
-_NOISY = 0.25
+#: Smallest notable divergence, nats per channel: a mean off by a tenth of a standard deviation, or
+#: a variance off by 14 %.
+KL_THRESHOLD = 0.005
+# Share of noise in the divergence above which the calibration set is called small.
+_MAX_NOISE_SHARE = 0.25
+_HEADINGS = ("layer", "samples", "values", "mean shift", "± error", "var ratio", "± error", "KL")
+
+
+@dataclass(frozen=True)
+class ChannelDrift:
+    """Statistics of a layer by channel, float64 ``[C]`` on the CPU.
+
+    Attributes:
+        old_mean: mean before the calibration.
+        old_var: variance before the calibration.
+        new_mean: mean after the calibration.
+        new_var: variance after the calibration.
+        mean_error: standard error of the new mean; NaN for one sample.
+        var_error: standard error of the new variance; NaN for one sample.
+        between: variance between the means of samples; NaN for one sample.
+        eps: epsilon of the layer, which divides by sqrt(var + eps).
+    """
+
+    old_mean: Tensor
+    old_var: Tensor
+    new_mean: Tensor
+    new_var: Tensor
+    mean_error: Tensor
+    var_error: Tensor
+    between: Tensor
+    eps: float
+
+    def shift(self) -> Tensor:
+        """Return the change of the mean, in new standard deviations."""
+        return (self.new_mean - self.old_mean) / (self.new_var + self.eps).sqrt()
+
+    def log_ratio(self) -> Tensor:
+        """Return the logarithm of new over old variance."""
+        return torch.log((self.new_var + self.eps) / (self.old_var + self.eps))
+
+    def divergence(self) -> Tensor:
+        """Return KL(new || old) of the Gaussians with these statistics, in nats."""
+        log_ratio = self.log_ratio()
+        squares = (self.new_mean - self.old_mean).square() / (self.old_var + self.eps)
+        return (log_ratio.exp() - 1 - log_ratio + squares) / 2
+
+    def shift_error(self) -> Tensor:
+        """Return the standard error of the shift, from the error of the new mean."""
+        return self.mean_error / (self.new_var + self.eps).sqrt()
+
+    def log_ratio_error(self) -> Tensor:
+        """Return the standard error of the logarithm, from the error of the new variance."""
+        return self.var_error / (self.new_var + self.eps)
+
+    def noise(self) -> Tensor:
+        """Return the divergence expected from the standard errors alone, in nats."""
+        return self.shift_error().square() / 2 + self.log_ratio_error().square() / 4
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer; figures over its channels.
+    """Figures of one layer, over its channels.
 
     Attributes:
-        name: in the model.
-        samples: that came to it, on all ranks.
+        name: name in the plain model.
+        samples: samples that reached the layer, on all ranks.
         count: values per channel, on all ranks.
         mean_shift: root mean square of the change of the mean, in new standard deviations.
         var_ratio: geometric mean of new over old variance.
         log_var_ratio: root mean square of the logarithm of that ratio.
-        kl: mean of KL(new || old) of the Gaussians with these statistics, nats.
+        kl: mean of KL(new || old) of the Gaussians with these statistics, in nats.
         mean_error: root mean square of the standard error of the new mean, in standard deviations.
-        var_error: that of the new variance, relative to it.
-        noise: what these errors alone would add to kl.
-        channels: everything by channel.
+        var_error: root mean square of the relative standard error of the new variance.
+        noise: contribution to kl expected from the standard errors alone, in nats.
+        channels: statistics by channel.
     """
 
     name: str
@@ -49,41 +104,41 @@ class LayerReport:
     mean_error: float
     var_error: float
     noise: float
-    channels: Channels = field(repr=False)
+    channels: ChannelDrift = field(repr=False)
 
     @staticmethod
-    def of(name: str, population: Population, channels: Channels) -> LayerReport:
+    def from_channels(name: str, population: Population, channels: ChannelDrift) -> LayerReport:
         """Return the figures of a layer."""
         return LayerReport(
             name=name,
             samples=population.samples,
             count=population.count,
-            mean_shift=rms(channels.shift()),
+            mean_shift=_rms(channels.shift()),
             var_ratio=math.exp(float(channels.log_ratio().mean())),
-            log_var_ratio=rms(channels.log_ratio()),
+            log_var_ratio=_rms(channels.log_ratio()),
             kl=float(channels.divergence().mean()),
-            mean_error=rms(channels.shift_error()),
-            var_error=rms(channels.log_ratio_error()),
+            mean_error=_rms(channels.shift_error()),
+            var_error=_rms(channels.log_ratio_error()),
             noise=float(channels.noise().mean()),
             channels=channels,
         )
 
     def figures(self) -> dict[str, Any]:
-        """Return name and figures for JSON, in which what is not finite is None."""
-        found = {k: v for k, v in vars(self).items() if k != "channels"}
+        """Return the name and the figures for JSON, with None for non-finite values."""
         return {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v
-            for k, v in found.items()
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in vars(self).items()
+            if key != "channels"
         }
 
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """The result of :func:`syncbn.recalibrate`.
+    """Result of :func:`syncbn.recalibrate`.
 
     Attributes:
-        layers: that were calibrated, in the order of the forward.
-        not_reached: names of layers that no batch came to; they keep their statistics.
+        layers: calibrated layers, in the order of the forward.
+        not_reached: names of layers that no batch reached; they keep their statistics.
         left_alone: names of layers that were not to be calibrated: frozen in evaluation mode, or
             excluded by the ``layers`` and ``skip`` of the call.
         verification: comparison of ``lockstep`` with single passes, or the reason for
@@ -94,32 +149,30 @@ class CalibrationReport:
     not_reached: list[str]
     left_alone: list[str]
     verification: str
-    _undo: list[tuple[Layer, Tensor, Tensor]] = field(repr=False)
+    _undo: RunningStats = field(repr=False)
 
     @staticmethod
-    def of(
-        layers: list[Layer],
+    def from_stats(
+        results: dict[BNLayer, InputStats],
+        old: RunningStats,
+        undo: RunningStats,
         left_alone: list[str],
-        old: list[tuple[Tensor, Tensor]],
-        own: list[tuple[Tensor, Tensor]],
-        totals: dict[Layer, Sums],
         verification: str,
     ) -> CalibrationReport:
-        """Compare the statistics of layers with their old ones.
+        """Return the report on the current statistics of layers.
 
         Args:
-            layers: calibrated layers of the model.
-            left_alone: names of its other layers.
-            old: statistics to compare with, the same on every rank.
-            own: statistics that this rank had, to put back.
-            totals: sums over the inputs of the layers that were reached.
-            verification: sentence on how the result was verified, or empty.
+            results: statistics of the inputs of the layers that were reached.
+            old: statistics to compare with, the same on every rank, for all layers.
+            undo: old statistics of this rank.
+            left_alone: names of the layers that were not to be calibrated.
+            verification: sentence on the verification, or empty.
         """
         reports = []
-        for layer, sums in totals.items():
-            population = Population.of(sums.moments, sums.spread, sums.pivot)
-            old_mean, old_var = old[layer.index]
-            channels = Channels(
+        for layer, stats in results.items():
+            population = estimate_population(stats)
+            _, old_mean, old_var = old[layer.index]
+            channels = ChannelDrift(
                 old_mean=old_mean.cpu().double(),
                 old_var=old_var.cpu().double(),
                 new_mean=layer.running_mean.cpu().double(),
@@ -129,19 +182,14 @@ class CalibrationReport:
                 between=population.between,
                 eps=layer.module.eps,
             )
-            reports.append(LayerReport.of(layer.name, population, channels))
-        return CalibrationReport(
-            layers=reports,
-            not_reached=[layer.name for layer in layers if layer not in totals],
-            left_alone=left_alone,
-            verification=verification,
-            _undo=[(layer, *own[layer.index]) for layer in layers],
-        )
+            reports.append(LayerReport.from_channels(layer.name, population, channels))
+        not_reached = [layer.name for layer, _, _ in old if layer not in results]
+        return CalibrationReport(reports, not_reached, left_alone, verification, undo)
 
     def between(self) -> dict[str, Tensor]:
-        """Return the variance between the means of samples, float64 ``[C]`` by name of the layer.
+        """Return the variance between the means of samples, float64 ``[C]`` by layer name.
 
-        For :func:`syncbn.inference.example_weighted`; ``torch.save`` keeps it beside a checkpoint.
+        The argument of :func:`syncbn.inference.example_weighted`; store it with ``torch.save``.
         """
         return {layer.name: layer.channels.between for layer in self.layers}
 
@@ -154,19 +202,39 @@ class CalibrationReport:
         )
         if not math.isfinite(worst.kl):
             return f"the old statistics of {worst.name} are not usable: they are not finite"
-        if worst.kl < NOTICEABLE:
+        if worst.kl < KL_THRESHOLD:
             text = f"running statistics are fine; recalibration changes most {change}"
         else:
             text = f"recalibration changes {change}"
-        if not worst.noise < max(_NOISY * worst.kl, NOTICEABLE):
+        if not worst.noise < max(_MAX_NOISE_SHARE * worst.kl, KL_THRESHOLD):
             text += f"; {worst.samples} samples are few: the new statistics are uncertain, too"
         return text
 
     def table(self) -> str:
         """Return the figures of all layers as text, with the verdict."""
-        from syncbn.calibration.table import render
-
-        return render(self)
+        rows = [
+            (
+                *(layer.name, str(layer.samples), f"{layer.count:.3g}"),
+                *(f"{layer.mean_shift:.3f}", f"{layer.mean_error:.3f}"),
+                *(f"{layer.var_ratio:.3f}", f"{layer.var_error:.3f}", f"{layer.kl:.4f}"),
+            )
+            for layer in self.layers
+        ]
+        notes = [
+            "mean shift: in standard deviations (root mean square over channels); var ratio: new "
+            "over old (geometric mean); errors: standard errors of the new ones; KL: nats per "
+            "channel"
+        ]
+        if self.not_reached:
+            notes.append(f"not reached, unchanged: {', '.join(self.not_reached)}")
+        if self.left_alone:
+            notes.append(
+                "left alone (frozen in evaluation mode, or excluded by layers= or skip=): "
+                f"{', '.join(self.left_alone)}"
+            )
+        if self.verification:
+            notes.append(f"verification: {self.verification}")
+        return render_table(_HEADINGS, rows, [*notes, self.verdict()])
 
     def save(self, path: str | Path) -> None:
         """Write the figures of all layers as JSON; the file is complete or absent.
@@ -175,7 +243,7 @@ class CalibrationReport:
             ValueError: ``path`` exists and is not a regular file.
             OSError: the file cannot be written.
         """
-        found = {
+        content = {
             "verdict": self.verdict(),
             "layers": [layer.figures() for layer in self.layers],
             "not_reached": self.not_reached,
@@ -183,7 +251,7 @@ class CalibrationReport:
             "verification": self.verification or None,
         }
         with atomic_write(Path(path)) as file:
-            file.write((json.dumps(found, indent=2) + "\n").encode())
+            file.write((json.dumps(content, indent=2) + "\n").encode())
 
     def plot(self, path: str | Path) -> None:
         """Draw drift against depth.
@@ -193,12 +261,18 @@ class CalibrationReport:
             OSError: the file cannot be written.
             ImportError: matplotlib is not installed.
         """
-        from syncbn.calibration.plot import draw
-
-        draw(self, Path(path))
+        layers = self.layers
+        channels = [layer.channels for layer in layers]
+        # Old statistics relative to the new ones, which are the zero line.
+        means = [-c.shift() for c in channels], [layer.mean_error for layer in layers]
+        variances = [-c.log_ratio() for c in channels], [layer.var_error for layer in layers]
+        draw_drift(Path(path), [layer.name for layer in layers], means, variances)
 
     def undo(self) -> None:
-        """Put the old statistics back, in place."""
-        with uninterrupted():
-            for layer, mean, var in self._undo:
-                layer.use(mean, var)
+        """Restore the old statistics, in place."""
+        with defer_sigint():
+            restore_running_stats(self._undo)
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())

@@ -1,4 +1,4 @@
-"""Selection of the layers to calibrate: by name, by module, or by training mode."""
+"""Selection of the layers to calibrate by name, module or training mode."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import NamedTuple, TypeAlias
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.calibration.layers import Layer, batch_norms, plain_name, require_statistics
+from syncbn.nn.bn_layers import BNLayer, named_batch_norms, plain_name, require_running_stats
 
-#: A module or its dotted name in the plain model, or several: all layers in them are meant.
+#: Module, dotted name in the plain model, or a list of both. Each includes the layers within it.
 Modules: TypeAlias = str | nn.Module | Iterable[str | nn.Module]
 
 _MAX_NAMES = 8
 
 
 class Selection(NamedTuple):
-    """The batch-norm layers of a model.
+    """Batch-norm layers of a model by their treatment.
 
     Attributes:
         layers: layers to calibrate.
-        left_alone: other layers, by name.
+        left_alone: remaining layers by name.
     """
 
-    layers: list[Layer]
+    layers: list[BNLayer]
     left_alone: dict[str, _BatchNorm]
 
 
@@ -35,7 +35,7 @@ def select_layers(
 
     If some batch-norm layers are in training mode, the layers in evaluation mode are frozen and
     left alone. If all are in the same mode, all are calibrated. ``layers`` replaces this rule;
-    ``skip`` takes layers away from either choice.
+    ``skip`` excludes layers from either choice.
 
     Args:
         model: network, wrapped or not.
@@ -47,27 +47,27 @@ def select_layers(
         ValueError: an entry contains no batch-norm layer of the model; no layer remains; a layer
             to calibrate has no usable statistics or shares a buffer with another layer.
     """
-    norms = batch_norms(model)
-    wanted = None if layers is None else _find_norms("layers", layers, model)
+    norms = named_batch_norms(model)
+    included = None if layers is None else _find_norms("layers", layers, model)
     skipped = set() if skip is None else _find_norms("skip", skip, model)
     partly_frozen = len({module.training for _, module in norms}) > 1
-    chosen: list[Layer] = []
+    chosen: list[BNLayer] = []
     left_alone: dict[str, _BatchNorm] = {}
     for name, module in norms:
-        excluded = module in skipped or (wanted is not None and module not in wanted)
-        # A forward gives a lazy layer its sizes, which would change the model.
+        excluded = module in skipped or (included is not None and module not in included)
+        # A forward would initialize an excluded lazy layer, and so change the model.
         if not excluded or isinstance(module.running_mean, nn.UninitializedBuffer):
-            require_statistics(name, module)
-        if excluded or (wanted is None and partly_frozen and not module.training):
+            require_running_stats(name, module)
+        if excluded or (included is None and partly_frozen and not module.training):
             left_alone[name] = module
         else:
-            chosen.append(Layer(len(chosen), name, module))
+            chosen.append(BNLayer(len(chosen), name, module))
     if not chosen:
         raise ValueError(
             f"all {len(norms)} batch-norm layers are left alone; expected one to calibrate: name "
             "it in layers=, skip fewer, or put it into training mode"
         )
-    _require_own_buffers(chosen, left_alone)
+    _require_separate_buffers(chosen, left_alone)
     return Selection(chosen, left_alone)
 
 
@@ -78,7 +78,7 @@ def _find_norms(argument: str, entries: Modules, model: nn.Module) -> set[_Batch
     for name, module in model.named_modules(remove_duplicate=False):
         by_name.setdefault(plain_name(name, model), module)
     inside = set(model.modules())
-    found: set[_BatchNorm] = set()
+    result: set[_BatchNorm] = set()
     for entry in entries:
         if not isinstance(entry, str | nn.Module):
             raise TypeError(
@@ -89,12 +89,13 @@ def _find_norms(argument: str, entries: Modules, model: nn.Module) -> set[_Batch
         below = [] if module is None else [m for m in module.modules() if isinstance(m, _BatchNorm)]
         if not below or not inside.issuperset(below):
             shown = repr(entry) if isinstance(entry, str) else f"a {type(entry).__name__}"
+            names = _shorten(named_batch_norms(model))
             raise ValueError(
                 f"{argument}: got {shown}, which is no module of the model with a batch-norm layer "
-                f"in it; expected layers, or modules above them: {_shorten(batch_norms(model))}"
+                f"in it; expected layers, or modules above them: {names}"
             )
-        found.update(below)
-    return found
+        result.update(below)
+    return result
 
 
 def _shorten(norms: list[tuple[str, _BatchNorm]]) -> str:
@@ -102,8 +103,8 @@ def _shorten(norms: list[tuple[str, _BatchNorm]]) -> str:
     return ", ".join(repr(name) for name, _ in norms[:_MAX_NAMES]) + more
 
 
-def _require_own_buffers(chosen: list[Layer], left_alone: dict[str, _BatchNorm]) -> None:
-    """Raise if two buffers share memory, one of them in a layer to calibrate.
+def _require_separate_buffers(chosen: list[BNLayer], left_alone: dict[str, _BatchNorm]) -> None:
+    """Raise if a buffer of a layer to calibrate shares memory with another buffer.
 
     Elements are compared, not storages: buffers may be columns of one tensor.
     """
@@ -113,15 +114,16 @@ def _require_own_buffers(chosen: list[Layer], left_alone: dict[str, _BatchNorm])
         for kind in ("running_mean", "running_var"):
             if (buffer := getattr(module, kind)) is None:
                 continue
-            own = f"{name}.{kind}".lstrip(".")
+            path = f"{name}.{kind}".lstrip(".")
             for address in _addresses(buffer):
                 if address in owners:
                     raise ValueError(
-                        f"{owners[address]} and {own} share memory, so the statistics of one would "
-                        "overwrite the other; expected separate buffers (such as buffer.clone())"
+                        f"{owners[address]} and {path} share memory, so the statistics of one "
+                        "would overwrite the other; expected separate buffers (such as "
+                        "buffer.clone())"
                     )
             if index < len(chosen):
-                owners.update(dict.fromkeys(_addresses(buffer), own))
+                owners.update(dict.fromkeys(_addresses(buffer), path))
 
 
 def _addresses(buffer: Tensor) -> range:

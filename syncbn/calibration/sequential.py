@@ -1,42 +1,46 @@
-"""Exact in the memory of one batch: a pass over the data for every layer, up to that layer.
+"""Exact in the memory of one batch: one pass over the data per layer, up to that layer.
 
-The layers before it already use their population statistics, so the result is that of ``lockstep``.
+Earlier layers already use their population statistics, so the result equals ``lockstep``'s.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
 from torch import Tensor
 
 from syncbn.calibration.batches import Batches, count_samples
-from syncbn.calibration.intercept import intercepted
-from syncbn.calibration.job import Job
-from syncbn.calibration.layers import Layer
-from syncbn.calibration.randomness import same_randomness
-from syncbn.calibration.settle import Found, Input, settle
-from syncbn.calibration.sums import Sums
-from syncbn.calibration.wrappers import is_fully_sharded
+from syncbn.calibration.context import (
+    CalibrationContext,
+    LayerInput,
+    LayerInputs,
+    hook_inputs,
+    solve_fixed_point,
+)
+from syncbn.calibration.input_stats import InputStats
+from syncbn.calibration.model_state import is_fully_sharded, preserve_rng_state
+from syncbn.nn.bn_layers import BNLayer
 
 
-def sequential(job: Job, whole_forwards: bool = False) -> dict[Layer, Sums]:
-    """Return the sums over the inputs of every layer that was reached; the layers use them.
+def calibrate_sequential(
+    context: CalibrationContext, whole_forwards: bool = False
+) -> dict[BNLayer, InputStats]:
+    """Return the input statistics of every layer that was reached; they are set in the layers.
 
     Args:
-        job: the calibration.
+        context: inputs of the calibration.
         whole_forwards: True to run forwards to their end. A forward that ends early may leave
             state behind, such as an entry of a queue or an acquired lock.
 
     Raises:
-        ValueError: the batches come only once, or differ from pass to pass; there are none; NaN;
-            two layers come in either order.
+        ValueError: one-shot batches, or batches that differ between passes; no batches;
+            non-finite inputs; two layers without an order.
     """
-    job.ranks.agreed(partial(_refuse_one_shot, job.batches))
-    return settle(job, partial(_cycle, job, _Data(), whole_forwards))
+    context.ranks.run_on_all_ranks(partial(_refuse_one_shot, context.batches))
+    return solve_fixed_point(_Sequential(context, whole_forwards).run_pass)
 
 
 def _refuse_one_shot(batches: Batches) -> None:
@@ -48,181 +52,177 @@ def _refuse_one_shot(batches: Batches) -> None:
         )
 
 
-@dataclass
-class _Data:
-    """What this rank's batches are, in every pass: set by the first.
+class _Sequential:
+    def __init__(self, context: CalibrationContext, whole_forwards: bool) -> None:
+        self._context = context
+        self._whole_forwards = whole_forwards
+        self._data_size: list[tuple[int, int]] = []  # batches and samples of the first pass
 
-    Attributes:
-        size: batches, and samples in them; None before.
-    """
+    def run_pass(self, frozen: frozenset[BNLayer]) -> LayerInputs:
+        context = self._context
+        order, calls = self._first_order()
+        queue = [layer for layer in order if layer not in frozen]
+        postponed: set[BNLayer] = set()
+        inputs: LayerInputs = {}
+        while queue:
+            target = queue[0]
+            read = _DataPass(context, {target}, {*inputs, *frozen}, queue, postponed)
+            read.to_the_end = self._whole_forwards or len(queue) == 1 or calls[target.index] > 1
+            earlier, later, times = read.run(self._data_size)
+            if earlier is not None:
+                if earlier in postponed:
+                    raise ValueError(
+                        f"{earlier.name} and {target.name}: their order differs between batches; "
+                        "method 'sequential' needs an order of the layers"
+                    )
+                postponed.add(target)
+                queue = [earlier, *(layer for layer in queue if layer is not earlier)]
+                continue
+            stats = context.reduce_stats(target, read.accumulators[target])
+            inputs[target] = LayerInput(stats, times)
+            target.set_moments(stats.moments)
+            postponed.discard(target)
+            queue.remove(target)
+            if later is not None:
+                queue.append(later)
+            context.report_progress(len(inputs), len(inputs) + len(queue))
+        if frozen:
+            read = _DataPass(context, frozen, frozen.union(inputs))
+            read.run(self._data_size)
+            for layer in sorted(frozen, key=lambda layer: layer.index):
+                stats = context.reduce_stats(layer, read.accumulators[layer])
+                inputs[layer] = LayerInput(stats, calls[layer.index])
+        return inputs
 
-    size: tuple[int, int] | None = None
+    def _first_order(self) -> tuple[list[BNLayer], list[int]]:
+        """Return the layers in the order of the first batch, and the calls of each layer."""
+        context = self._context
+        indices: list[int] = []
 
-    def check(self, batches: int, samples: int) -> None:
-        """Compare a pass with the first.
+        def record(layer: BNLayer, x: Tensor) -> None:
+            indices.append(layer.index)
 
-        Raises:
-            ValueError: it had other numbers.
-        """
-        if self.size not in (None, (batches, samples)):
-            raise ValueError(
-                f"method 'sequential' got {self.size} batches and samples in a pass, and "
-                f"({batches}, {samples}) in a later one; expected the same data in every pass "
-                "(method='lockstep' reads it once)"
-            )
-        self.size = batches, samples
-
-
-def _cycle(job: Job, data: _Data, whole_forwards: bool, held: frozenset[Layer]) -> Found:
-    order, calls = _first_order(job)
-    waiting = [layer for layer in order if layer not in held]
-    postponed: set[Layer] = set()
-    found: Found = {}
-    while waiting:
-        target = waiting[0]
-        look = _Pass(job, data, {target}, {*found, *held}, waiting, postponed)
-        look.to_the_end = whole_forwards or len(waiting) == 1 or calls[target.index] > 1
-        before, after, times = look.run()
-        if before is not None:
-            if before in postponed:
-                raise ValueError(
-                    f"{before.name} and {target.name}: some batches come to one first and some to "
-                    "the other; method 'sequential' needs an order of the layers"
-                )
-            postponed.add(target)
-            waiting = [before, *(layer for layer in waiting if layer is not before)]
-            continue
-        found[target] = Input(job.total(target, look.samples[target]), times)
-        target.use_moments(found[target].sums.moments)
-        postponed.discard(target)
-        waiting.remove(target)
-        if after is not None:
-            waiting.append(after)
-        job.report_progress(len(found), len(found) + len(waiting))
-    if held:
-        look = _Pass(job, data, held, held.union(found))
-        look.run()
-        for layer in sorted(held, key=lambda layer: layer.index):
-            found[layer] = Input(job.total(layer, look.samples[layer]), calls[layer.index])
-    return found
-
-
-def _first_order(job: Job) -> tuple[list[Layer], list[int]]:
-    """Return the layers in the order of the first batch, and how often it calls each layer."""
-    order: list[int] = []
-
-    def look(layer: Layer, x: Tensor) -> None:
-        order.append(layer.index)
-
-    def work() -> list[int]:
-        with same_randomness(job.batches.source), intercepted(job.layers, look):
+        def run() -> list[int] | None:
             has_batch = False
-            for batch in islice(job.batches, 1):
-                job.run(batch)
-                has_batch = True
-        firsts = list(dict.fromkeys(order))
-        places = [firsts.index(i) + 1 if i in firsts else 0 for i in range(len(job.layers))]
-        return [int(has_batch), *places, *(order.count(i) for i in range(len(job.layers)))]
+            with preserve_rng_state(context.batches.source), hook_inputs(context.layers, record):
+                for batch in islice(context.batches, 1):
+                    context.run(batch)
+                    has_batch = True
+            return indices if has_batch else None
 
-    rows = job.ranks.together(work, numbers=1 + 2 * len(job.layers))
-    with_data = [row[1:].tolist() for row in rows if row[0]]
-    if not with_data:
-        raise ValueError("got no batches on any rank; expected at least one")
-    places, calls = with_data[0][: len(job.layers)], with_data[0][len(job.layers) :]
-    met = [layer for layer in job.layers if places[layer.index]]
-    return sorted(met, key=lambda layer: places[layer.index]), calls
+        results = context.ranks.all_gather_result(run)
+        first = next((result for result in results if result is not None), None)
+        if first is None:
+            raise ValueError("got no batches on any rank; expected at least one")
+        calls = [first.count(layer.index) for layer in context.layers]
+        return [context.layers[index] for index in dict.fromkeys(first)], calls
 
 
-class _EnoughError(BaseException):
-    """Ends a forward at a layer; no Exception, which the forward may handle."""
+class _StopForward(BaseException):
+    """End of a forward at a layer; not an Exception, which the forward may handle."""
 
 
-class _Pass:
-    """A pass over the data.
+class _DataPass:
+    """Pass over the data that accumulates the inputs of target layers.
 
     Args:
-        job: the calibration.
-        data: what the batches of every pass are.
-        wanted: layers whose inputs are summed up.
+        context: inputs of the calibration.
+        targets: layers whose inputs are accumulated.
         known: layers that have their population statistics.
-        waiting: layers whose turn comes later.
-        postponed: those of them that come after the wanted one where it comes at all.
+        queue: layers still to calibrate.
+        postponed: layers of the queue that follow the target wherever both are called.
     """
 
     def __init__(
         self,
-        job: Job,
-        data: _Data,
-        wanted: Collection[Layer],
-        known: Collection[Layer],
-        waiting: Collection[Layer] = (),
-        postponed: Collection[Layer] = (),
+        context: CalibrationContext,
+        targets: Collection[BNLayer],
+        known: Collection[BNLayer],
+        queue: Collection[BNLayer] = (),
+        postponed: Collection[BNLayer] = (),
     ) -> None:
-        self.samples = {layer: job.samples(layer, precise=False) for layer in wanted}
-        #: Run whole forwards, to see calls and layers after the wanted one.
-        self.to_the_end = not waiting
-        self._job = job
-        self._data = data
+        self.accumulators = {
+            layer: context.make_accumulator(layer, exact=False) for layer in targets
+        }
+        #: True to run whole forwards, which count calls and find layers after the target.
+        self.to_the_end = not queue
+        self._context = context
         self._known = known
-        self._waiting = waiting
+        self._queue = queue
         self._postponed = postponed
-        self._passed: Layer | None = None
-        self._before: Layer | None = None
-        self._after: Layer | None = None
-        self._calls = self._most_calls = 0
+        self._passed: BNLayer | None = None
+        self._earlier: BNLayer | None = None
+        self._later: BNLayer | None = None
+        self._calls = self._max_calls = 0
 
-    def run(self) -> tuple[Layer | None, Layer | None, int]:
-        """Run it on all ranks.
+    def run(self, data_size: list[tuple[int, int]]) -> tuple[BNLayer | None, BNLayer | None, int]:
+        """Run the pass on all ranks.
+
+        Args:
+            data_size: batches and samples of the first pass; empty before.
 
         Returns:
-            A layer that is not known and comes before the wanted one; one that comes after it and
-            is nobody's turn; how often a forward calls the wanted layer.
+            An unknown layer before the target; a layer after the target that is not in the queue;
+            the calls of the target in a forward.
+
+        Raises:
+            ValueError: this rank's data differs from the first pass.
         """
-        numbers = self._job.ranks.together(self._work, numbers=3).amax(0).tolist()
-        before, after = (self._job.layers[n - 1] if n else None for n in numbers[:2])
-        return before, after, numbers[2]
+        context = self._context
 
-    def _work(self) -> list[int]:
-        job = self._job
-        # Those who do not stop in the middle must not: FSDP would not know where it is.
-        sharded = any(is_fully_sharded(module) for module in job.model.modules())
-        self.to_the_end = self.to_the_end or sharded
-        self._read_all()
-        if any(samples.must_be_precise() for samples in self.samples.values()):
-            self.samples = {layer: job.samples(layer) for layer in self.samples}
-            self._read_all()
-        indices = [0 if x is None else x.index + 1 for x in (self._before, self._after)]
-        return [*indices, self._most_calls]
+        def run() -> tuple[int, int, int]:
+            # FSDP cannot resume after a forward that ends early.
+            sharded = any(is_fully_sharded(module) for module in context.model.modules())
+            self.to_the_end = self.to_the_end or sharded
+            self._read_all(data_size)
+            if any(accumulator.has_lost_digits() for accumulator in self.accumulators.values()):
+                self.accumulators = {
+                    layer: context.make_accumulator(layer) for layer in self.accumulators
+                }
+                self._read_all(data_size)
+            earlier, later = (-1 if x is None else x.index for x in (self._earlier, self._later))
+            return earlier, later, self._max_calls
 
-    def _read_all(self) -> None:
-        job = self._job
+        results = zip(*context.ranks.all_gather_result(run), strict=True)
+        earlier, later, calls = (max(values) for values in results)
+        found = (context.layers[index] if index >= 0 else None for index in (earlier, later))
+        return (*found, calls)
+
+    def _read_all(self, data_size: list[tuple[int, int]]) -> None:
+        context = self._context
         batches = samples = 0
-        with same_randomness(job.batches.source), intercepted(job.layers, self._look):
-            for batch in job.batches:
+        with preserve_rng_state(context.batches.source), hook_inputs(context.layers, self._hook):
+            for batch in context.batches:
                 self._calls, self._passed = 0, None
-                with suppress(_EnoughError):
-                    job.run(batch)
-                if self._before is not None:
+                with suppress(_StopForward):
+                    context.run(batch)
+                if self._earlier is not None:
                     return
                 batches += 1
                 samples += count_samples(batch) or 0
-        self._data.check(batches, samples)
+        data_size[:] = data_size or [(batches, samples)]
+        if data_size != [(batches, samples)]:
+            raise ValueError(
+                f"method 'sequential' got {data_size[0]} batches and samples in a pass, and "
+                f"({batches}, {samples}) in a later one; expected the same data in every pass "
+                "(method='lockstep' reads it once)"
+            )
 
-    def _look(self, layer: Layer, x: Tensor) -> None:
-        if layer in self.samples:
+    def _hook(self, layer: BNLayer, x: Tensor) -> None:
+        if layer in self.accumulators:
             if self._passed is not None:
-                self._before = self._passed
-                raise _EnoughError
+                self._earlier = self._passed
+                raise _StopForward
             self._calls += 1
-            self._most_calls = max(self._calls, self._most_calls)
-            self.samples[layer].add(x)
+            self._max_calls = max(self._calls, self._max_calls)
+            self.accumulators[layer].add(x)
             if not self.to_the_end:
-                raise _EnoughError
+                raise _StopForward
         elif layer not in self._known:
             if layer in self._postponed and not self._calls:
-                self._passed = layer  # fine, if the wanted one does not come any more
+                self._passed = layer  # valid if the target is not called later in this forward
             elif not self._calls and self._passed is None:
-                self._before = layer
-                raise _EnoughError
-            elif self._calls and layer not in self._waiting:
-                self._after = layer
+                self._earlier = layer
+                raise _StopForward
+            elif self._calls and layer not in self._queue:
+                self._later = layer

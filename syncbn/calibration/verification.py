@@ -1,110 +1,143 @@
 """Comparison of lockstep's layer inputs with single passes, which run one after another.
 
-Lockstep interleaves the passes of several batches and computes small batches as one. Both change
-layer inputs if a model keeps state between its layers, or if its samples depend on each other.
-Code analysis cannot recognize all such models, so the statistics of samples are compared.
+Lockstep interleaves the passes of several batches and coalesces small batches. Both change layer
+inputs if a model keeps state between its layers, or if its samples depend on each other. Code
+analysis cannot recognize all such models, so the statistics of samples are compared.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from syncbn.calibration.batches import copy
-from syncbn.calibration.layers import Layer
-from syncbn.calibration.per_sample import PerSample, precise
+from syncbn.calibration.batches import copy_batch
+from syncbn.calibration.context import CalibrationContext, hook_inputs
+from syncbn.nn.bn_layers import BNLayer
+from syncbn.nn.sample_stats import SampleStats, sample_stats
 
-# Roundings of a mean that is far from zero, in units of the mean.
+#: Number of passes that are traced. One is not enough: it may fill a cache that the second uses.
+TRACED_PASSES = 2
+# Allowance for the mean of coalesced batches far from zero, in roundings of the mean.
 _ROUNDINGS = 32
 # A repeated pass runs the same kernels on the same shapes: no difference was measured on CPU.
 # Atomic additions on CUDA round in any order, hence 64 roundings; half precision has a lower limit,
 # at which interference of 1 % is still found.
-_REPEATED_ROUNDINGS, _REPEATED_MOST = 64, 2.0**-8
-_MOST_ROWS = 32
+_MAX_REPEATED_ROUNDINGS, _MAX_REPEATED_DIFFERENCE = 64, 2.0**-8
+_MAX_ROWS = 32
 
 
 class InterferenceError(Exception):
-    """Interleaved or joined passes have other layer inputs than single passes.
+    """Interleaved or coalesced passes have other layer inputs than single passes.
 
     Attributes:
-        joined: True if some rank has computed small batches as one.
+        coalesced: True if a rank has coalesced small batches.
     """
 
-    joined = False
+    def __init__(self, reason: str, coalesced: bool = False) -> None:
+        super().__init__(reason)
+        self.coalesced = coalesced
 
 
 class Trace:
-    """Statistics of samples of a batch at every layer that its pass reaches, in order.
+    """Statistics of a batch's samples at every layer of its pass, in order.
 
     Args:
-        batch: input of a single pass.
-        start: first sample of the batch in the recorded pass.
-        stop: end of the batch in the recorded pass; None if it has this batch only.
-        samples: number of samples in the recorded pass; None likewise.
+        batch: batch for a single pass.
+        start: first sample of the batch in the traced pass.
+        stop: end of the batch in the traced pass; None if the pass has this batch only.
+        samples: number of samples in the traced pass; None likewise.
 
     Attributes:
-        batch: input of a single pass.
-        entries: layers, and means and variances of at most 32 rows of their inputs.
+        batch: batch for a single pass.
+        entries: layers, and statistics of at most 32 rows of their inputs.
     """
 
     def __init__(
         self, batch: Any, start: int = 0, stop: int | None = None, samples: int | None = None
     ) -> None:
         self.batch = batch
-        self.entries: list[tuple[Layer, PerSample]] = []
+        self.entries: list[tuple[BNLayer, SampleStats]] = []
         self._start, self._stop, self._samples = start, stop, samples
 
     @property
-    def joined(self) -> bool:
-        """True if the recorded pass has other batches, too."""
+    def is_coalesced(self) -> bool:
+        """True if the traced pass has several batches."""
         return self._stop is not None
 
-    def add(self, layer: Layer, x: Tensor) -> None:
-        """Record an input, ``[N, C, *]``, of which N is a multiple of the samples."""
+    def add(self, layer: BNLayer, x: Tensor) -> None:
+        """Record an input, ``[N, C, *]``, where N is a multiple of the samples."""
         if self._stop is not None and self._samples:
             x = x[len(x) * self._start // self._samples : len(x) * self._stop // self._samples]
-        # Evenly spread: the first rows of [time, batch, channels] are all of the first step.
-        self.entries.append((layer, precise(x[:: -(-len(x) // _MOST_ROWS) or 1])))
+        # Evenly spaced rows: the first rows of [time, batch, channels] are all of the first step.
+        self.entries.append((layer, sample_stats(x[:: -(-len(x) // _MAX_ROWS) or 1])))
 
 
-def trace_parts(group: list[Any]) -> list[Trace]:
+def make_traces(group: list[Any]) -> list[Trace]:
     """Return empty traces of the first and the last batch of a pass, or of its only batch."""
     if len(group) == 1:
-        return [Trace(copy(group[0]))]
+        return [Trace(copy_batch(group[0]))]
     samples = sum(len(part) for part in group)
     return [
-        Trace(copy(group[0]), 0, len(group[0]), samples),
-        Trace(copy(group[-1]), samples - len(group[-1]), samples, samples),
+        Trace(copy_batch(group[0]), 0, len(group[0]), samples),
+        Trace(copy_batch(group[-1]), samples - len(group[-1]), samples, samples),
     ]
 
 
-def largest_difference(together: Trace, alone: Trace, eps: float) -> float:
-    """Return the largest difference between a batch in lockstep and in a single pass.
-
-    The unit of a mean is a standard deviation, ``unit^2 = running_var + sample_var + (sample_mean -
-    running_mean)^2``, with the new statistics. The unit of a variance is ``unit^2``. A mean of
-    joined batches may differ by 32 of its roundings, too.
-
-    Joined batches run other kernels, and deep networks amplify their rounding. So their bound is
-    half of the digits. Measured on CPU, in units of the bound: at most 0.08 for residual networks
-    of 110 layers and plain ones of 40; 1.3 for 30 linear layers without shortcuts, whose batches
-    are then not joined. The bound of repeated passes is a few roundings.
+def compare_with_single_passes(
+    context: CalibrationContext,
+    traces: Sequence[list[Trace]],
+    eps: float,
+    seed: Callable[[int, int], None],
+) -> float:
+    """Return the largest difference between traced batches and single passes.
 
     Args:
-        together: trace of the batch in lockstep.
-        alone: trace of the same batch in a single pass.
+        context: inputs of the calibration.
+        traces: traces of each traced pass.
         eps: machine epsilon of the coarsest dtype in the forward.
+        seed: function that seeds random numbers for a pass and its number of layers so far.
 
     Raises:
         InterferenceError: a difference exceeds its bound, or the layers differ.
     """
     largest = 0.0
-    bound = eps**0.5 if together.joined else min(_REPEATED_ROUNDINGS * eps, _REPEATED_MOST)
-    rounding = _ROUNDINGS * eps if together.joined else 0.0
-    for (layer, ours), (other, theirs) in zip(together.entries, alone.entries, strict=False):
+    # A causal forward cannot show interference in the first batch, nor a reversed one in the last.
+    for number, trace in ((0, traces[0][0]), (len(traces) - 1, traces[-1][-1])):
+        single = Trace(trace.batch)
+
+        def record(layer: BNLayer, x: Tensor, single: Trace = single, number: int = number) -> None:
+            single.add(layer, x)
+            seed(number, len(single.entries))
+
+        seed(number, 0)
+        with hook_inputs(context.layers, record):
+            context.run(trace.batch)
+        largest = max(largest, _largest_difference(trace, single, eps))
+    return largest
+
+
+def _largest_difference(traced: Trace, single: Trace, eps: float) -> float:
+    """Return the largest difference between a batch in lockstep and in a single pass.
+
+    The unit of a mean is a standard deviation, ``unit^2 = running_var + sample_var + (sample_mean -
+    running_mean)^2``, with the new statistics. The unit of a variance is ``unit^2``. A mean of
+    coalesced batches may also differ by 32 of its roundings.
+
+    Coalesced batches run other kernels, and deep networks amplify their rounding. So their bound is
+    half of the digits. Measured on CPU, in units of the bound: at most 0.08 for residual networks
+    of 110 layers and plain ones of 40; 1.3 for 30 linear layers without shortcuts, whose batches
+    are then not coalesced. The bound of repeated passes is a few roundings.
+    """
+    largest = 0.0
+    bound = min(_MAX_REPEATED_ROUNDINGS * eps, _MAX_REPEATED_DIFFERENCE)
+    rounding = 0.0
+    if traced.is_coalesced:
+        bound, rounding = eps**0.5, _ROUNDINGS * eps
+    for (layer, ours), (other, theirs) in zip(traced.entries, single.entries, strict=False):
         if layer is not other:
             raise InterferenceError(f"{layer.name}: a single pass reaches {other.name} instead")
         difference = _difference(layer, ours, theirs, rounding)
@@ -115,7 +148,7 @@ def largest_difference(together: Trace, alone: Trace, eps: float) -> float:
                 "each other"
             )
         largest = max(largest, difference)
-    calls = len(together.entries), len(alone.entries)
+    calls = len(traced.entries), len(single.entries)
     if calls[0] != calls[1]:
         raise InterferenceError(
             f"the forward reaches {calls[0]} layers; a single pass reaches {calls[1]}"
@@ -123,22 +156,22 @@ def largest_difference(together: Trace, alone: Trace, eps: float) -> float:
     return largest
 
 
-def _difference(layer: Layer, ours: PerSample, theirs: PerSample, rounding: float) -> float:
+def _difference(layer: BNLayer, ours: SampleStats, theirs: SampleStats, rounding: float) -> float:
     if ours.mean.shape != theirs.mean.shape:
         return math.inf
     if not ours.mean.numel():
         return 0.0
-    ours_mean, mean = (s.mean.double() + s.rest for s in (ours, theirs))
-    center, var = layer.running_mean.double(), layer.running_var.double()
-    square = var + theirs.var + (mean - center).square()
+    our_mean, mean = ours.exact_mean(), theirs.exact_mean()
+    square = layer.running_var.double() + theirs.var
+    square = square + (mean - layer.running_mean.double()).square()
     noise = rounding * mean.abs()
-    shift = _excess(ours_mean, mean, noise, square.sqrt())
+    shift = _excess(our_mean, mean, noise, square.sqrt())
     change = _excess(ours.var.double(), theirs.var.double(), noise.square(), square)
     return float(torch.maximum(shift, change).max())
 
 
 def _excess(ours: Tensor, theirs: Tensor, noise: Tensor, unit: Tensor) -> Tensor:
-    """Return differences beyond noise; infinite if only one of two values is a number."""
+    """Return differences beyond noise; infinite if only one of two values is NaN."""
     difference = (ours - theirs).abs()
     # A constant channel has no unit.
     equal = (difference <= noise) | (ours == theirs) | (ours.isnan() & theirs.isnan())

@@ -29,7 +29,7 @@ from syncbn.bench.ranks import exec_mpirun
 from syncbn.bench.report import Benchmark, Report, machine_facts
 from syncbn.cli import config_path
 from syncbn.cli.signals import deferred_termination
-from syncbn.distributed.launcher import is_one_of_several
+from syncbn.distributed.launchers import is_multi_process
 from syncbn.files import atomic_write
 
 _CONFIGS = Path(config_path()) / "bench"
@@ -130,7 +130,7 @@ def main() -> None:
         case [name, *overrides]:
             with _user_errors():
                 benchmark = compose_benchmark(name, overrides)
-                if benchmark.ranks > 1 and not is_one_of_several(os.environ):
+                if benchmark.ranks > 1 and not is_multi_process(os.environ):
                     exec_mpirun(benchmark.ranks)
             run(name, benchmark)
 

@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 import syncbn
-from syncbn.calibration.printable import escape_controls
+from syncbn.calibration.display import escape_controls
 from syncbn.cli import config_path
 from syncbn.cli.signals import deferred_termination
-from syncbn.distributed.launcher import launcher
+from syncbn.distributed.launchers import detect_launcher
 from syncbn.distributed.objects import all_gather_objects
 from syncbn.files import atomic_write, require_file
 from syncbn.kernels import cpu, triton_unavailable_reason
@@ -60,7 +60,7 @@ def installation() -> dict[str, str]:
 
 def mpi() -> dict[str, str]:
     """Return library, thread level and CUDA support of MPI; starts MPI."""
-    from syncbn.distributed.mpi_library import LIBRARY, MPI, reads_cuda_memory
+    from syncbn.distributed.mpi import MPI, VERSION, is_cuda_aware
 
     levels = {
         MPI.THREAD_SINGLE: "single",
@@ -69,10 +69,10 @@ def mpi() -> dict[str, str]:
         MPI.THREAD_MULTIPLE: "multiple",
     }
     return {
-        "MPI library": LIBRARY,
+        "MPI library": VERSION,
         "MPI thread level": levels[MPI.Query_thread()],
         "CUDA tensors over MPI": (
-            "device pointers (CUDA-aware)" if reads_cuda_memory() else "staged through host memory"
+            "device pointers (CUDA-aware)" if is_cuda_aware() else "staged through host memory"
         ),
     }
 
@@ -96,7 +96,7 @@ def report(info: syncbn.RankInfo) -> dict[str, Any]:
     return {
         "installation": {**installation(), **(mpi() if backend == "mpi4py" else {})},
         "backend": backend,
-        "launcher": launcher(os.environ),
+        "launcher": detect_launcher(os.environ),
         "ranks": ranks,
     }
 

@@ -1,7 +1,7 @@
-"""`syncbn-recalibrate`: replace the running statistics in a checkpoint, and nothing else in it.
+"""`syncbn-recalibrate`: replace the running statistics in a checkpoint, and only these.
 
-Alone, or on every rank of a job: ``launch/torchrun.sh -m syncbn.cli.recalibrate ...``, or with
-mpirun.sh. The settings are explained in ``configs/recalibrate.yaml``.
+For one process, or for every rank of a job: ``launch/torchrun.sh -m syncbn.cli.recalibrate ...``,
+or mpirun.sh. ``configs/recalibrate.yaml`` explains the settings.
 """
 
 from __future__ import annotations
@@ -23,43 +23,41 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 import syncbn
-from syncbn.calibration.checkpoint import (
-    Checkpoint,
-    StateDict,
-    read_checkpoint,
-    require_output,
-)
+from syncbn.calibration.checkpoint import Checkpoint, StateDict, read_checkpoint, require_output
+from syncbn.calibration.display import escape_controls, render_metrics
 from syncbn.calibration.evaluate import evaluate
-from syncbn.calibration.printable import escape_controls
 from syncbn.calibration.ranks import Ranks
-from syncbn.calibration.table import render_metrics
 from syncbn.cli import config_path
 from syncbn.cli.signals import deferred_termination
-from syncbn.distributed.collectives import communicating_group
+from syncbn.distributed.collectives import active_group
 from syncbn.files import atomic_write, require_file
 
-_WRONG_USE = 2
-# Settings that name files to write beside the output.
+_EXIT_CODE = 2
+# Settings with names of further output files.
 _REPORTS = ("report", "plot", "between")
 
 
-def run(config: DictConfig, place: syncbn.RankInfo) -> None:
+def run(config: DictConfig, info: syncbn.RankInfo) -> None:
     """Recalibrate; rank 0 prints the report and writes the files.
 
-    Every step ends on all ranks before the next begins: what fails on one ends all.
+    Every step ends on all ranks before the next begins, so an error on one rank ends all.
 
     Raises:
-        ValueError: bad input, on the ranks that have it.
+        ValueError: bad input on this rank.
         RuntimeError: another rank has failed.
     """
-    ranks = Ranks(communicating_group(None), place.device)
-    checkpoint = ranks.agreed(lambda: open_checkpoint(config))
-    model = ranks.agreed(lambda: make_model(config))
-    state = ranks.agreed(lambda: load(checkpoint, model, config))
-    model.to(place.device)
-    batches = ranks.agreed(lambda: instantiate(config.data))
-    measure = ranks.agreed(lambda: measurement(config, model, batches, ranks, place.device))
-    layers, skip = ranks.agreed(lambda: (_names(config, "layers"), _names(config, "skip")))
+    ranks = Ranks(active_group(None), info.device)
+    checkpoint = ranks.run_on_all_ranks(lambda: open_checkpoint(config))
+    model = ranks.run_on_all_ranks(lambda: make_model(config))
+    state = ranks.run_on_all_ranks(lambda: load_weights(checkpoint, model, config))
+    model.to(info.device)
+    batches = ranks.run_on_all_ranks(lambda: instantiate(config.data))
+    measure = ranks.run_on_all_ranks(
+        lambda: make_measurement(config, model, batches, ranks, info.device)
+    )
+    layers, skip = ranks.run_on_all_ranks(
+        lambda: (_get_names(config, "layers"), _get_names(config, "skip"))
+    )
     before = measure()
     report = syncbn.recalibrate(
         model,
@@ -71,24 +69,24 @@ def run(config: DictConfig, place: syncbn.RankInfo) -> None:
         max_bytes=config.max_bytes,
     )
     after = measure()
-    if place.rank == 0:
+    if info.rank == 0:
         print(report.table())
         if config.evaluate:
             print(render_metrics(before, after))
 
     def finish() -> None:
-        if place.rank == 0:
+        if info.rank == 0:
             with deferred_termination():
-                write(config, report, checkpoint, state, model)
+                write_files(config, report, checkpoint, state, model)
 
-    ranks.agreed(finish, "the output")
+    ranks.run_on_all_ranks(finish, "the output")
 
 
 def open_checkpoint(config: DictConfig) -> Checkpoint:
-    """Read the checkpoint.
+    """Read the checkpoint and check the names of all output files.
 
     Raises:
-        ValueError: it cannot be read, or the output is refused.
+        ValueError: the checkpoint cannot be read, or an output file is rejected.
     """
     source = Path(config.checkpoint)
     checkpoint = read_checkpoint(source)
@@ -96,11 +94,11 @@ def open_checkpoint(config: DictConfig) -> Checkpoint:
         require_output(source, Path(config.output), config.overwrite)
     elif not config.dry_run:
         raise ValueError("got no output=; expected the file to write, or dry_run=true")
-    _check_reports(config, source)
+    _check_report_files(config, source)
     return checkpoint
 
 
-def _check_reports(config: DictConfig, source: Path) -> None:
+def _check_report_files(config: DictConfig, source: Path) -> None:
     taken = {source.resolve(): "checkpoint"}
     if config.output is not None:
         taken[Path(config.output).resolve()] = "output"
@@ -116,10 +114,10 @@ def _check_reports(config: DictConfig, source: Path) -> None:
 
 
 def make_model(config: DictConfig) -> nn.Module:
-    """Make the network that ``model`` names.
+    """Return the network of the setting ``model``, in evaluation mode.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the setting makes no module.
     """
     model: Any = instantiate(config.model)
     if not isinstance(model, nn.Module):
@@ -127,8 +125,8 @@ def make_model(config: DictConfig) -> nn.Module:
     return model.eval()
 
 
-def load(checkpoint: Checkpoint, model: nn.Module, config: DictConfig) -> StateDict:
-    """Load the weights into the network and return where in the checkpoint they are.
+def load_weights(checkpoint: Checkpoint, model: nn.Module, config: DictConfig) -> StateDict:
+    """Load the weights into the network and return their state dict.
 
     Raises:
         ValueError: no state dict in the checkpoint fits.
@@ -138,11 +136,11 @@ def load(checkpoint: Checkpoint, model: nn.Module, config: DictConfig) -> StateD
     return state
 
 
-def _names(config: DictConfig, setting: str) -> list[str] | None:
-    """Return the names in a setting: none, one or a list.
+def _get_names(config: DictConfig, setting: str) -> list[str] | None:
+    """Return the names in a setting: None, one name or a list.
 
     Raises:
-        ValueError: a name was read as a number with digits lost, such as 3.10.
+        ValueError: YAML parsed a name as a number and lost digits, such as 3.10.
     """
     value = config[setting]
     if value is None:
@@ -157,13 +155,13 @@ def _names(config: DictConfig, setting: str) -> list[str] | None:
     return [str(name) for name in names]  # the children of nn.Sequential are integers
 
 
-def measurement(
+def make_measurement(
     config: DictConfig, model: nn.Module, batches: Any, ranks: Ranks, device: torch.device
 ) -> Callable[[], dict[str, float]]:
-    """Return what measures the network with ``metric``; nothing if that is not asked for.
+    """Return a function that evaluates ``metric``; an empty result if ``evaluate`` is false.
 
     Raises:
-        ValueError: the calibration batches are to be read for it, and come only once.
+        ValueError: the batches for the evaluation are one-shot.
     """
     if not config.evaluate:
         return dict
@@ -177,38 +175,38 @@ def measurement(
     return lambda: evaluate(model, chosen, metric, ranks, device)
 
 
-def write(
+def write_files(
     config: DictConfig,
     report: syncbn.CalibrationReport,
     checkpoint: Checkpoint,
     state: StateDict,
     model: nn.Module,
 ) -> None:
-    """Write the files that the settings ask for, the checkpoint last.
+    """Write all output files of the settings, the checkpoint last.
 
     Raises:
         ValueError: a file cannot be written.
     """
-    with _named(config.report) as path:
+    with _output_file(config.report) as path:
         if path is not None:
             report.save(path)
-    with _named(config.plot) as path:
+    with _output_file(config.plot) as path:
         if path is not None:
             report.plot(path)
-    with _named(config.between) as path:
+    with _output_file(config.between) as path:
         if path is not None:
             with atomic_write(path) as file:
                 torch.save(report.between(), file)
     if not config.dry_run:
-        state.take_statistics(model)
-        with _named(config.output) as path:
+        state.replace_running_stats(model)
+        with _output_file(config.output) as path:
             assert path is not None
             checkpoint.write(path, config.overwrite)
-        print(escape_controls(f"written: {config.output} ({state.name()})"))
+        print(escape_controls(f"written: {config.output} ({state.describe()})"))
 
 
 @contextmanager
-def _named(path: str | None) -> Iterator[Path | None]:
+def _output_file(path: str | None) -> Iterator[Path | None]:
     try:
         yield None if path is None else Path(path)
     except (OSError, RuntimeError, ImportError) as error:  # torch's writer raises RuntimeError
@@ -230,15 +228,15 @@ def add_to_path(folder: Path) -> None:
 
 @hydra.main(version_base="1.3", config_path=config_path(), config_name="recalibrate")
 def main(config: DictConfig) -> None:
-    """Recalibrate the checkpoint that the command line names."""
+    """Recalibrate the checkpoint of the command line."""
     try:
-        place = syncbn.init_process_group(config.backend)
+        info = syncbn.init_process_group(config.backend)
     except (ValueError, RuntimeError, ImportError) as error:
         _exit(error)
-    config.rank, config.world_size = place.rank, place.world_size
+    config.rank, config.world_size = info.rank, info.world_size
     add_to_path(Path(config.path))
     try:
-        run(config, place)
+        run(config, info)
     except (InstantiationException, OmegaConfBaseException) as error:
         _exit(error.__cause__ or error)
     except (
@@ -251,11 +249,11 @@ def main(config: DictConfig) -> None:
 
 
 def _exit(error: BaseException) -> NoReturn:
-    # Without a traceback: the message says what to do. That of a KeyError is only the key.
+    # No traceback: the message is enough. The message of a KeyError is only the key.
     kind = f"{type(error).__name__}: " if isinstance(error, LookupError) else ""
     message = escape_controls(f"{kind}{error}", keep="\n\t")
     sys.stderr.write(f"syncbn-recalibrate: {message}\n")
-    sys.exit(_WRONG_USE)
+    sys.exit(_EXIT_CODE)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Who talks to whom: groups, the environment of the launcher, and the one collective."""
+"""Process groups, launch environments and the layers' all-reduce."""
 
 from syncbn.distributed.environment import RankInfo as RankInfo
 from syncbn.distributed.environment import init_process_group as init_process_group

@@ -1,14 +1,17 @@
-"""Fingerprints that show whether all ranks of a group sum the same thing.
+"""Checks that all ranks of a group run the same collective.
 
-Each payload ends with a hash of its label. The sum of the hashes is the number of ranks times the
-own hash if all ranks sent the same label. Otherwise it is not: the rank with the largest hash
-always notices, any other rank misses it once in 2^32. Integers below 2^53 add up exactly.
+Each payload ends with a hash of its label. If all ranks send the same label, the sum of the hashes
+is the number of ranks times the local hash. On a mismatch, the rank with the largest hash always
+detects it, any other rank misses it once in 2^32. Integers below 2^53 add up exactly. In debug mode
+the ranks compare the labels themselves.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import zlib
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,8 +20,12 @@ from torch import Tensor
 
 from syncbn import modes
 
-# Checked all-reduces of each group. The counts are equal on all ranks while the members of a group
-# stay the same: all ranks pass a check or none does. Counts in the layers would differ after copies
+#: Length of an encoded label; a longer label is cut and ends with a digest of the whole.
+LABEL_BYTES = 256
+_DIGEST_BYTES = 8
+
+# Checked all-reduces per group. The counts are equal on all ranks while the members of a group stay
+# the same: all ranks pass a check or none does. Counters in the layers would differ after copies
 # and reloads.
 _checked: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
@@ -82,7 +89,7 @@ def check(payload: Tensor, value: float | None, group: dist.ProcessGroup, label:
         payload: return value of :func:`append`, summed over the group.
         value: fingerprint of this rank.
         group: group of the sum.
-        label: label behind the value, for the error message.
+        label: label of the all-reduce, for the error message.
 
     Raises:
         RuntimeError: another rank sent another label, or took part in another operation.
@@ -95,7 +102,7 @@ def check(payload: Tensor, value: float | None, group: dist.ProcessGroup, label:
     if total == ranks * value:
         _checked[group] = count(group) + 1
         return
-    # NaN comes from a compiled rank. Torch's "fake" backend, of dry runs, sums nothing.
+    # NaN comes from a compiled rank. Torch's "fake" backend, for dry runs, sums nothing.
     if math.isnan(total) or dist.get_backend(group) == "fake":
         return
     raise RuntimeError(
@@ -104,8 +111,30 @@ def check(payload: Tensor, value: float | None, group: dist.ProcessGroup, label:
         "layer, direction, call or input dtype, or in another operation of this group, such as a "
         "gradient bucket of DistributedDataParallel. The sum is discarded. Run the same layers in "
         "the same order on every rank, forward and backward (TORCH_DISTRIBUTED_DEBUG=DETAIL names "
-        "the layer of every rank), or give the layers a group of their own (process_group='own')."
+        "the layer of every rank), or give the layers a separate group (process_group='own')."
     )
+
+
+def encode_label(label: str) -> Tensor:
+    """Return a label as uint8 [LABEL_BYTES], to be gathered from all ranks."""
+    encoded = label.encode()
+    if len(encoded) > LABEL_BYTES:
+        digest = hashlib.blake2b(encoded, digest_size=_DIGEST_BYTES).hexdigest().encode()
+        encoded = encoded[: LABEL_BYTES - len(digest) - 4] + b"... " + digest
+    return torch.frombuffer(bytearray(encoded.ljust(LABEL_BYTES, b"\0")), dtype=torch.uint8)
+
+
+def describe_mismatch(labels: Tensor, ranks: Sequence[int]) -> str:
+    """Return one line per rank with its label; empty if all labels are equal.
+
+    Args:
+        labels: encoded labels of W ranks, uint8 [W, LABEL_BYTES].
+        ranks: global ranks, in the order of the labels.
+    """
+    if bool((labels == labels[0]).all()):
+        return ""
+    texts = (bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in labels.cpu())
+    return "\n".join(f"  rank {rank}: {text}" for rank, text in zip(ranks, texts, strict=True))
 
 
 def _is_debugging() -> bool:

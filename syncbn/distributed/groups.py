@@ -1,4 +1,4 @@
-"""Process groups from a short description."""
+"""Process groups from short descriptions."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from syncbn.distributed.objects import all_gather_objects
 #: evaluated in the module whose annotation uses the alias, and that module has no ``DeviceMesh``.
 GroupLike: TypeAlias = str | int | DeviceMesh | dist.ProcessGroup | None
 
-# The layers' group of all ranks, by default group. Torch owns both: a reference that outlives
-# destroy_process_group would keep Gloo's threads alive, which may abort the process at exit.
+# Maps the default group to the layers' group of all ranks. Torch owns both: a reference that
+# outlives destroy_process_group would keep Gloo's threads alive, which may abort the process at
+# exit.
 _layers_groups: WeakKeyDictionary[dist.ProcessGroup, ref[dist.ProcessGroup]] = WeakKeyDictionary()
 
 
 def create_layers_group(timeout: timedelta | None) -> None:
-    """Create a group of all ranks for layers with ``process_group=None``; collective.
+    """Create a group of all ranks for layers with ``process_group=None``; a collective.
 
     DistributedDataParallel sends gradient buckets over the default group. With
     ``find_unused_parameters`` their order among the layers' all-reduces differs between ranks.
@@ -38,29 +39,28 @@ def create_layers_group(timeout: timedelta | None) -> None:
 
 
 def group_of_all_ranks() -> dist.ProcessGroup:
-    """Return the layers' group of all ranks, or the default group if the layers share that."""
+    """Return the layers' group of all ranks, or the default group if no such group was created."""
     default = dist.group.WORLD
     assert default is not None
-    own = _layers_groups.get(default)
-    return default if own is None else own() or default
+    layers_group = _layers_groups.get(default)
+    return default if layers_group is None else layers_group() or default
 
 
 def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:
-    """Return the process group that a description stands for.
+    """Return the process group for a description.
 
-    "own", "node" and integers create groups, which is collective: every rank must call this, in
-    the same order.
+    "own", "node" and integers create groups, which is a collective: every rank must call this
+    function, in the same order.
 
     Args:
         group: None or "world" (all ranks), "own" (all ranks in a new group: for layers under
             DistributedDataParallel with ``find_unused_parameters``, unless
-            :func:`syncbn.init_process_group` made one), "node" (the ranks of one machine; with
-            torchrun, the ranks of one launcher),
-            an integer n (n consecutive ranks: 0..n-1, n..2n-1, and so on), a one-dimensional
-            ``DeviceMesh``, or a process group, which is returned as it is.
+            :func:`syncbn.init_process_group` created one), "node" (the ranks of one machine; with
+            torchrun, the ranks of one agent), an integer n (n consecutive ranks: 0..n-1, n..2n-1,
+            and so on), a one-dimensional ``DeviceMesh``, or a process group, returned unchanged.
 
     Returns:
-        A group that this rank is in; None stands for all ranks.
+        A group that contains this rank; None for all ranks.
 
     Raises:
         ValueError: an unknown description, a size that does not divide the number of ranks, or a
@@ -70,16 +70,16 @@ def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:
     match group:
         case None | "world":
             return None
-        case dist.GroupMember.NON_GROUP_MEMBER:  # what new_group returns to the others: an int
+        case dist.GroupMember.NON_GROUP_MEMBER:  # an int: new_group's result on other ranks
             raise ValueError(
-                "this rank is not in the process group it was given; every rank must pass a group "
-                "that it is a member of"
+                "this rank is not in the process group that it passed; every rank must pass a "
+                "group that it is a member of"
             )
         case "own":
             _require_initialized()
             return dist.new_group() if dist.get_world_size() > 1 else None
         case "node":
-            return _ranks_of_this_node()
+            return _node_ranks()
         case bool():
             pass
         case int():
@@ -104,27 +104,27 @@ def _consecutive_ranks(size: int) -> dist.ProcessGroup | None:
     world = dist.get_world_size()
     if size < 1 or world % size:
         raise ValueError(f"got groups of {size} ranks; expected a divisor of the {world} ranks")
-    return _own_of([list(range(first, first + size)) for first in range(0, world, size)])
+    return _local_subgroup([list(range(first, first + size)) for first in range(0, world, size)])
 
 
-def _ranks_of_this_node() -> dist.ProcessGroup | None:
+def _node_ranks() -> dist.ProcessGroup | None:
     _require_initialized()
-    # GROUP_RANK numbers torchrun's agents: containers may share a host name.
+    # GROUP_RANK is the index of a torchrun agent: containers may share a host name.
     nodes = all_gather_objects((os.environ.get("GROUP_RANK", ""), socket.gethostname()))
     members = [[r for r, node in enumerate(nodes) if node == name] for name in sorted(set(nodes))]
-    return _own_of(members)
+    return _local_subgroup(members)
 
 
-def _own_of(partition: list[list[int]]) -> dist.ProcessGroup | None:
+def _local_subgroup(partition: list[list[int]]) -> dist.ProcessGroup | None:
     if len(partition) == 1:
         return None
-    own: dist.ProcessGroup
-    own, _ = dist.new_subgroups_by_enumeration(partition)
-    return own
+    group: dist.ProcessGroup
+    group, _ = dist.new_subgroups_by_enumeration(partition)
+    return group
 
 
 def _require_initialized() -> None:
     if not dist.is_initialized():
         raise RuntimeError(
-            "groups of ranks need torch.distributed; call syncbn.init_process_group() first"
+            "a group of ranks needs torch.distributed; call syncbn.init_process_group() first"
         )

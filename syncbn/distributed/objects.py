@@ -1,4 +1,4 @@
-"""Python objects of all ranks, without NumPy, which torch's `all_gather_object` needs."""
+"""All-gather of Python objects without NumPy, which torch's `all_gather_object` requires."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ T = TypeVar("T")
 
 
 def all_gather_objects(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
-    """Return the objects of all ranks in the order of the ranks; a collective.
+    """Return the objects of all ranks in rank order; a collective.
 
     Args:
-        value: object of this rank; the ranks trust each other, since unpickling can run code.
-        group: ranks that call this; None for all.
+        value: object of this rank; all ranks must be trusted, since unpickling can run code.
+        group: ranks that take part; None for all.
     """
-    # NCCL alone has no CPU tensors.
+    # Only NCCL lacks CPU tensors.
     device = torch.device("cpu" if "cpu:" in dist.get_backend_config(group) else "cuda")
     pickled = bytearray(pickle.dumps(value))
     size = torch.tensor([len(pickled)], device=device)

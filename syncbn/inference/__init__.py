@@ -1,4 +1,4 @@
-"""What a batch-norm layer normalizes with at inference, other than its running statistics."""
+"""Inference rules: statistics other than the running ones for batch norm in evaluation."""
 
 from syncbn.inference.convert import revert_inference as revert_inference
 from syncbn.inference.example_weighted import ExampleWeighted as ExampleWeighted

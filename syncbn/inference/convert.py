@@ -1,4 +1,4 @@
-"""Rules into the layers of a model, and out of them again."""
+"""Conversion of a model's layers to an inference rule and back."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.calibration.layers import Layer, find_layers
-from syncbn.inference.rule import Rule, Ruled, beneath, ruled
+from syncbn.inference.rule import EvalStatistics, EvalStatisticsMixin, base_class, with_rule
+from syncbn.nn.bn_layers import BNLayer, find_layers
 from syncbn.nn.class_map import change_class
 from syncbn.nn.module import SyncBatchNorm
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def convert_inference(model: M, make_rule: Callable[[Layer], Rule | None]) -> M:
-    """Give every batch-norm layer a rule, in place: all layers, or on an error none.
+def convert_inference(model: M, make_rule: Callable[[BNLayer], EvalStatistics | None]) -> M:
+    """Set the inference rule of every batch-norm layer, in place; of no layer on an error.
 
-    A layer with a ``forward`` of its own is left alone, with a warning: the rule would replace it.
+    A layer that overrides ``forward`` is left alone, with a warning: the rule would replace it.
 
     Args:
-        model: the model, or a single layer.
-        make_rule: returns the rule of a layer; None to leave it as it is.
+        model: network or a single layer.
+        make_rule: function that returns the rule of a layer; None to leave the layer unchanged.
 
     Raises:
-        ValueError: no layers with running statistics, or only such; a layer has a rule already.
+        ValueError: no layers with running statistics; all layers override ``forward``; a layer has
+            a rule already.
     """
-    rules: list[tuple[_BatchNorm, Rule]] = []
+    rules: list[tuple[_BatchNorm, EvalStatistics]] = []
     left_alone: list[str] = []
     for layer in find_layers(model):
-        if _has_own_forward(layer.module):
+        if _overrides_forward(layer.module):
             left_alone.append(f"{layer.name} ({type(layer.module).__qualname__})")
         elif (rule := make_rule(layer)) is not None:
             rule.layer_name = layer.name
@@ -50,34 +51,31 @@ def convert_inference(model: M, make_rule: Callable[[Layer], Rule | None]) -> M:
         )
     for module, rule in rules:
         module._syncbn_rule = rule
-        change_class(module, ruled)
+        change_class(module, with_rule)
     return model
 
 
 def revert_inference(model: M) -> M:
-    """Let every layer of a model use its running statistics again, in place.
+    """Remove the inference rules of a model in place, and return the model.
 
     Args:
-        model: the model, or a single layer.
-
-    Returns:
-        The model it was given.
+        model: network or a single layer.
     """
     for module in list(model.modules()):
-        if isinstance(module, Ruled) and change_class(module, beneath):
+        if isinstance(module, EvalStatisticsMixin) and change_class(module, base_class):
             del module._syncbn_rule
     return model
 
 
 @contextmanager
 def reverted_after(model: nn.Module) -> Iterator[None]:
-    """Take rules away from a model at the end of the body."""
+    """Remove the inference rules of a model at the end of the body."""
     try:
         yield
     finally:
         revert_inference(model)
 
 
-def _has_own_forward(module: _BatchNorm) -> bool:
+def _overrides_forward(module: _BatchNorm) -> bool:
     known = (_BatchNorm.forward, nn.SyncBatchNorm.forward, SyncBatchNorm.forward)
     return "forward" in vars(module) or type(module).forward not in known

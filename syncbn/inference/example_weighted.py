@@ -1,4 +1,4 @@
-"""Statistics that a training batch with the test sample in it would be expected to have."""
+"""Expected statistics of a training batch that includes the test sample."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from syncbn.calibration import CalibrationReport
-from syncbn.calibration.layers import Layer
-from syncbn.calibration.per_sample import precise
 from syncbn.inference.convert import convert_inference, reverted_after
-from syncbn.inference.rule import Rule
+from syncbn.inference.rule import EvalStatistics
+from syncbn.nn.bn_layers import BNLayer
+from syncbn.nn.sample_stats import sample_stats
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -22,32 +22,32 @@ M = TypeVar("M", bound=nn.Module)
 def example_weighted(
     model: nn.Module, batch_size: float, between: CalibrationReport | Mapping[str, Tensor]
 ) -> Iterator[None]:
-    """Give each sample its share in the statistics that normalize it, in the body.
+    """Include each sample in the statistics that normalize it, in the body.
 
-    For models trained with small batches. In training, a sample makes up 1/B of the batch that it
-    is normalized with; in plain evaluation, nothing of it, which for small B is a difference
-    between training and test. A sample with mean m and variance v of its own is normalized with
-    what a training batch that it is in has on average::
+    For models trained with small batches. In training, a sample contributes 1/B of the statistics
+    that normalize it; in plain evaluation, nothing, which for small B is a discrepancy between
+    training and test. A sample with mean m and variance v is normalized with the expected
+    statistics of a training batch that includes it::
 
         mean = m / B + (B - 1) / B running_mean
         var  = v / B + (B - 1) / B running_var + (B - 1) / B^2 ((m - running_mean)^2 - s^2)
 
     with s^2, the variance between the means of samples, from a calibration. So the weight, which
     the reference tunes on a validation set, follows from B. B = infinity is plain evaluation, B = 1
-    instance normalization. Samples are normalized one by one: nothing is sent, and outputs depend
-    neither on the batch nor on the other ranks.
+    instance normalization. Each sample is normalized separately: no communication, and outputs
+    depend neither on the batch nor on the other ranks.
 
     Args:
-        model: with batch-norm layers that have running statistics, in evaluation mode.
-        batch_size: B, from 1 to infinity: samples that were normalized together in training, on
-            all ranks together if synchronized.
-        between: s^2 of every layer: the report of :func:`syncbn.recalibrate`, or tensors ``[C]`` by
-            the name of the layer, such as ``report.between()``. Layers that the calibration did not
-            reach, or left alone, are left as they are.
+        model: network in evaluation mode; its batch-norm layers have running statistics.
+        batch_size: B, the number of samples normalized together in training, over all ranks if
+            synchronized; from 1 to infinity.
+        between: s^2 of every layer, as the report of :func:`syncbn.recalibrate`, or tensors ``[C]``
+            by layer name, such as ``report.between()``. Layers that the calibration did not reach,
+            or left alone, are unchanged.
 
     Raises:
         ValueError: B is less than 1 or NaN; s^2 of a layer is missing, of another shape, negative
-            or not finite; no layers, or one follows a rule already.
+            or not finite; no layers, or a layer has a rule already.
 
     Example::
 
@@ -56,11 +56,10 @@ def example_weighted(
             logits = model(images)
 
     Reference:
-        Summers and Dinneen, "Four things everyone should know to improve batch normalization",
-        2020, arXiv:1906.03548, section 3.1, for the idea. With means m_j and variances v_j of B
-        independent samples, of which j = i is given: the batch has mean (sum of m_j) / B, and
-        variance (sum of v_j + m_j^2) / B less the square of that; E[v_j] = var - s^2 and
-        E[m_j^2] = mean^2 + s^2 for the others give the above.
+        Summers and Dinneen, arXiv:1906.03548 (2020), section 3.1, for the idea. Let B independent
+        samples have means m_j and variances v_j, with sample i fixed. The batch has mean M =
+        (sum of m_j) / B and variance (sum of v_j + m_j^2) / B - M^2. E[v_j] = var - s^2 and
+        E[m_j^2] = mean^2 + s^2 for j != i give the formulas above.
     """
     convert_example_weighted(model, batch_size, between)
     with reverted_after(model):
@@ -70,41 +69,35 @@ def example_weighted(
 def convert_example_weighted(
     model: M, batch_size: float, between: CalibrationReport | Mapping[str, Tensor]
 ) -> M:
-    """Do what :func:`example_weighted` does for good; ``revert_inference`` is the inverse.
-
-    Args:
-        model: see :func:`example_weighted`.
-        batch_size: see :func:`example_weighted`.
-        between: see :func:`example_weighted`.
+    """Apply :func:`example_weighted` permanently, in place; ``revert_inference`` is the inverse.
 
     Returns:
-        The model it was given. Copies and pickles of it follow the rule; a ``state_dict`` is that
-        of the model without it.
+        The same model. Copies and pickles keep the rule; the ``state_dict`` is unchanged.
 
     Raises:
-        ValueError: see :func:`example_weighted`.
+        ValueError: invalid arguments; see :func:`example_weighted`.
     """
     if not batch_size >= 1:
         raise ValueError(f"got batch_size={batch_size}; expected 1 or more")
     if isinstance(between, CalibrationReport):
-        values, unknown = between.between(), {*between.not_reached, *between.left_alone}
+        values, excluded = between.between(), {*between.not_reached, *between.left_alone}
     else:
-        values, unknown = dict(between), set()
+        values, excluded = dict(between), set()
 
-    def make(layer: Layer) -> Rule | None:
-        if layer.name in unknown:
+    def make_rule(layer: BNLayer) -> EvalStatistics | None:
+        if layer.name in excluded:
             return None
-        return ExampleWeighted(batch_size, _checked(values.get(layer.name), layer))
+        return ExampleWeighted(batch_size, _check_between(values.get(layer.name), layer))
 
-    return convert_inference(model, make)
+    return convert_inference(model, make_rule)
 
 
-class ExampleWeighted(Rule):
-    """The rule of one layer; see :func:`example_weighted`.
+class ExampleWeighted(EvalStatistics):
+    """Inference rule of one layer for :func:`example_weighted`.
 
     Args:
-        batch_size: B.
-        between: s^2, ``[C]``.
+        batch_size: number of samples normalized together in training, B.
+        between: variance between the means of samples, s^2, shape ``[C]``.
     """
 
     between: Tensor
@@ -116,30 +109,27 @@ class ExampleWeighted(Rule):
 
     @property
     def is_evaluation(self) -> bool:
-        """Whether a sample has no share."""
+        """True for an infinite batch size, in which a sample has no weight."""
         return math.isinf(self.batch_size)
 
-    def statistics(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the expected mean and variance of every sample, ``[N, C]``."""
-        _, rounded, own_var, rest = precise(x)
-        own, others = 1 / self.batch_size, 1 - 1 / self.batch_size
+    def statistics(self, layer: BNLayer, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the expected mean and variance for each sample, float64 ``[N, C]``."""
+        samples = sample_stats(x)
+        weight = 1 / self.batch_size
         mean, var = layer.running_mean.double(), layer.running_var.double()
-        shift = rounded.double() + rest - mean
-        # Of a variance that is not the calibration's, s^2 cannot be the larger part.
+        shift = samples.exact_mean() - mean
+        # s^2 is limited to the variance, which may be from another calibration than s^2.
         squares = shift.square() - self.between.double().minimum(var)
-        return mean + own * shift, own * own_var + others * (var + own * squares)
+        expected_var = weight * samples.var + (1 - weight) * (var + weight * squares)
+        return mean + weight * shift, expected_var
 
     def extra_repr(self) -> str:
-        """Return the batch size, for ``print(model)``."""
+        """Return the batch size for ``print(model)``."""
         return f"batch_size={self.batch_size}"
 
 
-def _checked(between: Tensor | None, layer: Layer) -> Tensor:
-    """Return s^2 on the device of a layer.
-
-    Raises:
-        ValueError: see :func:`example_weighted`.
-    """
+def _check_between(between: Tensor | None, layer: BNLayer) -> Tensor:
+    """Return a copy of s^2 on the device of a layer."""
     if between is None:
         raise ValueError(
             f"{layer.name}: got no between-sample variance; expected one for each batch-norm layer "
@@ -153,6 +143,6 @@ def _checked(between: Tensor | None, layer: Layer) -> Tensor:
     if not bool(((between >= 0) & between.isfinite()).all()):
         raise ValueError(
             f"{layer.name}: got a between-sample variance that is negative or not finite; expected "
-            "that of a calibration with two or more samples"
+            "the variance from a calibration with two or more samples"
         )
     return between.detach().to(layer.running_var, copy=True)

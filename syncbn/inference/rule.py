@@ -1,4 +1,4 @@
-"""What an inference rule is, and a layer that follows one."""
+"""Inference rules: the statistics of one layer in evaluation, and layers that use them."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.calibration.layers import Layer
 from syncbn.kernels.coefficients import forward_coefficients
+from syncbn.nn.bn_layers import BNLayer
 from syncbn.nn.fx_call import record_call
 from syncbn.ops.functional import add_residual_relu
 from syncbn.ops.validation import check_input, check_parameters
 
-# One for each class met, so that layers of one class stay of one class.
-_RULED: dict[type[_BatchNorm], type[_BatchNorm]] = {}
+# One derived class per base class, so that layers of one class still have one class.
+_DERIVED: dict[type[_BatchNorm], type[_BatchNorm]] = {}
 
 
-class Rule(nn.Module, ABC):
-    """Which statistics one layer normalizes an input with in evaluation.
+class EvalStatistics(nn.Module, ABC):
+    """Inference rule: the statistics that a layer normalizes an input with in evaluation.
 
-    A module so that what it holds moves with the model; it adds nothing to a ``state_dict``.
+    A module, so that its tensors move with the model; it adds nothing to a ``state_dict``.
 
     Attributes:
-        layer_name: of the layer that follows it, for error messages.
+        layer_name: name of the layer, for error messages.
     """
 
     layer_name: str = ""
@@ -35,91 +35,92 @@ class Rule(nn.Module, ABC):
     @property
     @abstractmethod
     def is_evaluation(self) -> bool:
-        """Whether the statistics are the running ones, whatever the input."""
+        """True if the statistics are the running ones for any input."""
 
     @abstractmethod
-    def statistics(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean and the variance for an input.
+    def statistics(self, layer: BNLayer, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and the variance for an input, float64 ``[1, C]`` or ``[N, C]``.
 
         Args:
-            layer: whose input it is.
-            x: ``[N, C, *]``; N may be zero.
-
-        Returns:
-            Mean and variance, float64 ``[1, C]`` or ``[N, C]``.
+            layer: layer to normalize.
+            x: input of the layer, shape ``[N, C, *]``; N may be zero.
         """
 
 
-class Ruled(_BatchNorm):
-    """A batch-norm layer that follows its ``_syncbn_rule`` in evaluation; in training, its class.
+class EvalStatisticsMixin(_BatchNorm):
+    """Batch-norm layer that normalizes with the statistics of its rule in evaluation.
 
-    Mixed into the class that the layer had, so that it stays an instance of it.
+    In training, it uses the forward of its base class. The class is derived from the layer's class,
+    so the layer is still an instance of it.
     """
 
-    _syncbn_rule: Rule
+    _syncbn_rule: EvalStatistics
 
     def forward(
         self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """Normalize; a residual and a mask are for layers of ours.
+        """Return the normalized input; only layers of this library accept a residual or a mask.
 
         Raises:
-            ValueError: there is a mask, and the statistics are to be those of the input.
+            ValueError: a mask with statistics that depend on the input.
         """
         if isinstance(input, Proxy):
             return cast(Tensor, record_call(self, input, residual, mask))
         if self.training or self._syncbn_rule.is_evaluation:
-            more = {"residual": residual, "mask": mask}
-            return super().forward(input, **{k: v for k, v in more.items() if v is not None})
+            optional = {"residual": residual, "mask": mask}
+            return super().forward(input, **{k: v for k, v in optional.items() if v is not None})
         if mask is not None:
             raise ValueError(
-                f"{self._syncbn_rule.layer_name}: got a mask; inference rules take inputs that "
-                "count everywhere"
+                f"{self._syncbn_rule.layer_name}: got a mask; inference rules support unmasked "
+                "inputs only"
             )
         self._check_input_dim(input)
         check_input(input)
         rule = self._syncbn_rule
         tensors = self.weight, self.bias, self.running_mean, self.running_var
         check_parameters(input, *tensors, rule.layer_name)
-        mean, var = rule.statistics(Layer(0, rule.layer_name, self), input)
+        mean, var = rule.statistics(BNLayer(0, rule.layer_name, self), input)
         invstd = (var + self.eps).rsqrt()
-        numbers = forward_coefficients(mean, invstd, self.weight, self.bias, input.dtype)
+        coefficients = forward_coefficients(mean, invstd, self.weight, self.bias, input.dtype)
         trailing = (1,) * (input.dim() - 2)
-        pivot, scale, shift = (number.reshape(*number.shape, *trailing) for number in numbers)
+        pivot, scale, shift = (c.reshape(*c.shape, *trailing) for c in coefficients)
         y = torch.addcmul(shift, input - pivot, scale).to(input.dtype)
-        return add_residual_relu(
-            y, residual, getattr(self, "_syncbn_activation", None) is not None, None
-        )
+        relu = getattr(self, "_syncbn_activation", None) is not None
+        return add_residual_relu(y, residual, relu, None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # Pickles written before the private name.
+        # Old pickles have the rule under another name.
         modules = state["_modules"]
-        if isinstance(modules.get("inference_rule"), Rule) and "_syncbn_rule" not in modules:
+        if (
+            isinstance(modules.get("inference_rule"), EvalStatistics)
+            and "_syncbn_rule" not in modules
+        ):
             modules["_syncbn_rule"] = modules.pop("inference_rule")
         super().__setstate__(state)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class has no name to import it by: it is made again from the one beneath.
+        # The derived class cannot be imported by name, so it is derived again from its base class.
         make, arguments, *rest = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
         kind = type(self)
-        arguments = tuple(beneath(kind) if value is kind else value for value in arguments)
+        arguments = tuple(base_class(kind) if value is kind else value for value in arguments)
         return _remake, (make, arguments), *rest
 
 
-def ruled(kind: type[_BatchNorm]) -> type[_BatchNorm]:
-    """Return the form of a layer's class that follows a rule."""
-    if kind not in _RULED:
-        namespace = {"__module__": kind.__module__}
-        _RULED[kind] = type(f"Ruled{kind.__name__}", (Ruled, kind), namespace)
-    return _RULED[kind]
+def with_rule(kind: type[_BatchNorm]) -> type[_BatchNorm]:
+    """Return the class derived from a layer's class that uses an inference rule."""
+    if kind not in _DERIVED:
+        name, namespace = f"EvalStatistics{kind.__name__}", {"__module__": kind.__module__}
+        _DERIVED[kind] = type(name, (EvalStatisticsMixin, kind), namespace)
+    return _DERIVED[kind]
 
 
-def beneath(kind: type[_BatchNorm]) -> type[_BatchNorm] | None:
-    """Return the class that :func:`ruled` made another one from; None if it did not."""
-    return cast("type[_BatchNorm]", kind.__bases__[1]) if kind.__bases__[0] is Ruled else None
+def base_class(kind: type[_BatchNorm]) -> type[_BatchNorm] | None:
+    """Return the class from which :func:`with_rule` derived another; None for other classes."""
+    is_derived = kind.__bases__[0] is EvalStatisticsMixin
+    return cast("type[_BatchNorm]", kind.__bases__[1]) if is_derived else None
 
 
 def _remake(make: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     layer = make(*arguments)
-    layer.__class__ = ruled(type(layer))
+    layer.__class__ = with_rule(type(layer))
     return layer

@@ -64,7 +64,7 @@ class AtenCudaKernel(Kernel):
         return Moments.from_pivot(pivot.new_full((), count), pivot, first, second, two_parts).pack()
 
     def normalize(
-        self, x: Tensor, moments: Tensor, args: NormalizeArgs, residual: Tensor | None
+        self, x: Tensor, moments: Tensor, args: NormalizeArgs, residual: Tensor | None = None
     ) -> tuple[Tensor, Saved]:
         """See :meth:`Kernel.normalize`."""
         statistics = compute_statistics(Moments.unpack(moments, x.shape[1]), args)

@@ -121,7 +121,7 @@ class Kernel(ABC):
 
     @abstractmethod
     def normalize(
-        self, x: Tensor, moments: Tensor, args: NormalizeArgs, residual: Tensor | None
+        self, x: Tensor, moments: Tensor, args: NormalizeArgs, residual: Tensor | None = None
     ) -> tuple[Tensor, Saved]:
         """Return ``relu((x - mean) * invstd * weight + bias + residual)``; update running stats.
 
@@ -158,7 +158,7 @@ class Kernel(ABC):
         """
 
     def forward_local(
-        self, x: Tensor, args: NormalizeArgs, residual: Tensor | None
+        self, x: Tensor, args: NormalizeArgs, residual: Tensor | None = None
     ) -> tuple[Tensor, Saved]:
         """Return the result of :meth:`normalize` with the moments of x: world size 1."""
         return self.normalize(x, self.moments(x), args, residual)

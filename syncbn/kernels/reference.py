@@ -51,7 +51,7 @@ class ReferenceKernel(Kernel):
         return Moments.from_pivot(pivot.new_full((), count), pivot, first, second, two_parts).pack()
 
     def normalize(
-        self, x: Tensor, moments: Tensor, args: NormalizeArgs, residual: Tensor | None
+        self, x: Tensor, moments: Tensor, args: NormalizeArgs, residual: Tensor | None = None
     ) -> tuple[Tensor, Saved]:
         """See :meth:`Kernel.normalize`."""
         group = Moments.unpack(moments, x.shape[1])

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.distributed.collectives import communicating_group
+from syncbn.distributed.collectives import active_group
 from syncbn.ops.validation import Activation, check_activation
 
 # Public attributes and the private attributes that the library reads. A converted layer may carry
@@ -141,7 +141,7 @@ def layer_label(layer: LayerState) -> str:
     return f"{layer._syncbn_fqn} {kind}" if layer._syncbn_fqn else kind
 
 
-def active_group(layer: LayerState) -> dist.ProcessGroup | None:
+def layer_group(layer: LayerState) -> dist.ProcessGroup | None:
     """Return the group of a layer's collectives, or None for a single rank.
 
     Raises:
@@ -154,7 +154,7 @@ def active_group(layer: LayerState) -> dist.ProcessGroup | None:
             f"{list(layer._syncbn_group.ranks)}; call convert_sync_batchnorm("
             "model, process_group=...)"
         )
-    return communicating_group(layer._syncbn_group)
+    return active_group(layer._syncbn_group)
 
 
 def first_length(tensors: tuple[Tensor | None, ...], default: int) -> int:

@@ -12,7 +12,7 @@ from syncbn.distributed.groups import GroupLike, resolve_group
 from syncbn.kernels.base import RunningStats
 from syncbn.nn.fx_call import record_call
 from syncbn.nn.layer_state import DetachedGroup as DetachedGroup
-from syncbn.nn.layer_state import LayerState, active_group, layer_label, layer_tensors
+from syncbn.nn.layer_state import LayerState, layer_group, layer_label, layer_tensors
 from syncbn.ops.functional import batch_norm
 from syncbn.ops.validation import Activation, check_activation
 
@@ -129,7 +129,7 @@ class SyncBatchNorm(LayerState):
             RunningStats(mean, var, counter, self.momentum),
             self.eps,
             # In evaluation without running statistics the batch is that of this rank, as in torch.
-            active_group(self) if self.training else None,
+            layer_group(self) if self.training else None,
             use_batch_stats=self.training or mean is None or var is None,
             residual=residual,
             activation=self._syncbn_activation,

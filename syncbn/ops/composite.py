@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from syncbn import modes
-from syncbn.distributed.collectives import sum_over_ranks
+from syncbn.distributed.collectives import differentiable_all_reduce
 from syncbn.kernels import REFERENCE
 from syncbn.kernels.base import Gradients, NormalizeArgs, OutputMask, Saved
 from syncbn.kernels.reference import update_running_stats
@@ -61,7 +61,7 @@ def composite_batch_norm(
     else:
         moments = masked_moments(REFERENCE.moments, x, params.mask_fill)
     label = describe_all_reduce(params, "forward", x)
-    moments = sum_over_ranks(moments, params.group, label)
+    moments = differentiable_all_reduce(moments, params.group, label)
     if params.running is not None:
         update_running_stats(Moments.unpack(moments.detach(), x.shape[1]), params.running)
     if params.pending is not None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from syncbn import modes
-from syncbn.distributed.collectives import communicating_group
+from syncbn.distributed.collectives import active_group
 from syncbn.kernels import select_kernel
 from syncbn.kernels.base import RunningStats
 from syncbn.ops.composite import composite_batch_norm
@@ -81,7 +81,7 @@ def sync_batch_norm(
     """
     if not training and (running_mean is None or running_var is None):
         raise ValueError("got no running_mean or running_var; expected both when training is False")
-    group = communicating_group(process_group) if training else None
+    group = active_group(process_group) if training else None
     return batch_norm(
         input,
         weight,

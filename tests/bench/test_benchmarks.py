@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import run
-from tests.kernels import device_of, needs_cpp
+from tests.kernel_cases import device_of, needs_cpp
 
 BENCH = "syncbn.cli.bench"
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]

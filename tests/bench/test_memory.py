@@ -14,7 +14,7 @@ from torch import nn
 from syncbn import SyncBatchNorm2d, convert_sync_batchnorm, fuse
 from syncbn.bench.memory import peak_bytes
 from syncbn.bench.networks import resnet50
-from tests.kernels import needs_cpp
+from tests.kernel_cases import needs_cpp
 
 CPU = torch.device("cpu")
 
@@ -49,7 +49,7 @@ def test_peak_memory_depends_on_the_kernel() -> None:
     layer = SyncBatchNorm2d(3)
 
     def peak(kernel: str) -> float:
-        layer.sync_kernel = kernel
+        layer.impl = kernel
         return peak_bytes(lambda: (layer(x) * 2).sum().backward(), CPU) / x.nbytes
 
     peak("cpu")  # allocates the gradients

@@ -1,18 +1,22 @@
-"""Small networks with batch norm, data for them, and their buffers."""
+"""Small networks with batch norm, their data and their statistics."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 import syncbn
+from syncbn.calibration.recalibrate import ExactMethod, Method
+
+EXACT: tuple[ExactMethod, ...] = get_args(ExactMethod)
+METHODS: tuple[Method, ...] = get_args(Method)
 
 
 class Block(nn.Module):
-    """Two convolutions beside a shortcut."""
+    """Two convolutions with a shortcut."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -64,12 +68,12 @@ def images(number: int = 24, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def batches(batch_size: int, rank: int = 0, world_size: int = 1) -> tuple[Tensor, ...]:
-    """Return a rank's part of the images, in batches."""
+    """Return a rank's share of the images, in batches."""
     return tuple(images()[rank::world_size].split(batch_size))
 
 
 def labelled(batch_size: int, rank: int = 0, world_size: int = 1) -> list[tuple[Tensor, Tensor]]:
-    """Return a rank's part of the images with labels, 0 or 1, in batches."""
+    """Return a rank's share of the images with labels, 0 or 1, in batches."""
     labels = torch.arange(24) % 3 // 2
     mine = labels[rank::world_size].split(batch_size)
     return list(zip(batches(batch_size, rank, world_size), mine, strict=True))
@@ -80,13 +84,13 @@ def one_shot() -> Iterator[tuple[Tensor, Tensor]]:
     yield from labelled(6)
 
 
-def without_a_key() -> Iterator[Tensor]:
-    """Fail as a loader does that looks for something else."""
+def raise_key_error() -> Iterator[Tensor]:
+    """Raise the KeyError of a loader with a wrong key."""
     yield {"picture": images()}["image"]
 
 
-def as_they_are(model: nn.Module, batch: Tensor) -> object:
-    """Run a batch; recalibrate does not put small ones together for a forward of the user's own."""
+def run_batch(model: nn.Module, batch: Tensor) -> object:
+    """Run a batch; recalibrate does not coalesce batches for another forward than the default."""
     return model(batch)
 
 
@@ -119,7 +123,7 @@ def distance(
     return worst
 
 
-def by_hand(net: nn.Module, *batches: Tensor) -> None:
+def set_population_stats(net: nn.Module, *batches: Tensor) -> None:
     """Set the population statistics, one layer after the other, batch by batch."""
     net.eval()
     for layer in layers(net).values():
@@ -138,8 +142,8 @@ def by_hand(net: nn.Module, *batches: Tensor) -> None:
         layer.running_var.copy_(values.var(1, correction=1))
 
 
-def inputs_in_training(net: nn.Module, batches: list[Tensor]) -> dict[str, list[Tensor]]:
-    """Return the inputs of every layer, ``[C, n]``, when each batch is normalized by itself."""
+def collect_training_inputs(net: nn.Module, batches: list[Tensor]) -> dict[str, list[Tensor]]:
+    """Return the inputs of every layer, ``[C, n]``, with each batch normalized as in training."""
     seen: dict[str, list[Tensor]] = {name: [] for name in layers(net)}
     handles = []
     for name, layer in layers(net).items():

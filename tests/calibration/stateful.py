@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 EQUAL = "match single passes"
 REPLACED = "sequential replaced it"
+#: Sizes of batches. Lockstep coalesces the first two.
+EVEN, UNEVEN, LARGE = (6,) * 5, (6, 6, 6, 6, 5), (40, 33)
 
 
 def features(sizes: tuple[int, ...] = (6,) * 5) -> list[Tensor]:
@@ -22,7 +24,7 @@ def features(sizes: tuple[int, ...] = (6,) * 5) -> list[Tensor]:
 
 
 class Layers(nn.Module):
-    """Three batch-norm layers between linear ones; subclasses keep something meanwhile."""
+    """Three batch-norm layers between linear ones; subclasses keep state between the layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +52,7 @@ class SkipOnTheModule(Layers):
 
 
 class CacheOfAForward(Layers):
-    """Filled by the first layer of a forward, emptied at its end: the first pass fills it right."""
+    """Cache filled by the first layer and cleared at the end of a forward."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""syncbn-recalibrate, started as people start it."""
+"""syncbn-recalibrate, started from the command line."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def command(
 
 
 @pytest.mark.parametrize("launcher", [[], TORCHRUN, MPIRUN], ids=["alone", "torchrun", "mpirun"])
-def test_a_checkpoint_is_recalibrated(launcher: list[str], source: Path) -> None:
+def test_recalibrates_checkpoint(launcher: list[str], source: Path) -> None:
     output, report = source.with_name("out.pt"), source.with_name("report.json")
     picture, between = source.with_name("drift.png"), source.with_name("between.pt")
     files = [f"output={output}", f"report={report}", f"plot={picture}", f"between={between}"]
@@ -62,7 +62,7 @@ def test_a_checkpoint_is_recalibrated(launcher: list[str], source: Path) -> None
     done = command(source, "+data.batch_size=1", *files, *shared, launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert "recalibration changes 11 by" in done.stdout
-    assert done.stdout.count("layer ") == 1  # rank 0 alone
+    assert done.stdout.count("layer ") == 1  # rank 0 only
     expected, net = network(), network()
     exact = syncbn.recalibrate(expected, batches(24)).between()
     for name, values in torch.load(between).items():
@@ -74,7 +74,7 @@ def test_a_checkpoint_is_recalibrated(launcher: list[str], source: Path) -> None
 
 
 @pytest.mark.parametrize("launcher", [[], TORCHRUN], ids=["alone", "torchrun"])
-def test_a_metric_before_and_after(launcher: list[str], source: Path) -> None:
+def test_evaluates_before_and_after(launcher: list[str], source: Path) -> None:
     shared = SHARED if launcher else []
     labelled = f"data._target_={NETWORKS}.labelled"
     settings = ["+data.batch_size=5", labelled, "evaluate=true", "dry_run=true", *shared]
@@ -93,7 +93,7 @@ def test_a_metric_before_and_after(launcher: list[str], source: Path) -> None:
     assert loss != new_loss
 
 
-def test_modules_are_found_from_any_folder(source: Path, tmp_path: Path) -> None:
+def test_module_search_path(source: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("from tests.calibration.networks import batches, network")
     script = str(Path(sys.executable).with_name("syncbn-recalibrate"))
     names = ["+model._target_=mine.network", "+data._target_=mine.batches", "+data.batch_size=4"]
@@ -104,7 +104,7 @@ def test_modules_are_found_from_any_folder(source: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("start", ["syncbn-recalibrate", "-m"])
-def test_modules_beside_a_checkpoint_replace_no_package(start: str, tmp_path: Path) -> None:
+def test_local_modules_do_not_shadow_packages(start: str, tmp_path: Path) -> None:
     """A safetensors.py in the folder of a downloaded checkpoint ran in place of the package."""
     save_file(network().state_dict(), tmp_path / "in.safetensors")
     evil = "from pathlib import Path; Path('owned').touch(); raise ImportError('evil')"
@@ -125,7 +125,7 @@ def test_modules_beside_a_checkpoint_replace_no_package(start: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("setting", ["output", "report", "plot", "between"])
-def test_a_target_that_is_no_file_is_refused_first(setting: str, source: Path) -> None:
+def test_special_files_rejected_before_work(setting: str, source: Path) -> None:
     """As root, output=/dev/null replaced the device of the whole machine by a file."""
     target = source.with_name("target.pt")
     os.mkfifo(target)
@@ -140,8 +140,8 @@ def test_a_target_that_is_no_file_is_refused_first(setting: str, source: Path) -
         assert target.is_fifo()
 
 
-def test_an_output_is_as_private_as_its_checkpoint(source: Path) -> None:
-    """Others could read the output of a checkpoint that they could not read."""
+def test_output_keeps_permissions(source: Path) -> None:
+    """The output of a private checkpoint was readable for all users."""
     source.chmod(0o600)
     output = source.with_name("out.pt")
     done = command(source, "+data.batch_size=4", f"output={output}", forked=True)
@@ -150,7 +150,7 @@ def test_an_output_is_as_private_as_its_checkpoint(source: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["TERM", "HUP"])
-def test_a_signal_while_writing_leaves_no_temporary_file(number: int, source: Path) -> None:
+def test_signal_during_write_leaves_no_temporary_file(number: int, source: Path) -> None:
     """Half a checkpoint remained after each job that a scheduler ended during the write."""
     content = {**torch.load(source), "rest": torch.zeros(100, 2**19)}  # 200 MB, for a slow write
     torch.save(content, source)
@@ -178,7 +178,9 @@ def test_a_signal_while_writing_leaves_no_temporary_file(number: int, source: Pa
     ],
     ids=["the checkpoint", "the data"],
 )
-def test_what_one_rank_lacks_ends_all(settings: list[str], message: str, source: Path) -> None:
+def test_missing_input_on_one_rank_ends_all(
+    settings: list[str], message: str, source: Path
+) -> None:
     source.rename(source.with_name("0.pt"))
     checkpoint = source.with_name("0.pt")
     added = [setting.format(folder=source.parent) for setting in settings]
@@ -189,14 +191,14 @@ def test_what_one_rank_lacks_ends_all(settings: list[str], message: str, source:
     assert time.monotonic() - start < 30
 
 
-def test_a_dry_run_writes_nothing(source: Path) -> None:
+def test_dry_run_writes_nothing(source: Path) -> None:
     done = command(source, "+data.batch_size=4", "dry_run=true", "method=pooled")
     assert done.returncode == 0, done.stderr
     assert "recalibration changes" in done.stdout
     assert list(source.parent.iterdir()) == [source]
 
 
-def test_layers_by_name(source: Path) -> None:
+def test_select_layers_by_name(source: Path) -> None:
     """Integers, as in nn.Sequential, and the whole model in evaluation mode: none is frozen."""
     output = source.with_name("out.pt")
     settings = ["+data.batch_size=4", f"output={output}", "layers=[1,3.first,11]", "skip=11"]
@@ -209,7 +211,7 @@ def test_layers_by_name(source: Path) -> None:
     assert distance(statistics(net), statistics(expected)) < 1e-12
 
 
-def test_names_in_a_checkpoint_do_not_control_the_terminal(source: Path) -> None:
+def test_escapes_checkpoint_names(source: Path) -> None:
     content = torch.load(source)
     content["\x1b]0;title\x07"] = {**content.pop("model"), "\x1b[2Jclear": torch.zeros(1)}
     torch.save(content, source)
@@ -219,64 +221,56 @@ def test_names_in_a_checkpoint_do_not_control_the_terminal(source: Path) -> None
     assert all(c.isprintable() or c == "\n" for c in done.stderr)
 
 
-BAD = {
+DRY_RUN = ["+data.batch_size=4", "dry_run=true"]
+INVALID = {
     "no output": (["+data.batch_size=4"], "got no output="),
-    "the input": (["+data.batch_size=4", "output={source}"], "is the checkpoint that is read"),
-    "a method": (["+data.batch_size=4", "dry_run=true", "method=x"], "expected one of lockstep"),
-    "an argument": (["dry_run=true"], "missing 1 required positional argument: 'batch_size'"),
-    "no data": (["+data.batch_size=4", "+data.rank=24", "dry_run=true"], "no sample came to"),
-    "a place": (["+data.batch_size=4", "dry_run=true", "state_dict=ema"], "found at 'ema'"),
-    "a metric": (
-        ["+data.batch_size=4", "dry_run=true", "evaluate=true"],
+    "output": (["+data.batch_size=4", "output={source}"], "is the checkpoint that is read"),
+    "output folder": (["+data.batch_size=4", "output=/no/such/x.pt"], "/no/such does not exist"),
+    "method": ([*DRY_RUN, "method=x"], "expected one of lockstep"),
+    "argument": (["dry_run=true"], "missing 1 required positional argument: 'batch_size'"),
+    "no data": ([*DRY_RUN, "+data.rank=24"], "no sample reached"),
+    "state_dict": ([*DRY_RUN, "state_dict=ema"], "found at 'ema'"),
+    "metric": (
+        [*DRY_RUN, "evaluate=true"],
         "got a batch of type Tensor without labels; expected (inputs, labels)",
     ),
-    "an iterator to evaluate": (
+    "evaluate an iterator": (
         [f"data._target_={NETWORKS}.one_shot", "dry_run=true", "evaluate=true"],
         "evaluate: got a one-shot generator, which cannot be read before and after",
     ),
-    "a report over the input": (
-        ["+data.batch_size=4", "dry_run=true", "report={source}"],
-        "which is the checkpoint; expected another file",
-    ),
-    "two in one": (
-        ["+data.batch_size=4", "dry_run=true", "report={source}.x", "between={source}.x"],
+    "report": ([*DRY_RUN, "report={source}"], "which is the checkpoint; expected another file"),
+    "same file twice": (
+        [*DRY_RUN, "report={source}.x", "between={source}.x"],
         "which is the report; expected another file",
     ),
-    "a picture nowhere": (
-        ["+data.batch_size=4", "dry_run=true", "report={source}.x", "plot=/no/such/x.png"],
+    "plot": (
+        [*DRY_RUN, "report={source}.x", "plot=/no/such/x.png"],
         "the folder /no/such does not exist",
     ),
-    "a backend": (["+data.batch_size=4", "dry_run=true", "backend=foo"], "got backend 'foo'"),
-    "a number": (
-        ["+data.batch_size=4", "dry_run=true", "num_samples=many"],
+    "backend": ([*DRY_RUN, "backend=foo"], "got backend 'foo'"),
+    "num_samples": (
+        [*DRY_RUN, "num_samples=many"],
         "got num_samples='many'; expected 1 or more, or None for all",
     ),
-    "a layer that is a number": (
-        ["+data.batch_size=4", "dry_run=true", "skip=[6,3.10]"],
+    "skip": (
+        [*DRY_RUN, "skip=[6,3.10]"],
         "skip: got the number 3.1; expected names, in quotes if they look like numbers",
     ),
-    "a layer": (
-        ["+data.batch_size=4", "dry_run=true", "layers=backbone"],
+    "layers": (
+        [*DRY_RUN, "layers=backbone"],
         "layers: got 'backbone', which is no module of the model with a batch-norm layer in it",
     ),
-    "a key": (
-        [f"data._target_={NETWORKS}.without_a_key", "dry_run=true"],
+    "KeyError": (
+        [f"data._target_={NETWORKS}.raise_key_error", "dry_run=true"],
         "KeyError: 'image'",
     ),
-    "a folder": (
-        ["+data.batch_size=4", "dry_run=false", "output=/no/such/folder/out.pt"],
-        "the folder /no/such/folder does not exist",
-    ),
-    "a model": (
-        ["+data.batch_size=4", "dry_run=true", "model._target_=torch.nn.Identity"],
-        "does not fit the model",
-    ),
+    "model": ([*DRY_RUN, "model._target_=torch.nn.Identity"], "does not fit the model"),
 }
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_bad_input(what: str, source: Path) -> None:
-    arguments, message = BAD[what]
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_settings(case: str, source: Path) -> None:
+    arguments, message = INVALID[case]
     before = source.read_bytes()
     done = command(source, *(argument.format(source=source) for argument in arguments), forked=True)
     assert done.returncode == 2, done.stderr
@@ -287,7 +281,7 @@ def test_bad_input(what: str, source: Path) -> None:
     assert list(source.parent.iterdir()) == [source]
 
 
-def test_a_full_disk_leaves_the_checkpoint(source: Path) -> None:
+def test_full_disk_preserves_checkpoint(source: Path) -> None:
     before = source.read_bytes()
     done = command(
         source,

@@ -1,4 +1,4 @@
-"""Ranks that calibrate together: one result, whatever data they have, and one end."""
+"""Ranks that calibrate together: the same result for any distribution of the data."""
 
 from __future__ import annotations
 
@@ -15,11 +15,20 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
-from tests.calibration.networks import as_they_are, distance, images, layers, network, statistics
-from tests.calibration.test_exact import BOUND, EXACT
+from tests.calibration.networks import (
+    EXACT,
+    METHODS,
+    distance,
+    images,
+    layers,
+    network,
+    run_batch,
+    statistics,
+)
+from tests.calibration.test_exact import BOUND
 from tests.ranks import Ranks
 
-#: Samples and batch size of every rank, by their number.
+#: Samples and batch size of each rank, for two ranks and for three.
 SHARES: dict[str, list[list[tuple[int, int]]]] = {
     "equal": [[(12, 4), (12, 4)], [(8, 4), (8, 4), (8, 4)]],
     "batches of other sizes": [[(12, 1), (12, 12)], [(8, 1), (8, 8), (8, 3)]],
@@ -51,8 +60,8 @@ def _equal_bits(results: list[Buffers]) -> bool:
 
 @pytest.mark.parametrize("shares", SHARES)
 @pytest.mark.parametrize("dtype", BOUND)
-@pytest.mark.parametrize("method", [*EXACT, "pooled", "average", "ema"])
-def test_ranks_agree_bit_by_bit(ranks: Ranks, method: Any, dtype: torch.dtype, shares: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_ranks_agree_bitwise(ranks: Ranks, method: Any, dtype: torch.dtype, shares: str) -> None:
     parts = SHARES[shares][ranks.size - 2]
     if method in ("average", "ema") and any(1 in part for part in parts):
         parts = [(samples, 4) for samples, _ in SHARES["equal"][ranks.size - 2]]
@@ -64,7 +73,7 @@ def test_ranks_agree_bit_by_bit(ranks: Ranks, method: Any, dtype: torch.dtype, s
     assert distance(results[0], statistics(alone)) < BOUND[dtype]
 
 
-def test_a_number_of_samples_is_shared(three_ranks: Ranks) -> None:
+def test_num_samples_is_shared(three_ranks: Ranks) -> None:
     results = three_ranks.run(_calibrate, [(8, 8), (8, 3), (8, 1)], torch.float64, "lockstep", 10)
     assert _equal_bits(results)
     x, alone = images(), network()
@@ -74,7 +83,7 @@ def test_a_number_of_samples_is_shared(three_ranks: Ranks) -> None:
 
 def _wrapped(rank: int, method: Any) -> Buffers:
     net = network()
-    net[6] = torch.nn.BatchNorm2d(5).double()  # DDP takes no torch.nn.SyncBatchNorm on CPU
+    net[6] = torch.nn.BatchNorm2d(5).double()  # DDP rejects torch.nn.SyncBatchNorm on CPU
     model = DistributedDataParallel(net)
     parts = [(18, 3), (6, 6)]
     syncbn.recalibrate(model, _batches(rank, parts, torch.float64), method=method)
@@ -107,7 +116,7 @@ def _fully_sharded(rank: int, method: Any) -> list[Any]:
     return [found, net[0].weight.grad.full_tensor()]
 
 
-@pytest.mark.parametrize("method", ["lockstep", "sequential", "pooled"])
+@pytest.mark.parametrize("method", METHODS)
 def test_fully_sharded(two_ranks: Ranks, method: str) -> None:
     results = two_ranks.run(_fully_sharded, method)
     assert _equal_bits([found for found, _ in results])
@@ -121,7 +130,7 @@ def test_fully_sharded(two_ranks: Ranks, method: str) -> None:
     torch.testing.assert_close(results[0][1], alone[0].weight.grad)
 
 
-def _one_fails(rank: int, method: Any, where: str) -> tuple[str, bool, list[float]]:
+def _fail_on_one_rank(rank: int, method: Any, where: str) -> tuple[str, bool, list[float]]:
     net = network()
     before = statistics(net)
 
@@ -149,30 +158,32 @@ def _one_fails(rank: int, method: Any, where: str) -> tuple[str, bool, list[floa
         source = Again()
     message = ""
     try:
-        syncbn.recalibrate(net, source, method=method, forward=as_they_are)
+        syncbn.recalibrate(net, source, method=method, forward=run_batch)
     except BaseException as error:
         message = f"{type(error).__name__}: {error}"
     value = torch.ones(1)
-    dist.all_reduce(value)  # nobody is left in a collective
+    dist.all_reduce(value)  # no rank remains in a collective
     return message, distance(statistics(net), before) == 0.0, value.tolist()
 
 
 @pytest.mark.parametrize("where", ["loader", "model", "Ctrl-C"])
-@pytest.mark.parametrize("method", ["lockstep", "sequential", "pooled", "average", "ema"])
-def test_an_error_on_one_rank_ends_all(three_ranks: Ranks, method: str, where: str) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_error_on_one_rank_ends_all(three_ranks: Ranks, method: str, where: str) -> None:
     expected = {
         "loader": "OSError: the disk is gone",
         "model": "ArithmeticError: no such number",
         "Ctrl-C": "KeyboardInterrupt: ",
     }[where]
-    others = "RuntimeError: calibration was ended by an error on rank 1; see there"
-    for rank, (message, unchanged, value) in enumerate(three_ranks.run(_one_fails, method, where)):
+    others = "RuntimeError: calibration was ended by an error on rank 1; see the output there"
+    for rank, (message, unchanged, value) in enumerate(
+        three_ranks.run(_fail_on_one_rank, method, where)
+    ):
         assert message == (expected if rank == 1 else others)
         assert unchanged
         assert value == [3.0]
 
 
-def _with_statistics_of_their_own(rank: int, method: Any) -> tuple[Buffers, Any]:
+def _calibrate_unsynchronized(rank: int, method: Any) -> tuple[Buffers, Any]:
     net, batches = network(), _batches(rank, SHARES["equal"][0], torch.float64)
     net[12].register_module("unused", torch.nn.BatchNorm2d(3).double())
     for layer in layers(net).values():
@@ -185,10 +196,10 @@ def _with_statistics_of_their_own(rank: int, method: Any) -> tuple[Buffers, Any]
     return found, [(layer.figures(), layer.channels.between.tolist()) for layer in report.layers]
 
 
-@pytest.mark.parametrize("method", ["lockstep", "sequential", "pooled", "average", "ema"])
-def test_ranks_with_statistics_of_their_own(two_ranks: Ranks, method: Any) -> None:
-    """As local batch norm leaves them."""
-    results = two_ranks.run(_with_statistics_of_their_own, method)
+@pytest.mark.parametrize("method", METHODS)
+def test_unsynchronized_old_statistics(two_ranks: Ranks, method: Any) -> None:
+    """Old statistics of local batch norm differ between ranks."""
+    results = two_ranks.run(_calibrate_unsynchronized, method)
     assert _equal_bits([found for found, _ in results])
     assert results[0][1] == results[1][1]
     alone = network()
@@ -208,13 +219,13 @@ def _one_shot(rank: int) -> str:
     return str(caught.value)
 
 
-def test_a_one_shot_iterator_on_one_rank(two_ranks: Ranks) -> None:
+def test_one_shot_iterator_on_one_rank(two_ranks: Ranks) -> None:
     first, second = two_ranks.run(_one_shot)
     assert "ended by an error on rank 1" in first
     assert "got a one-shot tuple_iterator" in second
 
 
-def _interrupted_while_waiting(rank: int, method: Any) -> tuple[str, bool, list[float]]:
+def _interrupt_during_wait(rank: int, method: Any) -> tuple[str, bool, list[float]]:
     net = network()
     before = statistics(net)
 
@@ -237,15 +248,15 @@ def _interrupted_while_waiting(rank: int, method: Any) -> tuple[str, bool, list[
     return message, distance(statistics(net), before) == 0.0, value.tolist()
 
 
-@pytest.mark.parametrize("method", ["lockstep", "sequential"])
-def test_an_interrupt_while_waiting_ends_all(two_ranks: Ranks, method: Any) -> None:
-    first, second = two_ranks.run(_interrupted_while_waiting, method)
+@pytest.mark.parametrize("method", EXACT)
+def test_interrupt_during_wait_ends_all(two_ranks: Ranks, method: Any) -> None:
+    first, second = two_ranks.run(_interrupt_during_wait, method)
     assert first == ("KeyboardInterrupt: ", True, [2.0])
     assert second[0].startswith("RuntimeError: calibration was ended by an error on rank 0")
     assert second[1:] == (True, [2.0])
 
 
-def _no_data(rank: int, method: Any) -> str:
+def _calibrate_without_data(rank: int, method: Any) -> str:
     net = network()
     before = statistics(net)
     with pytest.raises(ValueError, match="got no batches on any rank") as caught:
@@ -254,20 +265,20 @@ def _no_data(rank: int, method: Any) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("method", ["lockstep", "sequential", "pooled"])
-def test_no_data_anywhere(two_ranks: Ranks, method: str) -> None:
-    assert len(set(two_ranks.run(_no_data, method))) == 1
+@pytest.mark.parametrize("method", METHODS)
+def test_no_data_on_any_rank(two_ranks: Ranks, method: str) -> None:
+    assert len(set(two_ranks.run(_calibrate_without_data, method))) == 1
 
 
-def _other_layers(rank: int) -> str:
+def _skip_layers_on_one_rank(rank: int) -> str:
     net = network()
     net[3].forward = (lambda x: x) if rank == 1 else net[3].forward
-    with pytest.raises(ValueError, match=r"the ranks come to different layers") as caught:
+    with pytest.raises(ValueError, match=r"the ranks reach different layers") as caught:
         syncbn.recalibrate(net, images().split(6))
     return str(caught.value)
 
 
-def test_ranks_that_come_to_different_layers(two_ranks: Ranks) -> None:
-    messages = two_ranks.run(_other_layers)
+def test_ranks_reach_different_layers(two_ranks: Ranks) -> None:
+    messages = two_ranks.run(_skip_layers_on_one_rank)
     assert messages[0] == messages[1]
-    assert "some to '3.first.1' while others come to '6'" in messages[0]
+    assert "some '3.first.1', and some '6'" in messages[0]

@@ -1,4 +1,4 @@
-"""Bad input: an error that says what was got, what was expected and what to do; nothing changed."""
+"""Invalid input: errors with the value, the expectation and the remedy; nothing changes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 import syncbn
-from syncbn.calibration.budget import free_bytes, watch_pass
-from syncbn.calibration.layers import find_layers
-from tests.calibration.networks import distance, images, layers, network, statistics
+from syncbn.calibration.memory import free_bytes, profile_forward
+from syncbn.nn.bn_layers import find_layers
+from tests.calibration.networks import METHODS, distance, images, layers, network, statistics
 
 
 class Promises:
-    """More batches than there are."""
+    """Batches whose length is too large."""
 
     def __len__(self) -> int:
         return 9
@@ -27,122 +27,80 @@ class Promises:
         return iter(images().split(6))
 
 
-def _poisoned(value: float) -> Callable[[nn.Module], None]:
-    def poison(net: nn.Module) -> None:
-        net[3].first[0].bias.data[2] = value  # type: ignore[index]
-
-    return poison
-
-
-def _unchanged(net: nn.Module) -> None:
-    pass
-
-
-BAD: dict[str, tuple[Callable[[nn.Module], None], Any, dict[str, Any], str]] = {
-    "nothing": (_unchanged, [], {}, r"got no batches on any rank"),
-    "nothing, in sequence": (
-        _unchanged,
-        [],
-        {"method": "sequential"},
-        r"got no batches on any rank",
-    ),
-    "batches without samples": (
-        _unchanged,
-        [torch.empty(0, 3, 8, 8).double()],
-        {},
-        r"no sample came to any of the batch-norm layers",
-    ),
-    "too few batches": (
-        _unchanged,
-        Promises(),
-        {},
-        r"the batches ended early: got 4, expected the 9 that their len\(\) promises",
-    ),
+X = images().split(6)
+NO_BATCHES, NO_SAMPLES = (
+    "got no batches on any rank",
+    "no sample reached any of the batch-norm layers",
+)
+INVALID: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "no samples": ([torch.empty(0, 3, 8, 8).double()], {}, NO_SAMPLES),
+    "too few batches": (Promises(), {}, r"ended early: got 4, expected the 9 that their len\(\)"),
     "too few samples": (
-        _unchanged,
-        images().split(6),
+        X,
         {"num_samples": 25},
-        r"the batches ended after 24 samples; expected 25 on this rank",
+        r"ended after 24 samples; expected 25 on this",
     ),
-    "no samples wanted": (_unchanged, images().split(6), {"num_samples": 0}, r"num_samples=0"),
-    "samples that cannot be counted": (
-        _unchanged,
+    "num_samples=0": (X, {"num_samples": 0}, r"num_samples=0"),
+    "samples without a count": (
         [1, 2],
         {"num_samples": 5, "forward": lambda model, batch: model(images(batch))},
         r"num_samples=5 needs to know the samples of a batch, but got a int",
     ),
-    "a method nobody knows": (
-        _unchanged,
-        images().split(6),
-        {"method": "precise"},
-        r"got method 'precise'; expected one of lockstep, sequential, pooled, average, ema",
-    ),
-    "batches that come once": (
-        _unchanged,
-        iter(images().split(6)),
+    "method": (X, {"method": "precise"}, rf"'precise'; expected one of {', '.join(METHODS)}"),
+    "one-shot batches": (
+        iter(X),
         {"method": "sequential"},
         r"got a one-shot tuple_?iterator; expected a list, a DataLoader",
     ),
-    "NaN": (_poisoned(float("nan")), images().split(6), {}, r"3\.first\.1: the inputs have NaN"),
-    "infinity": (_poisoned(float("inf")), images().split(6), {}, r"3\.first\.1: the inputs have"),
-    "NaN, in sequence": (
-        _poisoned(float("nan")),
-        images().split(6),
-        {"method": "sequential"},
-        r"3\.first\.1: the inputs have NaN or infinite values",
-    ),
-    "a batch of no known make": (
-        _unchanged,
-        [3.5],
-        {},
-        r"got a batch of type float; expected a tensor, a sequence .* else pass forward=",
-    ),
-    "samples of detection": (
-        _unchanged,
+    "float": ([3.5], {}, r"type float; expected a tensor, a sequence .* pass forward="),
+    "detection": (
         [[{"image": images(1)[0]}, {"image": images(1)[0]}]],
         {},
-        r"got a batch of type list that begins with a dict; .* else pass forward=, called as",
+        r"got a batch of type list that begins with a dict; .* pass forward=, called as",
     ),
-    "pairs": (
-        _unchanged,
-        [((images(2), images(2)), 1)],
-        {},
-        r"type tuple that begins with a tuple",
-    ),
-    "names": (_unchanged, [["a", "b"]], {}, r"type list that begins with a str; expected a tensor"),
-    "text": (_unchanged, ["a"], {}, r"got a batch of type str; expected a tensor"),
-    "an empty batch": (_unchanged, [[]], {}, r"got a batch of type list; expected a tensor"),
-    "a forward that uses nothing": (
-        _unchanged,
-        images().split(6),
+    "pairs": ([((images(2), images(2)), 1)], {}, r"type tuple that begins with a tuple"),
+    "names": ([["a", "b"]], {}, r"type list that begins with a str; expected a tensor"),
+    "text": (["a"], {}, r"got a batch of type str; expected a tensor"),
+    "empty batch": ([[]], {}, r"got a batch of type list; expected a tensor"),
+    "unused model": (
+        X,
         {"forward": lambda model, batch: None},
-        r"no sample came to any of the batch-norm layers \(1, 3\.first\.1, 3\.second\.1, 6, 11\)",
+        rf"{NO_SAMPLES} \(1, 3\.first\.1, 3\.second\.1, 6, 11\)",
     ),
-    "one value a channel": (
-        _unchanged,
-        [images(1)],
-        {},
-        r"11: got one value a channel in the whole calibration set",
-    ),
-    "too little room": (
-        _unchanged,
-        images().split(6),
+    "one value": ([images(1)], {}, r"11: got one value per channel in the whole calibration set"),
+    "max_bytes": (
+        X,
         {"max_bytes": 100_000},
         r"would hold .* GiB of activations for 24 samples .*max_bytes=100000.*'sequential'",
     ),
 }
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_bad_input(what: str) -> None:
-    change, batches, options, message = BAD[what]
-    net = network().train()
-    change(net)
-    before = statistics(net)
+def _require_error(net: nn.Module, message: str, batches: Any, **options: Any) -> None:
+    before = statistics(net.train())
     with pytest.raises((ValueError, TypeError, MemoryError), match=message):
         syncbn.recalibrate(net, batches, **options)
     assert distance(statistics(net), before) == 0.0
     assert all(module.training for module in net.modules())
+
+
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_arguments(case: str) -> None:
+    batches, options, message = INVALID[case]
+    _require_error(network(), message, batches, **options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_batches(method: Any) -> None:
+    _require_error(network(), "got no batches on any rank", [], method=method)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", METHODS)
+def test_nonfinite_inputs(method: Any, value: float) -> None:
+    net: Any = network()
+    net[3].first[0].bias.data[2] = value
+    _require_error(net, r"3\.first\.1: the .*inputs .*NaN.* infinite", X, method=method)
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
@@ -159,14 +117,14 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
 }
 
 
-@pytest.mark.parametrize("what", MODELS)
-def test_models_that_cannot_be_calibrated(what: str) -> None:
-    make, message = MODELS[what]
+@pytest.mark.parametrize("case", MODELS)
+def test_unsupported_models(case: str) -> None:
+    make, message = MODELS[case]
     with pytest.raises(ValueError, match=message):
         syncbn.recalibrate(make(), images().float().split(6))
 
 
-def test_a_layer_in_a_thread_of_the_models_own() -> None:
+def test_layer_in_another_thread() -> None:
     class Threaded(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -188,13 +146,13 @@ def test_a_layer_in_a_thread_of_the_models_own() -> None:
             if errors:
                 raise errors[0]
 
-    with pytest.raises(RuntimeError, match=r"norm: called in a thread of the model's own"):
+    with pytest.raises(RuntimeError, match=r"norm: called in another thread than the forward"):
         syncbn.recalibrate(Threaded(), images().float().split(6))
     syncbn.recalibrate(Threaded(), images().float().split(6), method="pooled")
 
 
-def test_memory_that_passes_hold() -> None:
-    """At the second layer: its input and the shortcut that is kept beside it."""
+def test_profiled_memory() -> None:
+    """The second layer's input and the shortcut are alive."""
 
     class Shortcut(nn.Module):
         def __init__(self) -> None:
@@ -208,17 +166,17 @@ def test_memory_that_passes_hold() -> None:
 
     net, x = Shortcut().eval(), torch.zeros(5, 3, 8, 8)
     with torch.no_grad():
-        held = watch_pass(lambda: net(x), find_layers(net)).bytes
+        held = profile_forward(lambda: net(x), find_layers(net)).bytes
     assert held == 2 * x.nbytes
     free = free_bytes(torch.device("cpu"))
     assert free is not None
     assert free > 1 << 20
 
 
-def test_files_that_were_read_leave_room_in_a_container(
+def test_page_cache_counts_as_free_in_container(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("syncbn.calibration.budget._CGROUP", tmp_path)
+    monkeypatch.setattr("syncbn.calibration.memory._CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("900\n")
     (tmp_path / "memory.stat").write_text("anon 200\ninactive_file 600\nactive_file 100\n")
@@ -229,19 +187,19 @@ def test_files_that_were_read_leave_room_in_a_container(
     assert free > 1 << 20
 
 
-def test_room_is_looked_for_before_any_work() -> None:
+def test_memory_checked_before_work() -> None:
     net = network()
     calls: list[int] = []
     layers(net)["1"].register_forward_hook(lambda module, args, output: calls.append(len(output)))
     with pytest.raises(MemoryError):
         syncbn.recalibrate(net, images().split(12), max_bytes=100_000)
-    assert calls == [1]  # the sample that was measured
+    assert calls == [1]  # the profiled sample
 
 
-def test_room_is_looked_for_while_a_stream_comes() -> None:
+def test_memory_checked_during_stream() -> None:
     net, sample = network().eval(), images(1)
     with torch.no_grad():
-        held = watch_pass(lambda: net(sample), find_layers(net)).bytes + sample.nbytes
+        held = profile_forward(lambda: net(sample), find_layers(net)).bytes + sample.nbytes
     with pytest.raises(MemoryError, match="for 24 samples on this rank"):
         syncbn.recalibrate(net, iter(images().split(6)), max_bytes=15 * held)
     syncbn.recalibrate(net, iter(images().split(6)), max_bytes=24 * held)

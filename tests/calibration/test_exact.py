@@ -1,4 +1,4 @@
-"""The exact methods: against statistics taken layer by layer from the whole data."""
+"""Exact methods, compared with statistics of the whole data, layer by layer."""
 
 from __future__ import annotations
 
@@ -9,22 +9,29 @@ import torch
 from torch import Tensor, nn
 
 import syncbn
-from tests.calibration.networks import as_they_are, by_hand, distance, images, network, statistics
+from tests.calibration.networks import (
+    EXACT,
+    distance,
+    images,
+    network,
+    run_batch,
+    set_population_stats,
+    statistics,
+)
 
-EXACT = ("lockstep", "sequential")
 BOUND = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
-@pytest.mark.parametrize("forward", [None, as_they_are])
+@pytest.mark.parametrize("forward", [None, run_batch])
 @pytest.mark.parametrize("dtype", BOUND)
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 5, 16, 24])
 @pytest.mark.parametrize("method", EXACT)
-def test_statistics_do_not_depend_on_the_batch_size(
+def test_independent_of_batch_size(
     method: Any, batch_size: int, dtype: torch.dtype, forward: Any
 ) -> None:
     x = images(dtype=dtype)
     expected, net = network(dtype), network(dtype)
-    by_hand(expected, x)
+    set_population_stats(expected, x)
     before = statistics(net)
     report = syncbn.recalibrate(net, x.split(batch_size), method=method, forward=forward)
     assert distance(statistics(net), statistics(expected)) < BOUND[dtype]
@@ -33,20 +40,20 @@ def test_statistics_do_not_depend_on_the_batch_size(
     assert [layer.count for layer in report.layers] == [24 * 64] * 3 + [24 * 9, 24]
 
 
-def test_batches_of_different_sizes_and_image_sizes() -> None:
-    # Small inputs are put together where they can be; these cannot all.
+def test_mixed_batch_and_image_sizes() -> None:
+    # Only some of these small inputs can be coalesced.
     parts = [images(5), images(1), images(4)[:, :, :6, :5], images(3)[:, :, ::2, ::2], images(2)]
     results = []
     for method in EXACT:
         net = network()
-        report = syncbn.recalibrate(net, parts, method=method)  # type: ignore[arg-type]
+        report = syncbn.recalibrate(net, parts, method=method)
         results.append(statistics(net))
         assert report.layers[0].samples == 15
     assert distance(*results) < 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_inputs(dtype: torch.dtype) -> None:
+def test_half_precision(dtype: torch.dtype) -> None:
     net = nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.BatchNorm2d(3)).to(dtype)
     x = images(16, dtype)
     syncbn.recalibrate(net, x.split(3))
@@ -60,26 +67,26 @@ def test_half_inputs(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("pixels", [1, 8, 70])
 @pytest.mark.parametrize("mean_over_std", [0, 5, 20, 1e2, 1e4])
 @pytest.mark.parametrize("method", [*EXACT, "pooled"])
-def test_far_from_zero(method: Any, mean_over_std: float, pixels: int, layout: Any) -> None:
-    """Float32 data, as the layer itself is tested with; buffers are float64 to see more digits."""
+def test_large_mean(method: Any, mean_over_std: float, pixels: int, layout: Any) -> None:
+    """Float32 data with float64 buffers, which show more digits."""
     net = nn.Sequential(nn.BatchNorm2d(2)).double()
     x = (torch.randn(30, 2, pixels, pixels) + mean_over_std).to(memory_format=layout)
     with torch.no_grad():
-        syncbn.recalibrate(net, x.split(7), method=method, forward=_normalize_alone)
+        syncbn.recalibrate(net, x.split(7), method=method, forward=_run_hooks_only)
     values = x.double().transpose(0, 1).flatten(1)
     mean, var = statistics(net)["0"]
     assert ((mean - values.mean(1)).abs() / values.std(1)).max() < 1e-6
     torch.testing.assert_close(var, values.var(1), rtol=1e-6, atol=0)
 
 
-def _normalize_alone(model: Any, x: Tensor) -> object:
+def _run_hooks_only(model: Any, x: Tensor) -> object:
     for hook in model[0]._forward_pre_hooks.values():
-        hook(model[0], (x,), {})  # float64 layers do not take float32 inputs
+        hook(model[0], (x,), {})  # float64 layers do not support float32 inputs
     return None
 
 
-def test_autocast_around_and_inside() -> None:
-    """What one forward sets for its thread is not seen by another that runs in between."""
+def test_thread_local_state_is_separate() -> None:
+    """Autocast and grad mode of a suspended forward do not affect another."""
 
     class Inside(nn.Module):
         def __init__(self) -> None:
@@ -102,7 +109,7 @@ def test_autocast_around_and_inside() -> None:
     for method in EXACT:
         torch.manual_seed(3)
         net = Inside()
-        syncbn.recalibrate(net, x.split(3), method=method, forward=as_they_are)
+        syncbn.recalibrate(net, x.split(3), method=method, forward=run_batch)
         results.append(statistics(net))
     assert distance(*results) < 1e-6
     assert torch.is_grad_enabled()

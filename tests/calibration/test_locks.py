@@ -1,4 +1,4 @@
-"""Locks that a forward holds around layers: lockstep must not wait for them forever."""
+"""Locks held around layers: lockstep must not deadlock."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import syncbn
-from tests.calibration.networks import as_they_are, by_hand, distance, statistics
+from tests.calibration.networks import distance, run_batch, set_population_stats, statistics
 from tests.calibration.stateful import EQUAL, REPLACED, Layers, SkipOnTheModule, features
 from tests.ranks import Ranks
 
@@ -146,20 +146,20 @@ BLOCKING: dict[str, Callable[[], Layers]] = {
 
 
 @pytest.mark.parametrize("name", BLOCKING)
-def test_a_lock_around_layers_is_no_hang(name: str) -> None:
-    """The second pass waited in the only thread for the lock that the first one held."""
+def test_lock_around_layers_does_not_deadlock(name: str) -> None:
+    """The second pass waited in the only thread for the lock of the first one."""
     expected, net, batches = BLOCKING[name](), BLOCKING[name](), features()
-    by_hand(expected, *batches)
-    report = syncbn.recalibrate(net, batches, forward=as_they_are)
+    set_population_stats(expected, *batches)
+    report = syncbn.recalibrate(net, batches, forward=run_batch)
     assert distance(statistics(net), statistics(expected)) < 1e-12
     assert "norms.0: the forward holds a" in report.verification
     assert REPLACED in report.verification
 
 
-def test_a_lock_in_the_forward_argument() -> None:
+def test_lock_in_forward_argument() -> None:
     """The lock is in a variable of the caller, not in the model."""
     lock, net, expected = threading.Lock(), Layers(), Layers()
-    by_hand(expected, *features())
+    set_population_stats(expected, *features())
 
     def forward(model: nn.Module, x: Tensor) -> object:
         with lock:
@@ -172,16 +172,16 @@ def test_a_lock_in_the_forward_argument() -> None:
 
 
 @pytest.mark.parametrize("kind", [threading.RLock, threading.Condition])
-def test_locks_that_block_no_pass_are_no_reason(kind: Any) -> None:
+def test_harmless_locks_keep_lockstep(kind: Any) -> None:
     """An RLock is free for its own thread; another thread may hold any lock meanwhile."""
     net = Locked(kind())
     net.guards.append({"of another thread": threading.Lock()})
     net.guards[1]["of another thread"].acquire()
-    assert EQUAL in syncbn.recalibrate(net, features(), forward=as_they_are).verification
+    assert EQUAL in syncbn.recalibrate(net, features(), forward=run_batch).verification
 
 
 class Lazy(dict[str, Any]):
-    """Raises at the first look into it."""
+    """Raises at the first access."""
 
     def values(self) -> Any:
         raise AssertionError("was read")
@@ -190,17 +190,17 @@ class Lazy(dict[str, Any]):
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        raise AssertionError("was asked for its class")
+        raise AssertionError("__class__ was read")
 
 
-def test_the_search_for_locks_runs_no_code_of_the_model() -> None:
-    """Values of a dict and the class of a proxy may be loaded from anywhere."""
+def test_lock_search_runs_no_model_code() -> None:
+    """Values of a dict and the class of a proxy may run any code."""
     net: Any = Layers()
     net.lazy = [Lazy(a=[Lazy()])]
-    assert EQUAL in syncbn.recalibrate(net, features(), forward=as_they_are).verification
+    assert EQUAL in syncbn.recalibrate(net, features(), forward=run_batch).verification
 
 
-def _on_ranks(rank: int, name: str, sizes: list[tuple[int, ...]]) -> Any:
+def _calibrate_on_ranks(rank: int, name: str, sizes: list[tuple[int, ...]]) -> Any:
     kinds: dict[str, Any] = {"skip": SkipOnTheModule, "clean": Layers, **BLOCKING}
     net = kinds[name]()
     start = sum(sum(part) for part in sizes[:rank])
@@ -209,15 +209,17 @@ def _on_ranks(rank: int, name: str, sizes: list[tuple[int, ...]]) -> Any:
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        report = syncbn.recalibrate(net, list(mine[:-1]), forward=as_they_are)
+        report = syncbn.recalibrate(net, list(mine[:-1]), forward=run_batch)
     return statistics(net), report.verification, [REPLACED in str(w.message) for w in caught]
 
 
 @pytest.mark.parametrize("sizes", [[(5, 7, 6), (9,)], [(), (4, 4, 4)], [(3, 8), (8, 3)]], ids=str)
 @pytest.mark.parametrize("name", ["skip", "lock", "clean"])
-def test_ranks_decide_alike(two_ranks: Ranks, name: str, sizes: list[tuple[int, ...]]) -> None:
+def test_ranks_choose_same_method(
+    two_ranks: Ranks, name: str, sizes: list[tuple[int, ...]]
+) -> None:
     """A rank with one batch, or none, finds no difference; other ranks must not hang."""
-    results = two_ranks.run(_on_ranks, name, sizes)
+    results = two_ranks.run(_calibrate_on_ranks, name, sizes)
     assert results[0][1] == results[1][1]
     assert (REPLACED in results[0][1]) is (name != "clean")
     assert [result[2] for result in results] == [[True] if name != "clean" else [], []]
@@ -227,5 +229,5 @@ def test_ranks_decide_alike(two_ranks: Ranks, name: str, sizes: list[tuple[int, 
         expected = Layers()
     values = torch.cat(features((30, 30, 30)))
     parts = [size for part in sizes for size in part]
-    by_hand(expected, *values[: sum(parts)].split(parts))
+    set_population_stats(expected, *values[: sum(parts)].split(parts))
     assert distance(results[0][0], statistics(expected)) < 1e-9

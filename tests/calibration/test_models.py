@@ -1,4 +1,4 @@
-"""Models of every make: layers shared, called again, skipped; wrapped; fed with anything."""
+"""Models with shared, repeated or skipped layers, wrappers and unusual forwards."""
 
 from __future__ import annotations
 
@@ -13,12 +13,19 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import syncbn
 from syncbn.bench.networks import resnet20
-from tests.calibration.networks import as_they_are, distance, images, network, statistics
-from tests.calibration.test_exact import EXACT
+from tests.calibration.networks import (
+    EXACT,
+    METHODS,
+    distance,
+    images,
+    network,
+    run_batch,
+    statistics,
+)
 
 
 class Recurrent(nn.Module):
-    """One batch norm after each of three steps, and one of its own at the end."""
+    """A shared batch norm after each of three steps, and another one at the end."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +44,7 @@ class Recurrent(nn.Module):
 
 @pytest.mark.parametrize("batch_size", [1, 7, 40])
 @pytest.mark.parametrize("method", EXACT)
-def test_a_layer_that_is_called_again_agrees_with_itself(method: str, batch_size: int) -> None:
+def test_repeated_layer_is_fixed_point(method: str, batch_size: int) -> None:
     torch.manual_seed(0)
     net, x = Recurrent().double(), torch.randn(40, 4, dtype=torch.float64) + 1
     batches = x.split(batch_size)
@@ -58,7 +65,7 @@ def test_a_layer_that_is_called_again_agrees_with_itself(method: str, batch_size
     assert [(entry.name, entry.samples) for entry in report.layers] == [("norm", 120), ("last", 40)]
 
 
-def test_a_layer_that_never_settles_is_told() -> None:
+def test_diverging_fixed_point_warns() -> None:
     class Oscillator(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -74,8 +81,8 @@ def test_a_layer_that_never_settles_is_told() -> None:
         syncbn.recalibrate(net, x.split(5))
 
 
-class Choosy(nn.Module):
-    """A layer that only some batches come to."""
+class DataDependent(nn.Module):
+    """Model with a layer that only some batches reach."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,8 +103,8 @@ def _bright_and_dark() -> list[Tensor]:
     return [torch.randn(8, 3, dtype=torch.float64) + sign * 3 for sign in (1, -1, 1, 1, -1)]
 
 
-def test_sequential_serves_layers_that_some_batches_skip() -> None:
-    net, batches = Choosy().double(), _bright_and_dark()
+def test_sequential_with_data_dependent_layers() -> None:
+    net, batches = DataDependent().double(), _bright_and_dark()
     report = syncbn.recalibrate(net, batches, method="sequential")
     first = torch.cat(batches)
     torch.testing.assert_close(net.first.running_mean, first.mean(0))
@@ -114,16 +121,16 @@ def test_sequential_serves_layers_that_some_batches_skip() -> None:
     assert net.unused.running_var.tolist() == [1, 1, 1]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("forward", [as_they_are, None], ids=["own forward", "default"])
-def test_lockstep_names_the_layers_that_batches_come_to(forward: Any) -> None:
-    net = Choosy().double()
-    with pytest.raises(ValueError, match=r"some to 'last' while others come to 'dark'.*sequential"):
+@pytest.mark.parametrize("forward", [run_batch, None], ids=["own forward", "default"])
+def test_lockstep_rejects_data_dependent_layers(forward: Any) -> None:
+    net = DataDependent().double()
+    with pytest.raises(ValueError, match=r"some 'last', and some 'dark'.*sequential"):
         syncbn.recalibrate(net, _bright_and_dark(), forward=forward)
     assert net.first.running_mean.tolist() == [0, 0, 0]  # type: ignore[union-attr]
 
 
-class Turns:
-    """Another number of batches in every pass."""
+class Growing:
+    """Different number of batches in every pass."""
 
     def __init__(self) -> None:
         self.passes = 0
@@ -133,8 +140,8 @@ class Turns:
         yield from images().split(4)[: self.passes]
 
 
-class Spent:
-    """Re-iterable by its looks, and empty from the second pass on."""
+class Exhausted:
+    """Re-iterable, and empty from the second pass on."""
 
     def __init__(self) -> None:
         self.batches = iter(images().split(4))
@@ -143,8 +150,8 @@ class Spent:
         yield from self.batches
 
 
-@pytest.mark.parametrize("source", [Turns, Spent])
-def test_sequential_wants_the_same_data_in_every_pass(source: Any) -> None:
+@pytest.mark.parametrize("source", [Growing, Exhausted])
+def test_sequential_requires_repeatable_data(source: Any) -> None:
     net = network()
     before = statistics(net)
     with pytest.raises(ValueError, match=r"expected the same data in every pass"):
@@ -152,7 +159,7 @@ def test_sequential_wants_the_same_data_in_every_pass(source: Any) -> None:
     assert distance(statistics(net), before) == 0.0
 
 
-def test_sequential_puts_the_generator_of_a_loader_back() -> None:
+def test_sequential_restores_loader_generator() -> None:
     def loader() -> DataLoader[Any]:
         generator = torch.Generator().manual_seed(5)
         return DataLoader(TensorDataset(images()), 4, shuffle=True, generator=generator)
@@ -163,7 +170,7 @@ def test_sequential_puts_the_generator_of_a_loader_back() -> None:
     assert distance(statistics(net), statistics(expected)) < 1e-12
 
 
-def test_lockstep_in_inference_mode_is_refused() -> None:
+def test_lockstep_rejects_inference_mode() -> None:
     net = network()
 
     def forward(model: nn.Module, x: Tensor) -> None:
@@ -179,7 +186,7 @@ def test_lockstep_in_inference_mode_is_refused() -> None:
     assert distance(statistics(net), statistics(expected)) < 1e-12
 
 
-def test_what_a_forward_sets_for_attention_stays_in_it() -> None:
+def test_sdpa_backend_is_restored() -> None:
     seen: list[bool] = []
 
     def forward(model: nn.Module, x: Tensor) -> None:
@@ -188,13 +195,13 @@ def test_what_a_forward_sets_for_attention_stays_in_it() -> None:
             seen.append(torch.backends.cuda.flash_sdp_enabled())
 
     syncbn.recalibrate(network(), images().split(4), forward=forward)
-    assert seen == [False] * 9  # six batches, one before to measure, two after to verify
+    assert seen == [False] * 9  # six batches, one profile, two single passes
     assert torch.backends.cuda.flash_sdp_enabled()
     assert torch.backends.cuda.mem_efficient_sdp_enabled()
 
 
 class Squeezed(nn.Module):
-    """Loses the batch dimension of a single sample."""
+    """Model that drops the batch dimension of a single sample."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,15 +211,15 @@ class Squeezed(nn.Module):
         return self.norm(x.mean((2, 3), keepdim=True).squeeze())  # type: ignore[no-any-return]
 
 
-def test_a_model_that_cannot_take_a_single_sample() -> None:
+def test_model_without_single_sample_support() -> None:
     net: Any = Squeezed().double()
     report = syncbn.recalibrate(net, images().split(12))
     assert report.layers[0].samples == 24
     torch.testing.assert_close(net.norm.running_mean, images().mean((0, 2, 3)))
 
 
-@pytest.mark.parametrize("method", ["lockstep", "sequential", "pooled"])
-def test_statistics_beyond_the_buffers(method: Any) -> None:
+@pytest.mark.parametrize("method", [*EXACT, "pooled"])
+def test_statistics_overflow_buffers(method: Any) -> None:
     net: Any = nn.Sequential(nn.BatchNorm2d(3)).half()
     x = images() * 1000
     with pytest.raises(ValueError, match=r"^0: .* beyond the range of its buffers.*float16"):
@@ -220,7 +227,7 @@ def test_statistics_beyond_the_buffers(method: Any) -> None:
     assert net[0].running_var.tolist() == [1, 1, 1]
 
 
-def test_sequential_needs_an_order_of_the_layers() -> None:
+def test_sequential_rejects_unordered_layers() -> None:
     class EitherWay(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -230,11 +237,11 @@ def test_sequential_needs_an_order_of_the_layers() -> None:
             y: Tensor = self.b(self.a(x)) if x.sum() > 0 else self.a(self.b(x))
             return y
 
-    with pytest.raises(ValueError, match=r"[ab] and [ab]: some batches come to one first"):
+    with pytest.raises(ValueError, match=r"[ab] and [ab]: their order differs between batches"):
         syncbn.recalibrate(EitherWay(), [torch.ones(3, 2), -torch.ones(3, 2)], method="sequential")
 
 
-@pytest.mark.parametrize("method", ["lockstep", "sequential", "pooled"])
+@pytest.mark.parametrize("method", METHODS)
 def test_compiled_models(method: Any) -> None:
     plain, compiled = network(), network()
     syncbn.recalibrate(plain, images().split(6), method=method)
@@ -255,15 +262,17 @@ class Masked(nn.Module):
 
 
 @pytest.mark.parametrize("by_name", [False, True])
-@pytest.mark.parametrize("method", ["lockstep", "sequential", "pooled", "average", "ema"])
-def test_masks_are_refused(method: Any, by_name: bool) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_masks_raise(method: Any, by_name: bool) -> None:
     net = Masked(by_name)
-    with pytest.raises(ValueError, match="norm: called with a mask; calibration takes inputs"):
+    with pytest.raises(
+        ValueError, match="norm: called with a mask; calibration supports unmasked inputs"
+    ):
         syncbn.recalibrate(net, [torch.randn(4, 3)], method=method)
     assert torch.equal(net.norm.get_buffer("running_var"), torch.ones(3))
 
 
-@pytest.mark.parametrize("method", ["lockstep", "sequential", "pooled"])
+@pytest.mark.parametrize("method", METHODS)
 def test_fused_models(method: Any) -> None:
     plain, fused = (syncbn.convert_sync_batchnorm(resnet20()).double() for _ in range(2))
     fused.load_state_dict(plain.state_dict())
@@ -273,7 +282,7 @@ def test_fused_models(method: Any) -> None:
     torch.testing.assert_close(fused.state_dict(), plain.state_dict())
 
 
-def test_names_are_those_of_the_plain_model() -> None:
+def test_names_without_wrappers() -> None:
     expected = syncbn.recalibrate(network(), images().split(6)).between()
     whole: Any = torch.compile(network(), backend="eager")
     part: Any = network()

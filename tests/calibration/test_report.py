@@ -1,4 +1,4 @@
-"""The figures of a report: against simulations and formulas written out."""
+"""Figures of a report, compared with simulations and explicit formulas."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 import syncbn
-from syncbn.calibration.table import render_metrics
+from syncbn.calibration.display import render_metrics
 from tests.calibration.networks import images, network
 
 
@@ -23,14 +23,14 @@ def _one_layer(channels: int = 2) -> nn.Sequential:
 
 
 def _draw(samples: int, generator: np.random.Generator) -> torch.Tensor:
-    """Return samples whose pixels are much alike: each has a brightness and a contrast."""
+    """Return samples with correlated pixels: each has a brightness and a contrast."""
     brightness = generator.normal(size=(samples, 2, 1, 1)) * np.array([0.5, 2.0])[:, None, None]
     contrast = generator.uniform(0.2, 1.5, size=(samples, 2, 1, 1))
     pixels = generator.normal(size=(samples, 2, 4, 4))
     return torch.from_numpy(3 + brightness + contrast * pixels)
 
 
-def test_standard_errors_are_the_scatter_over_calibration_sets() -> None:
+def test_standard_errors_match_scatter() -> None:
     generator = np.random.default_rng(0)
     means, variances, errors = [], [], []
     for _ in range(300):
@@ -46,7 +46,7 @@ def test_standard_errors_are_the_scatter_over_calibration_sets() -> None:
     assert ratio.max() < 1.15
 
 
-def test_errors_do_not_depend_on_batches() -> None:
+def test_standard_errors_independent_of_batches() -> None:
     x = torch.cat([_draw(40, np.random.default_rng(1)), torch.full((1, 2, 4, 4), 9.0)])
     found = []
     for batch_size in (1, 7, 41):
@@ -95,7 +95,7 @@ def test_verdicts() -> None:
     assert "not finite" in syncbn.recalibrate(one, [_draw(50, generator)]).verdict()
 
 
-def test_one_sample_has_no_standard_error(tmp_path: Path) -> None:
+def test_standard_error_of_one_sample_is_nan(tmp_path: Path) -> None:
     report = syncbn.recalibrate(_one_layer(), [_draw(1, np.random.default_rng(0))])
     assert math.isnan(report.layers[0].mean_error)
     assert "1 samples are few" in report.verdict()
@@ -126,8 +126,8 @@ def test_table_json_and_picture(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.png"]
 
 
-def test_names_do_not_control_the_terminal() -> None:
-    """A layer's name from a file moved the cursor; one in brackets was taken for markup."""
+def test_table_escapes_names() -> None:
+    """A layer's name from a file moved the cursor; a name in brackets was parsed as markup."""
     names = ["a\x1b[2Jb", "x\u202ey\nz", "[red]", ":smile:"]
     net = nn.Sequential()
     for name in names:
@@ -143,7 +143,7 @@ def test_names_do_not_control_the_terminal() -> None:
     assert r"loss\x1b[31m   1.0000   0.5000" in shown
 
 
-def test_a_report_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+def test_failed_save_preserves_old_file(tmp_path: Path) -> None:
     report = syncbn.recalibrate(_one_layer(), [_draw(5, np.random.default_rng(0))])
     path = tmp_path / "report.json"
     path.write_text("old")

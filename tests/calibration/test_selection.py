@@ -1,4 +1,4 @@
-"""Which layers are calibrated: by training mode, by name, by module."""
+"""Selection of layers by training mode, name and module."""
 
 from __future__ import annotations
 
@@ -15,38 +15,35 @@ from torch.nn.parallel import DistributedDataParallel
 import syncbn
 from syncbn.inference import example_weighted
 from tests.calibration.networks import (
-    as_they_are,
-    by_hand,
+    EXACT,
+    METHODS,
     distance,
     images,
     layers,
     network,
+    run_batch,
+    set_population_stats,
     statistics,
 )
-from tests.calibration.test_exact import EXACT
 from tests.ranks import Ranks
 
 FROZEN = ("1", "3.second.1")
 
 
 class Affine(nn.Module):
-    """A frozen layer, written out: no batch norm, so no calibration can change it."""
+    """Affine map of a frozen layer, which no calibration can change."""
 
     def __init__(self, norm: Any) -> None:
         super().__init__()
         self.norm = [norm]  # no submodule
 
     def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm[0]
         mean, var, weight, bias = (
             values.view(-1, *(1,) * (x.dim() - 2))
-            for values in (
-                self.norm[0].running_mean,
-                self.norm[0].running_var,
-                self.norm[0].weight,
-                self.norm[0].bias,
-            )
+            for values in (norm.running_mean, norm.running_var, norm.weight, norm.bias)
         )
-        y: Tensor = (x - mean) / (var + self.norm[0].eps).sqrt() * weight + bias
+        y: Tensor = (x - mean) / (var + norm.eps).sqrt() * weight + bias
         return y
 
 
@@ -69,13 +66,13 @@ def only(names: Any, net: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: pair for name, pair in statistics(net).items() if name in names}
 
 
-@pytest.mark.parametrize("method", [*EXACT, "pooled", "average", "ema"])
+@pytest.mark.parametrize("method", METHODS)
 def test_frozen_layers_are_left_alone(method: Any) -> None:
     """A fine-tuned model lost the statistics of its frozen backbone."""
     net, expected = partly_frozen(), with_affine_layers()
     before, modes = statistics(net), [module.training for module in net.modules()]
     if method in EXACT:
-        by_hand(expected, images())
+        set_population_stats(expected, images())
     else:
         syncbn.recalibrate(expected, images().split(4), method=method)
     report = syncbn.recalibrate(net, images().split(4), method=method)
@@ -89,10 +86,10 @@ def test_frozen_layers_are_left_alone(method: Any) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_layers_in_one_mode_are_all_calibrated(training: bool) -> None:
+def test_uniform_mode_calibrates_all(training: bool) -> None:
     net, expected = network().train(training), network()
     report = syncbn.recalibrate(net, images().split(4))
-    by_hand(expected, images())
+    set_population_stats(expected, images())
     assert distance(statistics(net), statistics(expected)) < 1e-12
     assert report.left_alone == []
 
@@ -114,7 +111,7 @@ CHOICES: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 @pytest.mark.parametrize("wrap", [lambda net: net, _compiled], ids=["plain", "compiled"])
 @pytest.mark.parametrize("choice", CHOICES)
-def test_names(choice: str, wrap: Any) -> None:
+def test_select_by_name(choice: str, wrap: Any) -> None:
     arguments, chosen = CHOICES[choice]
     net = network()
     before = statistics(net)
@@ -125,16 +122,14 @@ def test_names(choice: str, wrap: Any) -> None:
         assert (distance({name: pair}, only([name], net)) == 0.0) is (name not in chosen)
 
 
-def test_names_override_the_mode_of_frozen_layers() -> None:
-    net = partly_frozen()
-    report = syncbn.recalibrate(net, images().split(4), layers=["1", "6"])
-    assert [layer.name for layer in report.layers] == ["1", "6"]
-    net = partly_frozen()
-    report = syncbn.recalibrate(net, images().split(4), skip="11")
-    assert [layer.name for layer in report.layers] == ["3.first.1", "6"]
+def test_names_override_frozen_mode() -> None:
+    choices: Any = [({"layers": ["1", "6"]}, ["1", "6"]), ({"skip": "11"}, ["3.first.1", "6"])]
+    for arguments, names in choices:
+        report = syncbn.recalibrate(partly_frozen(), images().split(4), **arguments)
+        assert [layer.name for layer in report.layers] == names
 
 
-def test_modules() -> None:
+def test_select_by_module() -> None:
     net, named = network(), network()
     syncbn.recalibrate(named, images().split(4), layers=["3", "6"], skip="3.first")
     block: Any = net[3]
@@ -142,7 +137,7 @@ def test_modules() -> None:
     assert distance(statistics(net), statistics(named)) == 0.0
 
 
-def test_every_name_of_a_shared_module() -> None:
+def test_shared_module_has_all_names() -> None:
     shared = nn.BatchNorm2d(3).double()
     net: Any = nn.ModuleDict(
         {"student": shared, "teacher": shared, "other": nn.BatchNorm2d(3).double()}
@@ -171,9 +166,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_names_without_a_layer(what: str) -> None:
-    arguments, message = BAD[what]
+@pytest.mark.parametrize("case", BAD)
+def test_invalid_names(case: str) -> None:
+    arguments, message = BAD[case]
     net = network()
     before = statistics(net)
     with pytest.raises((ValueError, TypeError), match=message):
@@ -181,22 +176,22 @@ def test_names_without_a_layer(what: str) -> None:
     assert distance(statistics(net), before) == 0.0
 
 
-def _wrong_name(rank: int) -> str:
+def _pass_invalid_name(rank: int) -> str:
     with pytest.raises((ValueError, RuntimeError)) as caught:
         syncbn.recalibrate(network(), Unread(), layers="6" if rank == 0 else "backbone")
     return str(caught.value)
 
 
-def test_a_wrong_name_on_one_rank_ends_all(two_ranks: Ranks) -> None:
+def test_invalid_name_on_one_rank_ends_all(two_ranks: Ranks) -> None:
     """The other rank waited for the timeout of the process group."""
-    first, second = two_ranks.run(_wrong_name)
-    assert first == "calibration was ended by an error on rank 1; see there"
+    first, second = two_ranks.run(_pass_invalid_name)
+    assert first == "calibration was ended by an error on rank 1; see the output there"
     assert second.startswith("layers: got 'backbone'")
 
 
 def _distributed(rank: int, method: Any) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
     net: Any = partly_frozen()
-    net[6] = nn.BatchNorm2d(5).double()  # DDP takes no torch.nn.SyncBatchNorm on CPU
+    net[6] = nn.BatchNorm2d(5).double()  # DDP rejects torch.nn.SyncBatchNorm on CPU
     model = DistributedDataParallel(net)
     mine = list(images()[rank::2].split(4))
     report = syncbn.recalibrate(model, mine, method=method, layers=["3", "6"], skip=[net[3].second])
@@ -215,7 +210,7 @@ def test_ddp(two_ranks: Ranks, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", EXACT)
-def test_a_layer_without_statistics_can_be_skipped(method: Any) -> None:
+def test_skip_layer_without_statistics(method: Any) -> None:
     """The layer uses the statistics of each batch, in inference as in training."""
     net = nn.Sequential(
         nn.BatchNorm2d(3, track_running_stats=False), nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
@@ -223,7 +218,7 @@ def test_a_layer_without_statistics_can_be_skipped(method: Any) -> None:
     with pytest.raises(ValueError, match=r"0: got a layer with track_running_stats=False"):
         syncbn.recalibrate(net, images().split(4), layers=["0", "2"])
     parts = images().split(4)
-    report = syncbn.recalibrate(net, parts, method=method, skip="0", forward=as_they_are)
+    report = syncbn.recalibrate(net, parts, method=method, skip="0", forward=run_batch)
     assert report.left_alone == ["0"]
     var = [x.var((0, 2, 3), correction=0, keepdim=True) for x in parts]
     mean = [x.mean((0, 2, 3), keepdim=True) for x in parts]
@@ -233,15 +228,17 @@ def test_a_layer_without_statistics_can_be_skipped(method: Any) -> None:
     torch.testing.assert_close(net[2].running_var, inputs.var(1))
 
 
-def test_example_weighted_leaves_them_alone_too() -> None:
+def test_example_weighted_skips_frozen_layers() -> None:
     net = partly_frozen()
     report = syncbn.recalibrate(net, images().split(4))
     with example_weighted(net, 4, report):
-        weighted = [name for name, layer in layers(net).items() if "Ruled" in type(layer).__name__]
+        weighted = [
+            name for name, layer in layers(net).items() if "EvalStatistics" in type(layer).__name__
+        ]
     assert weighted == ["3.first.1", "6", "11"]
 
 
-def test_the_report_names_them(tmp_path: Path) -> None:
+def test_report_names_left_alone(tmp_path: Path) -> None:
     report = syncbn.recalibrate(partly_frozen(), images().split(4))
     table = " ".join(report.table().split())
     assert (
@@ -281,8 +278,8 @@ def _mean_and_variance(net: Any) -> str:
 @pytest.mark.parametrize(
     "change", [_integers, _one_tensor, _overlap, _with_a_skipped_layer, _mean_and_variance]
 )
-def test_buffers_that_cannot_hold_the_statistics(change: Any) -> None:
-    """Integers lost the fractions; of two layers in one buffer, the last one won."""
+def test_unusable_buffers(change: Any) -> None:
+    """Integer buffers lost the fractions; a shared buffer kept the statistics of one layer."""
     net = network()
     message = change(net)
     before = statistics(net)
@@ -291,7 +288,7 @@ def test_buffers_that_cannot_hold_the_statistics(change: Any) -> None:
     assert distance(statistics(net), before) == 0.0
 
 
-def test_buffers_may_be_columns_of_one_tensor() -> None:
+def test_interleaved_buffers() -> None:
     net, expected = network(), network()
     table = torch.ones(6, 4).double()
     block: Any = net[3]
@@ -299,5 +296,5 @@ def test_buffers_may_be_columns_of_one_tensor() -> None:
     for norm, (mean, var) in zip(norms, table.T.split(2), strict=True):
         norm.running_mean, norm.running_var = mean, var
     syncbn.recalibrate(net, images().split(4))
-    by_hand(expected, images())
+    set_population_stats(expected, images())
     assert distance(statistics(net), statistics(expected)) < 1e-12

@@ -1,4 +1,4 @@
-"""Lockstep verifies itself: models whose passes disturb each other get exact statistics, too."""
+"""Verification of lockstep: models with interfering passes also get exact statistics."""
 
 from __future__ import annotations
 
@@ -12,14 +12,23 @@ from torch import Tensor, nn
 
 import syncbn
 from syncbn.bench.networks import resnet20
-from syncbn.calibration.layers import find_layers
 from syncbn.calibration.verification import Trace
-from tests.calibration.networks import as_they_are, by_hand, distance, layers, network, statistics
+from syncbn.nn.bn_layers import find_layers
+from tests.calibration.networks import (
+    distance,
+    network,
+    run_batch,
+    set_population_stats,
+    statistics,
+)
 from tests.calibration.networks import images as pictures
 from tests.calibration.stateful import (
     EQUAL,
+    EVEN,
+    LARGE,
     REPLACED,
     STATEFUL,
+    UNEVEN,
     Layers,
     QueueOfSkips,
     SkipOnTheModule,
@@ -27,7 +36,6 @@ from tests.calibration.stateful import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:lockstep is not possible")
-EVEN, UNEVEN, LARGE = (6,) * 5, (6, 6, 6, 6, 5), (40, 33)
 # A failed pass leaves entries in its queue, so the queue is tried with equal batches only.
 CASES = [
     (kind, sizes)
@@ -38,114 +46,34 @@ CASES = [
 
 
 @pytest.mark.parametrize("one_shot", [False, True], ids=["list", "iterator"])
-@pytest.mark.parametrize("forward", [None, as_they_are], ids=["default", "own"])
+@pytest.mark.parametrize("forward", [None, run_batch], ids=["default", "own"])
 @pytest.mark.parametrize(("kind", "sizes"), CASES)
-def test_state_between_layers_does_not_change_the_statistics(
+def test_stateful_models_are_exact(
     kind: Callable[[], Layers], forward: Any, sizes: tuple[int, ...], one_shot: bool
 ) -> None:
     """Interleaved passes read each other's state: variances were off by up to 200 %."""
     expected, net, batches = kind(), kind(), features(sizes)
-    by_hand(expected, *batches)
+    set_population_stats(expected, *batches)
     source: Any = iter(batches) if one_shot else batches
     report = syncbn.recalibrate(net, source, forward=forward)
     assert distance(statistics(net), statistics(expected)) < 1e-9
-    # Small batches are one batch for the default forward, and nothing is interleaved.
+    # The default forward coalesces small batches, and nothing is interleaved.
     assert REPLACED in report.verification or (forward is None and sizes is not LARGE)
     assert report.verification in " ".join(report.table().split())
 
 
-def test_a_number_of_samples_of_an_iterator() -> None:
-    """Both methods must read the same part of data that comes once."""
+def test_num_samples_of_iterator() -> None:
+    """Both methods must read the same part of one-shot data."""
     expected, net, batches = SkipOnTheModule(), SkipOnTheModule(), features()
-    by_hand(expected, *batches[:3], batches[3][:2])
-    report = syncbn.recalibrate(net, iter(batches), num_samples=20, forward=as_they_are)
+    set_population_stats(expected, *batches[:3], batches[3][:2])
+    report = syncbn.recalibrate(net, iter(batches), num_samples=20, forward=run_batch)
     assert distance(statistics(net), statistics(expected)) < 1e-12
     assert [layer.samples for layer in report.layers] == [20] * 3
     assert REPLACED in report.verification
 
 
-class TimeMajor(nn.Module):
-    """A recurrent network over ``[T, N, C]``: batches as one are longer sequences."""
-
-    def __init__(self, scale: float = 1.0, reverse: bool = False) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.rnn, self.norm = nn.GRU(4, 6), nn.BatchNorm1d(6)
-        self.scale, self.reverse = scale, reverse
-        self.double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.view(3, -1, 4) if x.dim() == 2 else x
-        h: Tensor = self.rnn(x.flip(0))[0].flip(0) if self.reverse else self.rnn(x)[0]
-        y: Tensor = self.norm(h.flatten(0, 1) * self.scale)
-        return y
-
-
-@pytest.mark.parametrize(
-    ("dtype", "scale", "old_var", "bound"),
-    [
-        (torch.float64, 1.0, 1.0, 1e-12), (torch.float32, 1.0, 1e8, 1e-5),
-        (torch.float32, 3e-4, 1.0, 1e-5), (torch.float32, 1e-8, 1.0, 1e-5),
-        (torch.bfloat16, 0.1, 1.0, 0.02), (torch.float16, 0.1, 1e4, 0.004),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("reverse", [False, True])
-def test_time_is_not_joined_whatever_the_old_statistics(
-    dtype: torch.dtype, scale: float, old_var: float, bound: float, reverse: bool
-) -> None:
-    """Variances were 73 % off: old statistics hid the difference, a causal prefix has none."""
-    nets = []
-    for _ in range(2):
-        net = TimeMajor(scale, reverse).to(dtype)
-        layers(net)["norm"].running_var.fill_(old_var)
-        nets.append(net)
-    batches = [x.to(dtype).unflatten(0, (3, 4)) for x in features((12,) * 8)]
-    by_hand(nets[0], *batches)
-    report = syncbn.recalibrate(nets[1], batches)
-    assert distance(statistics(nets[1]), statistics(nets[0])) < bound
-    assert report.verification.startswith(f"inputs of 1 layers for 2 batches {EQUAL}")
-
-
-class Halves(Layers):
-    def forward(self, x: Tensor) -> Tensor:
-        one, two = x.chunk(2)
-        return super().forward((one - two).abs())
-
-
-class SpreadOverTheBatch(Layers):
-    def between(self, x: Tensor) -> Tensor:
-        return x * x.std(0, unbiased=False)
-
-
-class FixedBatchSize(Layers):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.reshape(6, 4) if len(x) > 1 else x)
-
-
-@pytest.mark.parametrize("kind", [TimeMajor, Halves, SpreadOverTheBatch, FixedBatchSize])
-def test_batches_are_joined_only_where_this_changes_nothing(kind: Callable[[], Any]) -> None:
-    """Small batches were computed as one batch, which is another input for these networks."""
-    expected, net, batches = kind(), kind(), features()
-    by_hand(expected, *batches)
-    report = syncbn.recalibrate(net, batches)
-    assert distance(statistics(net), statistics(expected)) < 1e-9
-    number = len(find_layers(net))
-    assert report.verification.startswith(f"inputs of {number} layers for 2 batches {EQUAL}")
-
-
-def test_batches_whose_first_two_are_equal_are_not_joined_at_last() -> None:
-    """Two equal batches have the spread of one; all batches as one have another spread."""
-    first, _, *rest = features()
-    batches = [first, first, *rest]
-    expected, net = SpreadOverTheBatch(), SpreadOverTheBatch()
-    by_hand(expected, *batches)
-    report = syncbn.recalibrate(net, batches)
-    assert distance(statistics(net), statistics(expected)) < 1e-9
-    assert EQUAL in report.verification
-
-
 class ScaleOnTheModule(Layers):
-    """A scale that differs a little between batches."""
+    """Scale that differs slightly between batches."""
 
     def __init__(self, strength: float, mask: torch.dtype) -> None:
         super().__init__()
@@ -169,14 +97,14 @@ class ScaleOnTheModule(Layers):
         (torch.float32, torch.bfloat16),
     ],
 )
-def test_a_little_interference_in_half_precision(
+def test_small_interference_in_half_precision(
     dtype: torch.dtype, mask: torch.dtype, strength: float
 ) -> None:
     """One tensor of a coarse dtype raised the bound to 9 %."""
     expected, net = (ScaleOnTheModule(strength, mask).to(dtype) for _ in range(2))
     batches = [x.to(dtype) for x in features((64,) * 5)]
-    by_hand(expected, *batches)
-    report = syncbn.recalibrate(net, batches, forward=as_they_are)
+    set_population_stats(expected, *batches)
+    report = syncbn.recalibrate(net, batches, forward=run_batch)
     assert distance(statistics(net), statistics(expected)) <= torch.finfo(dtype).eps * 4
     assert REPLACED in report.verification
 
@@ -187,8 +115,8 @@ class Noise(Layers):
 
 
 @pytest.mark.parametrize("one_shot", [False, True])
-def test_random_forwards_are_no_false_alarm(one_shot: bool) -> None:
-    """Interleaved passes draw from one generator, so a single pass would draw other numbers."""
+def test_random_forward_is_no_interference(one_shot: bool) -> None:
+    """Interleaved passes share a generator, so a single pass would draw other numbers."""
     net, batches = Noise(), features((1000,) * 5)
     report = syncbn.recalibrate(net, iter(batches) if one_shot else batches)
     assert EQUAL in report.verification
@@ -213,7 +141,7 @@ def test_random_forwards_are_no_false_alarm(one_shot: bool) -> None:
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("make", [network, resnet20])
-def test_rounding_is_no_false_alarm(
+def test_rounding_is_no_interference(
     make: Any, dtype: torch.dtype, autocast: torch.dtype | None, batch_size: int
 ) -> None:
     """Kernels round differently for another batch size."""
@@ -224,7 +152,7 @@ def test_rounding_is_no_false_alarm(
     assert REPLACED not in report.verification
 
 
-def test_one_batch_needs_no_comparison() -> None:
+def test_single_batch_is_not_verified() -> None:
     calls: list[int] = []
     net = network()
     net.register_forward_hook(lambda module, args, output: calls.append(len(output)))
@@ -234,72 +162,15 @@ def test_one_batch_needs_no_comparison() -> None:
     assert syncbn.recalibrate(net, [pictures()], method="sequential").verification == ""
 
 
-class CalledTwice(Layers):
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(super().forward(x))
-
-
-@pytest.mark.filterwarnings("ignore:.*called more than once")
-def test_fixed_point_iterations_are_measured_and_verified_once() -> None:
-    """Every iteration measured the memory, and ran two single passes."""
-    net, seen = CalledTwice(), []
-    net.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
-    report = syncbn.recalibrate(net, features((33, 34, 35)))
-    assert seen.count(35) > 2
-    assert [seen.count(size) - seen.count(35) for size in (33, 34)] == [1, 1]
-    assert len(seen) == 3 * seen.count(35) + 3
-    assert EQUAL in report.verification
-
-
-class NotReentrant(Layers):
-    """A second forward raises; a first forward that is killed leaves the module busy."""
-
-    busy: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert self.busy is None
-        self.busy = x
-        y = super().forward(x)
-        self.busy = None
-        return y
-
-
-@pytest.mark.parametrize("forward", [None, as_they_are], ids=["default", "own"])
-@pytest.mark.parametrize("sizes", [EVEN, LARGE, (20, 20, 20)])
-def test_a_forward_that_refuses_to_be_interleaved(sizes: tuple[int, ...], forward: Any) -> None:
-    """Calibration ended with the AssertionError of the second forward."""
-    expected, net, batches = NotReentrant(), NotReentrant(), features(sizes)
-    by_hand(expected, *batches)
-    report = syncbn.recalibrate(net, iter(batches), forward=forward)
-    assert distance(statistics(net), statistics(expected)) < 1e-12
-    assert REPLACED in report.verification or (forward is None and sizes is EVEN)
-
-
-class FailsLater(Layers):
-    def forward(self, x: Tensor) -> Tensor:
-        if x.mean() > 2:
-            raise LookupError("no such image")
-        return super().forward(x)
-
-
-def test_an_error_of_a_later_batch_is_raised_as_it_is() -> None:
-    """An error beside suspended passes is not always one of interference."""
-    net = FailsLater()
-    before = statistics(net)
-    with pytest.raises(LookupError, match="no such image"):
-        syncbn.recalibrate(net, features(), forward=as_they_are)
-    assert distance(statistics(net), before) == 0.0
-
-
 @pytest.mark.filterwarnings("default")
-def test_the_replacement_of_lockstep_is_a_warning() -> None:
-    """Only the report had it, though the method may have been chosen by its name."""
+def test_sequential_fallback_warns() -> None:
+    """Only the report mentioned the replacement of an explicitly chosen method."""
     with pytest.warns(UserWarning, match=f"lockstep is not possible .*{REPLACED}"):
-        syncbn.recalibrate(SkipOnTheModule(), features(), forward=as_they_are)
+        syncbn.recalibrate(SkipOnTheModule(), features(), forward=run_batch)
 
 
 class Once:
-    """Re-iterable by its looks, with other batches in every pass."""
+    """Re-iterable, with other batches in every pass."""
 
     def __init__(self) -> None:
         self.passes = 0
@@ -309,62 +180,17 @@ class Once:
         yield from features()[: 4 + self.passes % 2]
 
 
-def test_data_that_sequential_cannot_take_is_an_error() -> None:
-    """Statistics that lockstep got wrong must not stay."""
+def test_failed_fallback_raises() -> None:
+    """Wrong statistics of lockstep must not remain."""
     net = SkipOnTheModule()
     before = statistics(net)
     message = r"lockstep is not possible \(norms.1: the input differs .*failed: .*the same data"
     with pytest.raises(ValueError, match=message):
-        syncbn.recalibrate(net, Once(), forward=as_they_are)
+        syncbn.recalibrate(net, Once(), forward=run_batch)
     assert distance(statistics(net), before) == 0.0
 
 
-class InPlace(Layers):
-    """Normalizes its input in place."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x.sub_(1.0).mul_(0.5)
-        return super().forward(x)
-
-    def between(self, x: Tensor) -> Tensor:
-        return x
-
-
-@pytest.mark.parametrize("method", ["lockstep", "sequential", "pooled"])
-def test_a_forward_that_writes_to_its_input(method: Any) -> None:
-    """A batch that ran twice was normalized twice, and the caller's data changed."""
-    net, expected, batches = InPlace(), Layers(), features()
-    expected.between = lambda x: x  # type: ignore[method-assign]
-    if method == "pooled":
-        syncbn.recalibrate(expected, [(x - 1) * 0.5 for x in batches], method=method)
-    else:
-        by_hand(expected, *((x - 1) * 0.5 for x in batches))
-    report = syncbn.recalibrate(net, batches, method=method)
-    assert distance(statistics(net), statistics(expected)) < 1e-12
-    assert torch.equal(torch.cat(batches), torch.cat(features()))
-    assert EQUAL in report.verification or method != "lockstep"
-
-
-class OverwritesALayersInput(Layers):
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.inner[0](x)
-        y: Tensor = self.norms[0](x)
-        x.zero_()
-        return y
-
-
-@pytest.mark.parametrize("method", ["lockstep", "sequential", "pooled"])
-def test_a_layer_whose_input_is_overwritten_after_it(method: Any) -> None:
-    """Statistics of inputs ``[N, C]`` shared their memory and were read too late."""
-    net = OverwritesALayersInput()
-    with torch.no_grad():
-        values = torch.cat([net.inner[0](x) for x in features()])
-    syncbn.recalibrate(net, features(), method=method, forward=as_they_are)
-    torch.testing.assert_close(net.norms[0].running_var, values.var(0))
-    torch.testing.assert_close(net.norms[0].running_mean, values.mean(0))
-
-
-def test_a_trace_does_not_grow_with_the_batch() -> None:
+def test_trace_size_is_bounded() -> None:
     layer = find_layers(nn.BatchNorm1d(4))[0]
     trace = Trace(None, 0, 500, 1000)
     trace.add(layer, torch.arange(1000.0)[:, None].expand(1000, 4))

@@ -20,9 +20,9 @@ DOCTOR = ["-m", "syncbn.cli.doctor", "json=report.json"]
 CUDA_AWARE = """
 import syncbn
 from syncbn.cli import doctor
-from syncbn.distributed import mpi_library
+from syncbn.distributed import mpi
 syncbn.init_process_group("mpi4py")
-mpi_library.reads_cuda_memory = lambda: True
+mpi.is_cuda_aware = lambda: True
 print(doctor.mpi()["CUDA tensors over MPI"])
 """
 QUIET = """

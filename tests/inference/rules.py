@@ -1,4 +1,4 @@
-"""The rules as rows of tests, with networks that can follow them."""
+"""Rows of tests for the inference rules, and their networks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def between(net: nn.Module) -> dict[str, Tensor]:
     return {name: 0.3 * layer.running_var.detach() for name, layer in layers(net).items()}
 
 
-#: name: (in a with statement, for good)
+#: name: (context manager, conversion)
 RULES: dict[
     str,
     tuple[
@@ -39,14 +39,14 @@ RULES: dict[
 }
 
 
-def evaluated(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+def eval_network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     """Return the network in evaluation mode."""
     net = network(dtype)
     return net.eval()
 
 
 def single(channels: int, dtype: torch.dtype = torch.float64, **arguments: Any) -> nn.BatchNorm2d:
-    """Return a layer in evaluation mode, with statistics and parameters that are not trivial."""
+    """Return a layer in evaluation mode with non-trivial statistics and parameters."""
     layer = nn.BatchNorm2d(channels, dtype=dtype, **arguments).eval()
     assert layer.running_mean is not None
     assert layer.running_var is not None

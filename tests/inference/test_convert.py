@@ -1,4 +1,4 @@
-"""Rules come into a model and leave it, and nothing else of it changes."""
+"""Conversion to an inference rule and back, without other changes of the model."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from syncbn.inference import (
     revert_inference,
 )
 from tests.calibration.networks import images, layers, network
-from tests.inference.rules import RULES, between, evaluated, single
+from tests.inference.rules import RULES, between, eval_network, single
 
 
 class Subclass(nn.BatchNorm2d):
-    """A class of the user's own."""
+    """User's subclass."""
 
 
 class Activated(nn.BatchNorm2d):
-    """A layer that does more than normalize."""
+    """Layer that overrides forward."""
 
     def forward(self, input: Tensor) -> Tensor:
         return torch.relu(super().forward(input))
@@ -40,8 +40,8 @@ def classes(net: nn.Module) -> list[type]:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_end_of_a_context_leaves_the_model_as_it_was(rule: str) -> None:
-    net, x = evaluated(), images(6)
+def test_context_restores_model(rule: str) -> None:
+    net, x = eval_network(), images(6)
     before, plain = classes(net), net(x)
     state = {name: value.clone() for name, value in net.state_dict().items()}
 
@@ -59,8 +59,8 @@ def test_the_end_of_a_context_leaves_the_model_as_it_was(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_for_good_and_back(rule: str) -> None:
-    net, x = evaluated(), images(6)
+def test_convert_and_revert(rule: str) -> None:
+    net, x = eval_network(), images(6)
     before, plain = classes(net), net(x)
     with RULES[rule][0](net):
         expected = net(x)
@@ -72,10 +72,10 @@ def test_for_good_and_back(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_training_is_as_ever(rule: str) -> None:
+def test_training_mode_is_unchanged(rule: str) -> None:
     net, other, x = network(), network(), images(6)
     net[4], other[4] = nn.Identity(), nn.Identity()  # the dropout
-    net[6] = syncbn.convert_sync_batchnorm(net[6])  # torch's own wants a GPU in training
+    net[6] = syncbn.convert_sync_batchnorm(net[6])  # torch's layer needs a GPU in training
     other[6] = syncbn.convert_sync_batchnorm(other[6])
     with RULES[rule][0](net):
         assert torch.equal(net(x), other(x))
@@ -100,8 +100,8 @@ def saved(net: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("through", [copied, pickled, saved])
 @pytest.mark.parametrize("rule", RULES)
-def test_copies_follow_the_rule(rule: str, through: Any) -> None:
-    net, x = evaluated(), images(6)
+def test_copies_keep_rule(rule: str, through: Any) -> None:
+    net, x = eval_network(), images(6)
     net.append(nn.Unflatten(1, (2, 1, 1)))
     net.append(syncbn.convert_sync_batchnorm(Subclass(2).double().eval()))
     before = classes(net)
@@ -112,7 +112,7 @@ def test_copies_follow_the_rule(rule: str, through: Any) -> None:
     assert classes(clone) == before
 
 
-def test_what_a_rule_holds_moves_with_the_model() -> None:
+def test_rule_buffers_move_with_model() -> None:
     layer = single(3, torch.float32)
     convert_example_weighted(layer, 4, between(layer))
     rule: Any = layer._syncbn_rule
@@ -137,7 +137,7 @@ def test_hooks_shared_and_parametrized_layers(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_layer_with_a_forward_of_its_own_is_left_alone(rule: str) -> None:
+def test_layer_overriding_forward_is_left_alone(rule: str) -> None:
     net = nn.Sequential(single(3), Activated(3).double().eval())
     with pytest.warns(
         UserWarning, match=r"override forward, so they are left alone: 1 \(Activated"
@@ -155,9 +155,9 @@ def test_compiled_without_a_graph_break(rule: str) -> None:
     assert torch.equal(compiled(x), layer(x))
 
 
-def test_the_rule_shows_in_the_model() -> None:
-    net = convert_prior_mix(evaluated(), 16)
-    assert "RuledBatchNorm2d" in str(net)
+def test_repr_shows_rule() -> None:
+    net = convert_prior_mix(eval_network(), 16)
+    assert "EvalStatisticsBatchNorm2d" in str(net)
     assert "(_syncbn_rule): PriorMix(pseudo_samples=16)" in str(net)
 
 
@@ -192,25 +192,25 @@ BAD: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_bad_input_changes_nothing(what: str) -> None:
-    rule, message = BAD[what]
-    net, x = evaluated(), images(6)
+@pytest.mark.parametrize("case", BAD)
+def test_invalid_arguments_change_nothing(case: str) -> None:
+    rule, message = BAD[case]
+    net, x = eval_network(), images(6)
     plain = net(x)
     with pytest.raises(ValueError, match=message), rule(net):
         pass
     assert torch.equal(revert_inference(net)(x), plain)
 
 
-def test_a_model_that_follows_a_rule_is_not_calibrated() -> None:
-    net = convert_prior_mix(evaluated(), 4)
-    with pytest.raises(ValueError, match="revert_inference takes it away"):
+def test_recalibrate_rejects_model_with_rule() -> None:
+    net = convert_prior_mix(eval_network(), 4)
+    with pytest.raises(ValueError, match=r"remove it with syncbn.inference.revert_inference"):
         syncbn.recalibrate(net, [images()])
     assert len(layers(net)) == 5
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_bad_inputs_of_a_layer(rule: str) -> None:
+def test_invalid_layer_inputs(rule: str) -> None:
     layer = convert_prior_mix(single(3), 4) if rule == "prior_mix" else single(3)
     if rule == "example_weighted":
         convert_example_weighted(layer, 4, between(layer))

@@ -1,4 +1,4 @@
-"""What each rule computes, from other computations."""
+"""Inference rules, compared with independent computations."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 import syncbn
 from syncbn.inference import example_weighted, prior_mix
 from tests.calibration.networks import images, layers
-from tests.inference.rules import RULES, between, evaluated, single
+from tests.inference.rules import RULES, between, eval_network, single
 
 
 def normalized(x: Tensor, layer: nn.BatchNorm2d, mean: np.ndarray, var: np.ndarray) -> np.ndarray:
-    """Return, by numpy, x normalized with statistics ``[N or 1, C]``."""
+    """Return x normalized with statistics ``[N or 1, C]``, by NumPy."""
     weight, bias = (p.detach().double().numpy()[:, None, None] for p in layer.parameters())
     invstd: np.ndarray = 1 / np.sqrt(var + layer.eps)
     hat = (x.double().numpy() - mean[..., None, None]) * invstd[..., None, None]
@@ -32,7 +32,7 @@ def running(layer: nn.BatchNorm2d) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("pseudo_samples", [0, 0.5, 16, 1000])
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_prior_mix_is_the_papers_formula(pseudo_samples: float, offset: float) -> None:
+def test_prior_mix_matches_paper(pseudo_samples: float, offset: float) -> None:
     layer = single(3)
     x = torch.randn(5, 3, 4, 2, dtype=torch.float64) * 3 + offset
     mean, var = running(layer)
@@ -48,7 +48,7 @@ def test_prior_mix_is_the_papers_formula(pseudo_samples: float, offset: float) -
     assert abs(y.detach().numpy() - expected).max() < bound
 
 
-def test_example_weighted_is_its_formula() -> None:
+def test_example_weighted_matches_formula() -> None:
     layer, batch_size, s2 = single(3), 4, torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
     x = torch.randn(5, 3, 4, 2, dtype=torch.float64) * 3
     mean, var = running(layer)
@@ -63,7 +63,7 @@ def test_example_weighted_is_its_formula() -> None:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
-def test_example_weighted_has_the_statistics_of_an_average_training_batch(batch_size: int) -> None:
+def test_example_weighted_matches_expected_training_batch(batch_size: int) -> None:
     """Over all training batches that a sample can be in, drawn from a set of five."""
     samples = torch.randn(5, 2, 3, 3, dtype=torch.float64) * 2 + torch.randn(5, 2, 1, 1)
     layer = single(2, eps=0.0)
@@ -83,8 +83,8 @@ def test_example_weighted_has_the_statistics_of_an_average_training_batch(batch_
     assert abs(y.detach().numpy() - expected).max() < 1e-12
 
 
-def test_extremes_of_prior_mix() -> None:
-    net, x = evaluated(), images(6)
+def test_prior_mix_limits() -> None:
+    net, x = eval_network(), images(6)
     plain = net(x)
     with prior_mix(net, math.inf):
         assert torch.equal(net(x), plain)
@@ -97,8 +97,8 @@ def test_extremes_of_prior_mix() -> None:
     assert (y - net(x)).abs().max() < 1e-12
 
 
-def test_extremes_of_example_weighted() -> None:
-    net, x = evaluated(), images(6)
+def test_example_weighted_limits() -> None:
+    net, x = eval_network(), images(6)
     plain = net(x)
     with example_weighted(net, math.inf, between(net)):
         assert torch.equal(net(x), plain)
@@ -111,15 +111,15 @@ def test_extremes_of_example_weighted() -> None:
     assert (y - expected).abs().max() < 1e-12
 
 
-def test_example_weighted_takes_every_sample_by_itself() -> None:
-    net, x = evaluated(), images(7)
+def test_example_weighted_is_independent_of_batch() -> None:
+    net, x = eval_network(), images(7)
     with example_weighted(net, 2, between(net)):
         together, apart = net(x), torch.cat([net(x[:1]), net(x[1:3]), net(x[3:3]), net(x[3:])])
     assert (together - apart).abs().max() < 1e-12
 
 
-def test_a_calibration_gives_what_example_weighted_needs() -> None:
-    net = evaluated()
+def test_example_weighted_accepts_report() -> None:
+    net = eval_network()
     net.unused = nn.BatchNorm2d(3)
     report = syncbn.recalibrate(net[:-1], images().split(5))
     found = report.between()["1"]
@@ -130,7 +130,7 @@ def test_a_calibration_gives_what_example_weighted_needs() -> None:
         assert (net[:-1](images(5)) - plain).abs().max() > 1e-3
 
 
-def test_layers_that_a_calibration_did_not_reach_are_left_as_they_are() -> None:
+def test_unreached_layers_are_unchanged() -> None:
     net = nn.ModuleDict({"used": nn.BatchNorm2d(3), "not": nn.BatchNorm2d(3)}).double()
     report = syncbn.recalibrate(net, [images()], forward=lambda net, x: net["used"](x))  # type: ignore[index]
     with example_weighted(net, 4, report):
@@ -138,7 +138,7 @@ def test_layers_that_a_calibration_did_not_reach_are_left_as_they_are() -> None:
         assert type(net["used"]) is not nn.BatchNorm2d
 
 
-def test_a_between_sample_variance_above_the_variance_keeps_roots_real() -> None:
+def test_large_between_variance_is_finite() -> None:
     layer = single(3)
     with example_weighted(layer, 2, {"": torch.full((3,), 1e6)}):
         assert layer(images(3)).isfinite().all()
@@ -147,12 +147,12 @@ def test_a_between_sample_variance_above_the_variance_keeps_roots_real() -> None
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("parameters", ["as the input", "float32"])
-def test_types_and_layouts(rule: str, dtype: torch.dtype, parameters: str) -> None:
+def test_dtypes_and_memory_formats(rule: str, dtype: torch.dtype, parameters: str) -> None:
     x = images(6).contiguous(memory_format=torch.channels_last)
     exact = single(3)
     layer = single(3, torch.float32 if parameters == "float32" else dtype)
     layer.load_state_dict(exact.state_dict())
-    exact.load_state_dict(layer.state_dict())  # what rounding has left
+    exact.load_state_dict(layer.state_dict())  # the rounded values
     with RULES[rule][0](layer), RULES[rule][0](exact):
         y, expected = layer(x.to(dtype)), exact(x.to(dtype).double())
     assert y.dtype == dtype
@@ -162,7 +162,7 @@ def test_types_and_layouts(rule: str, dtype: torch.dtype, parameters: str) -> No
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("shape", [(6, 3), (6, 3, 5), (6, 3, 2, 3, 2), (1, 3, 70, 70)], ids=str)
-def test_any_number_of_dimensions(rule: str, shape: tuple[int, ...]) -> None:
+def test_input_dimensions(rule: str, shape: tuple[int, ...]) -> None:
     layer = syncbn.SyncBatchNorm(3).double().eval()
     x = torch.randn(shape, dtype=torch.float64) * 2 + 1
     flat = x.reshape(*shape[:2], -1, 1)
@@ -172,8 +172,8 @@ def test_any_number_of_dimensions(rule: str, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_an_empty_batch(rule: str) -> None:
-    net = evaluated()
+def test_empty_batch(rule: str) -> None:
+    net = eval_network()
     with RULES[rule][0](net):
         assert net(images(0)).shape == (0, 2)
 

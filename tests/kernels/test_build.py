@@ -27,7 +27,7 @@ BUILT = cpu.PATH
 PROGRAM = """
 import json, torch, syncbn
 from syncbn.cli import doctor
-from syncbn.kernels import choose, cpu, reference
+from syncbn.kernels import REFERENCE, cpu, select_kernel
 x = torch.randn(4, 3, 5, 5)
 layer = syncbn.SyncBatchNorm2d(3)
 layer(x).sum().backward()
@@ -38,7 +38,7 @@ except RuntimeError as error:
     message = str(error)
 output = {
     "path": syncbn.__file__,
-    "reference": choose("auto", x) is reference,
+    "reference": select_kernel("auto", x) is REFERENCE,
     "reason": cpu.describe(),
     "doctor": doctor.installation()["C++ kernels"],
     "message": message,
@@ -152,7 +152,7 @@ def test_file_that_is_no_library_is_rejected(library: Path) -> None:
     library.with_suffix(".sha256").write_text(checksum(library))
     assert "cannot be used" in cpu.describe()
     with pytest.raises(RuntimeError, match=r"kernel 'cpu': .* cannot be used"):
-        kernels.choose("cpu", torch.empty(1, 1))
+        kernels.select_kernel("cpu", torch.empty(1, 1))
 
 
 @needs_cpp

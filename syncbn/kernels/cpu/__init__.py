@@ -68,7 +68,7 @@ class CPUKernel(Kernel):
         return moments
 
     def normalize(
-        self, x: Tensor, moments: Tensor, args: NormalizeArgs, residual: Tensor | None
+        self, x: Tensor, moments: Tensor, args: NormalizeArgs, residual: Tensor | None = None
     ) -> tuple[Tensor, Saved]:
         """See :meth:`Kernel.normalize`."""
         running = None if args.running is None else abi.pack_running(args.running)
@@ -77,7 +77,7 @@ class CPUKernel(Kernel):
         return self._forward(self.library.normalize, x, moments, args, running, residual)
 
     def forward_local(
-        self, x: Tensor, args: NormalizeArgs, residual: Tensor | None
+        self, x: Tensor, args: NormalizeArgs, residual: Tensor | None = None
     ) -> tuple[Tensor, Saved]:
         """See :meth:`Kernel.forward_local`: blocks of channels stay in the cache between passes."""
         running = None if args.running is None else abi.pack_running(args.running)

@@ -48,7 +48,7 @@ class TritonKernel(Kernel):
         return moments
 
     def normalize(
-        self, x: Tensor, moments: Tensor, args: NormalizeArgs, residual: Tensor | None
+        self, x: Tensor, moments: Tensor, args: NormalizeArgs, residual: Tensor | None = None
     ) -> tuple[Tensor, Saved]:
         """See :meth:`Kernel.normalize`."""
         source, layout = as_dense(x)

@@ -1,0 +1,108 @@
+"""Ranks and store of a process in a job started by mpirun or srun.
+
+Process groups need a store. Rank 0 opens it on a free port and broadcasts its address by MPI.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from syncbn.distributed.launchers import LaunchedProcess
+from syncbn.distributed.mpi import (
+    MPI,
+    VERSION,
+    backoff,
+    call_with_timeout,
+    ensure_initialized,
+    install_abort_handler,
+)
+
+_ADDRESS_BYTES = 1024
+_ERROR = "error: "
+# MPI may still write to the memory of requests after their timeout.
+_timed_out: list[MPI.Request] = []
+
+
+def bootstrap(launched: int, timeout: timedelta) -> LaunchedProcess:
+    """Return this process's ranks and store in its MPI job; every rank must call this function.
+
+    Args:
+        launched: number of processes in the job according to the launcher.
+        timeout: time limit of the wait for the other ranks.
+
+    Raises:
+        RuntimeError: the launcher belongs to another MPI than mpi4py's, ranks are missing, or the
+            store cannot be opened.
+    """
+    ensure_initialized(timeout)
+    world = MPI.COMM_WORLD
+    if world.size != launched:
+        raise RuntimeError(
+            f"the launcher started {launched} processes, but MPI has {world.size}: mpirun belongs "
+            f"to another MPI than the library that mpi4py loads ({VERSION}); use the mpirun that "
+            "came with that library"
+        )
+    install_abort_handler()
+    job, request = world.Idup()
+    _wait(request, timeout, "for the other ranks")
+    try:
+        node = call_with_timeout(
+            lambda: job.Split_type(MPI.COMM_TYPE_SHARED), seconds=timeout.total_seconds()
+        )
+    except TimeoutError:
+        raise RuntimeError(
+            f"rank {job.rank} of {job.size} waited {timeout.total_seconds():g} s for the ranks of "
+            "its machine; one of them has ended"
+        ) from None
+    try:
+        store = _open_store(job, node.size == job.size, timeout)
+        return LaunchedProcess(job.rank, job.size, node.rank, node.size, store)
+    finally:
+        node.Free()
+        job.Free()
+
+
+def _open_store(job: MPI.Intracomm, one_machine: bool, timeout: timedelta) -> dist.Store:
+    payload = bytearray(_ADDRESS_BYTES)
+    store: dist.Store | None = None
+    if job.rank == 0:
+        own_address = os.environ.get("MASTER_ADDR") or socket.gethostname()
+        try:
+            host = "localhost" if one_machine else own_address
+            port = int(os.environ.get("MASTER_PORT", "0"))
+            store = dist.TCPStore(host, port, job.size, True, timeout, wait_for_workers=False)
+            text = f"{host} {store.port}"
+        except (RuntimeError, ValueError) as error:
+            text = f"{_ERROR}{error}"
+        encoded = text.encode()[:_ADDRESS_BYTES]
+        payload[: len(encoded)] = encoded
+    _wait(job.Ibcast([payload, MPI.BYTE], 0), timeout, "for the address of rank 0")
+    text = payload.rstrip(b"\0").decode(errors="replace")
+    if text.startswith(_ERROR):
+        raise RuntimeError(
+            "rank 0 cannot open the job's store (its address is MASTER_ADDR and MASTER_PORT, if "
+            "set): " + text.removeprefix(_ERROR)
+        )
+    if store is None:
+        host, port_text = text.split()
+        store = dist.TCPStore(host, int(port_text), job.size, False, timeout)
+    return store
+
+
+def _wait(request: MPI.Request, timeout: timedelta, purpose: str) -> None:
+    start = time.monotonic()
+    while not request.Test():
+        waited = time.monotonic() - start
+        if waited > timeout.total_seconds():
+            _timed_out.append(request)
+            raise RuntimeError(
+                f"rank {MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size} waited "
+                f"{timeout.total_seconds():g} s {purpose}; every rank of the job must call "
+                "init_process_group"
+            )
+        backoff(waited)

@@ -1,0 +1,238 @@
+"""Ranks that differ, fail or die: no rank keeps new statistics if another one failed."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import syncbn
+from syncbn.calibration import CalibrationReport
+from syncbn.calibration import ranks as calibration_ranks
+from tests.calibration.networks import distance, images, layers, network, statistics
+from tests.ranks import Ranks
+
+_DIED = 3
+
+
+def _other_epsilon(net: Any) -> dict[str, Any]:
+    layers(net)["6"].eps = 0.5
+    return {}
+
+
+def _other_name(net: Any) -> dict[str, Any]:
+    net.add_module("later", net._modules.pop("6"))
+    return {"forward": lambda net, x: net[:-1](x)}
+
+
+def _another_layer(net: Any) -> dict[str, Any]:
+    net.add_module("13", nn.BatchNorm1d(2).double())
+    return {}
+
+
+def _other_frozen_statistics(net: Any) -> dict[str, Any]:
+    layers(net)["3.second.1"].running_mean[2] += 1e-9
+    return {}
+
+
+def _no_change(net: Any) -> dict[str, Any]:
+    return {}
+
+
+DIFFERENCES: dict[str, tuple[Callable[[Any], dict[str, Any]], dict[str, Any], str]] = {
+    "a method": (
+        _no_change,
+        {"method": "pooled"},
+        "rank 0 has method 'lockstep', but rank 1 has method 'pooled'",
+    ),
+    "a number of samples": (
+        _no_change,
+        {"num_samples": 10},
+        "rank 0 has num_samples None, but rank 1 has num_samples 10",
+    ),
+    "a choice": (
+        _no_change,
+        {"skip": "1"},
+        "rank 0 has layer '1' with 6 channels, .*, but rank 1 has layer '3.first.1' with",
+    ),
+    "an epsilon": (_other_epsilon, {}, "rank 0 has layer '6' .* eps 1e-05, .* eps 0.5"),
+    "a name": (_other_name, {}, "rank 0 has layer '6' .*, but rank 1 has layer '11'"),
+    "a layer": (_another_layer, {}, "rank 0 has no more layers, but rank 1 has layer '13' with"),
+    "frozen statistics": (
+        _other_frozen_statistics,
+        {},
+        "rank 0 has '3.second.1' left alone with statistics .*, but rank 1 has '3.second.1' left",
+    ),
+}
+
+
+def _calibrate_differently(rank: int, case: str) -> tuple[bool, bool]:
+    change, arguments, message = DIFFERENCES[case]
+    net = network().train()
+    if case == "frozen statistics":
+        layers(net)["3.second.1"].eval()
+    arguments = {**change(net), **arguments} if rank == 1 else {}
+    before = statistics(net)
+    with pytest.raises(ValueError, match=f"^the ranks differ: {message}"):
+        syncbn.recalibrate(net, images().split(6), **arguments)
+    value = torch.ones(1)
+    dist.all_reduce(value)
+    return distance(statistics(net), before) == 0.0, value.item() == dist.get_world_size()
+
+
+@pytest.mark.parametrize("case", DIFFERENCES)
+def test_different_arguments_raise(two_ranks: Ranks, case: str) -> None:
+    """One rank returned with new statistics while the other one failed, or both were wrong."""
+    assert two_ranks.run(_calibrate_differently, case) == [(True, True)] * 2
+
+
+def _run_forked(folder: Path, work: Callable[[int], Any]) -> list[Any]:
+    """Return the results of two forked ranks, None for a dead one."""
+    folder.mkdir()
+    children = []
+    for rank in range(2):
+        if (child := os.fork()) == 0:
+            try:
+                torch.set_num_threads(1)  # a fork has no threads of its parent's OpenMP pool
+                store = dist.FileStore(str(folder / "store"), 2)
+                limit = timedelta(seconds=15)
+                dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=limit)
+                (folder / str(rank)).write_bytes(pickle.dumps(work(rank)))
+            finally:
+                os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+    results = [folder / str(rank) for rank in range(2)]
+    return [pickle.loads(path.read_bytes()) if path.exists() else None for path in results]
+
+
+def _small() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Conv2d(3, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.BatchNorm2d(2))
+
+
+def _die_before(exchange: int) -> None:
+    """End this rank before one of its exchanges."""
+    number = 0
+
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal number
+            number += 1
+            if number == exchange:
+                os._exit(_DIED)
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in ("all_gather_object", "broadcast_first", "all_reduce"):
+        setattr(calibration_ranks.Ranks, name, counted(getattr(calibration_ranks.Ranks, name)))
+
+
+def _calibrate_until_death(rank: int, exchange: int, method: Any) -> tuple[str, bool]:
+    if rank == 1:
+        _die_before(exchange)
+    net = _small()
+    before = statistics(net)
+    message = ""
+    try:
+        syncbn.recalibrate(net, images(dtype=torch.float32).split(8), method=method)
+    except RuntimeError as error:
+        message = str(error)
+    return message, distance(statistics(net), before) == 0.0
+
+
+@pytest.mark.parametrize("method", ["lockstep", "average"])
+def test_rank_death_before_each_exchange(method: str, tmp_path: Path) -> None:
+    """The other rank raised Gloo's message, or returned with new statistics."""
+    steps = []
+    for exchange in range(1, 30):
+        work = partial(_calibrate_until_death, exchange=exchange, method=method)
+        results = _run_forked(tmp_path / str(exchange), work)
+        message, unchanged = results[0]
+        if results[1] is not None:
+            assert (message, unchanged) == ("", False)
+            break
+        assert unchanged, exchange
+        steps.append(message)
+    assert len(steps) >= 8
+    assert all("other ranks, then restart all ranks" in s or "of 1: the all-reduce" in s
+               or "of 3: the all-reduce" in s for s in steps), steps  # fmt: skip
+    assert "calibration failed on rank 0 of 2 in the preparation" in steps[0]
+    assert "in the comparison of arguments and layers" in steps[1]
+    assert "in the broadcast of the old statistics" in steps[2]
+    assert "in the last exchange" in steps[-1]
+
+
+def _fail_after_death(rank: int, folder: Path) -> str:
+    gone = folder / "gone"
+
+    def batches() -> Iterator[Tensor]:
+        yield images(4, torch.float32)
+        if rank == 1:
+            gone.touch()
+            os._exit(_DIED)
+        while not gone.exists():
+            time.sleep(0.01)
+        time.sleep(0.2)
+        raise LookupError("the disk is gone")
+
+    try:
+        syncbn.recalibrate(_small(), batches())
+    except Exception as error:
+        return repr(error)
+    return ""
+
+
+def test_rank_death_does_not_hide_error(tmp_path: Path) -> None:
+    found = _run_forked(tmp_path / "ranks", lambda rank: _fail_after_death(rank, tmp_path))
+    assert found == ["LookupError('the disk is gone')", None]
+
+
+def _interrupt_on_rank_1(rank: int, owner: Any, name: str, when: str) -> tuple[str, bool, float]:
+    real = getattr(owner, name)
+
+    def interrupt(*args: Any, **kwargs: Any) -> Any:
+        result = real(*args, **kwargs)
+        if rank == 1 and when in ("", args[-1]):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1e-3)
+        return result
+
+    net = network()
+    before = statistics(net)
+    error_type = ""
+    setattr(owner, name, staticmethod(interrupt) if owner is CalibrationReport else interrupt)
+    try:
+        syncbn.recalibrate(net, images().split(6))
+    except BaseException as error:
+        error_type = type(error).__name__
+    finally:
+        setattr(owner, name, staticmethod(real) if owner is CalibrationReport else real)
+    value = torch.ones(1)
+    dist.all_reduce(value)
+    return error_type, distance(statistics(net), before) == 0.0, value.item()
+
+
+def test_interrupt_before_last_exchange_restores_all(two_ranks: Ranks) -> None:
+    """The interrupted rank had its old statistics, and the other one the new ones."""
+    results = two_ranks.run(_interrupt_on_rank_1, CalibrationReport, "from_stats", "")
+    assert results == [("RuntimeError", True, 2.0), ("KeyboardInterrupt", True, 2.0)]
+
+
+def test_interrupt_after_last_exchange_restores_none(two_ranks: Ranks) -> None:
+    last = "the last exchange"
+    results = two_ranks.run(_interrupt_on_rank_1, calibration_ranks.Ranks, "run_on_all_ranks", last)
+    assert results == [("", False, 2.0), ("KeyboardInterrupt", False, 2.0)]

@@ -1,0 +1,155 @@
+"""The layers' all-reduces: their number, mismatched ranks, absent and dead ranks."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import syncbn
+from tests.ranks import RankError, Ranks
+
+
+def _mismatch(rank: int, kind: str) -> str:
+    model: Any = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.BatchNorm1d(4))
+    syncbn.convert_sync_batchnorm(model)
+    layers = {
+        "order": (model[0], model[1]),
+        "channels": (model[0], model[2]),
+        "dtype": (model[0], model[0]),
+    }[kind]
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
+    layer = layers[rank]
+    try:
+        half = kind == "dtype" and rank == 1
+        layer(torch.randn(2, layer.num_features, dtype=torch.float16 if half else None))
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        dist.set_debug_level(dist.DebugLevel.OFF)
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    ("kind", "last"),
+    [
+        ("order", "8 elements for 1 SyncBatchNorm1d(3)"),
+        ("channels", "10 elements for 2 SyncBatchNorm1d(4)"),
+        ("dtype", "8 elements for 0 SyncBatchNorm1d(3) forward, torch.float16 input"),
+    ],
+)
+def test_mismatched_layers_are_named_at_debug_level(two_ranks: Ranks, kind: str, last: str) -> None:
+    for message in two_ranks.run(_mismatch, kind):
+        assert "the ranks of a synchronized batch norm disagree" in message
+        assert "rank 0: 8 elements for 0 SyncBatchNorm1d(3) forward, torch.float32" in message
+        assert f"rank 1: {last}" in message
+
+
+def _match(rank: int) -> torch.Tensor | None:
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
+    layer = syncbn.SyncBatchNorm1d(3)
+    layer(torch.full((2, 3), float(rank), requires_grad=True)).sum().backward()
+    dist.set_debug_level(dist.DebugLevel.OFF)
+    return layer.running_mean
+
+
+def test_matching_ranks_pass_at_debug_level(two_ranks: Ranks) -> None:
+    for mean in two_ranks.run(_match):
+        torch.testing.assert_close(mean, torch.full((3,), 0.05))
+
+
+def _absent(rank: int) -> str:
+    short_timeout = dist.new_group([0, 1], timeout=timedelta(seconds=2))
+    model = nn.Sequential(nn.Conv1d(1, 3, 1), nn.BatchNorm1d(3))
+    syncbn.convert_sync_batchnorm(model, short_timeout)
+    if rank == 1:
+        return ""
+    try:
+        model(torch.randn(2, 1, 4))
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def test_absent_rank_is_timeout_with_layer_name(two_on_host: Ranks) -> None:
+    message = two_on_host.run(_absent)[0]
+    assert message.startswith("1 SyncBatchNorm1d(3) forward, torch.float32 input: the all-reduce")
+    assert "on rank 0 of 2" in message
+    two_on_host.close()  # The group is broken.
+
+
+def _dies(rank: int) -> None:
+    model = syncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3)))
+    if rank == 1:
+        os._exit(1)
+    model(torch.randn(2, 3))
+
+
+def test_dead_rank_is_error_with_layer_name(two_on_host: Ranks) -> None:
+    with pytest.raises(RankError) as caught:
+        two_on_host.run(_dies)
+    assert "RuntimeError: 0 SyncBatchNorm1d(3) forward" in str(caught.value)
+    assert "rank 1 of 2: died" in str(caught.value)
+
+
+def _one_rank_without_gradient(rank: int) -> torch.Tensor | None:
+    layer = syncbn.SyncBatchNorm1d(3)
+    x = torch.full((2, 3), float(rank), requires_grad=rank == 0)
+    layer(x).square().sum().backward()
+    return x.grad
+
+
+def test_rank_without_input_gradient_takes_part_in_backward(two_ranks: Ranks) -> None:
+    gradients = two_ranks.run(_one_rank_without_gradient)
+    assert gradients[0] is not None
+    assert gradients[1] is None
+
+
+def _record_all_reduces(rank: int) -> list[tuple[int, torch.dtype]]:
+    sizes = []
+    original = dist.all_reduce
+
+    def recorded(vector: torch.Tensor, *args: Any, **options: Any) -> Any:
+        sizes.append((vector.numel(), vector.dtype))
+        return original(vector, *args, **options)
+
+    dist.all_reduce = recorded  # type: ignore[assignment]
+    try:
+        layer = syncbn.SyncBatchNorm2d(5)
+        layer(torch.randn(3 * rank, 5, 4, 4, requires_grad=True)).sum().backward()
+        layer.eval()(torch.randn(2, 5, 4, 4))
+    finally:
+        dist.all_reduce = original
+    return sizes
+
+
+def test_two_all_reduces_per_step(ranks: Ranks) -> None:
+    """One forward, one backward, none in evaluation mode; also on a rank with an empty batch."""
+    for sizes in ranks.run(_record_all_reduces):
+        on_gpu = ranks.transport == "nccl"  # no fingerprints there
+        assert sizes == [
+            (11 if on_gpu else 12, torch.float64),
+            (10 if on_gpu else 12, torch.float64),
+        ]
+
+
+def _not_a_member(rank: int) -> str:
+    group = dist.new_group([0])
+    x, zeros = torch.randn(2, 3), torch.zeros(3)
+    if rank == 0:
+        syncbn.sync_batch_norm(x, zeros, zeros, training=True, process_group=group)
+        return ""
+    with pytest.raises(ValueError, match="got process group 'world'; expected a torch"):
+        syncbn.sync_batch_norm(x, zeros, zeros, training=True, process_group="world")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="rank 1 is not in the process group") as caught:
+        syncbn.sync_batch_norm(x, zeros, zeros, training=True, process_group=group)
+    return str(caught.value)
+
+
+def test_group_without_this_rank_is_error(two_ranks: Ranks) -> None:
+    assert two_ranks.run(_not_a_member)[1]

@@ -1,0 +1,233 @@
+"""Operations in flight: memory lifetime, order, threads and callbacks."""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.mpi.conformance import create_groups
+from tests.ranks import Pool, Ranks
+from tests.transports import MPIS
+
+NUMEL = 20_000
+#: Written to memory that the operations should keep alive.
+GARBAGE = 77.0
+
+
+def _full(value: float, dtype: torch.dtype, numel: int = NUMEL) -> Tensor:
+    return torch.full((numel,), value, dtype=dtype)
+
+
+def _all_reduce(rank: int, dtype: torch.dtype) -> Any:
+    return dist.all_reduce(_full(rank + 1, dtype), async_op=True)
+
+
+def _all_reduce_slice(rank: int, dtype: torch.dtype) -> Any:
+    return dist.all_reduce(_full(rank + 1, dtype, 2 * NUMEL)[::2], async_op=True)
+
+
+def _reduce_scatter(rank: int, dtype: torch.dtype) -> Any:
+    parts = [_full(rank + 1, dtype) for _ in range(3)]
+    return dist.reduce_scatter(_full(0, dtype), parts, async_op=True)
+
+
+def _broadcast(rank: int, dtype: torch.dtype) -> Any:
+    return dist.broadcast(_full(6 if rank == 1 else 0, dtype), 1, async_op=True)
+
+
+def _scatter(rank: int, dtype: torch.dtype) -> Any:
+    parts = [_full(6, dtype) for _ in range(3)] if rank == 2 else None
+    return dist.scatter(_full(0, dtype), parts, src=2, async_op=True)
+
+
+def _all_to_all_single(rank: int, dtype: torch.dtype) -> Any:
+    output, tensor = _full(0, dtype, 3 * NUMEL), _full(6, dtype, 3 * NUMEL)
+    return dist.all_to_all_single(output, tensor, async_op=True)
+
+
+def _drop_references(rank: int, transport: str) -> list[float]:
+    """Return the value of each operation's results; NaN if the elements differ."""
+    starts = [_all_reduce, _broadcast, _scatter, _all_to_all_single]
+    if transport != "gloo":  # no slices, no futures of reduce_scatter
+        starts += [_all_reduce_slice, _reduce_scatter]
+    futures = []
+    for start in starts:
+        for dtype in (torch.float32, torch.bfloat16):
+            futures.append(start(rank, dtype).get_future())
+            for numel in (NUMEL, 2 * NUMEL, 3 * NUMEL):
+                _full(GARBAGE, torch.float32, numel)
+                _full(GARBAGE, torch.bfloat16, numel)
+    results = [future.wait()[0] for future in futures]
+    return [x[0].item() if bool((x == x[0]).all()) else float("nan") for x in results]
+
+
+def test_memory_outlives_references(three: Ranks) -> None:
+    for values in three.run(_drop_references, three.transport):
+        assert values == [6.0] * len(values)
+
+
+def _wait_in_random_order(rank: int) -> list[str]:
+    started = []
+    for number in range(40):
+        for group, members in create_groups():
+            tensor = _full(rank + number, torch.float32, 100 + number)
+            expected = sum(members) + len(members) * number
+            work = dist.all_reduce(tensor, group=group, async_op=True)
+            started.append((work, tensor, expected))
+    random.Random(rank).shuffle(started)
+    wrong = []
+    for work, tensor, expected in started:
+        work.wait()
+        if not bool((tensor == expected).all()):
+            wrong.append(f"got {tensor[0]}, expected {expected}")
+    return wrong
+
+
+def test_waits_in_random_order(three: Ranks) -> None:
+    assert three.run(_wait_in_random_order) == [[], [], []]
+
+
+def _two_threads(rank: int) -> list[set[float]]:
+    groups = [dist.new_group([0, 1, 2]) for _ in range(2)]
+    seen: list[set[float]] = [set(), set()]
+
+    def add(number: int) -> None:
+        for _ in range(100):
+            tensor = torch.full((50,), float(10**number))
+            dist.all_reduce(tensor, group=groups[number])
+            seen[number].update(tensor.tolist())
+
+    threads = [threading.Thread(target=add, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return seen
+
+
+def test_threads_use_separate_groups(three: Ranks) -> None:
+    assert three.run(_two_threads) == [[{3.0}, {30.0}]] * 3
+
+
+def _wait_in_threads(rank: int) -> list[float]:
+    tensor = torch.full((NUMEL,), float(rank))
+    if rank == 2:
+        time.sleep(0.1)
+    work: Any = dist.all_reduce(tensor, async_op=True)
+    seen: list[float] = []
+
+    def wait() -> None:
+        work.wait()
+        seen.extend((tensor.min().item(), tensor.max().item()))
+
+    threads = [threading.Thread(target=wait) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return seen
+
+
+def test_several_threads_wait_for_one_work(three: Ranks) -> None:
+    assert three.run(_wait_in_threads) == [[3.0] * 8] * 3
+
+
+def _reduce_in_callback(rank: int) -> list[float]:
+    # Like torch's PowerSGD hook. Rank 2 is late, so that no operation completes at once.
+    if rank == 2:
+        time.sleep(0.05)
+    first: Any = dist.all_reduce(torch.ones(3), async_op=True)
+
+    def again(done: torch.futures.Future[list[Tensor]]) -> Tensor:
+        second: Any = dist.all_reduce(done.value()[0], async_op=True)
+        result: Tensor = second.get_future().wait()[0]
+        return result
+
+    values: list[float] = first.get_future().then(again).wait().tolist()
+    return values
+
+
+def test_callback_waits_for_another_work(three: Ranks) -> None:
+    assert three.run(_reduce_in_callback) == [[9.0] * 3] * 3
+
+
+def _future_in_callback(rank: int) -> float:
+    work: Any = dist.all_reduce(torch.ones(3), async_op=True)
+    first, second = work.get_future(), work.get_future()
+    inner: float = first.then(lambda _: second.wait()[0].sum().item()).wait()
+    return inner
+
+
+@pytest.mark.parametrize("transport", MPIS)
+def test_callback_waits_for_same_work(pool: Pool, transport: str) -> None:
+    assert pool(2, transport).run(_future_in_callback) == [6.0, 6.0]
+
+
+def _wait_with_timeout(rank: int) -> bool:
+    tensor = torch.full((NUMEL,), float(rank))
+    if rank == 2:
+        time.sleep(0.3)
+    work: Any = dist.all_reduce(tensor, async_op=True)
+    if rank != 2:
+        with pytest.raises(RuntimeError, match=r"all_reduce .* is not done after a wait of 0.\d s"):
+            work.wait(timedelta(milliseconds=20))
+        assert not work.is_completed()
+    assert work.wait(timedelta(seconds=10))
+    assert work.is_success()
+    assert work.result()[0] is tensor
+    assert work.exception() is None
+    return bool((tensor == 3).all())
+
+
+def test_work_continues_after_wait_timeout(three_of_mpi: Ranks) -> None:
+    assert all(three_of_mpi.run(_wait_with_timeout))
+
+
+def _future_after_many_waits(rank: int) -> bool:
+    between = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(6000):
+            work: Any = dist.all_reduce(torch.ones(1), async_op=True)
+            work.wait()
+    finally:
+        sys.setswitchinterval(between)
+    last: Any = dist.all_reduce(torch.ones(1), async_op=True)
+    future = last.get_future()
+    deadline = time.monotonic() + 10
+    while not future.done() and time.monotonic() < deadline:
+        time.sleep(1e-3)
+    return bool(future.done())
+
+
+def test_future_completes_after_many_waits(three_of_mpi: Ranks) -> None:
+    """The progress thread and callers of wait remove operations from the same queue."""
+    assert three_of_mpi.run(_future_after_many_waits) == [True] * 3
+
+
+def _fail_to_start_second(rank: int) -> list[float]:
+    group = dist.group.WORLD
+    assert group is not None
+    for _ in range(10):
+        half = _full(rank + 1, torch.float16)
+        tensors = [half, torch.ones(2).to(torch.float8_e4m3fn)]
+        with pytest.raises(TypeError, match=r"float8_e4m3fn with SUM"):
+            group.allreduce_coalesced(tensors)
+        del half, tensors
+        _full(GARBAGE, torch.float32)
+    values = torch.ones(3)
+    dist.all_reduce(values)
+    return values.tolist()
+
+
+def test_group_works_after_second_of_two_fails_to_start(three_of_mpi: Ranks) -> None:
+    assert three_of_mpi.run(_fail_to_start_second) == [[3.0] * 3] * 3
