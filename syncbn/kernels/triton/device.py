@@ -273,8 +273,8 @@ def backward_elemt(
     pivot, rest, scale, shift = affine(mean, invstd, weight_ptr, bias_ptr, c, mask_c, COMPUTE)
     share = 1.0 / tl.maximum(tl.load(statistics_ptr + 2 * channels), 1.0)
     slope = invstd * load_per_channel(sums_ptr + channels + c, mask_c, REPLICAS) * share
-    offset = load_per_channel(sums_ptr + c, mask_c, REPLICAS) * share - rest * slope
-    slope, offset = slope.to(COMPUTE), offset.to(COMPUTE)
+    intercept = load_per_channel(sums_ptr + c, mask_c, REPLICAS) * share - rest * slope
+    slope, intercept = slope.to(COMPUTE), intercept.to(COMPUTE)
     offsets = offsets_in_tile(stride, space, CHANNELS_LAST, INT64_OFFSETS, BLOCK_N, BLOCK_S,
         BLOCK_C)
     offsets_x, offsets_dy = offsets, offsets
@@ -295,6 +295,6 @@ def backward_elemt(
         if RELU:
             dy = threshold_backward(dy, xmu, scale, shift)
         # One fused form: two products and sums would round before they cancel.
-        dx = (dy - (xmu * slope[None, :] + offset[None, :])) * scale[None, :]
+        dx = (dy - (xmu * slope[None, :] + intercept[None, :])) * scale[None, :]
         offset = tile_offset(n, s, first_c, stride, space, CHANNELS_LAST)
         store(dx_ptr + offset + offsets, dx, mask, EVEN)
