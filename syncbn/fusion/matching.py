@@ -49,7 +49,7 @@ def find_matches(root: nn.Module, graph: Graph, norms: set[Node]) -> list[Match]
 
 
 def sole_use(value: object) -> Node | None:
-    """Return an argument of a node if it is a node without other users, else None."""
+    """Return an argument of a node if it is a node without further users, or None."""
     return value if isinstance(value, Node) and len(value.users) == 1 else None
 
 
