@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from syncbn.fusion.fused_module import Fusion as Fusion
+from syncbn.fusion.fusion_pass import Fusion as Fusion
 from syncbn.fusion.fusion_pass import FusionPass
 
 

@@ -29,13 +29,7 @@ class Match(NamedTuple):
 
 
 def find_matches(root: nn.Module, graph: Graph, norms: set[Node]) -> list[Match]:
-    """Return the matches in the graph of a module, in its order.
-
-    Args:
-        root: the module.
-        graph: trace of its forward.
-        norms: only calls of layers, and of modules that end in a layer.
-    """
+    """Return the matches in the graph of a module; norms are the calls of layers in it."""
     matches: list[Match] = []
     for relu in graph.nodes:
         source = sole_use(relu.args[0] if relu.args else None)
