@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from syncbn.fusion.matching import Match, accepts_residual, find_matches, sole_use
+from syncbn.fusion.matching import Match, find_matches, sole_use
 from syncbn.fusion.tracing import callee, trace
 from syncbn.nn.fx_call import has_hooks
 from syncbn.nn.module import SyncBatchNorm
@@ -120,7 +120,7 @@ class FusionPass:
             self._changed[module] = graph
         (output,) = graph.find_nodes(op="output")
         match sole_use(output.args[0]):
-            case Node() as last if is_private and accepts_residual(last):
+            case Node() as last if is_private and len([*last.args, *last.kwargs]) == 1:
                 if callee(module, last) in self._last_calls:
                     self._last_calls[module] = last
 

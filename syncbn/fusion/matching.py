@@ -47,11 +47,6 @@ def sole_use(value: object) -> Node | None:
     return value if isinstance(value, Node) and len(value.users) == 1 else None
 
 
-def accepts_residual(call: Node) -> bool:
-    """Return whether a residual can be added to the arguments of a layer's call."""
-    return len(call.args) + len(call.kwargs) == 1
-
-
 def _find_summand(root: nn.Module, add: Node, norms: set[Node]) -> Node | None:
     """Return the call of the layer whose output an addition takes, or None."""
     is_addition = add.op in _CALLS and add.target in _ADDITIONS
@@ -61,7 +56,8 @@ def _find_summand(root: nn.Module, add: Node, norms: set[Node]) -> Node | None:
     # of a layer has none.
     is_private = add.target not in _INPLACE_ADDITIONS or sole_use(add.args[0]) in norms
     for norm in map(sole_use, add.args if is_private else add.args[:1]):
-        if norm in norms and accepts_residual(norm) and _can_move(root, norm, add):
+        # A layer with more arguments has a residual or a mask already.
+        if norm in norms and len([*norm.args, *norm.kwargs]) == 1 and _can_move(root, norm, add):
             return norm
     return None
 
