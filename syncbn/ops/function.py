@@ -13,7 +13,7 @@ from syncbn.distributed import collectives, fingerprint
 from syncbn.kernels.base import NormalizeArgs, Saved
 from syncbn.moments import add_packed
 from syncbn.ops import activation_checkpoint
-from syncbn.ops.composite import composite_backward, is_batched, vmap_rows
+from syncbn.ops.composite import composite_backward, vmap_rows
 from syncbn.ops.masking import masked_moments
 from syncbn.ops.params import BatchNormParams, describe_all_reduce
 
@@ -121,7 +121,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
             composite = partial(
                 composite_backward, saved=saved, params=params, output_mask=output_mask
             )
-            if is_batched(dy):
+            if modes.is_grads_batched(dy):
                 return *vmap_rows(composite, dy), None
             if torch.is_grad_enabled() or modes.in_functorch_transform():
                 return *composite(dy), None
