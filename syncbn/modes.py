@@ -19,6 +19,18 @@ num_dispatch_modes = torch._C._len_torch_dispatch_stack
 in_functorch_transform = torch._C._are_functorch_transforms_active
 
 
+#: Returns whether a tensor is batched by `torch.autograd.grad(is_grads_batched=True)`: by an older
+#: vmap than `torch.func.vmap`, without rules for other code.
+is_grads_batched = torch._C._functorch.is_legacy_batchedtensor
+
+
+def unwrap_batched(t: Tensor) -> tuple[Tensor, int]:
+    """Return all rows of a tensor for which :func:`is_grads_batched`, and the level of its vmap."""
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    return torch._remove_batch_dim(t, level, 0, 0), level
+
+
 def in_forward_ad() -> bool:
     """Return whether a forward-mode differentiation level is active."""
     return forward_ad._current_level >= 0

@@ -134,7 +134,7 @@ class Moments:
         return rough + shift, _above(TWO_PART_ROUNDING, squares, self.sum_sq)
 
     def mean(self) -> Tensor:
-        """Return the mean, float64, shape ``[C]``; zero where there are no values."""
+        """Return the mean, float64, shape ``[C]``; zero for a count of zero."""
         return self.mean_and_m2()[0]
 
     def variance(self, *, unbiased: bool = False) -> Tensor:

@@ -166,8 +166,8 @@ def _distributed_tensors(rank: int) -> list[str]:
 
 def test_distributed_tensors_are_refused(two_ranks: Ranks) -> None:
     for *inputs, weight in two_ranks.run(_distributed_tensors):
-        assert all("give the layer x.to_local()" in message for message in inputs)
-        assert "as running_mean; expected the whole of it on every rank" in weight
+        assert all("pass x.to_local()" in message for message in inputs)
+        assert "as running_mean; expected a plain tensor with all channels on every rank" in weight
 
 
 def _averaged(rank: int) -> list[dict[str, Tensor]]:

@@ -28,7 +28,7 @@ class CompileCost:
 
     norm: str  # batch norm in the network
     first: Percentiles  # seconds of the first training step, which compiles
-    ratio: Percentiles  # first over that of nn.BatchNorm2d in the same round
+    ratio: Percentiles  # first over first of nn.BatchNorm2d, by round
     step: Percentiles  # seconds of a compiled step
 
 

@@ -15,7 +15,7 @@ from syncbn.bench.ranks import World
 from syncbn.bench.timing import Clock, Percentiles, interleave
 from syncbn.kernels.base import NormalizeArgs, Reduced, Saved
 
-#: Bytes that each step must read and write, over those of the tensor. A copy: 2.
+#: Reads and writes of the whole tensor by each step. A copy: 2.
 TRAFFIC = {"moments": 1, "normalize": 2, "backward_reduce": 2, "backward_elemt": 3}
 _COPY, _COPY_TRAFFIC = "copy", 2
 _EPS = 1e-5
@@ -28,7 +28,7 @@ class KernelCost:
     case: Case
     kernel: str
     seconds: dict[str, Percentiles]  # by step; "copy": to memory that is allocated
-    share: dict[str, Percentiles]  # bandwidth over that of the copy in the same round, by step
+    share: dict[str, Percentiles]  # bandwidth over the bandwidth of the copy, by round; by step
 
 
 def time_kernel(case: Case, name: str, rounds: int, world: World, clock: Clock) -> KernelCost:

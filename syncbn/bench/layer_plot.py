@@ -1,4 +1,4 @@
-"""Bar charts of the bandwidth of layers, under that of a copy."""
+"""Bar charts of the bandwidth of layers and of a copy."""
 
 from __future__ import annotations
 

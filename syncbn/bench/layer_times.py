@@ -31,7 +31,7 @@ class LayerCost:
     ranks: int  # number of ranks that share statistics
     epilogue: str  # operations after the layer, of EPILOGUES
     step: Percentiles  # seconds
-    ratio: Percentiles  # step over that of nn.BatchNorm2d with the same epilogue, by round
+    ratio: Percentiles  # step over step of nn.BatchNorm2d with the same epilogue, by round
     peak_bytes: int  # without inputs and output gradient
 
     @property

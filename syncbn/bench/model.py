@@ -34,7 +34,7 @@ class StepCost:
 
     norm: str  # batch norm in the network
     step: Percentiles  # seconds
-    ratio: Percentiles  # step over that of nn.BatchNorm2d in the same round
+    ratio: Percentiles  # step over step of nn.BatchNorm2d, by round
     norms: Percentiles  # step - step without batch norm, in the same round
     peak_bytes: int  # without weights and optimizer state
 

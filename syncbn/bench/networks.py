@@ -1,4 +1,4 @@
-"""ResNets (He et al. 2015), equal to those of examples/resnet/resnet.py, and their training step.
+"""ResNets (He et al. 2015), as in examples/resnet/resnet.py, and their training step.
 
 The package cannot import the examples.
 """

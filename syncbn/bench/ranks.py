@@ -74,7 +74,7 @@ def exec_mpirun(ranks: int) -> NoReturn:
     """Replace this process by mpirun, which runs this command on several ranks.
 
     A child process would not receive Ctrl-C and other signals; mpirun ends the ranks on them, and
-    its exit code is that of the command.
+    its exit code is the exit code of the command.
 
     Raises:
         FileNotFoundError: mpirun is not installed.

@@ -16,7 +16,6 @@ from syncbn.files import require_file
 from syncbn.kernels import cpu
 
 T = TypeVar("T")
-_MODEL_NAME = "model name"
 
 
 @dataclass
@@ -99,5 +98,5 @@ def _cpu_name() -> str:
     # platform.processor() is empty or "x86_64" on Linux.
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith(_MODEL_NAME)]
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()

@@ -1,4 +1,4 @@
-"""Commands; hydra is imported in this room only."""
+"""Commands, the only users of hydra."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ if missing := [name for name in ("hydra", "rich") if importlib.util.find_spec(na
 
 
 def config_path() -> str:
-    """Return the folder of the hydra configs: in the package of a wheel, else of the checkout."""
+    """Return the folder of the hydra configs, in the package (wheel) or in the checkout."""
     packaged = Path(__file__).resolve().parent.parent / "configs"
     return str(packaged if packaged.is_dir() else packaged.parent.parent / "configs")

@@ -74,7 +74,7 @@ def compose_benchmark(name: str, overrides: list[str]) -> Benchmark:
 
 def show(report: Report) -> None:
     """Print a report."""
-    # Open MPI gives each rank a terminal, whose width is not that of the user's terminal.
+    # Open MPI gives each rank a terminal of a different width than the user's.
     columns = int(os.environ.get("COLUMNS", _WIDEST))
     console = Console(width=columns, color_system=None, highlight=False)
     text = min(columns, _COLUMNS)

@@ -14,6 +14,7 @@ import torch.distributed._functional_collectives as functional
 from torch import Tensor
 from torch.autograd import Function
 
+from syncbn import modes
 from syncbn.distributed import fingerprint
 from syncbn.distributed.groups import group_of_all_ranks
 
@@ -169,7 +170,11 @@ class _DifferentiableAllReduce(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         label = f"{ctx.label} backward" if ctx.label else ""
-        return differentiable_all_reduce(grad.contiguous(), ctx.group, label), None, None
+        if not modes.is_grads_batched(grad):
+            return differentiable_all_reduce(grad.contiguous(), ctx.group, label), None, None
+        rows, level = modes.unwrap_batched(grad)
+        total = differentiable_all_reduce(rows.contiguous(), ctx.group, label)
+        return torch._add_batch_dim(total, 0, level), None, None
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:

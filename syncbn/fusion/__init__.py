@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from syncbn.fusion.fused_module import Fusion as Fusion
+from syncbn.fusion.fusion_pass import Fusion as Fusion
 from syncbn.fusion.fusion_pass import FusionPass
 
 
@@ -19,16 +19,14 @@ def fuse(model: nn.Module) -> Fusion:
     A forward is rewritten if it only calls children and functions of torch, and assigns local
     names; ``skipped`` gives the reason otherwise. Layers with hooks, and layers that are called or
     registered twice, are unchanged. All-reduces keep their order, so ranks may fuse different
-    layers.
-
-    Layers must not be called from outside the model's forwards. Fused ReLU modules are no longer
-    called, nor are children added to a fused module later. A fused model cannot be pickled; copies
-    made by ``deepcopy`` stay fused.
+    layers. Layers must not be called from outside the model's forwards. Fused ReLU modules are no
+    longer called, nor are children added to a fused module later. A fused model cannot be pickled;
+    copies made by ``deepcopy`` stay fused.
 
     Args:
         model: network converted by :func:`syncbn.convert_sync_batchnorm`.
 
     Returns:
-        The list of changes, and their inverse: ``syncbn.fuse(model).undo()``.
+        The changes; ``syncbn.fuse(model).undo()`` reverts them.
     """
     return FusionPass(model).run()

@@ -2,19 +2,77 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from syncbn.fusion.fused_module import FusedModule, Fusion
-from syncbn.fusion.matching import Match, accepts_residual, find_matches, sole_use
+from syncbn.fusion.matching import Match, find_matches, sole_use
 from syncbn.fusion.tracing import callee, trace
 from syncbn.nn.fx_call import has_hooks
 from syncbn.nn.module import SyncBatchNorm
 
 # Argument of modules that pass a residual on to the layer that they end in.
 _RESIDUAL = "residual_of_the_last_layer"
+
+
+class FusedModule(nn.Module):
+    """Base of modules with a rewritten forward."""
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            f"got a {type(self).__name__} to pickle; expected a module that is not fused: call "
+            "undo() of the result of syncbn.fuse(), or save the state_dict(), which is equal"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        base: Any = super()
+        if hasattr(base, "__deepcopy__"):
+            return base.__deepcopy__(memo)
+        make, arguments, state, *_ = base.__reduce_ex__(4)
+        clone = memo[id(self)] = make(*arguments)
+        clone.__setstate__(copy.deepcopy(state, memo))
+        return clone
+
+
+@dataclass
+class Fusion:
+    """Result of :func:`syncbn.fuse`.
+
+    Attributes:
+        fused: operations moved into a layer, "relu" or "residual, relu", by name of the layer.
+        skipped: reason why a forward cannot be rewritten, by name of the module.
+    """
+
+    fused: dict[str, str]
+    skipped: dict[str, str]
+    _layers: list[SyncBatchNorm] = field(repr=False)
+    # Original class and fused class of each module.
+    _classes: dict[nn.Module, tuple[type[nn.Module], type[nn.Module]]] = field(repr=False)
+
+    def undo(self) -> None:
+        """Restore the layers and classes of the model; a second call has no effect.
+
+        Raises:
+            RuntimeError: the class of a module changed after the fusion (``fully_shard``, a
+                parametrization). Undo that change first; the model is unmodified.
+        """
+        for module, (_, fused) in self._classes.items():
+            if type(module) is not fused:
+                raise RuntimeError(
+                    f"got a {type(module).__name__} to undo; expected a {fused.__name__}, the "
+                    "class set by syncbn.fuse(): first undo the later change of the class"
+                )
+        for module, (original, _) in self._classes.items():
+            module.__class__ = original
+        for layer in self._layers:
+            layer._syncbn_activation = None
+        self._classes.clear()
+        self._layers.clear()
+        self.fused.clear()
 
 
 class FusionPass:
@@ -45,7 +103,9 @@ class FusionPass:
             once = calls[module] == 1 and self._registrations[module] == 1
             is_private = once and not has_hooks(module)
             if isinstance(module, SyncBatchNorm):
-                if is_private and _is_unchanged(module):
+                forward = vars(module).get("forward", type(module).forward)
+                is_plain = forward is SyncBatchNorm.forward and module._syncbn_activation is None
+                if is_private and is_plain:
                     self._last_calls[module] = None
             elif module in graphs:
                 self._rewrite(module, graphs[module], is_private)
@@ -60,7 +120,7 @@ class FusionPass:
             self._changed[module] = graph
         (output,) = graph.find_nodes(op="output")
         match sole_use(output.args[0]):
-            case Node() as last if is_private and accepts_residual(last):
+            case Node() as last if is_private and len([*last.args, *last.kwargs]) == 1:
                 if callee(module, last) in self._last_calls:
                     self._last_calls[module] = last
 
@@ -112,11 +172,6 @@ class FusionPass:
         for layer in self._fused:
             layer._syncbn_activation = "relu"
         return classes
-
-
-def _is_unchanged(layer: SyncBatchNorm) -> bool:
-    forward = vars(layer).get("forward", type(layer).forward)
-    return forward is SyncBatchNorm.forward and layer._syncbn_activation is None
 
 
 def _pass_residual(module: nn.Module, call: Node, residual: Node) -> None:

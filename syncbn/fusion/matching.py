@@ -29,13 +29,7 @@ class Match(NamedTuple):
 
 
 def find_matches(root: nn.Module, graph: Graph, norms: set[Node]) -> list[Match]:
-    """Return the matches in the graph of a module, in its order.
-
-    Args:
-        root: the module.
-        graph: trace of its forward.
-        norms: only calls of layers, and of modules that end in a layer.
-    """
+    """Return the matches in the graph of a module; norms are the calls of layers in it."""
     matches: list[Match] = []
     for relu in graph.nodes:
         source = sole_use(relu.args[0] if relu.args else None)
@@ -49,13 +43,8 @@ def find_matches(root: nn.Module, graph: Graph, norms: set[Node]) -> list[Match]
 
 
 def sole_use(value: object) -> Node | None:
-    """Return an argument of a node if it is a node without other users, else None."""
+    """Return an argument of a node if it is a node without further users, or None."""
     return value if isinstance(value, Node) and len(value.users) == 1 else None
-
-
-def accepts_residual(call: Node) -> bool:
-    """Return whether a residual can be added to the arguments of a layer's call."""
-    return len(call.args) + len(call.kwargs) == 1
 
 
 def _find_summand(root: nn.Module, add: Node, norms: set[Node]) -> Node | None:
@@ -67,7 +56,8 @@ def _find_summand(root: nn.Module, add: Node, norms: set[Node]) -> Node | None:
     # of a layer has none.
     is_private = add.target not in _INPLACE_ADDITIONS or sole_use(add.args[0]) in norms
     for norm in map(sole_use, add.args if is_private else add.args[:1]):
-        if norm in norms and accepts_residual(norm) and _can_move(root, norm, add):
+        # A layer with more arguments has a residual or a mask already.
+        if norm in norms and len([*norm.args, *norm.kwargs]) == 1 and _can_move(root, norm, add):
             return norm
     return None
 

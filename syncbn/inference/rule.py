@@ -78,7 +78,7 @@ class EvalStatisticsMixin(_BatchNorm):
         check_input(input)
         rule = self._syncbn_rule
         tensors = self.weight, self.bias, self.running_mean, self.running_var
-        check_parameters(input, *tensors, rule.layer_name)
+        check_parameters(input, *tensors, rule.layer_name or type(self).__name__)
         mean, var = rule.statistics(BNLayer(0, rule.layer_name, self), input)
         invstd = (var + self.eps).rsqrt()
         coefficients = forward_coefficients(mean, invstd, self.weight, self.bias, input.dtype)

@@ -3,7 +3,7 @@
 ATen computes with a float32 mean. Passing it the pivot of :mod:`syncbn.kernels.coefficients` as
 "mean" and correcting the per-channel values keeps the precision of the split mean. No call
 synchronizes with the host, and all accept tensors without elements. ATen has no fused ReLU and
-residual: they are operations of their own.
+residual: they are separate operations.
 """
 
 from __future__ import annotations

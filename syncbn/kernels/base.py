@@ -17,7 +17,7 @@ from torch import Tensor
 
 from syncbn.kernels.coefficients import affine
 
-#: Which gradients a backward pass returns: those of x, weight, bias and residual.
+#: Requested gradients: of x, weight, bias and residual.
 OutputMask: TypeAlias = tuple[bool, bool, bool, bool]
 #: Gradients of x, weight, bias and residual, or None.
 Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -68,7 +68,7 @@ class Saved(NamedTuple):
         weight: scale per channel, shape ``[C]``, or None.
         bias: shift per channel, shape ``[C]``, or None.
         statistics: ``[mean (C) | invstd (C) | count (1)]`` of the whole group, float64.
-        relu_values: output, or a packed ReLU mask, after a residual and a ReLU; else None. Without
+        relu_values: output, or a packed ReLU mask, after a residual and a ReLU, or None. Without
             a residual the mask is recomputed from x.
         relu: True for a ReLU as the last operation.
         layout: key of the memory layout that ``relu_values`` refers to, or None.
@@ -205,7 +205,7 @@ def parameter_gradients(
     """
     sum_dy, sum_dy_xhat = sums.split(sums.numel() // 2)
     weight, bias = saved.weight, saved.bias
-    # Gradients need memory of their own: the all-reduce overwrites the sums.
+    # Copies: the all-reduce overwrites the sums.
     dweight = dbias = None
     if output_mask[1] and weight is not None:
         dweight = sum_dy_xhat.to(weight.dtype, copy=True)

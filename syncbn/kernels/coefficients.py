@@ -33,7 +33,7 @@ class BackwardCoefficients(NamedTuple):
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of elementwise arithmetic: float32 for half types, else the input's own."""
+    """Return the dtype of elementwise arithmetic: float32 for half types, or the input's dtype."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class NCSLayout(NamedTuple):
-    """A tensor as samples of ``[channels, spatial size]``, dense but for gaps between samples.
+    """A tensor as samples of ``[channels, spatial size]``, with gaps only between samples.
 
     A contiguous ``[N, C, *]`` has N samples; a channels_last one has N times ``*`` samples of
     spatial size 1. Slices along channels or batches have gaps.
@@ -22,7 +22,7 @@ class NCSLayout(NamedTuple):
         channels: C.
         space: values of a channel in a sample.
         stride: elements from a sample to the next.
-        dense_stride: that stride without gaps.
+        dense_stride: stride of a tensor without gaps.
     """
 
     batch: int

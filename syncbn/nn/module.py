@@ -22,11 +22,11 @@ M = TypeVar("M", bound=nn.Module)
 class SyncBatchNorm(LayerState):
     """Batch normalization over the batches of every rank of a process group.
 
-    In training, mean and variance, and the gradient terms that depend on them, are those of the
-    concatenated batch, exactly: batches may have different sizes on each rank, or none. In
-    evaluation the running averages are used and nothing is sent. Constructor, buffers and
-    ``state_dict`` are those of :class:`torch.nn.SyncBatchNorm`, and checkpoints of
-    ``torch.nn.BatchNorm*`` load both ways. Works on CPU and CUDA.
+    In training, the layer normalizes with the exact mean and variance of the concatenated batch,
+    and its gradients take both into account. Batches may have different sizes on each rank, or be
+    empty. In evaluation it uses the running statistics, without communication. Constructor, buffers
+    and ``state_dict`` equal :class:`torch.nn.SyncBatchNorm`'s, and checkpoints interchange with
+    ``torch.nn.BatchNorm*``. Works on CPU and CUDA.
 
     Every rank of the group must run its synchronized layers in the same order, forward and
     backward. On CPU every all-reduce checks this, on CUDA with ``TORCH_DISTRIBUTED_DEBUG=INFO``;
@@ -34,34 +34,34 @@ class SyncBatchNorm(LayerState):
 
     Args:
         num_features: C of an input of shape ``[N, C, *]``.
-        eps: added to the variance.
-        momentum: weight of a batch in the running averages; None for a cumulative average.
-        affine: have a learnable weight and bias.
-        track_running_stats: keep running averages. Without them evaluation, too, normalizes with
-            the batch; that of this rank, as in torch.
-        process_group: the ranks whose batches count as one: a process group, a one-dimensional
-            ``DeviceMesh``, or None for all ranks. "node" or a number of ranks is accepted, but
-            makes a group for each layer: for a model, give it to :func:`convert_sync_batchnorm`.
-        device: of parameters and buffers.
-        dtype: of parameters and running averages.
-        bias: with ``affine``, have a bias.
-        activation: "relu", applied last in the same pass over the memory, or None.
-            ``torch.nn.utils.fusion`` ignores it: undo ``syncbn.fuse`` before folding.
+        eps: constant added to the variance.
+        momentum: weight of a batch in the running statistics; None for a cumulative average.
+        affine: True for a learnable weight and bias.
+        track_running_stats: True for running statistics. Without them, evaluation normalizes with
+            the batch of this rank, as in torch.
+        process_group: ranks whose batches are normalized together: a process group, a
+            one-dimensional ``DeviceMesh``, or None for all ranks. "node" or a number of ranks is
+            accepted, but creates a group per layer: pass it to :func:`convert_sync_batchnorm`.
+        device: device of parameters and buffers.
+        dtype: dtype of parameters and running statistics.
+        bias: False for a layer without bias.
+        activation: "relu" as the last operation, fused, or None. ``torch.nn.utils.fusion`` ignores
+            it: undo ``syncbn.fuse`` before folding.
 
     Attributes:
         impl: name of a kernel, a module of :mod:`syncbn.kernels`; "auto" selects one per input.
         fqn: fully qualified name in error messages; :func:`convert_sync_batchnorm` sets it, also on
             a model whose layers were built by hand.
-        process_group: the group; :func:`convert_sync_batchnorm` sets it, too.
+        process_group: process group; :func:`convert_sync_batchnorm` also sets it.
 
     A layer that had an attribute ``activation``, ``process_group``, ``impl`` or ``fqn`` before its
     conversion keeps it, and the library ignores it. On layers of a user's subclass of
-    ``nn.BatchNorm*`` these names always belong to the subclass: pass such layers to
-    :func:`convert_sync_batchnorm` to change their group.
+    ``nn.BatchNorm*`` these names always belong to the subclass: use
+    :func:`convert_sync_batchnorm` to change the group of such layers.
 
     Shape:
         - Input: ``[N, C, *]``, float16, bfloat16, float32 or float64; N may be zero.
-        - Output: as the input, dtype and memory layout (contiguous, channels_last) included.
+        - Output: shape, dtype and memory layout (contiguous, channels_last) of the input.
 
     Raises:
         ValueError: see :func:`syncbn.sync_batch_norm`.
@@ -108,14 +108,14 @@ class SyncBatchNorm(LayerState):
     def forward(
         self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        """Normalize; in training, also update the running averages.
+        """Normalize; in training, also update the running statistics.
 
         Args:
             input: shape ``[N, C, *]``.
-            residual: added to what is normalized, before the activation, as torch adds; in the same
-                pass if it has the shape and dtype of the input. Or None.
-            mask: bool, true where the input counts, shape ``[N, *]`` or ``[N, 1, *]``, or what
-                broadcasts to it; None for everywhere. Elsewhere the output is zero.
+            residual: tensor added before the activation, as torch adds; fused if it has the shape
+                and dtype of the input. Or None.
+            mask: bool, True where the input counts, shape ``[N, *]`` or ``[N, 1, *]``, or
+                broadcastable to it; None for everywhere. The output is zero elsewhere.
         """
         if isinstance(input, Proxy):
             return record_call(self, input, residual, mask)
@@ -128,7 +128,7 @@ class SyncBatchNorm(LayerState):
             bias,
             RunningStats(mean, var, counter, self.momentum),
             self.eps,
-            # In evaluation without running statistics the batch is that of this rank, as in torch.
+            # Evaluation without running statistics uses the batch of this rank, as in torch.
             layer_group(self) if self.training else None,
             use_batch_stats=self.training or mean is None or var is None,
             residual=residual,
@@ -146,7 +146,7 @@ class SyncBatchNorm(LayerState):
         return text if activation is None else f"{text}, activation={activation!r}"
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Accept what :func:`check_input` accepts; the 1d, 2d and 3d classes are stricter."""
+        """Accept any number of dimensions; the 1d, 2d and 3d classes are stricter."""
 
 
 class SyncBatchNorm1d(SyncBatchNorm, nn.BatchNorm1d):

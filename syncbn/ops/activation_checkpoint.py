@@ -84,7 +84,7 @@ def checkpoint_contexts(context_fn: Callable[[], Contexts] | None = None) -> Con
 
     This is the ``context_fn`` of :func:`torch.utils.checkpoint.checkpoint` with
     ``use_reentrant=False``. The recomputation then needs no all-reduce and does not update running
-    statistics a second time; gradients equal those without checkpointing.
+    statistics a second time; gradients are unchanged.
 
     In compiled code that calls ``checkpoint``, the recomputation repeats the all-reduce, without
     updating running statistics. A compiled module inside a checkpointed region runs eagerly.

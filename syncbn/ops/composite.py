@@ -25,10 +25,6 @@ from syncbn.moments import Moments, add_packed
 from syncbn.ops.masking import masked_moments
 from syncbn.ops.params import BatchNormParams, describe_all_reduce
 
-#: Returns whether a gradient holds the rows of ``is_grads_batched=True``, which torch batches by an
-#: older vmap than ``torch.func.vmap``.
-is_batched = torch._C._functorch.is_legacy_batchedtensor
-
 
 def composite_batch_norm(
     x: Tensor,
@@ -36,6 +32,7 @@ def composite_batch_norm(
     bias: Tensor | None,
     residual: Tensor | None,
     params: BatchNormParams,
+    direction: str = "forward",
 ) -> Tensor:
     """Return the output; update the running statistics.
 
@@ -45,6 +42,7 @@ def composite_batch_norm(
         bias: shift per channel, shape ``[C]``, or None.
         residual: tensor of x's shape and dtype, or None.
         params: the other arguments.
+        direction: name of the pass in the label of the all-reduce.
 
     Raises:
         RuntimeError: running statistics would be updated under a transform of ``torch.func``.
@@ -60,7 +58,7 @@ def composite_batch_norm(
         moments = REFERENCE.moments(x)
     else:
         moments = masked_moments(REFERENCE.moments, x, params.mask_fill)
-    label = describe_all_reduce(params, "forward", x)
+    label = describe_all_reduce(params, direction, x)
     moments = differentiable_all_reduce(moments, params.group, label)
     if params.running is not None:
         update_running_stats(Moments.unpack(moments.detach(), x.shape[1]), params.running)
@@ -75,8 +73,8 @@ def composite_backward(
 ) -> Gradients:
     """Return differentiable gradients of x, weight, bias and residual.
 
-    The forward pass is computed again, with an all-reduce: the saved statistics have no graph. All
-    rows of a batched dy share one all-reduce.
+    For ``create_graph=True`` the forward pass is computed again, with an all-reduce: the saved
+    statistics have no graph. All rows of a batched dy share an all-reduce.
 
     Args:
         dy: gradient of the output, shape of x; may be batched.
@@ -87,13 +85,15 @@ def composite_backward(
     masked_dy = dy
     if saved.relu:
         masked_dy = dy.masked_fill(~params.kernel.relu_mask(saved), 0)
+    if not torch.is_grad_enabled():
+        return _first_order(masked_dy, saved, params, output_mask)
     plain = params._replace(relu=False, running=None, pending=None)
     parameters = {"weight": saved.weight, "bias": saved.bias}
     parameters = {name: t for name, t in parameters.items() if t is not None}
 
     def forward(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
         weight, bias = parameters.get("weight"), parameters.get("bias")
-        return composite_batch_norm(x, weight, bias, None, plain)
+        return composite_batch_norm(x, weight, bias, None, plain, "double backward")
 
     # With respect to x on every rank: a rank that needs no dx still takes part in the all-reduce.
     vjp_function: Any = torch.func.vjp(forward, saved.x, parameters)[1]
@@ -101,6 +101,18 @@ def composite_backward(
     found = dx, gradients.get("weight"), gradients.get("bias"), masked_dy
     needed = [t if need else None for t, need in zip(found, output_mask, strict=True)]
     return needed[0], needed[1], needed[2], needed[3]
+
+
+def _first_order(
+    masked_dy: Tensor, saved: Saved, params: BatchNormParams, output_mask: OutputMask
+) -> Gradients:
+    """Return gradients without a graph, by formulas that a transform sees."""
+    saved = saved._replace(relu=False, relu_values=None)
+    reduced = REFERENCE.backward_reduce(masked_dy, saved, output_mask)
+    label = describe_all_reduce(params, "backward", saved.x)
+    sums = differentiable_all_reduce(reduced.sums, params.group, label)
+    dx = REFERENCE.backward_elemt(saved, reduced, sums) if output_mask[0] else None
+    return dx, reduced.dweight, reduced.dbias, reduced.dresidual
 
 
 def vmap_rows(function: Callable[[Tensor], Gradients], dy: Tensor) -> Gradients:
@@ -111,10 +123,9 @@ def vmap_rows(function: Callable[[Tensor], Gradients], dy: Tensor) -> Gradients:
 
     Args:
         function: function of the dy of one row.
-        dy: gradient of the output for which :func:`is_batched` is true.
+        dy: gradient of the output for which :func:`syncbn.modes.is_grads_batched` is true.
     """
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
+    rows, level = modes.unwrap_batched(dy)
     present: list[bool] = []
 
     def without_none(dy: Tensor) -> tuple[Tensor, ...]:
@@ -122,7 +133,7 @@ def vmap_rows(function: Callable[[Tensor], Gradients], dy: Tensor) -> Gradients:
         present[:] = [result is not None for result in results]
         return tuple(result for result in results if result is not None)
 
-    batched: Any = torch.func.vmap(without_none)(torch._remove_batch_dim(dy, level, 0, 0))
-    rows = iter(batched)
-    found = [torch._add_batch_dim(next(rows), 0, level) if p else None for p in present]
+    batched: Any = torch.func.vmap(without_none)(rows)
+    results = iter(batched)
+    found = [torch._add_batch_dim(next(results), 0, level) if p else None for p in present]
     return found[0], found[1], found[2], found[3]

@@ -13,7 +13,7 @@ from syncbn.distributed import collectives, fingerprint
 from syncbn.kernels.base import NormalizeArgs, Saved
 from syncbn.moments import add_packed
 from syncbn.ops import activation_checkpoint
-from syncbn.ops.composite import composite_backward, is_batched, vmap_rows
+from syncbn.ops.composite import composite_backward, vmap_rows
 from syncbn.ops.masking import masked_moments
 from syncbn.ops.params import BatchNormParams, describe_all_reduce
 
@@ -105,9 +105,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
         _check_value_count(x, saved.statistics, params)
         ctx.save_for_backward(*saved[:5])
         ctx.saved_constants = saved[5:]
-        if number := fingerprint.count(params.group):
-            params = params._replace(call_number=number)
-        ctx.params = params
+        number = 0 if params.group is None else fingerprint.count(params.group)
+        ctx.params = params._replace(call_number=number) if number else params
         return y
 
     @staticmethod
@@ -122,7 +121,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
             composite = partial(
                 composite_backward, saved=saved, params=params, output_mask=output_mask
             )
-            if is_batched(dy):
+            if modes.is_grads_batched(dy):
                 return *vmap_rows(composite, dy), None
             if torch.is_grad_enabled() or modes.in_functorch_transform():
                 return *composite(dy), None
@@ -147,8 +146,8 @@ def _needs_moments(params: BatchNormParams) -> bool:
 def _reduce_moments(x: Tensor, params: BatchNormParams) -> tuple[Tensor, bool]:
     """Return the all-reduced moments, and whether they are new.
 
-    In the recomputation of a checkpointed region they are those of the forward pass: nothing is
-    sent, and neither the running statistics nor ``params.pending`` may count them again.
+    The recomputation of a checkpointed region reuses the moments of the forward pass: there is no
+    all-reduce, and neither the running statistics nor ``params.pending`` may count them again.
     """
 
     def compute() -> Tensor:

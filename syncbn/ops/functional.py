@@ -42,7 +42,7 @@ def sync_batch_norm(
 ) -> Tensor:
     """Batch normalization with the statistics of the batches of all ranks of a group.
 
-    The arguments are those of :func:`torch.nn.functional.batch_norm`. In training, every rank of
+    Arguments as for :func:`torch.nn.functional.batch_norm`. In training, every rank of
     the group must call this the same number of times in the same order, with or without data.
 
     Args:
@@ -118,8 +118,7 @@ def batch_norm(
     """Check the arguments, select the kernel and normalize: the body of layer and functional.
 
     Args:
-        input: as for :func:`sync_batch_norm`, and so are weight, bias, eps, residual, activation,
-            mask and impl.
+        input: shape ``[N, C, *]``, any floating dtype.
         weight: shape ``[C]``, or None.
         bias: shape ``[C]``, or None.
         running: running statistics; read, or updated, by ``use_batch_stats``.
@@ -174,7 +173,7 @@ def eval_batch_norm(
 ) -> Tensor:
     """Normalize with the running statistics; return a tensor of the input's dtype.
 
-    The arguments are those of :func:`batch_norm`, checked.
+    Arguments as for :func:`batch_norm`, already checked.
     """
     if mask is not None:
         # Masked values must not reach the gradients of the parameters.

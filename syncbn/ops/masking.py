@@ -1,7 +1,7 @@
 """Masked inputs: padding that does not count.
 
-Masked positions are filled with the mean of the others, and the moments are taken around that fill
-value. So every kernel and every derivative supports masks, and no shape depends on the mask:
+Masked positions are filled with the mean of the unmasked ones, and moments are taken around that
+fill value. So every kernel and every derivative supports masks, and no shape depends on the mask:
 nothing is read back from a GPU.
 """
 

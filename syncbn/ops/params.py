@@ -12,7 +12,7 @@ from syncbn.ops.masking import MaskFill
 
 
 class BatchNormParams(NamedTuple):
-    """Arguments of a training-mode batch norm besides input, weight, bias and residual.
+    """Non-tensor arguments of a training-mode batch norm.
 
     Attributes:
         eps: constant added to the variance.

@@ -1,4 +1,4 @@
-"""Checks of the arguments of a batch norm; each error says what was got and what was expected."""
+"""Checks of the arguments of a batch norm, at the public edge."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def _mismatch_message(input: Tensor, name: str, tensor: Tensor) -> str:
     channels = input.shape[1]
     if tensor.shape != (channels,):
         return (
-            f"got an input of shape {tuple(input.shape)}, which has {channels} channels, and a "
-            f"{name} of shape {tuple(tensor.shape)}; expected equal numbers of channels"
+            f"got an input of shape {tuple(input.shape)}; expected {tensor.numel()} channels in "
+            f"dimension 1, as in {name} of shape {tuple(tensor.shape)}"
         )
     if tensor.device != input.device:
         return f"got an input on {input.device} and a {name} on {tensor.device}; move one of them"

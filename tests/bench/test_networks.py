@@ -1,4 +1,4 @@
-"""Networks of the benchmarks: those of the paper and of the example."""
+"""Networks of the benchmarks, compared with the paper and the example."""
 
 from __future__ import annotations
 

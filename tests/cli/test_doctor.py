@@ -1,4 +1,4 @@
-"""syncbn-doctor: what it says under each launcher, and what it leaves alone."""
+"""syncbn-doctor: its report under each launcher."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from syncbn.cli import doctor
 from tests import processes, transports
 
 DOCTOR = ["-m", "syncbn.cli.doctor", "json=report.json"]
-# What MPI says about memory cannot be changed; what is made of the answer can be seen.
+# The CUDA support of MPI is fixed, so the test replaces the query.
 CUDA_AWARE = """
 import syncbn
 from syncbn.cli import doctor
@@ -72,8 +72,8 @@ def test_under_mpirun(mpi: str, library: str, tmp_path: Path) -> None:
     assert installation["CUDA tensors over MPI"] in printed
 
 
-def test_a_report_that_cannot_be_written_ends_all_ranks_first(tmp_path: Path) -> None:
-    """Rank 0 measured, printed, and replaced a pipe by a file."""
+def test_unwritable_report_is_rejected_before_the_measurement(tmp_path: Path) -> None:
+    """Regression: rank 0 measured, printed, and replaced a pipe by a file."""
     os.mkfifo(tmp_path / "report.json")
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = processes.run([sys.executable, *torchrun, *DOCTOR], tmp_path)
@@ -83,7 +83,7 @@ def test_a_report_that_cannot_be_written_ends_all_ranks_first(tmp_path: Path) ->
     assert (tmp_path / "report.json").is_fifo()
 
 
-def test_mpi_can_be_asked_for_alone(tmp_path: Path) -> None:
+def test_mpi_on_a_single_rank(tmp_path: Path) -> None:
     output(sys.executable, *DOCTOR, "backend=mpi4py", cwd=tmp_path)
     found = report(tmp_path)
     assert (found["launcher"], found["backend"]) == ("none", "mpi4py")
@@ -91,24 +91,24 @@ def test_mpi_can_be_asked_for_alone(tmp_path: Path) -> None:
     assert memory in ("device pointers (CUDA-aware)", "staged through host memory")
 
 
-def test_cuda_aware(tmp_path: Path) -> None:
+def test_cuda_aware_mpi(tmp_path: Path) -> None:
     printed = output(sys.executable, "-c", CUDA_AWARE, cwd=tmp_path)
     assert printed == "device pointers (CUDA-aware)\n"
 
 
-def test_mpi_is_left_alone_unless_asked_for(tmp_path: Path) -> None:
+def test_mpi_is_not_loaded_for_other_backends(tmp_path: Path) -> None:
     assert output(sys.executable, "-c", QUIET, cwd=tmp_path) == "[]\n"
 
 
-def test_brackets_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    """The advice was to install 'syncbn', not 'syncbn[cuda]'."""
+def test_brackets_are_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    """Regression: the advice was to install 'syncbn', not 'syncbn[cuda]'."""
     found = {"backend": "gloo", "launcher": "none", "ranks": [{"rank": 0}]}
     doctor.show({**found, "installation": {"Triton kernels": "pip install 'syncbn[cuda]'"}})
     assert "pip install 'syncbn[cuda]'" in capsys.readouterr().out
 
 
-def test_values_do_not_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    """Of host names, paths and messages of compilers; brackets were taken for markup."""
+def test_control_characters_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    """In host names, paths and messages of compilers."""
     rank = {"rank": 0, "host": "node\x1b[2J", "all_reduce_us": 3.0}
     found = {
         "installation": {"C++": "a\x1b]0;title\x07 [bold]"},
@@ -122,7 +122,7 @@ def test_values_do_not_control_the_terminal(capsys: pytest.CaptureFixture[str]) 
     assert r"a\x1b]0;title\x07 [bold]" in printed
 
 
-def test_without_mpi4py(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_mpi4py_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(package: str) -> str:
         raise metadata.PackageNotFoundError(package)
 

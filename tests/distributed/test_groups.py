@@ -179,7 +179,7 @@ def test_optional_branch_with_own_group(two_ranks: Ranks) -> None:
 
 
 PROGRAM = """
-import os, sys, torch, torch.distributed as dist, syncbn
+import os, sys, time, torch, torch.distributed as dist, syncbn
 from tests.distributed.test_groups import optional_branch_gradients
 threads = []
 for attempt in range(2):
@@ -187,6 +187,7 @@ for attempt in range(2):
     torch.save(optional_branch_gradients(rank, None), f"{rank} {attempt}.pt")
     dist.barrier()
     dist.destroy_process_group()
+    time.sleep(0.5)  # a joined thread remains in /proc for a moment
     threads.append(len(os.listdir("/proc/self/task")))
 assert threads[0] == threads[1], threads
 """

@@ -1,4 +1,4 @@
-"""What fused models are compared by; without what takes ranks long to import."""
+"""Comparisons of fused models; in a separate module for ranks to import quickly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.fusion.models import Parent
 
 
 def _outcome(model: nn.Module, x: Tensor) -> dict[str, Any]:
-    """Return outputs in training and evaluation, gradients and averages."""
+    """Return outputs in training and evaluation, gradients and running statistics."""
     model.zero_grad()
     y = model.train()(x)
     y = getattr(y, "logits", y)
@@ -35,7 +35,7 @@ def _outcome(model: nn.Module, x: Tensor) -> dict[str, Any]:
 
 
 def check_fused(model: nn.Module, x: Tensor) -> dict[str, str]:
-    """Fuse a copy, compare it, undo it and compare again; return what has been fused."""
+    """Fuse a copy, compare it, undo it, compare again; return the fused operations."""
     syncbn.convert_sync_batchnorm(model.double())
     other = copy.deepcopy(model)
     fusion = syncbn.fuse(other)
@@ -52,7 +52,7 @@ def check_fused(model: nn.Module, x: Tensor) -> dict[str, str]:
     return fused
 
 
-def train_on_a_rank(rank: int, fused: bool, sharded: bool) -> dict[str, Any]:
+def train_on_rank(rank: int, fused: bool, sharded: bool) -> dict[str, Any]:
     torch.manual_seed(0)
     model: Any = syncbn.convert_sync_batchnorm(Parent()).double()
     if fused:

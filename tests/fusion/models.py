@@ -1,4 +1,4 @@
-"""Models with places where a ReLU follows a layer, and with places that only look like it."""
+"""Models in which a ReLU follows a layer, or seems to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Net(nn.Module):
-    """Two layers and a ReLU, to be put together in a `forward`."""
+    """Layers and ReLUs for a `forward`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class CalledFromAbove(nn.Module):
         return self.block(x) + self.block.bn(x) + self.block.other(x)
 
 
-class Registered(nn.Module):
+class RegisteredTwice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.block = Methods()
@@ -122,7 +122,7 @@ class WritesByFunction(Net):
         return F.relu(y + F.relu(x, True))
 
 
-class AddsToTheOther(Net):
+class AddsInPlaceToAlias(Net):
     def forward(self, x: Tensor) -> Any:
         y = x * 1
         z = y
@@ -130,26 +130,26 @@ class AddsToTheOther(Net):
         return F.relu(z) + y
 
 
-class Given(Net):
+class CallWithResidual(Net):
     def forward(self, x: Tensor) -> Any:
         return F.relu(self.bn(x, x.abs()) + x)
 
 
-class EndsInGiven(Net):
+class EndsInCallWithResidual(Net):
     def forward(self, x: Tensor) -> Any:
         return self.bn(x, x.abs())
 
 
-class GivenInside(nn.Module):
+class ParentOfCallWithResidual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.block = EndsInGiven()
+        self.block = EndsInCallWithResidual()
 
     def forward(self, x: Tensor) -> Any:
         return F.relu(self.block(x) + x)
 
 
-class Doubled(Net):
+class AddsToItself(Net):
     def forward(self, x: Tensor) -> Any:
         y = self.bn(x)
         return F.relu(y + y)
@@ -170,21 +170,81 @@ class ReturnsTwo(Net):
         return y, y
 
 
-class ByMode(Net):
+class BranchesOnMode(Net):
     def forward(self, x: Tensor) -> Any:
         return F.relu(self.bn(x)) if self.training else self.bn(x)
 
 
-class ByValue(Net):
+class BranchesOnValue(Net):
     def forward(self, x: Tensor) -> Any:
         return F.relu(self.bn(x)) if x.sum() > 0 else x
 
 
-class Optional(Net):
+class OptionalArgument(Net):
     def forward(self, x: Tensor, twice: bool = False) -> Any:
         return F.relu(self.bn(x))
 
 
-class Variadic(Net):
+class VariadicArguments(Net):
     def forward(self, *x: Tensor) -> Any:
         return F.relu(self.bn(x[0]))
+
+
+class TorchvisionBlock(Net):
+    """Block in the style of torchvision: a helper, and a child that may be None."""
+
+    downsample: nn.Module | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.downsample = None
+        self.scale = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: Tensor) -> Any:
+        """Map ``[N, 3]`` to itself."""
+        return self._forward_impl(x)
+
+    def _forward_impl(self, x: Tensor) -> Any:
+        identity = x
+        out: Tensor = self.bn(x)
+        out = self.relu(out)
+        out = self.other(torch.flatten(out, 1))
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        out = self.relu(out)
+        return out * self.scale
+
+
+class BranchWritesInPlace(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3), nn.BatchNorm1d(3))
+        self.shortcut = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        x = x * 1
+        y = self.branch(x)
+        return F.relu(y + self.shortcut(x))
+
+
+class Broadcasting(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.randn(1, 3))
+
+    def forward(self, x: Tensor) -> Any:
+        return F.relu(self.bn(x) + self.offset)
+
+
+class TorchvisionDownsample(TorchvisionBlock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.downsample = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+
+
+NOT_FUSED: list[type[nn.Module]] = [
+    *(CalledTwice, UsedTwice, CalledFromAbove, RegisteredTwice, AddsInPlaceToAlias, AddsToItself),
+    *(Scaled, ReturnsTwo, CallWithResidual, ParentOfCallWithResidual, BranchWritesInPlace),
+]
+WRITES = [WritesBetween, WritesByOperator, WritesByFunction]

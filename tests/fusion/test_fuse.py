@@ -1,4 +1,4 @@
-"""ReLUs and residuals moved into the layers before them: the same numbers, and the way back."""
+"""Fusion of ReLUs and residuals into layers: equal results, and undo."""
 
 from __future__ import annotations
 
@@ -14,90 +14,61 @@ from torch.nn.utils import parametrizations
 
 import syncbn
 from syncbn.bench.networks import resnet20, resnet50
-from tests.fusion.checks import check_fused, train_on_a_rank
-from tests.fusion.models import (
-    AddsToTheOther,
-    ByMode,
-    ByValue,
-    CalledFromAbove,
-    CalledTwice,
-    Doubled,
-    Given,
-    GivenInside,
-    InPlace,
-    KeywordArguments,
-    Methods,
-    Optional,
-    Parent,
-    Plain,
-    Registered,
-    Residuals,
-    ReturnsTwo,
-    Scaled,
-    TwoLayers,
-    UsedTwice,
-    Variadic,
-    WritesBetween,
-    WritesByFunction,
-    WritesByOperator,
-)
-from tests.nn.test_third_party import network
+from tests.fusion import models
+from tests.fusion.checks import check_fused, train_on_rank
+from tests.fusion.models import Methods, Plain, Residuals
 from tests.ranks import Ranks
+from tests.test_third_party import network
 
 
 @pytest.mark.parametrize(
-    ("build", "size", "residuals", "alone"),
+    ("build", "size", "residuals", "relus"),
     [
         pytest.param(resnet20, 8, 9, 10, id="resnet20"),
         pytest.param(resnet50, 32, 16, 33, id="resnet50"),
         pytest.param(network, 32, 5, 11, id="transformers"),
     ],
 )
-def test_networks(build: Callable[[], nn.Module], size: int, residuals: int, alone: int) -> None:
+def test_networks_are_fused_and_restored(
+    build: Callable[[], nn.Module], size: int, residuals: int, relus: int
+) -> None:
     fused = check_fused(build(), torch.randn(3, 3, size, size, dtype=torch.float64))
     kinds = list(fused.values())
-    assert (kinds.count("residual, relu"), kinds.count("relu")) == (residuals, alone)
+    assert (kinds.count("residual, relu"), kinds.count("relu")) == (residuals, relus)
     names = [name for name, _ in build().named_modules() if name in fused]
     assert list(fused) == names
 
 
 @pytest.mark.parametrize(
-    ("model", "wanted"),
+    ("model", "fused"),
     [
         (Plain, {"bn": "relu", "other": "relu", "body.1": "relu"}),
         (Methods, {"bn": "relu", "other": "relu"}),
         (Residuals, {"bn": "residual, relu", "other": "residual, relu"}),
-        (InPlace, {"deep.1.1": "residual, relu"}),
-        (TwoLayers, {"deep.1.1": "residual, relu"}),
+        (models.InPlace, {"deep.1.1": "residual, relu"}),
+        (models.TwoLayers, {"deep.1.1": "residual, relu"}),
         (
-            Parent,
+            models.Parent,
             {
                 "block.deep.1.1": "residual, relu",
                 "others.0.deep.1.1": "relu",
                 **{f"others.1.{name}": "relu" for name in ("bn", "other", "body.1")},
             },
         ),
-        (KeywordArguments, {"bn": "residual, relu"}),
+        (models.KeywordArguments, {"bn": "residual, relu"}),
+        (models.Broadcasting, {"bn": "residual, relu"}),
+        (models.TorchvisionBlock, {"bn": "relu", "other": "residual, relu"}),
+        (models.TorchvisionDownsample, {"bn": "relu", "downsample.1": "residual, relu"}),
+        # Fusion would change the results.
+        *((model, {}) for model in models.NOT_FUSED),
     ],
 )
-def test_patterns(model: Callable[[], nn.Module], wanted: dict[str, str]) -> None:
-    x = torch.randn(5, 3, dtype=torch.float64)
-    assert check_fused(model(), x) == wanted
+def test_fused_patterns(model: Callable[[], nn.Module], fused: dict[str, str]) -> None:
+    assert check_fused(model(), torch.randn(5, 3, dtype=torch.float64)) == fused
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        *(CalledTwice, UsedTwice, CalledFromAbove, Registered, AddsToTheOther, Doubled, Scaled),
-        *(ReturnsTwo, Given, GivenInside),
-    ],
-)
-def test_what_could_change_is_left_alone(model: Callable[[], nn.Module]) -> None:
-    assert check_fused(model(), torch.randn(5, 3, dtype=torch.float64)) == {}
-
-
-@pytest.mark.parametrize("build", [WritesBetween, WritesByOperator, WritesByFunction])
-def test_layers_are_not_moved_behind_what_writes(build: Callable[[], nn.Module]) -> None:
+@pytest.mark.parametrize("build", models.WRITES)
+def test_layer_is_not_moved_past_a_write(build: Callable[[], nn.Module]) -> None:
     model = syncbn.convert_sync_batchnorm(build()).eval()
     x = torch.randn(5, 3)
     wanted = model(x)
@@ -105,25 +76,7 @@ def test_layers_are_not_moved_behind_what_writes(build: Callable[[], nn.Module])
     torch.testing.assert_close(model(x), wanted)
 
 
-@pytest.mark.parametrize(
-    ("model", "reason"),
-    [
-        (ByMode, "its forward has 'self.training', which torch.fx may not record"),
-        (ByValue, "its forward has 'x.sum() > 0'"),
-        (Optional, "its forward has an optional argument, twice"),
-        (Variadic, "its forward takes *x"),
-    ],
-)
-def test_what_cannot_be_read_is_said(model: Callable[[], nn.Module], reason: str) -> None:
-    whole = syncbn.convert_sync_batchnorm(nn.Sequential(model()))
-    fusion = syncbn.fuse(whole)
-    assert fusion.fused == {}
-    assert fusion.skipped["0"].startswith(reason)
-    assert whole.training
-    assert whole[0].training
-
-
-def test_a_forward_of_an_instance_is_left_alone() -> None:
+def test_instance_forward_is_not_rewritten() -> None:
     model: Any = syncbn.convert_sync_batchnorm(Methods())
     other: Any = copy.deepcopy(model)
     model.forward = lambda x: x
@@ -132,7 +85,7 @@ def test_a_forward_of_an_instance_is_left_alone() -> None:
     assert syncbn.fuse(other).fused == {"other": "relu"}
 
 
-def test_hooks_see_what_they_saw() -> None:
+def test_hooked_modules_are_not_fused() -> None:
     model = syncbn.convert_sync_batchnorm(Plain())
     seen: list[Tensor] = []
     for module in (model.bn, model.body):
@@ -142,7 +95,7 @@ def test_hooks_see_what_they_saw() -> None:
     assert all(y.min() < 0 for y in seen)
 
 
-def test_a_fused_module_is_left_alone() -> None:
+def test_second_fuse_changes_nothing() -> None:
     model = syncbn.convert_sync_batchnorm(Plain())
     first = syncbn.fuse(model)
     second = syncbn.fuse(model)
@@ -154,7 +107,7 @@ def test_a_fused_module_is_left_alone() -> None:
     assert type(model) is Plain
 
 
-def test_equal_modules_stay_of_one_class() -> None:
+def test_equal_modules_share_a_class() -> None:
     model = syncbn.convert_sync_batchnorm(nn.Sequential(Plain(), Plain(), Methods(), Plain()))
     model.get_submodule("3.bn").register_forward_hook(lambda *_: None)
     syncbn.fuse(model)
@@ -163,7 +116,7 @@ def test_equal_modules_stay_of_one_class() -> None:
     assert len({first, other, hooked}) == 3
 
 
-def test_is_not_reverted_or_pickled() -> None:
+def test_fused_model_cannot_be_reverted_or_pickled() -> None:
     model = syncbn.convert_sync_batchnorm(Plain())
     fusion = syncbn.fuse(model)
     with pytest.raises(ValueError, match=r"bn: got a layer with activation='relu'.*undo"):
@@ -174,7 +127,7 @@ def test_is_not_reverted_or_pickled() -> None:
     assert type(pickle.loads(pickle.dumps(syncbn.revert_sync_batchnorm(model)))) is Plain
 
 
-def test_undo_refuses_a_class_changed_since() -> None:
+def test_undo_rejects_a_class_changed_later() -> None:
     model = syncbn.convert_sync_batchnorm(Plain())
     fusion = syncbn.fuse(model)
     fused = type(model)
@@ -189,7 +142,7 @@ def test_undo_refuses_a_class_changed_since() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")  # of torch, when it compiles
-def test_compiles_and_differentiates_twice() -> None:
+def test_compile_and_double_backward() -> None:
     x = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     plain = syncbn.convert_sync_batchnorm(Residuals()).double()
     fused = copy.deepcopy(plain)
@@ -207,10 +160,10 @@ def test_compiles_and_differentiates_twice() -> None:
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_over_ranks(ranks: Ranks, sharded: bool) -> None:
+def test_synchronized_over_ranks(ranks: Ranks, sharded: bool) -> None:
     torch.testing.assert_close(
-        ranks.run(train_on_a_rank, True, sharded),
-        ranks.run(train_on_a_rank, False, sharded),
+        ranks.run(train_on_rank, True, sharded),
+        ranks.run(train_on_rank, False, sharded),
         rtol=1e-9,
         atol=1e-12,
     )

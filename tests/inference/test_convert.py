@@ -216,7 +216,7 @@ def test_invalid_layer_inputs(rule: str) -> None:
         convert_example_weighted(layer, 4, between(layer))
     with pytest.raises(ValueError, match="expected 4D input"):
         layer(torch.zeros(2, 3).double())
-    with pytest.raises(ValueError, match="that is 4 channels, and a running_mean"):
+    with pytest.raises(ValueError, match="expected 3 channels in dimension 1, as in running_mean"):
         layer(torch.zeros(2, 4, 2, 2).double())
     with pytest.raises(ValueError, match=r"dtype torch\.int64; expected float16"):
         layer(torch.zeros(2, 3, 2, 2, dtype=torch.int64))

@@ -221,7 +221,7 @@ def _readable_parameters(
 
 @cache
 def load() -> CPUKernel | str:
-    """Return the kernel for the best instruction set of this processor, or why there is none."""
+    """Return the kernel for the best instruction set of this processor, or why it is missing."""
     if not PATH.exists():
         reason = _REASON.read_text().strip() if _REASON.exists() else "it has not been built"
         return f"there is no {PATH}: {reason}; fix this and install syncbn again"
@@ -247,6 +247,6 @@ def _read_mark(library: ctypes.CDLL) -> str:
 
 
 def describe() -> str:
-    """Return the name of the instruction set in use, or why there is no kernel."""
+    """Return the name of the instruction set in use, or the reason why the library is missing."""
     found = load()
     return found if isinstance(found, str) else LEVELS[found.level]

@@ -20,7 +20,7 @@ from syncbn.kernels.layout import NCSLayout
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 #: Address of the statistics; dtype of weight and bias, and their addresses; True for a ReLU.
 Affine: TypeAlias = tuple[int, int, int, int, bool]
-#: Dtype of the running statistics, their addresses, that of the counter, and the momentum.
+#: Dtype and addresses of the running statistics; address of the counter; momentum.
 Running: TypeAlias = tuple[int, int, int, int, float]
 NO_AFFINE = 0, 0, 0, 0, False
 NO_RUNNING = 0, 0, 0, 0, 0.0

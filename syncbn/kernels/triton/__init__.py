@@ -129,7 +129,7 @@ def _unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _updatable(running: RunningStats | None, moments: Tensor, x: Tensor) -> RunningStats:
-    """Return the running statistics that the kernel updates; others are updated here."""
+    """Return the running statistics if the kernel can update them; otherwise update them here."""
     if running is None:
         return RunningStats()
     mean, var, counter, _ = running

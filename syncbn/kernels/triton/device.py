@@ -1,6 +1,6 @@
 """Device code of the four kernels.
 
-A tensor is ``[samples, channels, space]``, dense but for gaps between samples, which are a
+A tensor is ``[samples, channels, space]``, with gaps only between samples, which are a
 ``stride`` apart. A channels_last tensor (``CHANNELS_LAST``) is a single sample
 ``[space, channels]``, whose positions are a ``stride`` apart. A program handles a block of channels
 and some tiles of their values: ``BLOCK_N`` samples of ``BLOCK_S`` positions. Its arrays are
@@ -8,8 +8,7 @@ and some tiles of their values: ``BLOCK_N`` samples of ``BLOCK_S`` positions. It
 
 Tiles are added up in the compute dtype, around a pivot if necessary. The result of a program, and
 the combination of programs, is float64, in a fixed order and without atomics. Per-channel
-arithmetic is float64 and repeated by every program: some dozens of operations for thousands of
-values each.
+arithmetic is float64 and repeated by every program, for thousands of values each.
 
 Arguments of a kernel:
     x, dy, residual, y, dx: tensors as above, with ``x_stride``, ``dy_stride`` and ``stride`` (for
@@ -23,10 +22,9 @@ Arguments of a kernel:
     EVEN: True if no tile reaches past the end. INT64_OFFSETS: True if offsets in a tile need it.
     SAME_STRIDES: True if all strides are equal. TILES: tiles of a program of an elementwise pass.
     NUM_STAGES: pipeline stages of a reduction. PACK: values per byte of the ReLU mask.
-    REPLICAS: see :func:`syncbn.kernels.triton.per_channel.load_per_channel`.
-    PDL: True for programmatic dependent launch.
+    REPLICAS: see :func:`.per_channel.load_per_channel`. PDL: programmatic dependent launch.
 
-The annotation "fp64" keeps Triton from rounding a Python float to float32.
+"fp64" keeps Triton from rounding a Python float to float32.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, name-defined"
@@ -62,7 +60,7 @@ from syncbn.kernels.triton.relu_mask import is_passed, load_relu_mask, store_rel
 from syncbn.moments import ROUNDING
 
 _ROUNDING = tl.constexpr(ROUNDING)
-# Ratio of the squared mean to the variance beyond which a second pass is needed.
+# Squared mean over variance from which a second pass is needed.
 _MEAN_DOMINATES = tl.constexpr(16.0)
 # DIVISIBILITY states their alignment; specializing on it as well would compile more variants.
 _SIZES = [

@@ -60,7 +60,7 @@ class LaunchPlan:
         self._workspace = workspace
 
     def new_workspace(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return partial sums, uninitialized, and counters, zero; None if there is no workspace."""
+        """Return partial sums, uninitialized, and counters, zero; None without a workspace."""
         if self._workspace is None:
             return None, None
         num_partials, num_counters = self._workspace

@@ -51,7 +51,7 @@ def affine(mean, invstd, weight_ptr, bias_ptr, c, mask_c, COMPUTE: tl.constexpr)
 
 @triton.jit
 def threshold_backward(dy, xmu, scale, shift):
-    """Return dy where the output is positive or NaN, else zero."""
+    """Return dy where the output is positive or NaN, and zero elsewhere."""
     return tl.where(xmu * scale[None, :] + shift[None, :] <= 0, 0.0, dy)
 
 

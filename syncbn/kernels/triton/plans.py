@@ -96,7 +96,7 @@ def plan_backward_elemt(
 ) -> LaunchPlan:
     """Return the plan of ``backward_elemt(x, dy, dx, sums, statistics, weight, bias)``.
 
-    The arguments are those of :func:`plan_backward_reduce`.
+    Arguments as for :func:`plan_backward_reduce`.
     """
     tiling = tile_elementwise(layout, _first(dtypes))
     strides = _strides(layout, dy_stride)

@@ -48,7 +48,7 @@ class TileShape:
         tile: values per tile.
         max_channels: channels per tile at most, in channels_last.
         programs_per_sm: resident programs per multiprocessor.
-        tiles: tiles per program, if there are many.
+        tiles: tiles per program of a large tensor.
     """
 
     tile: int
