@@ -25,10 +25,8 @@ WORKERS ?= 2
 test: $(INSTALLED)
 	$(PYTHON) -m pytest -n $(WORKERS) --no-loadscope-reorder
 
-LAYERS := $(patsubst %,tests/test_%.py,accumulation checkpointing double_backward fusion masks module \
-	module_errors overlap ownership synchronized_edges training transforms)
 test-triton: $(INSTALLED)
-	SYNCBN_TEST_TRITON=1 $(PYTHON) -m pytest -n $(WORKERS) --no-loadscope-reorder $(LAYERS)
+	$(PYTHON) -m pytest -n $(WORKERS) --no-loadscope-reorder -m layers --impl triton
 
 # On a copy of the tree, for the library in this one to stay. -O1: at -O3 the compiler takes minutes.
 SANITIZED := build/sanitized

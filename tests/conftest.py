@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from syncbn.kernels import cpu
+from syncbn.kernels import IMPLS, cpu
 from tests import device
 from tests.kernel_cases import cpp, levels
 from tests.mpi_jobs import Launch
@@ -21,7 +21,17 @@ settings.register_profile(
     "syncbn", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("syncbn")
-device.begin()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--impl", default="auto", choices=IMPLS, help='kernel of layers with impl="auto"'
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "layers: runs again with --impl triton (make test-triton)")
+    device.use_impl(config.getoption("impl"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

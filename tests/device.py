@@ -1,41 +1,53 @@
-"""Where tests of layers run: on the CPU, or with the kernels in Triton (``make test-triton``).
+"""Device and kernel of the layer tests: the CPU, or the kernel of ``pytest --impl``.
 
-These run on a GPU, which all ranks share, if there is one. Else they are interpreted, in the place
-of the C++ kernels; the reference serves the inputs that Triton does not, as ATen does on a GPU.
+``--impl triton`` runs on a GPU, which all ranks share, if there is one. Otherwise the kernel is
+interpreted; the reference serves the inputs that it does not support, as ATen does on a GPU.
 """
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
+from torch import Tensor
 
 from syncbn import kernels
-from syncbn.kernels import cpu
+from syncbn.kernels import Kernel
 from tests import interpreter
 
-ON_TRITON = "SYNCBN_TEST_TRITON" in os.environ
-ON_GPU = ON_TRITON and torch.cuda.is_available()
-# Errors that would make a GPU wait, and memory that others can see.
-on_cpu = pytest.mark.skipif(ON_GPU, reason="of the CPU alone")
+# Errors that would synchronize a GPU, and memory that NumPy shares. Evaluated when a test runs.
+on_cpu = pytest.mark.skipif("torch.get_default_device().type == 'cuda'", reason="CPU only")
+_selected = ["auto"]
 
 
-def begin() -> None:
-    """Have tensors made, and layers computed, there; to be called before there are any."""
-    if ON_GPU:
+def get_impl() -> str:
+    """Return the name of the kernel that layers use."""
+    return _selected[0]
+
+
+def use_impl(impl: str) -> None:
+    """Select a kernel for layers with ``impl="auto"``; call this before any tensor is made."""
+    _selected[0] = impl
+    if impl == "triton" and torch.cuda.is_available():
         torch.set_default_device("cuda")
-        # Convolutions of 10 bits are no reference.
+        # The 10-bit mantissa of TF32 convolutions is too coarse for a reference.
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    elif ON_TRITON:
+        return
+    if impl == "auto":
+        return
+    if impl == "triton":
         interpreter.begin()
-        from syncbn.kernels import triton
+    select_fastest = kernels._select_fastest
+    kernel = kernels.select_kernel(impl, torch.empty(1, 1))
 
-        cpu.load = lambda: triton  # type: ignore
-        is_plain = kernels._is_plain
-        kernels._is_plain = lambda x, others: is_plain(x, others) and not triton.why_not(x)
+    def select(x: Tensor, others: tuple[Tensor | None, ...]) -> Kernel:
+        # Compilers and tensor subclasses get the reference.
+        is_default = isinstance(select_fastest(x, others), type(kernels.REFERENCE))
+        is_supported = kernel.unsupported_reason(x) is None
+        return kernel if is_supported and not is_default else kernels.REFERENCE
+
+    kernels._select_fastest = select
 
 
 def seeded(seed: int) -> torch.Generator:
-    """Return a generator of random numbers there."""
+    """Return a random number generator on the default device."""
     return torch.Generator(torch.get_default_device()).manual_seed(seed)

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from tests import transports
+from tests import device, transports
 
 # Timeout of a rank that waits for a failed rank: shorter than pytest's timeout, which would end the
 # whole run.
@@ -78,7 +78,10 @@ class Ranks:
 
     def _start(self) -> None:
         self._folder = Path(tempfile.mkdtemp())
-        program = ("-m", "tests.worker", self.transport, self._folder, str(COLLECTIVE_TIMEOUT))
+        program = (
+            *("-m", "tests.worker", self.transport, self._folder),
+            *(str(COLLECTIVE_TIMEOUT), device.get_impl()),
+        )
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(self._folder / "socket"))
             listener.listen(self.size)

@@ -19,6 +19,8 @@ from torch.utils.checkpoint import (
 import syncbn
 from tests.ranks import Ranks
 
+pytestmark = pytest.mark.layers
+
 Block = Callable[[Tensor], Tensor]
 ours = partial(checkpoint, use_reentrant=False, context_fn=syncbn.checkpoint_contexts)
 

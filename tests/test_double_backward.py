@@ -18,6 +18,8 @@ from tests.formula import Formula
 from tests.ranks import Ranks
 from tests.sharded import Everywhere, Own, Whole
 
+pytestmark = pytest.mark.layers
+
 # Samples on each of three ranks; two ranks take the last two.
 SPLITS = {"uneven": (1, 1, 2), "an empty rank": (1, 0, 3)}
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -14,6 +14,8 @@ from tests.device import on_cpu, seeded
 from tests.kernel_cases import tolerance
 from tests.ranks import Ranks
 
+pytestmark = pytest.mark.layers
+
 C = 3
 
 

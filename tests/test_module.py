@@ -22,6 +22,8 @@ from syncbn.kernels.reference import update_running_stats
 from syncbn.moments import Moments
 from tests.kernel_cases import KERNELS, device_of
 
+pytestmark = pytest.mark.layers
+
 PAIRS: list[tuple[Callable[..., nn.Module], Callable[..., nn.Module], tuple[int, ...]]] = [
     (syncbn.SyncBatchNorm1d, nn.BatchNorm1d, (6, 4)),
     (syncbn.SyncBatchNorm1d, nn.BatchNorm1d, (6, 4, 5)),

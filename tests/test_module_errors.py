@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import syncbn
 from tests.device import on_cpu
 
+pytestmark = pytest.mark.layers
+
 
 @pytest.mark.parametrize(
     ("x", "error", "message"),

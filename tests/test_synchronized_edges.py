@@ -11,6 +11,8 @@ import syncbn
 from tests.device import on_cpu
 from tests.ranks import Ranks
 
+pytestmark = pytest.mark.layers
+
 
 def _all_empty(rank: int, momentum: float | None) -> dict[str, Any]:
     layer = syncbn.SyncBatchNorm2d(3, momentum=momentum)

@@ -11,6 +11,8 @@ import syncbn
 from tests.device import seeded
 from tests.ranks import Ranks
 
+pytestmark = pytest.mark.layers
+
 STEPS = 20
 # Samples a rank and step. Equal on all ranks, as DDP averages their gradients; and eight, because
 # with four values a channel float32 training is chaotic: nn.BatchNorm2d itself drifts by 5e-5.

@@ -18,7 +18,10 @@ from tests.formula import Formula
 from tests.ranks import Ranks
 
 # torch's own, when it makes its formulas of forward mode.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+pytestmark = [
+    pytest.mark.layers,
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
+]
 
 
 def _net(norm: Any) -> nn.Module:

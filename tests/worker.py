@@ -18,7 +18,8 @@ from tests import device
 from tests.transports import backend_of
 
 
-def main(transport: str, folder: str, timeout: str) -> None:
+def main(transport: str, folder: str, timeout: str, impl: str) -> None:
+    device.use_impl(impl)
     rank = _join(transport, folder, timedelta(seconds=float(timeout)))
     client = socket.socket(socket.AF_UNIX)
     client.connect(f"{folder}/socket")
@@ -31,7 +32,6 @@ def main(transport: str, folder: str, timeout: str) -> None:
 
 def _join(transport: str, folder: str, timeout: timedelta) -> int:
     torch.set_num_threads(1)
-    device.begin()
     backend = backend_of(transport)
     if backend == "mpi4py":
         return syncbn.init_process_group(backend, timeout).rank

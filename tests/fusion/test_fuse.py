@@ -20,6 +20,8 @@ from tests.fusion.models import Methods, Plain, Residuals
 from tests.ranks import Ranks
 from tests.test_third_party import network
 
+pytestmark = pytest.mark.layers
+
 
 @pytest.mark.parametrize(
     ("build", "size", "residuals", "relus"),

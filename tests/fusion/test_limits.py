@@ -25,6 +25,8 @@ from tests.fusion.models import (
 )
 from tests.ranks import Ranks
 
+pytestmark = pytest.mark.layers
+
 
 class NegatedGradient(torch.autograd.Function):
     @staticmethod

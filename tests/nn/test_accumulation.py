@@ -15,6 +15,8 @@ import syncbn
 from tests.device import seeded
 from tests.ranks import Ranks
 
+pytestmark = pytest.mark.layers
+
 
 def _micro_batches(rank: int, step: int) -> list[Tensor]:
     generator = seeded(10 * step + rank)

@@ -1,4 +1,4 @@
-"""Messages and CUDA graphs on a GPU."""
+"""All-reduces and CUDA graphs on a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 import syncbn
 from syncbn.bench.networks import resnet20, training_step
 from syncbn.bench.timing import capture_graph
-from tests.gpu import CUDA, MARKS, Layer, case, step, talking
+from tests.kernels.triton.gpu import CUDA, MARKS, Layer, communicate, make_layer, make_step
 
 pytestmark = MARKS
 BACKENDS = ["nccl", "gloo"]
@@ -22,7 +22,7 @@ BACKENDS = ["nccl", "gloo"]
 
 @pytest.fixture(params=BACKENDS)
 def group(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dist.ProcessGroup]:
-    """Return a group of one that is talked to, which layers do not do."""
+    """Return a group of one rank; layers skip the all-reduces of such a group."""
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group(request.param, store=store, rank=0, world_size=1)
     assert dist.group.WORLD is not None
@@ -30,12 +30,12 @@ def group(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dist.Proce
     dist.destroy_process_group()
 
 
-# Gloo copies messages to the host.
+# Gloo copies payloads to the host.
 @pytest.mark.parametrize("group", ["nccl"], indirect=True)
 @pytest.mark.parametrize("residual", [False, True])
-def test_no_message_waits_for_the_device(group: dist.ProcessGroup, residual: bool) -> None:
-    layer, x, dy = case()
-    run = step(layer, x, dy, residual, talking(layer, group))
+def test_all_reduces_do_not_synchronize(group: dist.ProcessGroup, residual: bool) -> None:
+    layer, x, dy = make_layer()
+    run = make_step(layer, x, dy, residual, communicate(layer, group))
     run()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -45,26 +45,24 @@ def test_no_message_waits_for_the_device(group: dist.ProcessGroup, residual: boo
 
 
 @pytest.mark.parametrize("residual", [False, True])
-def test_messages_of_a_group_of_one_change_nothing(
-    group: dist.ProcessGroup, residual: bool
-) -> None:
-    layer, x, dy = case()
-    wanted = step(layer, x, dy, residual)()
-    found = step(layer, x, dy, residual, talking(layer, group))()
-    assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+def test_all_reduces_over_one_rank_change_nothing(group: dist.ProcessGroup, residual: bool) -> None:
+    layer, x, dy = make_layer()
+    expected = make_step(layer, x, dy, residual)()
+    found = make_step(layer, x, dy, residual, communicate(layer, group))()
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("samples", [64, 0])
 def test_a_graph_is_captured_and_replayed(samples: int, residual: bool) -> None:
-    replay_and_compare(*case(samples), residual)
+    replay_and_compare(*make_layer(samples), residual)
 
 
 @pytest.mark.parametrize("group", ["nccl"], indirect=True)
-def test_messages_are_captured_and_replayed(group: dist.ProcessGroup) -> None:
-    """Those of a group of one move nothing over NCCL: what is captured is how streams meet."""
-    layer, x, dy = case(64)
-    replay_and_compare(layer, x, dy, True, talking(layer, group))
+def test_all_reduces_are_captured_and_replayed(group: dist.ProcessGroup) -> None:
+    """NCCL moves nothing for one rank: the graph captures the synchronization of streams."""
+    layer, x, dy = make_layer(64)
+    replay_and_compare(layer, x, dy, True, communicate(layer, group))
 
 
 def replay_and_compare(
@@ -75,7 +73,7 @@ def replay_and_compare(
     forward: Layer | None = None,
 ) -> None:
     """Capture a step, and replay it with other values."""
-    run = step(layer, x, dy, residual, forward)
+    run = make_step(layer, x, dy, residual, forward)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -91,29 +89,29 @@ def replay_and_compare(
         layer.load_state_dict(before)
         graph.replay()
         replayed = [t.clone() for t in outputs]
-        averages = {name: value.clone() for name, value in layer.state_dict().items()}
+        statistics = {name: value.clone() for name, value in layer.state_dict().items()}
         layer.load_state_dict(before)
-        for found, wanted in zip(replayed, run(), strict=True):
-            assert torch.equal(found, wanted)
-        for name, wanted in layer.state_dict().items():
-            assert torch.equal(averages[name], wanted)
+        for found, expected in zip(replayed, run(), strict=True):
+            assert torch.equal(found, expected)
+        for name, expected in layer.state_dict().items():
+            assert torch.equal(statistics[name], expected)
 
 
 def test_training_steps_are_captured_and_replayed() -> None:
-    """Of a whole network, fused: where the host is slower than the GPU, this is what to do."""
+    """Of a fused network: graphs help where launch overhead dominates."""
     torch.manual_seed(0)
     network = resnet20().to(CUDA, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = torch.randn(8, 3, 32, 32, device=CUDA)
 
-    def trained(by: Callable[[Callable[[], None]], Callable[[], None]], steps: int) -> list[Tensor]:
-        ours = syncbn.convert_sync_batchnorm(copy.deepcopy(network))
-        syncbn.fuse(ours)
-        step = by(training_step(ours, images))
+    def train(wrap: Callable[[Callable[[], None]], Callable[[], None]], steps: int) -> list[Tensor]:
+        model = syncbn.convert_sync_batchnorm(copy.deepcopy(network))
+        syncbn.fuse(model)
+        run = wrap(training_step(model, images))
         for _ in range(steps):
-            step()
-        return list(ours.state_dict().values())
+            run()
+        return list(model.state_dict().values())
 
-    wanted = trained(lambda step: step, 5)
-    # Two steps warm up, and what is captured does not run.
-    for found, value in zip(trained(capture_graph, 3), wanted, strict=True):
+    expected = train(lambda step: step, 5)
+    # Capturing runs two warm-up steps, and does not run the captured one.
+    for found, value in zip(train(capture_graph, 3), expected, strict=True):
         torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-3)

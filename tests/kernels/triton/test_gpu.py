@@ -1,6 +1,6 @@
-"""What only a GPU shows: no waiting for it, streams, launches, sizes.
+"""Layers on a GPU: no synchronization, streams, number of launches, sizes.
 
-The kernels themselves, and layers over ranks, are tested by the rows of tests/kernel_cases.py.
+The kernels and layers over ranks are tested by the rows of tests/kernel_cases.py.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import syncbn
-from syncbn.kernels import choose
-from syncbn.kernels.layout import Samples
-from tests.gpu import CUDA, MARKS, case, step
+from syncbn.kernels import select_kernel
+from syncbn.kernels.layout import NCSLayout
+from tests.kernels.triton.gpu import CUDA, MARKS, make_layer, make_step
 
 pytestmark = MARKS
 
 
 def test_programs_share_channels() -> None:
-    """Of 64 samples, in what follows: they tell each other what they found."""
-    from syncbn.kernels.triton import plans as triton_passes
+    """64 samples, also in the tests below: programs combine their partial sums."""
+    from syncbn.kernels.triton import plans
 
-    _, x, _ = case(64)
-    launch = triton_passes.moments(Samples.dense(x.shape), x.device, x.dtype)
-    assert "arrivals_ptr" in launch.shared
+    _, x, _ = make_layer(64)
+    plan = plans.plan_moments(NCSLayout.contiguous(x.shape), x.device, x.dtype)
+    assert plan.new_workspace()[1] is not None
 
 
-def test_auto_is_triton() -> None:
-    from syncbn.kernels import triton
+def test_auto_selects_triton() -> None:
+    from syncbn.kernels.triton import TritonKernel
 
-    assert choose("auto", torch.empty(1, 1, device=CUDA)) is triton
+    assert isinstance(select_kernel("auto", torch.empty(1, 1, device=CUDA)), TritonKernel)
 
 
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("samples", [4, 0])
-def test_nothing_waits_for_the_device(samples: int, residual: bool) -> None:
-    run = step(*case(samples), residual)
+def test_a_step_does_not_synchronize(samples: int, residual: bool) -> None:
+    run = make_step(*make_layer(samples), residual)
     run()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -49,25 +49,25 @@ def test_nothing_waits_for_the_device(samples: int, residual: bool) -> None:
 
 
 def test_results_do_not_depend_on_the_stream() -> None:
-    layer, x, dy = case(64)
-    run = step(layer, x, dy)
-    wanted = run()
+    layer, x, dy = make_layer(64)
+    run = make_step(layer, x, dy)
+    expected = run()
     for _ in range(20):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             found = run()
-            # Takes what was freed, if it was freed too early.
+            # Reuses memory that was freed too early.
             noise = [torch.randn_like(t) for t in (x, dy)]
         torch.cuda.current_stream().wait_stream(side)
-        assert all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
         del noise
 
 
-def test_streams_at_the_same_time_do_not_disturb_each_other() -> None:
-    """What programs tell each other is in memory of the stream."""
-    runs = [step(*case(64)) for _ in range(2)]
-    wanted = [run() for run in runs]
+def test_concurrent_streams_do_not_interfere() -> None:
+    """The counters that programs share belong to a stream."""
+    runs = [make_step(*make_layer(64)) for _ in range(2)]
+    expected = [run() for run in runs]
     sides = [torch.cuda.Stream() for _ in runs]
     torch.cuda.synchronize()
     for _ in range(50):
@@ -76,33 +76,33 @@ def test_streams_at_the_same_time_do_not_disturb_each_other() -> None:
             with torch.cuda.stream(side):
                 found.append(run())
         torch.cuda.synchronize()
-        for one, other in zip(found, wanted, strict=True):
+        for one, other in zip(found, expected, strict=True):
             assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
 
 
 def test_threads_may_share_a_stream() -> None:
-    """What the second launch of a pass reads of the first is in memory of the stream, too."""
-    runs = [step(*case(64)) for _ in range(2)]
-    wanted = [run() for run in runs]
+    """The two launches of a pass share no memory with launches of another thread."""
+    runs = [make_step(*make_layer(64)) for _ in range(2)]
+    expected = [run() for run in runs]
 
     def again(i: int) -> bool:
         found = [runs[i]() for _ in range(50)]
-        return all(torch.equal(*pair) for y in found for pair in zip(y, wanted[i], strict=True))
+        return all(torch.equal(*pair) for y in found for pair in zip(y, expected[i], strict=True))
 
     with ThreadPoolExecutor(len(runs)) as pool:
         assert all(pool.map(again, range(len(runs))))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_tensors_may_lie_anywhere(dtype: torch.dtype) -> None:
-    """What has been compiled for addresses that are multiples of 16 bytes reads no others."""
-    layer, x, dy = case()
+def test_unaligned_tensors(dtype: torch.dtype) -> None:
+    """Kernels compiled for pointers that are multiples of 16 bytes serve no others."""
+    layer, x, dy = make_layer()
     x, dy = x.detach().to(dtype).requires_grad_(), dy.to(dtype)
-    wanted = step(layer, x, dy)()
+    expected = make_step(layer, x, dy)()
     moved = torch.empty(x.numel() + 1, dtype=dtype, device=CUDA)[1:].view_as(x)
     moved.copy_(x.detach())
-    found = step(layer, moved.detach().requires_grad_(), dy)()
-    for one, other in zip(found, wanted, strict=True):
+    found = make_step(layer, moved.detach().requires_grad_(), dy)()
+    for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
@@ -114,8 +114,8 @@ def test_two_launches_forward_and_two_backward(
     layer = syncbn.SyncBatchNorm2d(shape[1], activation="relu").to(CUDA)
     x = torch.randn(shape, device=CUDA).bfloat16().contiguous(memory_format=layout)
     leaf, dy = x.requires_grad_(), torch.randn_like(x)
-    run = step(layer, leaf, dy)
-    # Compiled by the first step, launched by the driver from the second on.
+    run = make_step(layer, leaf, dy)
+    # The first step compiles.
     for _ in range(3):
         run()
     torch.cuda.synchronize()
@@ -126,14 +126,14 @@ def test_two_launches_forward_and_two_backward(
     assert len(kernels) == 4, kernels
 
 
-def test_the_device_is_that_of_the_tensor() -> None:
+def test_launches_are_on_the_device_of_the_tensor() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
     other = torch.device("cuda", 1)
-    layer, x, dy = case()
-    wanted = step(layer, x, dy)()
+    layer, x, dy = make_layer()
+    expected = make_step(layer, x, dy)()
     moved = x.detach().to(other).requires_grad_()
-    for found, y in zip(step(layer.to(other), moved, dy.to(other))(), wanted, strict=True):
+    for found, y in zip(make_step(layer.to(other), moved, dy.to(other))(), expected, strict=True):
         assert torch.equal(found.to(CUDA), y)
 
 
@@ -147,26 +147,26 @@ def test_more_than_2_to_the_31_elements(layout: torch.memory_format) -> None:
     for sample in x:
         sample.normal_()
     x[-1] += 1
-    y = syncbn.sync_batch_norm(x.requires_grad_(), None, None, training=True, kernel="triton")
+    y = syncbn.sync_batch_norm(x.requires_grad_(), None, None, training=True, impl="triton")
     part = x[:, 5].detach().double()
     invstd = part.var(correction=0).add(1e-5).rsqrt()
-    wanted = (part[-1] - part.mean()) * invstd
-    assert ((y[-1, 5].double() - wanted).abs() <= 2**-8 * wanted.abs().clamp(min=1)).all()
-    # Of the last sample alone: then dx is what is left of dy without its mean and its slope.
+    expected = (part[-1] - part.mean()) * invstd
+    assert ((y[-1, 5].double() - expected).abs() <= 2**-8 * expected.abs().clamp(min=1)).all()
+    # dy of the last sample only: dx is dy without its mean and its projection on xhat.
     dy = torch.zeros_like(x)
     dy[-1] = y.detach()[-1]
     (dx,) = torch.autograd.grad(y, x, dy)
     xhat, last = (part - part.mean()) * invstd, dy[-1, 5].double()
     mean, slope = last.sum() / part.numel(), (last * xhat[-1]).sum() / part.numel()
-    wanted = (last - mean - xhat[-1] * slope) * invstd
-    assert ((dx[-1, 5].double() - wanted).abs() <= 2**-7 * wanted.abs().clamp(min=1)).all()
+    expected = (last - mean - xhat[-1] * slope) * invstd
+    assert ((dx[-1, 5].double() - expected).abs() <= 2**-7 * expected.abs().clamp(min=1)).all()
 
 
-def test_results_are_the_same_every_time() -> None:
-    run = step(*case(64), residual=True)
-    wanted = run()
+def test_results_are_deterministic() -> None:
+    run = make_step(*make_layer(64), residual=True)
+    expected = run()
     for _ in range(10):
-        assert all(torch.equal(*pair) for pair in zip(run(), wanted, strict=True))
+        assert all(torch.equal(*pair) for pair in zip(run(), expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -175,6 +175,6 @@ def test_under_autocast(dtype: torch.dtype) -> None:
     x = torch.randn(4, 3, 12, 12, device=CUDA)
     with torch.autocast("cuda", dtype):
         y = layer(conv(x))
-        wanted = F.batch_norm(conv(x).float(), None, None, training=True)
+        expected = F.batch_norm(conv(x).float(), None, None, training=True)
     assert y.dtype == dtype
-    torch.testing.assert_close(y.float(), wanted, rtol=2**-7, atol=2**-7)
+    torch.testing.assert_close(y.float(), expected, rtol=2**-7, atol=2**-7)

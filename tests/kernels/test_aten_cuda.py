@@ -1,8 +1,8 @@
-"""The CUDA kernel module on a machine without a GPU.
+"""The ATen CUDA kernel on a machine without a GPU.
 
-Its four functions are arithmetic around four ATen kernels that exist for CUDA alone. Here those are
-given CPU definitions, written from the formulas of ATen's CUDA source in the accumulation dtype, so
-that the arithmetic around them runs. The kernels themselves are tested by the rows marked ``gpu``.
+Its methods are arithmetic around four ATen functions that exist on CUDA only. CPU definitions of
+these, written from the formulas of ATen's CUDA source in the accumulation dtype, let that
+arithmetic run here. The ATen functions are tested by the rows marked ``gpu``.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 from oracle import Case
 from torch import Tensor
 
-from syncbn.kernels import aten_cuda
+from syncbn.kernels.aten_cuda import AtenCudaKernel
 from syncbn.kernels.coefficients import compute_dtype
 from syncbn.moments import Moments
 from tests.kernel_cases import DTYPES, tolerance
 from tests.test_far_from_zero import check_kernel
 from tests.test_kernels import LAYOUTS, SHAPES, check_module
 
-CPU = torch.device("cpu")
+CPU, KERNEL = torch.device("cpu"), AtenCudaKernel()
 
 
 def _dims(x: Tensor) -> list[int]:
@@ -100,7 +100,7 @@ def _aten_kernels_on_cpu() -> Iterator[None]:
 def test_arithmetic_agrees_with_float64(dtype: torch.dtype, layout: str) -> None:
     for shape, affine in itertools.product(SHAPES, (True, False)):
         check_module(
-            aten_cuda, Case((shape,), dtype, layout, affine=affine), 2 * tolerance(dtype), CPU
+            KERNEL, Case((shape,), dtype, layout, affine=affine), 2 * tolerance(dtype), CPU
         )
 
 
@@ -108,23 +108,23 @@ def test_arithmetic_agrees_with_float64(dtype: torch.dtype, layout: str) -> None
 @pytest.mark.parametrize("offset", [100.0, 1e4])
 def test_arithmetic_keeps_precision_far_from_zero(layout: str, offset: float) -> None:
     for shape in SHAPES[-2:]:
-        check_module(aten_cuda, Case((shape,), layout=layout, offset=offset), 1e-6, CPU)
+        check_module(KERNEL, Case((shape,), layout=layout, offset=offset), 1e-6, CPU)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_arithmetic_of_float64_far_from_zero(layout: str) -> None:
     """Raw float64 sums lost the variance."""
-    check_kernel(aten_cuda, layout)
+    check_kernel(KERNEL, layout)
 
 
-def test_arithmetic_ignores_where_the_outlier_is() -> None:
+def test_arithmetic_with_an_outlier_in_the_first_sample() -> None:
     x = torch.randn(4, 8, 40, 40, dtype=torch.float64).add(1e4).float()
     x[0, :, 0, 0] = 0
     values = x.double().movedim(1, 0).reshape(8, -1)
-    found = Moments.unpack(aten_cuda.moments(x), 8)
+    found = Moments.unpack(KERNEL.moments(x), 8)
     assert ((found.mean() - values.mean(1)) / values.std(1)).abs().max() <= 1e-6
 
 
 def test_arithmetic_of_a_constant_channel() -> None:
-    message = aten_cuda.moments(torch.full((4, 1, 3, 3), 7.0))
-    assert torch.equal(message, torch.tensor([7.0 * 36, 49.0 * 36, 36.0], dtype=torch.float64))
+    moments = KERNEL.moments(torch.full((4, 1, 3, 3), 7.0))
+    assert torch.equal(moments, torch.tensor([7.0 * 36, 49.0 * 36, 36.0], dtype=torch.float64))

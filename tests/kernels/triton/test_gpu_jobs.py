@@ -1,9 +1,7 @@
-"""What runs on a GPU as a job of its own: benchmarks over NCCL, and every test of layers again."""
+"""Jobs on a GPU: the layer tests again, and benchmarks over NCCL."""
 
 from __future__ import annotations
 
-import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,29 +18,17 @@ pytestmark = [
 ]
 
 
-def layer_tests() -> list[str]:
-    """Return the files that `make test-triton` runs."""
-    text = (ROOT / "Makefile").read_text()
-    found = re.search(r"^LAYERS := .*?%\.py,(.*?)\)$", text, re.MULTILINE | re.DOTALL)
-    assert found is not None
-    return found[1].replace("\\", " ").split()
-
-
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("name", layer_tests())
-def test_layers_on_the_gpu(name: str) -> None:
-    """Tensors are made there, and all ranks of a test share it."""
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", f"tests/test_{name}.py"]
-    environment = {**os.environ, "SYNCBN_TEST_TRITON": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+@pytest.mark.timeout(1800)
+def test_layers_on_the_gpu() -> None:
+    """The layer tests with tensors on the GPU, which all ranks of a test share."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "4", "-m", "layers", "--impl", "triton"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:]
 
 
 @pytest.mark.timeout(180)
 def test_layers_are_measured(tmp_path: Path) -> None:
-    """NCCL takes no times in tensors of the CPU; torch's layer calls collectives in its own way."""
+    """NCCL cannot reduce times in CPU tensors; torch's layer calls its own collectives."""
     settings = ["device=cuda", "shapes=[8x9x9]", "dtypes=[bfloat16]", "rounds=1"]
     output, results = run(tmp_path, "syncbn.cli.bench", "layers", *settings)
     assert "nn.SyncBatchNorm" in output

@@ -1,0 +1,266 @@
+"""The Triton kernel: memory layouts, ReLU masks, running statistics, number of launches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import _lru_cache_wrapper
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor
+
+import syncbn
+from syncbn.kernels import REFERENCE, Kernel, select_kernel
+from syncbn.kernels.base import NormalizeArgs, RunningStats, Saved
+from syncbn.kernels.layout import NCSLayout
+from syncbn.moments import Moments
+from tests.kernel_cases import EPS, device_of, totals
+
+DEVICE = device_of("triton")
+# Programs share the channels of this shape.
+SPLIT_SHAPE = (64, 4, 32, 32)
+SHAPES = [(2, 5), (3, 16, 7), (4, 6, 5, 3), (40, 3, 12, 9), (1, 70, 1, 1)]
+LAYOUTS = ["contiguous", "channels_last", "gaps between samples", "slice of channels"]
+
+
+@pytest.fixture
+def triton() -> Kernel:
+    return select_kernel("triton", torch.empty(1, 1, device=DEVICE))
+
+
+@pytest.fixture
+def launches() -> Iterator[list[str]]:
+    """Return the names of launched kernels."""
+    from syncbn.kernels.triton.launcher import LaunchPlan
+
+    launch = LaunchPlan.__call__
+    names: list[str] = []
+
+    def record(self: LaunchPlan, *values: Any) -> None:
+        names.append(self._kernel.__name__)
+        launch(self, *values)
+
+    with patch.object(LaunchPlan, "__call__", record):
+        yield names
+
+
+@pytest.fixture
+def _empty_plan_caches() -> Iterator[None]:
+    from syncbn.kernels.triton import plans
+
+    caches = [f for f in vars(plans).values() if isinstance(f, _lru_cache_wrapper)]
+    assert len(caches) >= 4
+    for plan in caches:
+        plan.cache_clear()
+    yield
+    for plan in caches:
+        plan.cache_clear()
+
+
+@pytest.fixture(params=["small", "large"])
+def _sizes(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _empty_plan_caches: None
+) -> None:
+    """Tile tensors as they are, and as large ones: several tiles per program, 64-bit offsets."""
+    if request.param == "large":
+        monkeypatch.setattr("syncbn.kernels.triton.tiling._MANY_TILES", 0)
+        monkeypatch.setattr("syncbn.kernels.triton.tiling._INT32_LIMIT", 0)
+
+
+def make_tensor(shape: tuple[int, ...], layout: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    size = list(shape)
+    if layout == "gaps between samples":
+        size[0] *= 2
+    if layout == "slice of channels":
+        size[1] += 3
+    x = torch.randn(size, dtype=torch.float64).to(dtype).to(DEVICE)
+    if layout in ("channels_last", "slice of channels"):
+        x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    return x[:: 2 if layout == "gaps between samples" else 1, : shape[1]]
+
+
+def widen(saved: Saved) -> Saved:
+    """Return saved values for the reference in float64, without a stored ReLU mask."""
+    return saved._replace(x=saved.x.double(), relu_values=None, layout=None)
+
+
+@pytest.mark.usefixtures("_sizes")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_layouts(triton: Kernel, shape: tuple[int, ...], layout: str) -> None:
+    x, dy, residual = (make_tensor(shape, layout) for _ in range(3))
+    weight, bias = torch.randn(2, shape[1], 2, device=DEVICE)[..., 0]
+    moments = triton.moments(x)
+    # A sum may cancel: its rounding error is relative to the sum of absolute values.
+    magnitude = totals(REFERENCE.moments(x.double().abs()), shape[1])
+    expected = totals(REFERENCE.moments(x.double()), shape[1])
+    assert ((moments - expected).abs() <= 5e-7 * magnitude).all()
+    args = NormalizeArgs(EPS, weight, bias, relu=True)
+    y, _ = triton.normalize(x, moments, args, residual)
+    expected, _ = REFERENCE.normalize(x.double(), moments, args, residual.double())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-6)
+    _, saved = triton.normalize(x, moments, args, None)
+    reduced = triton.backward_reduce(dy, saved, (True, True, True, False))
+    expected_reduced = REFERENCE.backward_reduce(dy.double(), widen(saved), (True,) * 4)
+    sums = expected_reduced.sums
+    torch.testing.assert_close(reduced.sums, sums, rtol=1e-5, atol=1e-5)
+    assert reduced.dweight is not None
+    assert reduced.dbias is not None
+    found = torch.cat([reduced.dbias, reduced.dweight]).double()
+    torch.testing.assert_close(found, reduced.sums, rtol=1e-6, atol=1e-6)
+    dx = triton.backward_elemt(saved, reduced, sums)
+    expected = REFERENCE.backward_elemt(widen(saved), expected_reduced, sums)
+    torch.testing.assert_close(dx.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_empty_plan_caches")
+def test_first_values_far_from_the_mean(triton: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding, say: around the mean of its first values, float32 would lose the variance."""
+    monkeypatch.setattr("syncbn.kernels.triton.plans.num_multiprocessors", lambda _: 1)
+    x = torch.full((200, 1, 2048), 1000.1, device=DEVICE)
+    x[:2] = 0
+    moments = Moments.unpack(triton.moments(x), 1)
+    variance = x.double().var(correction=0)
+    torch.testing.assert_close(moments.variance()[0], variance, rtol=1e-6, atol=0)
+
+
+def test_a_launch_resets_its_counters() -> None:
+    """Otherwise the next launch would have no last program, or two."""
+    from syncbn.kernels.triton import plans
+
+    x = torch.randn(SPLIT_SHAPE, device=DEVICE)
+    expected = totals(REFERENCE.moments(x.double()), x.shape[1])
+    plan = plans.plan_moments(NCSLayout.contiguous(x.shape), x.device, x.dtype)
+    partials, counters = plan.new_workspace()
+    assert counters is not None
+    for _ in range(2):
+        moments = torch.empty_like(expected)
+        plan(x, partials, counters, moments)
+        torch.testing.assert_close(moments, expected, rtol=1e-6, atol=1e-2)
+        assert not counters.any()
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("samples", [0, 1, 5])
+def test_running_statistics(
+    triton: Kernel, momentum: float | None, dtype: torch.dtype, samples: int
+) -> None:
+    """Several blocks of channels: the program of only one of them counts the batch."""
+    x = torch.randn(samples, 700, device=DEVICE)
+    moments = triton.moments(x)
+
+    def update(kernel: Kernel) -> list[Tensor]:
+        mean = torch.linspace(-1, 1, 700, device=DEVICE).to(dtype)
+        tensors = [mean, mean.exp(), torch.tensor(3, device=DEVICE)]
+        versions = [t._version for t in tensors]
+        running = RunningStats(*tensors, momentum)
+        kernel.normalize(x, moments, NormalizeArgs(EPS, running=running), None)
+        assert all(t._version > v for t, v in zip(tensors, versions, strict=True))
+        return tensors
+
+    torch.testing.assert_close(update(triton), update(REFERENCE))
+
+
+@pytest.mark.usefixtures("_sizes")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(40, 3, 12, 9), (10, 70, 11, 2), (7, 3)], ids=str)
+def test_stored_relu_mask(triton: Kernel, shape: tuple[int, ...], layout: str) -> None:
+    x, dy, residual = (make_tensor(shape, layout) for _ in range(3))
+    weight = torch.randn(shape[1], device=DEVICE)
+    args = NormalizeArgs(EPS, weight, None, relu=True)
+    y, saved = triton.normalize(x, triton.moments(x), args, residual)
+    masked, before = dy * (y > 0), dy.clone()
+    plain = widen(saved)._replace(relu=False)
+    expected = REFERENCE.backward_reduce(masked.double(), plain, (True,) * 4)
+    expected_dx = REFERENCE.backward_elemt(plain, expected, expected.sums)
+    assert torch.equal(triton.relu_mask(saved), y > 0)
+    assert expected.dweight is not None
+
+    for needs_dx, needs_dresidual in ((True, True), (True, False), (False, True), (False, False)):
+        output_mask = needs_dx, True, True, needs_dresidual
+        reduced = triton.backward_reduce(dy, saved, output_mask)
+        torch.testing.assert_close(reduced.sums, expected.sums, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(reduced.dweight, expected.dweight, rtol=1e-5, atol=1e-5)
+        assert reduced.dbias is None
+        if needs_dx or needs_dresidual:
+            assert torch.equal(reduced.dy, masked)
+        assert (reduced.dresidual is not None) == needs_dresidual
+        # Then dx may overwrite it.
+        assert reduced.inplace_ok == (needs_dx and not needs_dresidual)
+        if needs_dx:
+            dx = triton.backward_elemt(saved, reduced, expected.sums)
+            torch.testing.assert_close(dx.double(), expected_dx, rtol=1e-5, atol=1e-5)
+            local_dx, *_, dresidual = triton.backward_local(dy, saved, output_mask)
+            torch.testing.assert_close(local_dx, dx, rtol=1e-5, atol=1e-5)
+            assert dresidual is None or torch.equal(dresidual, masked)
+        if reduced.dresidual is not None:
+            assert torch.equal(reduced.dresidual, masked)
+        assert torch.equal(dy, before)
+
+
+def test_an_expanded_gradient_is_copied_once(triton: Kernel) -> None:
+    """The gradient of a sum is a single expanded value, which no kernel can read."""
+    from syncbn.kernels import triton as module
+
+    x = make_tensor((3, 4, 5, 3), "contiguous")
+    _, saved = triton.forward_local(x, NormalizeArgs(EPS), None)
+    with patch.object(module, "match_layout", wraps=module.match_layout) as match_layout:
+        triton.backward_local(torch.ones((), device=DEVICE).expand(x.shape), saved, (True,) * 4)
+        first, second = (call.args[0] for call in match_layout.call_args_list)
+    assert not first.is_contiguous()
+    assert second.is_contiguous()
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shape", [(2, 4, 5, 5), SPLIT_SHAPE], ids=str)
+def test_two_launches_forward_and_two_backward(
+    launches: list[str], residual: bool, shape: tuple[int, ...]
+) -> None:
+    layer = syncbn.SyncBatchNorm2d(4, activation="relu").to(DEVICE)
+    layer.impl = "triton"
+    x, r = torch.randn(2, *shape, device=DEVICE)
+    y = layer(x.requires_grad_(), r.requires_grad_() if residual else None)
+    assert launches == ["moments", "normalize"]
+    y.sum().backward()
+    assert launches[2:] == ["backward_reduce", "backward_elemt"]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_saved_tensor_hooks_may_change_strides(layout: str, create_graph: bool) -> None:
+    """The bits of the ReLU mask are in the order of the values of the original input."""
+    layer = syncbn.SyncBatchNorm2d(6, activation="relu").to(DEVICE)
+    layer.impl = "triton"
+    x, residual, dy = (make_tensor((4, 6, 5, 3), layout) for _ in range(3))
+    x.requires_grad_()
+
+    def gradient() -> Tensor:
+        (dx,) = torch.autograd.grad(layer(x, residual), x, dy, create_graph=create_graph)
+        return dx
+
+    def swap_layout(t: Tensor) -> Tensor:
+        is_contiguous = t.ndim == 4 and t.is_contiguous()
+        format = torch.channels_last if is_contiguous else torch.contiguous_format
+        return t.contiguous(memory_format=format)
+
+    expected = gradient()
+    with torch.autograd.graph.saved_tensors_hooks(swap_layout, lambda t: t):
+        found = gradient()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 3, 0, 5)], ids=str)
+def test_empty_relu_mask(triton: Kernel, shape: tuple[int, ...]) -> None:
+    """A byte was written for a position that does not exist: on a GPU, to address zero."""
+    x = torch.empty(shape, device=DEVICE)
+    args = NormalizeArgs(EPS, relu=True)
+    y, saved = triton.normalize(x, triton.moments(x), args, x)
+    assert saved.relu_values is not None
+    assert saved.relu_values.numel() == 0
+    guarded = saved._replace(relu_values=torch.full((64,), 7, dtype=torch.uint8, device=DEVICE))
+    reduced = triton.backward_reduce(x, guarded, (True,) * 4)
+    assert y.shape == reduced.dy.shape == triton.relu_mask(guarded).shape == shape
+    assert not reduced.sums.any()
