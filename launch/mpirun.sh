@@ -23,7 +23,7 @@ where=(-n "$((NPROC * (${#commas} + 1)))" ${HOSTS:+-host "${HOSTS//,/:$NPROC,}:$
 export PRTE_MCA_hwloc_default_binding_policy=none OMPI_MCA_hwloc_base_binding_policy=none
 export PRTE_MCA_rmaps_default_mapping_policy=slot:oversubscribe OMPI_MCA_rmaps_base_oversubscribe=1
 export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-# Ranks see a terminal always; on other nodes only what env hands them (MALLOC_*: docs/kernels.md).
+# Ranks see a terminal always; on other nodes only what env hands them (MALLOC_*: docs/performance.md).
 [[ -t 1 ]] || export TERM=dumb
 settings=(OMP_NUM_THREADS="$threads" TORCH_DISTRIBUTED_DEBUG="${TORCH_DISTRIBUTED_DEBUG:-OFF}"
   MALLOC_MMAP_MAX_="${MALLOC_MMAP_MAX_-0}" MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_-100000000000}")

@@ -18,7 +18,7 @@ cores() { env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN;
 NPROC=${NPROC:-$(gpus)}
 ((NPROC > 0)) || NPROC=2
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((NPROC < $(cores) ? $(cores) / NPROC : 1))}
-# glibc keeps what is freed (docs/kernels.md).
+# glibc keeps what is freed (docs/performance.md).
 export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-100000000000}
 rendezvous=(--standalone)
 if ((${NNODES:-1} > 1)); then

@@ -29,7 +29,7 @@ def reuse_freed_memory() -> bool:
 
     Otherwise glibc returns large tensors to the system, and the next ones cost a page fault for
     every 4 KiB: several times the cost of batch norm. The same in a shell is
-    ``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=...`` (docs/kernels.md).
+    ``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=...`` (docs/performance.md).
     """
     if sys.platform != "linux":
         return False
