@@ -19,8 +19,8 @@ from syncbn.kernels.aten_cuda import AtenCudaKernel
 from syncbn.kernels.coefficients import compute_dtype
 from syncbn.moments import Moments
 from tests.kernel_cases import DTYPES, tolerance
-from tests.test_far_from_zero import check_kernel
-from tests.test_kernels import LAYOUTS, SHAPES, check_module
+from tests.kernels.test_far_from_zero import check_kernel
+from tests.kernels.test_kernels import LAYOUTS, SHAPES, check_module
 
 CPU, KERNEL = torch.device("cpu"), AtenCudaKernel()
 

@@ -24,7 +24,7 @@ from tests.kernel_cases import (
     saved_for,
     tolerance,
 )
-from tests.test_kernels import LAYOUTS, SHAPES, check_module
+from tests.kernels.test_kernels import LAYOUTS, SHAPES, check_module
 
 pytestmark = needs_cpp
 

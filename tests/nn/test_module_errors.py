@@ -54,7 +54,9 @@ def test_dimensions_are_checked_as_in_torch(layer: nn.Module, shape: tuple[int, 
 
 def test_functional_names_the_tensor_of_the_wrong_length() -> None:
     x, three = torch.randn(4, 3), torch.zeros(3)
-    with pytest.raises(ValueError, match=r"expected 4 channels in dimension 1, as in weight of shape \(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"expected 4 channels in dimension 1, as in weight of shape \(4,\)"
+    ):
         syncbn.sync_batch_norm(x, three, three, weight=torch.ones(4), training=True)
     with pytest.raises(ValueError, match="expected both when training is False"):
         syncbn.sync_batch_norm(x, None, None)
