@@ -10,7 +10,7 @@ import torch
 
 
 def begin() -> None:
-    """Have kernels interpreted, if there is no GPU; to be called before they are imported."""
+    """Interpret kernels if there is no GPU; call this before they are imported."""
     if torch.cuda.is_available():
         return
     os.environ["TRITON_INTERPRET"] = "1"
@@ -28,27 +28,27 @@ def begin() -> None:
     look_up, types = interpreter._get_np_dtype, {}
 
     def rounded(self: Any, source: Any, dtype: Any) -> Any:
-        # It cuts digits off; GPUs round.
+        # The interpreter truncates; GPUs round.
         if source.dtype.scalar is tl.float32 and dtype.scalar is tl.bfloat16:
             half = torch.from_numpy(source.data.copy()).bfloat16()
             return TensorHandle(half.view(torch.uint16).numpy(), tl.bfloat16)
         return convert(self, source, dtype)
 
     def called(self: Any, *arguments: Any, **constants: Any) -> Any:
-        # It prepares the language for every function that a kernel calls, again and again, which
-        # takes longer than to run it.
+        # The interpreter patches the language for every call of a device function, which takes
+        # longer than running it.
         if (home := self.fn.__module__) in ready:
             return self.rewrite()(*arguments, **constants)
         ready.add(home)
         return call(self, *arguments, **constants)
 
     def looked_up(dtype: Any) -> Any:
-        # It makes a table of all types, again and again.
+        # The interpreter builds a table of all types in every call.
         if (name := dtype.scalar.name) not in types:
             types[name] = look_up(dtype)
         return types[name]
 
-    # It looks for overflows in every sum of integers, and tells nobody.
+    # The interpreter checks every integer sum for overflow, and does not report it.
     builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=False)
     interpreter._get_np_dtype = looked_up

@@ -10,7 +10,8 @@ without memory, which other kernels cannot read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -96,8 +97,9 @@ def composite_backward(
         return composite_batch_norm(x, weight, bias, None, plain, "double backward")
 
     # With respect to x on every rank: a rank that needs no dx still takes part in the all-reduce.
-    vjp_function: Any = torch.func.vjp(forward, saved.x, parameters)[1]
-    dx, gradients = vjp_function(masked_dy)
+    with _without_saved_tensor_hooks():
+        vjp_function: Any = torch.func.vjp(forward, saved.x, parameters)[1]
+        dx, gradients = vjp_function(masked_dy)
     found = dx, gradients.get("weight"), gradients.get("bias"), masked_dy
     needed = [t if need else None for t, need in zip(found, output_mask, strict=True)]
     return needed[0], needed[1], needed[2], needed[3]
@@ -113,6 +115,20 @@ def _first_order(
     sums = differentiable_all_reduce(reduced.sums, params.group, label)
     dx = REFERENCE.backward_elemt(saved, reduced, sums) if output_mask[0] else None
     return dx, reduced.dweight, reduced.dbias, reduced.dresidual
+
+
+@contextmanager
+def _without_saved_tensor_hooks() -> Iterator[None]:
+    """Suspend hooks of saved tensors (offloading), which ``torch.func.vjp`` refuses."""
+    hooks: list[Any] = []
+    while top := torch._C._autograd._top_saved_tensors_default_hooks(False):
+        hooks.append(top)
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 def vmap_rows(function: Callable[[Tensor], Gradients], dy: Tensor) -> Gradients:

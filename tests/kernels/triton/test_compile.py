@@ -39,7 +39,7 @@ def run_program(name: str, *arguments: str, cache: Path) -> dict[str, Any]:
     return results
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_kernels_compile_for_gpus(architecture: int, tmp_path: Path) -> None:
     """16-byte accesses where rows allow them; registers for the resident programs of an SM."""

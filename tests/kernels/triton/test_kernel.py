@@ -203,12 +203,11 @@ def test_stored_relu_mask(triton: Kernel, shape: tuple[int, ...], layout: str) -
 
 def test_an_expanded_gradient_is_copied_once(triton: Kernel) -> None:
     """The gradient of a sum is a single expanded value, which no kernel can read."""
-    from syncbn.kernels import layout
-    from syncbn.kernels import triton as module
+    from syncbn.kernels.layout import match_layout as function
 
     x = make_tensor((3, 4, 5, 3), "contiguous")
     _, saved = triton.forward_local(x, NormalizeArgs(EPS), None)
-    with patch.object(module, "match_layout", wraps=layout.match_layout) as match_layout:
+    with patch("syncbn.kernels.triton.match_layout", wraps=function) as match_layout:
         triton.backward_local(torch.ones((), device=DEVICE).expand(x.shape), saved, (True,) * 4)
         first, second = (call.args[0] for call in match_layout.call_args_list)
     assert not first.is_contiguous()
