@@ -40,7 +40,7 @@ def select_kernel(impl: str, x: Tensor, *others: Tensor | None) -> Kernel:
         impl: "auto" for the fastest kernel that supports x, or the name of a kernel, which is never
             replaced by another.
         x: input, shape ``[N, C, *]``.
-        others: weight, bias, running statistics and residual, on x's device; or None.
+        others: weight, bias, running statistics and residual on x's device, or None.
 
     Raises:
         ValueError: the name is unknown, or the named kernel does not support x.

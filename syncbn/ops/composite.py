@@ -108,7 +108,7 @@ def composite_backward(
 def _first_order(
     masked_dy: Tensor, saved: Saved, params: BatchNormParams, output_mask: OutputMask
 ) -> Gradients:
-    """Return gradients without a graph, by formulas that a transform sees."""
+    """Return gradients without a graph, in operations that a transform can batch."""
     saved = saved._replace(relu=False, relu_values=None)
     reduced = REFERENCE.backward_reduce(masked_dy, saved, output_mask)
     label = describe_all_reduce(params, "backward", saved.x)

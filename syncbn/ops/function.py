@@ -62,7 +62,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
     With a residual r (shape of x) and a ReLU::
 
         y = max(xhat weight + bias + r, 0)
-        dr = dy where y > 0, else 0;  dx, dweight and dbias as above, with dr in place of dy
+        dr = dy where y > 0, else 0;  dx, dweight and dbias as above, with dr for dy
 
     Saved are x (alive anyway, as the output of the previous layer) and per-channel values: mean,
     invstd, n, weight, bias. Neither xhat nor y is saved: xhat, and where y > 0, is one multiply-add
@@ -113,18 +113,16 @@ class SyncBatchNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Return dx, this rank's dweight and dbias, and dresidual."""
         params: BatchNormParams = ctx.params
-        saved, output_mask = (
-            Saved(*ctx.saved_tensors, *ctx.saved_constants),
-            ctx.needs_input_grad[:4],
-        )
+        saved = Saved(*ctx.saved_tensors, *ctx.saved_constants)
+        output_mask = ctx.needs_input_grad[:4]
         if not torch.compiler.is_compiling():
-            composite = partial(
-                composite_backward, saved=saved, params=params, output_mask=output_mask
-            )
             if modes.is_grads_batched(dy):
-                return *vmap_rows(composite, dy), None
+                function = partial(
+                    composite_backward, saved=saved, params=params, output_mask=output_mask
+                )
+                return *vmap_rows(function, dy), None
             if torch.is_grad_enabled() or modes.in_functorch_transform():
-                return *composite(dy), None
+                return *composite_backward(dy, saved, params, output_mask), None
         kernel = params.kernel
         if params.group is None and output_mask[0]:
             return *kernel.backward_local(dy, saved, output_mask), None
