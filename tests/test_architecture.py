@@ -65,7 +65,7 @@ def test_every_room_has_its_floor() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")), ids=str
+    "path", sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/**/*.md")), ids=str
 )
 def test_links_between_papers_resolve(path: Path) -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", path.read_text()):

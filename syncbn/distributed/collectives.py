@@ -6,7 +6,7 @@ torch.distributed.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -78,60 +78,9 @@ def all_reduce(vector: Tensor, group: dist.ProcessGroup | None, label: str) -> T
     if torch.compiler.is_compiling():
         payload = functional.all_reduce(payload, "sum", group)
     else:
-        _start(payload, group, label, async_op=False)
+        _all_reduce(payload, group, label)
         fingerprint.check(payload, value, group, label)
     return fingerprint.strip(payload, value, vector.shape[-1])
-
-
-class PendingAllReduce(NamedTuple):
-    """An all-reduce in flight.
-
-    Attributes:
-        payload: return value of :func:`syncbn.distributed.fingerprint.append`.
-        size: length of the vector in the payload.
-        label: label of the all-reduce.
-        value: fingerprint of the label; None if the payload has none.
-        group: group of the all-reduce; None if it is complete.
-        work: work object of torch.distributed; None if it is complete.
-    """
-
-    payload: Tensor
-    size: int
-    label: str
-    value: float | None = None
-    group: dist.ProcessGroup | None = None
-    work: dist.Work | None = None
-
-    def wait(self) -> Tensor:
-        """Wait for the all-reduce (on a GPU, in the current stream) and return the sum.
-
-        Raises:
-            RuntimeError: see :func:`all_reduce`.
-        """
-        if self.work is None or self.group is None:
-            return self.payload
-        try:
-            self.work.wait()
-        except RuntimeError as error:
-            raise _with_label(error, self.payload, self.label) from error
-        fingerprint.check(self.payload, self.value, self.group, self.label)
-        return fingerprint.strip(self.payload, self.value, self.size)
-
-
-def all_reduce_async(
-    vector: Tensor, group: dist.ProcessGroup | None, label: str
-) -> PendingAllReduce:
-    """Start an all-reduce; under ``torch.compile``, complete it.
-
-    Work before :meth:`PendingAllReduce.wait` overlaps with the all-reduce. For the arguments and
-    errors, see :func:`all_reduce`.
-    """
-    if group is None or torch.compiler.is_compiling():
-        return PendingAllReduce(all_reduce(vector, group, label), vector.shape[-1], label)
-    value = fingerprint.fingerprint(label, vector)
-    payload = fingerprint.append(vector, value)
-    work = _start(payload, group, label, async_op=True)
-    return PendingAllReduce(payload, vector.shape[-1], label, value, group, work)
 
 
 def differentiable_all_reduce(
@@ -193,12 +142,12 @@ class _MismatchError(Exception):
     """Different layers, sizes or dtypes in one all-reduce."""
 
 
-def _start(payload: Tensor, group: dist.ProcessGroup, label: str, async_op: bool) -> Any:
-    """Return the work object of torch.distributed; None if ``async_op`` is false."""
+def _all_reduce(payload: Tensor, group: dist.ProcessGroup, label: str) -> None:
+    """Sum a payload over a group, in place."""
     try:
         if dist.get_debug_level().value == _DETAIL:
             _compare_labels(payload, group, label)
-        return dist.all_reduce(payload, group=group, async_op=async_op)
+        dist.all_reduce(payload, group=group)
     except _MismatchError as error:
         raise RuntimeError(str(error)) from None
     except RuntimeError as error:

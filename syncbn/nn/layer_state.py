@@ -21,13 +21,6 @@ _PRIVATE = {
     "impl": "_syncbn_impl",
     "fqn": "_syncbn_fqn",
 }
-# Names in pickles of earlier versions: the private ones, and the public ones that preceded them.
-_FORMER_PRIVATE = {"_syncbn_kernel": "_syncbn_impl", "_syncbn_name": "_syncbn_fqn"}
-_FORMER_PUBLIC = {
-    "process_group": "_syncbn_group",
-    "sync_kernel": "_syncbn_impl",
-    "sync_name": "_syncbn_fqn",
-}
 
 
 @dataclass(frozen=True)
@@ -87,15 +80,6 @@ class LayerState(_BatchNorm):
                 ranks = ()
             state["_syncbn_group"] = DetachedGroup(ranks)
         return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        names = dict(_FORMER_PRIVATE)
-        if "_syncbn_group" not in state:
-            names |= _FORMER_PUBLIC
-            # On a user's class, `activation` is the user's attribute.
-            if _is_library_class(self):
-                names["activation"] = "_syncbn_activation"
-        super().__setstate__({names.get(name, name): value for name, value in state.items()})
 
     def __copy__(self) -> LayerState:
         # The default goes through __getstate__, which detaches a live group.

@@ -193,28 +193,6 @@ def test_missing_attribute_raises_attribute_error() -> None:
         _ = layer.impl
 
 
-FORMER_PUBLIC = {"process_group": None, "sync_name": "stem", "sync_kernel": "reference"}
-FORMER_PRIVATE = {"_syncbn_group": None, "_syncbn_name": "stem", "_syncbn_kernel": "reference"}
-
-
-@pytest.mark.parametrize("former", [FORMER_PUBLIC, FORMER_PRIVATE], ids=["public", "private"])
-def test_pickles_with_former_names_load(former: dict[str, Any]) -> None:
-    """Earlier versions stored the settings under public names, then under other private ones."""
-    activation = "activation" if former is FORMER_PUBLIC else "_syncbn_activation"
-    for layer in (syncbn.SyncBatchNorm2d(4), syncbn.convert_sync_batchnorm(Named(4, "gelu"))):
-        state = layer.__getstate__()
-        settings = {name: state.pop(name) for name in list(state) if name.startswith("_syncbn_")}
-        assert set(settings) >= {"_syncbn_group"}
-        is_library_class = type(layer) is syncbn.SyncBatchNorm2d
-        clone: Any = type(layer).__new__(type(layer))
-        relu = {activation: "relu"} if is_library_class else {}
-        clone.__setstate__({**state, **former, **relu})
-        y = clone(torch.randn(5, 4, 3, 3))
-        assert (clone._syncbn_fqn, clone._syncbn_impl) == ("stem", "reference")
-        assert (y.min() >= 0) == is_library_class
-        assert clone.activation == ("relu" if is_library_class else "gelu")
-
-
 def test_converted_layer_has_no_activation_attribute() -> None:
     """Regression: ``getattr(norm, "activation", "relu")`` returned None after conversion."""
     layer: Any = syncbn.convert_sync_batchnorm(nn.BatchNorm2d(3))
