@@ -9,16 +9,17 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+EXAMPLES := $(VENV)/.examples
 CPP := $(wildcard syncbn/kernels/cpu/csrc/*)
 export OMP_NUM_THREADS ?= 1
 
 .DELETE_ON_ERROR:
 .PHONY: demo calibration test test-triton sanitize prepare check format clean
 
-demo: $(INSTALLED)
+demo: $(EXAMPLES)
 	$(PYTHON) examples/demo.py
 
-calibration: $(INSTALLED)
+calibration: $(EXAMPLES)
 	$(PYTHON) examples/resnet/calibration_study.py
 
 WORKERS ?= 2
@@ -65,4 +66,10 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(CPP)
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@ $(EXAMPLES)
+
+# The examples need a fifth of these packages.
+$(EXAMPLES): pyproject.toml constraints.txt hatch_build.py $(CPP)
+	python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --progress-bar off -c constraints.txt -e '.[examples]'
 	touch $@
