@@ -1,10 +1,10 @@
-"""The main job, on real data and two CPU ranks: why one synchronizes batch norm, and how exactly.
+"""The main job, on real data and two CPU ranks: the gain and the exactness of syncbn.
 
     make demo
     python examples/demo.py --launcher mpirun
 
 Trains ResNet-20 on handwritten digits at 2 samples a rank, with torch's local BatchNorm2d and with
-ours, from the same initial weights and on the same samples; the yardstick is one process at the
+syncbn, from the same initial weights and on the same samples; the reference is one process at the
 global batch of 4. First 20 steps in float64, where every difference is visible, then three epochs
 for the accuracy. Prints a table and draws `runs/demo/TIME/demo.png`.
 """
@@ -30,7 +30,7 @@ from rich.table import Table
 HERE = Path(__file__).resolve().parent
 LAUNCHERS = ("torchrun", "mpirun")
 GLOBAL_BATCH = 4
-# Largest difference, in float64, that is rounding.
+# Rounding bound of a float64 difference.
 EXACT = 1e-10
 
 
@@ -95,7 +95,7 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Run the six jobs, print the table, draw the picture; fail if ours is not exact."""
+    """Run the six jobs, print the table, draw the picture; fail if syncbn is not exact."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--launcher", choices=LAUNCHERS, default=LAUNCHERS[0])
     launcher = parser.parse_args().launcher

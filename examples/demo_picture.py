@@ -1,4 +1,4 @@
-"""The demo's picture: synchronized, two ranks are one process; what that is worth."""
+"""The demo's picture: distance from one process at every step, and test accuracy."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Run(NamedTuple):
     Attributes:
         title: name of the run.
         losses: training loss of the first steps, in float64.
-        epochs: of the test accuracies.
-        accuracies: on the test set, after each epoch.
+        epochs: position of each test accuracy, in epochs.
+        accuracies: test accuracy after each epoch, from 0 to 1.
     """
 
     title: str
@@ -39,7 +39,7 @@ def draw(alone: Run, local: Run, sync: Run, target: Path) -> None:
     Args:
         alone: one process at the global batch, the yardstick.
         local: two ranks with local batch norm.
-        sync: two ranks with ours.
+        sync: two ranks with `syncbn.SyncBatchNorm`.
         target: the PNG to write.
     """
     # A Figure without pyplot has no global state and needs no display.

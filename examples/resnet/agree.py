@@ -1,6 +1,6 @@
 """Errors and values that all ranks must share.
 
-A rank that raises while the others go on to a collective leaves them waiting until the timeout.
+If one rank raises and the remaining ranks enter a collective, they block until the timeout.
 Work that can fail on one rank alone (reading a folder that one node lacks, say) is therefore done
 inside `agree`, after which either every rank goes on or every rank raises the same message.
 """
@@ -15,7 +15,7 @@ import torch.distributed as dist
 def agree() -> Iterator[None]:
     """Run the block; if it raises on any rank, raise on all of them.
 
-    A collective: every rank must enter. Other exceptions than those of bad input (programming
+    A collective: every rank must enter. Exceptions unrelated to input (programming
     errors) pass through at once, and the launcher ends the remaining ranks.
 
     Raises:
@@ -42,11 +42,11 @@ def agree_on(what: str, value: Hashable) -> None:
     """Raise on every rank unless all ranks hold an equal value.
 
     Args:
-        what: name of the value, for the message.
+        what: name of the value in the message.
         value: anything with `==` that pickles.
 
     Raises:
-        ValueError: two ranks differ; the message shows who has what.
+        ValueError: two ranks differ; the message lists the value of each rank.
     """
     values: list[Hashable] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)

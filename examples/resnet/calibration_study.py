@@ -1,4 +1,4 @@
-"""What a network trained with two samples a rank gains from calibration, and on corrupted images.
+"""Gain from calibrating a network trained with two samples per rank, also on corrupted images.
 
     make calibration                                      # or, with a virtual environment at hand,
     python examples/resnet/calibration_study.py --seeds 3
@@ -106,7 +106,7 @@ def compare_calibrations(net: nn.Module, train_set: Labelled, test_set: Labelled
     """Calibrate with every tool and batch size, and test.
 
     Returns:
-        First what training has left, then each tool by batch size.
+        The network as trained, then each tool by batch size.
     """
     exact = copy.deepcopy(net)
     syncbn.recalibrate(exact, train_set.images.split(64), progress=False)

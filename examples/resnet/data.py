@@ -27,15 +27,15 @@ class ResumableSampler(DistributedSampler[int]):
 class TrainBatches:
     """Shuffled training batches of this rank.
 
-    Every rank sees the same number of batches, of equal sizes: without ``drop_last`` the sampler
+    Every rank gets the same number of batches, of equal sizes: without ``drop_last`` the sampler
     repeats a few samples to make it so. The global batch of a step does not depend on how many
     ranks share it: ranks take turns in one permutation, the same for all.
 
     Args:
         images: the training set.
-        cfg: ``batch_size`` is that of one rank.
+        cfg: ``batch_size`` is the size per rank.
         info: this rank.
-        seed: of the order.
+        seed: seed of the order.
 
     Raises:
         ValueError: the set is too small for one batch.
@@ -77,7 +77,7 @@ def load(cfg: DataConfig, seed: int) -> tuple[Images, Images]:
 
     Args:
         cfg: which, and from where.
-        seed: of the augmentation.
+        seed: seed of the augmentation.
 
     Returns:
         ``(train, test)``.
@@ -129,13 +129,13 @@ def _loader(
     sampler: ResumableSampler | None,
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
-        images,  # type: ignore[arg-type]  # the type of a batch is not that of a sample
+        images,  # type: ignore[arg-type]  # a batch and a sample differ in type
         batch_size,
         sampler=sampler,
         num_workers=cfg.workers,
         pin_memory=info.device.type == "cuda",
         drop_last=sampler is not None and cfg.drop_last,
-        # A generator of its own: iterating must not move the random numbers a checkpoint saves.
+        # A separate generator: iterating must not move the random numbers a checkpoint saves.
         generator=torch.Generator(),
     )
     return loader

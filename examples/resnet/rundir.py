@@ -28,9 +28,9 @@ def open_run_dir(cfg: TrainConfig) -> RunDir:
     ============ =============== ===============================================================
     null         null            a new ``runs/NAME/TIME``
     null         FOLDER          FOLDER, which must not hold a run
-    ``auto``     null            the newest of ``runs/NAME`` that has a checkpoint, else a new one
+    ``auto``     null            the newest of ``runs/NAME`` with a checkpoint, or a new one
     ``auto``     FOLDER          FOLDER, continued if it has a checkpoint
-    FILE         null            that of FILE
+    FILE         null            the folder of FILE
     FILE         FOLDER          FOLDER
     ============ =============== ===============================================================
 
