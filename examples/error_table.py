@@ -4,8 +4,8 @@
     NPROC=3 launch/mpirun.sh examples/error_table.py
 
 Prints the largest relative error over all ranks (the largest error over the largest value) of the
-output, the input gradient, the parameter gradients and the running statistics. A second table is for
-float64 inputs, next to torch.nn.BatchNorm2d on the whole batch in one process.
+output, the input gradient, the parameter gradients and the running statistics. A second table
+compares float64 inputs with torch.nn.BatchNorm2d on the whole batch in one process.
 """
 
 from __future__ import annotations

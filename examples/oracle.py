@@ -23,7 +23,7 @@ class Case:
 
     Attributes:
         shapes: input shape on each rank, ``[N_r, C, *]``.
-        dtype: dtype of input and gradient; parameters are float64 for float64, else float32.
+        dtype: dtype of input and gradient; parameters are float64 for float64, or float32.
         layout: "contiguous", "channels_last" or "strided" (neither).
         offset: mean of the values, in standard deviations.
         scale: standard deviation of the values.

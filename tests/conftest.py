@@ -70,9 +70,9 @@ def two_ranks(pool: Pool, transport: str) -> Ranks:
 
 @pytest.fixture(params=[name for name in TRANSPORTS if name not in ("mpich", "nccl")])
 def two_on_host(request: pytest.FixtureRequest, pool: Pool) -> Ranks:
-    """Return two ranks whose host waits for messages: it sees their order, and is told of errors.
+    """Return two ranks whose CPU waits for collectives, so order and errors are observable.
 
-    NCCL's are the GPU's, and where one fails its watchdog ends the rank.
+    NCCL's collectives run on the GPU, and its watchdog ends the rank if one fails.
     """
     return pool(2, request.param)
 

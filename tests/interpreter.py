@@ -10,7 +10,7 @@ import torch
 
 
 def begin() -> None:
-    """Have kernels interpreted, if there is no GPU; to be called before they are imported."""
+    """Interpret kernels without a GPU; call before importing them."""
     if torch.cuda.is_available():
         return
     os.environ["TRITON_INTERPRET"] = "1"
@@ -43,12 +43,12 @@ def begin() -> None:
         return call(self, *arguments, **constants)
 
     def looked_up(dtype: Any) -> Any:
-        # It makes a table of all types, again and again.
+        # The interpreter rebuilds a table of all types on every call.
         if (name := dtype.scalar.name) not in types:
             types[name] = look_up(dtype)
         return types[name]
 
-    # It looks for overflows in every sum of integers, and tells nobody.
+    # The overflow check of integer sums is slow, and its result is not reported.
     builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=False)
     interpreter._get_np_dtype = looked_up

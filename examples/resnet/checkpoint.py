@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from agree import agree
+from consistency import raise_on_all_ranks
 from meter import Meter
 from storage import load
 from torch import nn
@@ -49,7 +49,7 @@ def capture(state: TrainState) -> dict[str, Any]:
     """Collect a checkpoint from all ranks; a collective.
 
     Returns:
-        Tensors, numbers and strings in dicts and lists, readable by `torch.load(weights_only=True)`.
+        Dicts and lists of tensors, numbers and strings, for `torch.load(weights_only=True)`.
     """
     ranks: list[Any] = [None] * dist.get_world_size()
     device = state.meter.sums.device
@@ -79,10 +79,10 @@ def restore(state: TrainState, path: Path) -> None:
         path: file with the result of `capture`, readable on every rank.
 
     Raises:
-        ValueError: on every rank, if on one of them the file is unreadable, of another
-            architecture, or of a run with another number of ranks or steps per epoch.
+        ValueError: the file is unreadable, has another architecture, or another number of ranks
+            or steps per epoch. Every rank raises if one does.
     """
-    with agree():
+    with raise_on_all_ranks():
         saved = load(path)
         missing = sorted(_KEYS - saved.keys())
         if missing:

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 import torch
-from agree import agree, agree_on
 from config import DataConfig, Source
+from consistency import raise_on_all_ranks, require_equal_on_ranks
 from images import Images
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
@@ -86,9 +86,11 @@ def load(cfg: DataConfig, seed: int) -> tuple[Images, Images]:
         ValueError: a rank cannot read its data, or ranks found different amounts of it; on all
             ranks, with the same message.
     """
-    with agree():
+    with raise_on_all_ranks():
         train, test = _load(cfg, seed)
-    agree_on("(training images, test images, classes)", (len(train), len(test), train.num_classes))
+    require_equal_on_ranks(
+        "(training images, test images, classes)", (len(train), len(test), train.num_classes)
+    )
     return train, test
 
 

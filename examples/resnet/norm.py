@@ -28,9 +28,9 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
 def apply_norm(net: nn.Module, cfg: NormConfig, device: torch.device) -> nn.Module:
     """Replace every `nn.BatchNorm2d` of a network as configured.
 
-    * ``local``: unchanged; each rank normalizes with the statistics of its own samples.
+    * ``local``: unchanged; each rank normalizes with the statistics of its samples.
     * ``sync``: `syncbn.SyncBatchNorm`; the statistics of all ranks.
-    * ``group``: `syncbn.SyncBatchNorm`; the statistics of this node, or of ``cfg.group`` consecutive ranks.
+    * ``group``: `syncbn.SyncBatchNorm`; the statistics of a node or ``cfg.group`` ranks in a row.
     * ``torch_sync``: `torch.nn.SyncBatchNorm`, for comparison.
     * ``frozen``: stored statistics, nothing learned; for fine-tuning from ``model.weights``.
 

@@ -21,10 +21,10 @@ import storage
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from agree import agree
 from checkpoint import TrainState, capture, restore
 from compute import Compute, build_compute
 from config import TrainConfig, typed
+from consistency import raise_on_all_ranks
 from evaluate import evaluate
 from images import Images
 from meter import Meter, Totals
@@ -139,7 +139,7 @@ def build_net(cfg: TrainConfig, images: Images, device: torch.device) -> nn.Modu
     net: nn.Module = build_resnet(cfg.model, images.channels, images.num_classes, cfg.seed)
     if cfg.model.weights is not None:
         path = Path(cfg.model.weights)
-        with agree():
+        with raise_on_all_ranks():
             weights = storage.load(path)
             load_weights(net, weights.get("model", weights), path)
     return apply_norm(net, cfg.norm, device)

@@ -1,4 +1,4 @@
-"""Where and in which precision a job computes, unless it is told."""
+"""Default device, precision and memory layout of a job."""
 
 from __future__ import annotations
 

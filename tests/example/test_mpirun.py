@@ -1,4 +1,4 @@
-"""launch/mpirun.sh under Open MPI and MPICH: what torchrun.sh gives, to the last bit."""
+"""launch/mpirun.sh under Open MPI and MPICH: bitwise the results of torchrun.sh."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ sys.stdout.write(f"{os.getpid()}\\n")
 sys.stdout.flush()
 time.sleep(40)
 """
-# Stand-ins that print what they were given.
+# Stand-ins that print their arguments.
 PRINTERS = {"nproc": "echo ${OMP_NUM_THREADS-12}", "mpirun": 'echo mpirun "$@"', "python3": ""}
 
 
@@ -114,13 +114,13 @@ def test_two_ranks_train_as_under_torchrun(mpi: str, under_torchrun: Path, tmp_p
 
 def corners(rank: int, world_size: int) -> list[list[str]]:
     """Return a part of the error table on smaller images, computed by all ranks together."""
-    place = syncbn.RankInfo(rank, world_size, rank, torch.device("cpu"))
+    info = syncbn.RankInfo(rank, world_size, rank, torch.device("cpu"))
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for sizes in error_table.splits(world_size).values():
             shapes = tuple((size, 33, 8, 8) for size in sizes)
             case = Case(shapes, dtype, "contiguous", 1e4)
-            rows.append([f"{error:.1e}" for error in error_table.row(case, place)])
+            rows.append([f"{error:.1e}" for error in error_table.row(case, info)])
     return rows
 
 

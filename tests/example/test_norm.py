@@ -1,4 +1,4 @@
-"""Each choice of `norm` does what its name says and leaves the names in checkpoints alone."""
+"""Each choice of `norm` works as named and keeps the names in checkpoints."""
 
 from __future__ import annotations
 

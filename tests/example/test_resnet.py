@@ -1,4 +1,4 @@
-"""The networks are those of the papers, under the names that published checkpoints use."""
+"""Networks match the papers, with the names of published checkpoints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def build(name: Arch, *, zero_init: bool = False, channels: int = 3, seed: int =
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        # Those that torchvision documents for its models.
+        # Parameter counts documented by torchvision.
         (Arch.resnet18, 11_689_512),
         (Arch.resnet34, 21_797_672),
         (Arch.resnet50, 25_557_032),

@@ -47,7 +47,7 @@ def test_keeps_precision_far_from_zero(kernel: cpu.CPUKernel, layout: str, offse
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_keeps_precision_where_the_mean_moves(kernel: cpu.CPUKernel, layout: str) -> None:
-    """A pivot from the first values is then far from those that follow, again and again."""
+    """A pivot from the first values is then repeatedly far from the next values."""
     drift = torch.linspace(0, 1e4, 40 * 90 * 90, dtype=torch.float64)
     noise = torch.randn(40, 3, 90, 90, dtype=torch.float64)
     x = (noise + drift.view(40, 1, 90, 90)).float()
@@ -100,7 +100,7 @@ def test_every_half_is_read_and_rounded_as_by_torch(
             x = x.contiguous(memory_format=torch.channels_last)
         case _:
             x = x.view(4, 4096, 4)
-    # Rows of 16 numbers are vectors; one number less, and there is a rest.
+    # Rows of 16 values fill vectors; one value less leaves a remainder.
     for values in (x, x[..., 1:].contiguous() if layout != "columns" else x[:, :, 1:]):
         found = normalize(kernel, values, scaling(4096, scale))
         wanted = (values.float() * torch.tensor(scale, dtype=torch.float32)).to(dtype)
@@ -145,7 +145,7 @@ def test_relu_and_residual(
         torch.randn(shape).to(dtype).contiguous(memory_format=memory_format) for _ in range(3)
     )
     how, exact = saved_for(x, relu=True), saved_for(x.double(), relu=True)
-    # Where rounding decides what passes, either is right.
+    # At the ReLU threshold rounding decides, and both results are right.
     edge = normalize(REFERENCE, x.double(), exact._replace(relu=False)).abs() < 1e-3
     dy.masked_fill_(edge, 0)
     for a, b in zip(

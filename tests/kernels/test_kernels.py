@@ -90,7 +90,7 @@ def check_module(chosen: Kernel, case: Case, bound: float, device: torch.device)
 
     sums = torch.cat([gradients.sum(1), (gradients * xhat).sum(1)])
     found_sums = chosen.backward_reduce(dy, saved, (True, True, True, False)).sums
-    # A sum may cancel: its rounding depends on what is added up, not on what comes out.
+    # A sum may cancel: its rounding depends on the terms, not on the result.
     added = torch.cat([gradients.abs().sum(1), (gradients * xhat).abs().sum(1)])
     assert ((found_sums.cpu() - sums).abs() <= 1e-6 * added.clamp(min=1e-9)).all()
 

@@ -66,7 +66,7 @@ def test_alone() -> None:
 
 
 def test_over_ranks(three_ranks: Ranks) -> None:
-    """A rank's derivatives are its share: over all ranks they add up to those of one process."""
+    """A rank's derivatives are its share: over all ranks they sum to one process's derivatives."""
     found = three_ranks.run(_on_a_rank)
     wanted = _measures(_net(Formula), _batch())
     torch.testing.assert_close(torch.cat([of_rank["vjp"] for of_rank in found]), wanted["vjp"])
