@@ -64,7 +64,7 @@ class Setup:
         return time.perf_counter() - start
 
 
-# The first is the yardstick.
+# The first is the reference.
 SETUPS = (
     Setup("one process, batch 4", "local", 1),
     Setup("two ranks, local BN", "local", 2),
@@ -72,13 +72,13 @@ SETUPS = (
 )
 
 
-def largest_difference(folder: Path, yardstick: Path) -> float:
+def largest_difference(folder: Path, reference: Path) -> float:
     """Return the largest absolute difference of any parameter or buffer at the end of two runs."""
-    mine, reference = (
-        torch.load(path / "last.pt", weights_only=True)["model"] for path in (folder, yardstick)
+    model, expected = (
+        torch.load(path / "last.pt", weights_only=True)["model"] for path in (folder, reference)
     )
-    assert list(mine) == list(reference)
-    differences = ((mine[name].double() - reference[name].double()).abs().max() for name in mine)
+    assert list(model) == list(expected)
+    differences = ((model[name].double() - expected[name].double()).abs().max() for name in model)
     return max(float(difference) for difference in differences)
 
 
@@ -116,10 +116,10 @@ def main() -> None:
         runs.append(read_run(setup.title, exact, trained))
         differences.append(largest_difference(exact, home / f"{SETUPS[0].norm}_1_exact"))
         accuracy = f"{runs[-1].accuracies[-1]:.2%}"
-        difference = "the yardstick" if setup is SETUPS[0] else f"{differences[-1]:.1e}"
+        difference = "the reference" if setup is SETUPS[0] else f"{differences[-1]:.1e}"
         table.add_row(setup.title, accuracy, f"{seconds:.0f}", difference)
-    alone, local, sync = runs
-    draw(alone, local, sync, home / "demo.png")
+    single, local, sync = runs
+    draw(single, local, sync, home / "demo.png")
     console.print(table)
     console.print(
         f"float64, 20 steps, two ranks with syncbn against one process at batch {GLOBAL_BATCH}: "

@@ -13,7 +13,7 @@ Result = dict[str, Tensor]
 
 MOMENTUM = 0.1
 EPS = 1e-5
-# The yardstick's own rounding: 1e-12 of a mean of 1e4, times 1/sqrt(eps), summed over a channel.
+# The reference's rounding: 1e-12 of a mean of 1e4, times 1/sqrt(eps), summed over a channel.
 _NOISE = 1e-6
 
 
@@ -111,7 +111,7 @@ def expected(case: Case) -> list[Result]:
 def relative_errors(actual: Result, wanted: Result) -> dict[str, float]:
     """Return, for each quantity, the largest error over the largest value; zero without values.
 
-    Where every true value is zero (the weight gradient of a constant channel) the yardstick itself
+    Where every true value is zero (the weight gradient of a constant channel) the reference itself
     holds only rounding noise, and the error is taken as it is.
     """
     errors = {}

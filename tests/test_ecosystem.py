@@ -163,7 +163,7 @@ def _zero(rank: int) -> list[Tensor]:
     return values(net)
 
 
-def test_optimizer_whose_state_is_shared_out(three: Ranks) -> None:
+def test_zero_redundancy_optimizer(three: Ranks) -> None:
     compare(three.run(_zero), trained_alone(adam))
 
 

@@ -172,7 +172,7 @@ def test_new_run_starts_from_given_weights(alone: syncbn.RankInfo, tmp_path: Pat
         assert_equal(checkpoint(run)["model"], first["model"])
 
 
-def test_weights_are_loaded_wholly_or_not_at_all() -> None:
+def test_weights_are_loaded_atomically() -> None:
     net = build_resnet(ModelConfig(Arch.resnet20, 4, False, None), 1, 10, seed=0)
     other = build_resnet(ModelConfig(Arch.resnet20, 4, False, None), 1, 7, seed=1)
     weights = {**other.state_dict(), "extra": torch.zeros(1)}

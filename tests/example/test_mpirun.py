@@ -125,7 +125,7 @@ def corners(rank: int, world_size: int) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("size", [2, 3], ids=["two", "three"])
-def test_errors_are_those_over_gloo(mpi: str, size: int, pool: Callable[[int, str], Ranks]) -> None:
+def test_errors_match_gloo(mpi: str, size: int, pool: Callable[[int, str], Ranks]) -> None:
     over_mpi = pool(size, mpi).run(corners, size)
     assert over_mpi == pool(size, "gloo").run(corners, size)
 
@@ -156,7 +156,7 @@ def test_several_nodes_and_the_threads_of_each(tmp_path: Path) -> None:
     assert nodes == f"mpirun -n 6 {hosts} env OMP_NUM_THREADS=6 {program}"
 
 
-def test_mpirun_beside_the_interpreter_comes_first(tmp_path: Path) -> None:
+def test_mpirun_next_to_the_interpreter_takes_precedence(tmp_path: Path) -> None:
     write_programs(tmp_path, PRINTERS)
     write_programs(tmp_path / "venv", {"python": "echo 1", "mpirun": 'echo beside "$@"'})
     interpreter = {"PYTHON": tmp_path / "venv" / "python", "NPROC": 1}

@@ -29,7 +29,7 @@ def test_parameter_counts_are_the_published_ones(name: Arch, count: int) -> None
     assert sum(p.numel() for p in build(name).parameters()) == count
 
 
-def test_names_and_shapes_of_resnet50_are_those_of_torchvision() -> None:
+def test_resnet50_names_and_shapes_match_torchvision() -> None:
     """Built from the description of the network, not from the code under test."""
     expected: dict[str, tuple[int, ...]] = {"conv1.weight": (64, 3, 7, 7)}
 

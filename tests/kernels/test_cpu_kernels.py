@@ -109,9 +109,7 @@ def test_every_half_is_read_and_rounded_as_by_torch(
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_goes_where_torch_lets_it(
-    kernel: cpu.CPUKernel, layout: str, bad: float
-) -> None:
+def test_nonfinite_propagates_like_torch(kernel: cpu.CPUKernel, layout: str, bad: float) -> None:
     memory_format = getattr(torch, layout.replace("contiguous", "contiguous_format"))
     x = torch.randn(3, 40, 5, 6).contiguous(memory_format=memory_format)
     x[1, 20, 3, 4] = bad

@@ -220,7 +220,7 @@ STREAMED = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", STREAMED, ids=str)
 @pytest.mark.parametrize("offset", [0, 1])
-def test_what_is_written_past_the_caches(
+def test_streaming_stores(
     kernel: cpu.CPUKernel, dtype: torch.dtype, shape: tuple[int, ...], offset: int
 ) -> None:
     memory = torch.randn(math.prod(shape) + 1, dtype=dtype)

@@ -220,7 +220,7 @@ def test_kernel_propagates_nan_in_its_channel_only(kernel: str, bad: float) -> N
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("what", ["NaN", "infinity", "a variance beyond float32"])
-def test_what_is_not_finite_reaches_the_averages(kernel: str, what: str) -> None:
+def test_nonfinite_reaches_running_statistics(kernel: str, what: str) -> None:
     """A step that diverged left averages as if there had been no variance."""
     x = torch.randn(6, 3, 5, 7, device=device_of(kernel))
     match what:
@@ -335,7 +335,7 @@ class Recorder(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_who_watches_the_calls_of_torch_sees_formulas() -> None:
+def test_dispatch_modes_receive_composite_formulas() -> None:
     """A tracer saw new memory, and nothing that writes to it; fake tensors were a crash."""
     x = torch.randn(4, 3, 5)
     with Recorder():

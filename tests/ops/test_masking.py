@@ -75,7 +75,7 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("offset", [0.0, 1e3])
-def test_only_what_counts_counts(
+def test_masked_values_are_ignored(
     ranks: Ranks, offset: float, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
     wanted = _expected(ranks.size, offset, dtype, options)
