@@ -56,7 +56,7 @@ class Labelled:
     labels: Tensor
 
     @staticmethod
-    def of(images: Images) -> "Labelled":
+    def from_images(images: Images) -> "Labelled":
         """Load a data set, in an order that mixes the classes."""
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
         pairs = [images[index] for index in order]
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="networks to train (default 3)")
     seeds = parser.parse_args().seeds
     home = Path("runs") / "calibration" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    train_set, test_set = (Labelled.of(images) for images in digits.load(DATA, seed=0))
+    train_set, test_set = (Labelled.from_images(images) for images in digits.load(DATA, seed=0))
     findings: list[list[Finding]] = []
     noisy: list[list[Robustness]] = []
     flat: list[list[Robustness]] = []

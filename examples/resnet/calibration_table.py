@@ -73,7 +73,8 @@ def tables(
     ]
     columns = ["noise", "plain", "prior_mix", "loss of contrast", "plain", "prior_mix"]
     shares = [
-        [str(found[0].batch_size), *_tested(list(found))] for found in zip(*weighted, strict=True)
+        [str(found[0].batch_size), *_mean_loss_and_accuracy(list(found))]
+        for found in zip(*weighted, strict=True)
     ]
     return "\n".join(
         (
@@ -86,10 +87,10 @@ def tables(
 
 def _cell(findings: list[Finding]) -> str:
     distance = spread([finding.distance for finding in findings])[0]
-    return ", ".join((*_tested(findings), f"{distance:.1e}"))
+    return ", ".join((*_mean_loss_and_accuracy(findings), f"{distance:.1e}"))
 
 
-def _tested(findings: list[Finding]) -> tuple[str, str]:
+def _mean_loss_and_accuracy(findings: list[Finding]) -> tuple[str, str]:
     loss, accuracy = (
         spread(values)[0] for values in zip(*((f.loss, f.accuracy) for f in findings), strict=True)
     )
