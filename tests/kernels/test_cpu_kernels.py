@@ -61,7 +61,7 @@ def test_keeps_precision_where_the_mean_moves(kernel: cpu.CPUKernel, layout: str
 
 @pytest.mark.parametrize("value", [0.1, -7.3, 1e3 + 0.1, 1e6 + 0.3, 1e-30])
 def test_a_constant_channel_is_constant(kernel: cpu.CPUKernel, value: float) -> None:
-    """Also where a first pivot of few digits, or the rounding of a sum, is far from it."""
+    """Also where a first pivot of few digits, or the rounding of a sum, differs from it."""
     for samples, channels, space in itertools.product(
         (1, 2, 5), (1, 3, 40), (1, 2, 9, 16, 75, 9000)
     ):
