@@ -48,7 +48,7 @@ def begin() -> None:
             types[name] = look_up(dtype)
         return types[name]
 
-    # The overflow check of integer sums is slow, and its result is not reported.
+    # The overflow check of every integer sum has no effect: its result is not reported.
     builder = interpreter.interpreter_builder
     builder.options = replace(builder.options, sanitize_overflow=False)
     interpreter._get_np_dtype = looked_up
