@@ -1,10 +1,10 @@
-"""The main job, on real data and two CPU ranks: why one synchronizes batch norm, and how exactly.
+"""The main job, on real data and two CPU ranks: the gain and the exactness of syncbn.
 
     make demo
     python examples/demo.py --launcher mpirun
 
 Trains ResNet-20 on handwritten digits at 2 samples a rank, with torch's local BatchNorm2d and with
-ours, from the same initial weights and on the same samples; the yardstick is one process at the
+syncbn, from the same initial weights and on the same samples; the reference is one process at the
 global batch of 4. First 20 steps in float64, where every difference is visible, then three epochs
 for the accuracy. Prints a table and draws `runs/demo/TIME/demo.png`.
 """
@@ -30,7 +30,7 @@ from rich.table import Table
 HERE = Path(__file__).resolve().parent
 LAUNCHERS = ("torchrun", "mpirun")
 GLOBAL_BATCH = 4
-# Largest difference, in float64, that is rounding.
+# Rounding bound of a float64 difference.
 EXACT = 1e-10
 
 
@@ -64,7 +64,7 @@ class Setup:
         return time.perf_counter() - start
 
 
-# The first is the yardstick.
+# The first is the reference.
 SETUPS = (
     Setup("one process, batch 4", "local", 1),
     Setup("two ranks, local BN", "local", 2),
@@ -72,13 +72,13 @@ SETUPS = (
 )
 
 
-def largest_difference(folder: Path, yardstick: Path) -> float:
+def largest_difference(folder: Path, reference: Path) -> float:
     """Return the largest absolute difference of any parameter or buffer at the end of two runs."""
-    mine, reference = (
-        torch.load(path / "last.pt", weights_only=True)["model"] for path in (folder, yardstick)
+    model, expected = (
+        torch.load(path / "last.pt", weights_only=True)["model"] for path in (folder, reference)
     )
-    assert list(mine) == list(reference)
-    differences = ((mine[name].double() - reference[name].double()).abs().max() for name in mine)
+    assert list(model) == list(expected)
+    differences = ((model[name].double() - expected[name].double()).abs().max() for name in model)
     return max(float(difference) for difference in differences)
 
 
@@ -95,7 +95,7 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Run the six jobs, print the table, draw the picture; fail if ours is not exact."""
+    """Run the six jobs, print the table, draw the picture; fail if syncbn is not exact."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--launcher", choices=LAUNCHERS, default=LAUNCHERS[0])
     launcher = parser.parse_args().launcher
@@ -116,10 +116,10 @@ def main() -> None:
         runs.append(read_run(setup.title, exact, trained))
         differences.append(largest_difference(exact, home / f"{SETUPS[0].norm}_1_exact"))
         accuracy = f"{runs[-1].accuracies[-1]:.2%}"
-        difference = "the yardstick" if setup is SETUPS[0] else f"{differences[-1]:.1e}"
+        difference = "the reference" if setup is SETUPS[0] else f"{differences[-1]:.1e}"
         table.add_row(setup.title, accuracy, f"{seconds:.0f}", difference)
-    alone, local, sync = runs
-    draw(alone, local, sync, home / "demo.png")
+    single, local, sync = runs
+    draw(single, local, sync, home / "demo.png")
     console.print(table)
     console.print(
         f"float64, 20 steps, two ranks with syncbn against one process at batch {GLOBAL_BATCH}: "

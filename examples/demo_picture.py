@@ -1,4 +1,4 @@
-"""The demo's picture: synchronized, two ranks are one process; what that is worth."""
+"""The demo's picture: distance from one process at every step, and test accuracy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator, MultipleLocator, PercentFormatter
 from syncbn.cli.signals import deferred_termination
 from syncbn.files import atomic_write
 
-YARDSTICK, LOCAL, SYNC = "#9ca3af", "#d97706", "#1d4ed8"
+REFERENCE, LOCAL, SYNC = "#9ca3af", "#d97706", "#1d4ed8"
 # Float64 resolves no difference below this at a loss near one; equal losses are drawn here.
 RESOLUTION = 1e-16
 
@@ -23,8 +23,8 @@ class Run(NamedTuple):
     Attributes:
         title: name of the run.
         losses: training loss of the first steps, in float64.
-        epochs: of the test accuracies.
-        accuracies: on the test set, after each epoch.
+        epochs: position of each test accuracy, in epochs.
+        accuracies: test accuracy after each epoch, from 0 to 1.
     """
 
     title: str
@@ -33,13 +33,13 @@ class Run(NamedTuple):
     accuracies: list[float]
 
 
-def draw(alone: Run, local: Run, sync: Run, target: Path) -> None:
-    """Draw the distance from the yardstick step by step, and the test accuracies.
+def draw(single: Run, local: Run, sync: Run, target: Path) -> None:
+    """Draw the distance from the reference step by step, and the test accuracies.
 
     Args:
-        alone: one process at the global batch, the yardstick.
+        single: one process at the global batch, the reference.
         local: two ranks with local batch norm.
-        sync: two ranks with ours.
+        sync: two ranks with `syncbn.SyncBatchNorm`.
         target: the PNG to write.
     """
     # A Figure without pyplot has no global state and needs no display.
@@ -52,8 +52,8 @@ def draw(alone: Run, local: Run, sync: Run, target: Path) -> None:
         fontweight="bold",
     )
     distance, accuracy = figure.subplots(1, 2)
-    _draw_distance(distance, alone, ((local, LOCAL), (sync, SYNC)))
-    _draw_accuracy(accuracy, ((alone, YARDSTICK), (local, LOCAL), (sync, SYNC)))
+    _draw_distance(distance, single, ((local, LOCAL), (sync, SYNC)))
+    _draw_accuracy(accuracy, ((single, REFERENCE), (local, LOCAL), (sync, SYNC)))
     for axes in (distance, accuracy):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#eeeeee")
@@ -62,10 +62,10 @@ def draw(alone: Run, local: Run, sync: Run, target: Path) -> None:
         figure.savefig(file, format="png")
 
 
-def _draw_distance(axes: Axes, alone: Run, runs: tuple[tuple[Run, str], ...]) -> None:
-    steps = list(range(1, len(alone.losses) + 1))
+def _draw_distance(axes: Axes, single: Run, runs: tuple[tuple[Run, str], ...]) -> None:
+    steps = list(range(1, len(single.losses) + 1))
     for run, color in runs:
-        gaps = [abs(a - b) for a, b in zip(run.losses, alone.losses, strict=True)]
+        gaps = [abs(a - b) for a, b in zip(run.losses, single.losses, strict=True)]
         visible = [max(gap, RESOLUTION) for gap in gaps]
         axes.plot(steps, visible, color=color, marker="o", markersize=4, label=run.title)
     axes.set_title("training loss: distance from one process at batch 4", loc="left", fontsize=10)
@@ -79,7 +79,7 @@ def _draw_distance(axes: Axes, alone: Run, runs: tuple[tuple[Run, str], ...]) ->
 def _draw_accuracy(axes: Axes, runs: tuple[tuple[Run, str], ...]) -> None:
     for run, color in runs:
         label = f"{run.title}: {run.accuracies[-1]:.1%}"
-        width = 5 if color == YARDSTICK else 1.8
+        width = 5 if color == REFERENCE else 1.8
         axes.plot(run.epochs, run.accuracies, color=color, marker="o", linewidth=width, label=label)
     axes.set_title("test accuracy", loc="left", fontsize=10)
     axes.set_xlabel("epoch")

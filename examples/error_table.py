@@ -1,11 +1,11 @@
-"""How far the layer is from one float64 process on the whole batch, in every corner.
+"""Error of the layer against one float64 process on the whole batch, per dtype and layout.
 
     NPROC=3 launch/torchrun.sh examples/error_table.py
     NPROC=3 launch/mpirun.sh examples/error_table.py
 
 Prints the largest relative error over all ranks (the largest error over the largest value) of the
-output, the input gradient, the parameter gradients and the running averages. A second table is for
-float64 inputs, beside torch.nn.BatchNorm2d on the whole batch in one process.
+output, the input gradient, the parameter gradients and the running statistics. A second table
+compares float64 inputs with torch.nn.BatchNorm2d on the whole batch in one process.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ def step(layer: _BatchNorm, case: Case, x: Tensor, dy: Tensor) -> Result:
     return {name: value.cpu() for name, value in found.items() if value is not None}
 
 
-def row(case: Case, place: syncbn.RankInfo) -> list[float]:
+def row(case: Case, info: syncbn.RankInfo) -> list[float]:
     """Return the largest error over all ranks of each quantity."""
-    errors = relative_errors(observe(case, place.rank, place.device), expected(case)[place.rank])
-    largest = torch.tensor([errors[name] for name in QUANTITIES], device=place.device)
+    errors = relative_errors(observe(case, info.rank, info.device), expected(case)[info.rank])
+    largest = torch.tensor([errors[name] for name in QUANTITIES], device=info.device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest.tolist()
 
@@ -107,34 +107,34 @@ def line(first: str, case: Case, split: str, errors: list[float]) -> str:
     return f"| {first} | {case.layout} | {split} | {case.offset:g} | {cells} |"
 
 
-def float64_table(place: syncbn.RankInfo) -> list[str]:
+def float64_table(info: syncbn.RankInfo) -> list[str]:
     """Return the Markdown table of float64 inputs, computed by all ranks together."""
     lines = head("float64")
-    corners = itertools.product(splits(place.world_size).items(), FLOAT64_OFFSETS)
+    corners = itertools.product(splits(info.world_size).items(), FLOAT64_OFFSETS)
     for (split, sizes), offset in corners:
         shapes = tuple((size, CHANNELS, *IMAGE) for size in sizes)
         case = Case(shapes, torch.float64, "contiguous", offset)
-        lines.append(line("SyncBatchNorm", case, split, row(case, place)))
+        lines.append(line("SyncBatchNorm", case, split, row(case, info)))
         lines.append(line("nn.BatchNorm2d", case, split, torch_row(case)))
     return lines
 
 
-def table(place: syncbn.RankInfo) -> list[str]:
+def table(info: syncbn.RankInfo) -> list[str]:
     """Return the Markdown table, computed by all ranks together."""
     lines = head("dtype")
-    corners = itertools.product(DTYPES, LAYOUTS, splits(place.world_size).items(), OFFSETS)
+    corners = itertools.product(DTYPES, LAYOUTS, splits(info.world_size).items(), OFFSETS)
     for dtype, layout, (split, sizes), offset in corners:
         shapes = tuple((size, CHANNELS, *IMAGE) for size in sizes)
         case = Case(shapes, dtype, layout, offset)
-        lines.append(line(str(dtype)[6:], case, split, row(case, place)))
+        lines.append(line(str(dtype)[6:], case, split, row(case, info)))
     return lines
 
 
 def main() -> None:
     """Compute the table on all ranks; rank 0 prints it."""
-    place = syncbn.init_process_group()
-    lines = [*table(place), "", *float64_table(place)]
-    if place.rank == 0:
+    info = syncbn.init_process_group()
+    lines = [*table(info), "", *float64_table(info)]
+    if info.rank == 0:
         print("\n".join(lines))
     dist.destroy_process_group()
 

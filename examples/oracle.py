@@ -1,4 +1,4 @@
-"""What one process computes in float64 on the concatenated batch: the yardstick of every rank."""
+"""Reference results: one process in float64 on the concatenated batch."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-#: What is compared, by name: y and dx of one rank; this rank's share of dweight and dbias; the
-#: running averages after one step.
+#: Compared tensors by name: y and dx of one rank; this rank's share of dweight and dbias; the
+#: running statistics after one step.
 Result = dict[str, Tensor]
 
 MOMENTUM = 0.1
 EPS = 1e-5
-# The yardstick's own rounding: 1e-12 of a mean of 1e4, times 1/sqrt(eps), summed over a channel.
+# The reference's rounding: 1e-12 of a mean of 1e4, times 1/sqrt(eps), summed over a channel.
 _NOISE = 1e-6
 
 
@@ -22,13 +22,13 @@ class Case:
     """A batch spread over ranks.
 
     Attributes:
-        shapes: of the input on each rank, ``[N_r, C, *]``.
-        dtype: of input and gradient; parameters are float64 for float64, else float32.
+        shapes: input shape on each rank, ``[N_r, C, *]``.
+        dtype: dtype of input and gradient; parameters are float64 for float64, or float32.
         layout: "contiguous", "channels_last" or "strided" (neither).
         offset: mean of the values, in standard deviations.
         scale: standard deviation of the values.
-        affine: with weight and bias.
-        seed: of the values.
+        affine: True if the layer has weight and bias.
+        seed: seed of the random values.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -46,7 +46,7 @@ class Case:
 
     @property
     def parameter_dtype(self) -> torch.dtype:
-        """Return the dtype of weight, bias and running averages."""
+        """Return the dtype of weight, bias and running statistics."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
 
@@ -55,7 +55,7 @@ def batch(case: Case, rank: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1000 * case.seed + rank)
     shape = case.shapes[rank]
     noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-    # Channels differ in mean by a few standard deviations, as those of a network do.
+    # Channels differ in mean by a few standard deviations, as in a trained network.
     spread = torch.linspace(-1, 1, case.channels, dtype=torch.float64) if case.offset == 0 else 0
     centre = (torch.zeros(case.channels, dtype=torch.float64) + spread + case.offset) * case.scale
     x = noise * case.scale + centre.view(-1, *(1,) * (len(shape) - 2))
@@ -111,7 +111,7 @@ def expected(case: Case) -> list[Result]:
 def relative_errors(actual: Result, wanted: Result) -> dict[str, float]:
     """Return, for each quantity, the largest error over the largest value; zero without values.
 
-    Where every true value is zero (the weight gradient of a constant channel) the yardstick itself
+    Where every true value is zero (the weight gradient of a constant channel) the reference itself
     holds only rounding noise, and the error is taken as it is.
     """
     errors = {}

@@ -1,6 +1,6 @@
 """Device and kernel of the layer tests: the CPU, or the kernel of ``pytest --impl``.
 
-``--impl triton`` runs on a GPU, which all ranks share, if there is one. Otherwise the kernel is
+``--impl triton`` runs on a GPU, shared by all ranks, if available. Otherwise the kernel is
 interpreted; the reference serves the inputs that it does not support, as ATen does on a GPU.
 """
 

@@ -13,7 +13,7 @@ _STEPS = 3
 
 
 def network() -> Any:
-    """Return a network whose last layer has less rows than there are ranks."""
+    """Return a network whose last layer has fewer rows than the group has ranks."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 1)).double()
 
@@ -42,7 +42,7 @@ def adam(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
 
 
 def train(net: Any, optimizer: torch.optim.Optimizer, take: Callable[[Tensor], Tensor]) -> None:
-    """Take some steps, each on what is taken of a batch."""
+    """Take some steps, each on a selected part of a batch."""
     for step in range(_STEPS):
         optimizer.zero_grad()
         loss(net, take(batch(step))).backward()
@@ -65,6 +65,6 @@ def gradients(net: nn.Module) -> list[Tensor]:
 
 
 def compare(answers: Sequence[list[Tensor]], expected: list[Tensor], atol: float = 1e-12) -> None:
-    """Compare what every rank got."""
+    """Compare the results of all ranks."""
     for answer in answers:
         torch.testing.assert_close(answer, expected, atol=atol, rtol=0)

@@ -1,4 +1,4 @@
-"""What derivatives are compared with: torch's own are wrong from the third order on."""
+"""Reference derivatives; torch's batch norm is wrong from the third order on."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A function of the whole batch, computed by all ranks: what gradient checkers can be given.
+"""A function of the whole batch, computed by all ranks, for gradient checkers.
 
 Every rank holds the whole batch and computes its own samples. Forward and backward are transposes
-of each other, so derivatives of any order are those of one process.
+of each other, so derivatives of any order equal one process's.
 """
 
 from __future__ import annotations

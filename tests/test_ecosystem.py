@@ -1,4 +1,4 @@
-"""Data-parallel training on every transport, which is that of one process on whole batches."""
+"""Data-parallel training on every transport equals one process on whole batches."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_data_parallel(three: Ranks, options: dict[str, Any]) -> None:
 
 
 class Branched(nn.Module):
-    """A network with a part that not everyone uses."""
+    """A network with a part unused on some ranks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def _power_sgd(rank: int) -> list[Tensor]:
 
 
 def test_hook_whose_callbacks_communicate(three: Ranks) -> None:
-    """PowerSGD keeps a gradient's three largest directions; that of three samples has no more."""
+    """PowerSGD keeps a gradient's three largest directions; three samples have no more."""
     torch.manual_seed(0)
     net = nn.Linear(32, 32, bias=False)
     _train_a_matrix(net, slice(None))
@@ -163,7 +163,7 @@ def _zero(rank: int) -> list[Tensor]:
     return values(net)
 
 
-def test_optimizer_whose_state_is_shared_out(three: Ranks) -> None:
+def test_zero_redundancy_optimizer(three: Ranks) -> None:
     compare(three.run(_zero), trained_alone(adam))
 
 

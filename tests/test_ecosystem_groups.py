@@ -24,7 +24,7 @@ def _subgroups(rank: int) -> list[float]:
     by_enumeration, _ = dist.new_subgroups_by_enumeration([[2, 0], [1]])
     of_one, _ = dist.new_subgroups(group_size=1)
     groups = [by_enumeration, of_one, dist.group.WORLD]
-    if rank != 1:  # who is not a member need not know
+    if rank != 1:  # non-members need not take part
         groups.append(dist.new_group([0, 2], use_local_synchronization=True))
     return [_sum(group, 10.0**rank) for group in groups]
 

@@ -1,4 +1,4 @@
-"""Sharded training, tensors and checkpoints: what one process would have."""
+"""Sharded training, tensors and checkpoints equal one process's."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.ranks import Pool, Ranks
 from tests.transports import SUITE
 
 
-# On one MPI alone: every rank takes seconds to import what is used here.
+# On one MPI only: every rank takes seconds to import the sharding packages.
 @pytest.fixture(params=[name for name in SUITE if name != "mpich"])
 def two(request: pytest.FixtureRequest, pool: Pool) -> Ranks:
     return pool(2, request.param)

@@ -24,7 +24,7 @@ def test_any_split_gives_the_same_moments() -> None:
         torch.testing.assert_close(total.variance(), whole.variance(), rtol=1e-13, atol=0)
 
 
-def test_mean_and_variance_are_those_of_the_values() -> None:
+def test_mean_and_variance_of_the_values() -> None:
     x = torch.randn(7, 4, 3, 2, dtype=torch.float64) * 3 + 1
     values = x.movedim(1, 0).reshape(4, -1)
     found = moments_of(x)

@@ -44,7 +44,7 @@ def test_hints_of_public_names_resolve(module: str) -> None:
     assert unresolved == []
 
 
-def test_a_group_is_described_by_what_it_may_be() -> None:
+def test_process_group_hint_lists_accepted_types() -> None:
     hints = typing.get_type_hints(syncbn.convert_sync_batchnorm)
     names = {getattr(kind, "__name__", "") for kind in typing.get_args(hints["process_group"])}
     assert names == {"str", "int", "DeviceMesh", "ProcessGroup", "NoneType"}

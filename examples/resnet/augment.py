@@ -16,7 +16,7 @@ def shift(image: Pixels, pad: int, rng: np.random.Generator) -> Pixels:
 
 
 def flip(image: Pixels, rng: np.random.Generator) -> Pixels:
-    """Mirror the image left to right, half of the time."""
+    """Mirror the image left to right with probability 1/2."""
     return image[:, :, ::-1] if rng.random() < 0.5 else image
 
 

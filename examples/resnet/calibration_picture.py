@@ -23,9 +23,9 @@ def draw(
     """Draw distance and loss by calibration batch, and accuracy by corruption.
 
     Args:
-        findings: of every seed, in the same order.
-        noisy: of every seed, by the noise.
-        flat: of every seed, by the loss of contrast.
+        findings: results per seed, in the same order.
+        noisy: results per seed and noise level.
+        flat: results per seed and loss of contrast.
         target: the PNG to write.
     """
     # A Figure without pyplot has no global state and needs no display.

@@ -1,4 +1,4 @@
-"""What a network trained with two samples a rank gains from calibration, and on corrupted images.
+"""Gain from calibrating a network trained with two samples per rank, also on corrupted images.
 
     make calibration                                      # or, with a virtual environment at hand,
     python examples/resnet/calibration_study.py --seeds 3
@@ -56,7 +56,7 @@ class Labelled:
     labels: Tensor
 
     @staticmethod
-    def of(images: Images) -> "Labelled":
+    def from_images(images: Images) -> "Labelled":
         """Load a data set, in an order that mixes the classes."""
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0)).tolist()
         pairs = [images[index] for index in order]
@@ -106,7 +106,7 @@ def compare_calibrations(net: nn.Module, train_set: Labelled, test_set: Labelled
     """Calibrate with every tool and batch size, and test.
 
     Returns:
-        First what training has left, then each tool by batch size.
+        The network as trained, then each tool by batch size.
     """
     exact = copy.deepcopy(net)
     syncbn.recalibrate(exact, train_set.images.split(64), progress=False)
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="networks to train (default 3)")
     seeds = parser.parse_args().seeds
     home = Path("runs") / "calibration" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    train_set, test_set = (Labelled.of(images) for images in digits.load(DATA, seed=0))
+    train_set, test_set = (Labelled.from_images(images) for images in digits.load(DATA, seed=0))
     findings: list[list[Finding]] = []
     noisy: list[list[Robustness]] = []
     flat: list[list[Robustness]] = []

@@ -10,11 +10,11 @@ class Finding(NamedTuple):
     """A network after a calibration.
 
     Attributes:
-        tool: that calibrated.
-        batch_size: of the calibration batches; 0 for the network as it was trained.
+        tool: name of the calibration method.
+        batch_size: calibration batch size; 0 for the network as trained.
         loss: cross-entropy on the test set, nats.
-        accuracy: on the test set.
-        distance: of its running statistics from those of the population, nats a channel.
+        accuracy: test accuracy, from 0 to 1.
+        distance: KL divergence of running from population statistics, nats per channel.
     """
 
     tool: str
@@ -28,9 +28,9 @@ class Robustness(NamedTuple):
     """A network on corrupted test images.
 
     Attributes:
-        strength: of the corruption.
+        strength: corruption strength.
         plain: accuracy with running statistics.
-        mixed: accuracy with those of the test batch mixed in.
+        mixed: accuracy with test-batch statistics mixed in.
     """
 
     strength: float
@@ -52,10 +52,10 @@ def tables(
     """Return the means over seeds as tables in Markdown.
 
     Args:
-        findings: of every seed, in the same order.
-        weighted: of every seed, by the training batch size that was assumed.
-        noisy: of every seed, by the noise.
-        flat: of every seed, by the loss of contrast.
+        findings: results per seed, in the same order.
+        weighted: results per seed and assumed training batch size.
+        noisy: results per seed and noise level.
+        flat: results per seed and loss of contrast.
     """
     tools = list(dict.fromkeys(finding.tool for finding in findings[0]))
     trained, *tools = tools
@@ -66,14 +66,15 @@ def tables(
         rows.append([str(findings[0][first].batch_size), *cells])
     corrupted = [
         [
-            *_accuracies([seed[place] for seed in noisy]),
-            *_accuracies([seed[place] for seed in flat]),
+            *_accuracies([seed[level] for seed in noisy]),
+            *_accuracies([seed[level] for seed in flat]),
         ]
-        for place in range(len(noisy[0]))
+        for level in range(len(noisy[0]))
     ]
     columns = ["noise", "plain", "prior_mix", "loss of contrast", "plain", "prior_mix"]
     shares = [
-        [str(found[0].batch_size), *_tested(list(found))] for found in zip(*weighted, strict=True)
+        [str(found[0].batch_size), *_mean_loss_and_accuracy(list(found))]
+        for found in zip(*weighted, strict=True)
     ]
     return "\n".join(
         (
@@ -86,10 +87,10 @@ def tables(
 
 def _cell(findings: list[Finding]) -> str:
     distance = spread([finding.distance for finding in findings])[0]
-    return ", ".join((*_tested(findings), f"{distance:.1e}"))
+    return ", ".join((*_mean_loss_and_accuracy(findings), f"{distance:.1e}"))
 
 
-def _tested(findings: list[Finding]) -> tuple[str, str]:
+def _mean_loss_and_accuracy(findings: list[Finding]) -> tuple[str, str]:
     loss, accuracy = (
         spread(values)[0] for values in zip(*((f.loss, f.accuracy) for f in findings), strict=True)
     )

@@ -1,4 +1,4 @@
-"""The state of a training run, to and from a checkpoint, so that a resumed run goes on exactly."""
+"""Save and restore the state of a training run, so that a resumed run continues exactly."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from agree import agree
+from consistency import raise_on_all_ranks
 from meter import Meter
 from storage import load
 from torch import nn
@@ -25,9 +25,9 @@ class TrainState:
 
     Attributes:
         net: the network, not wrapped in DDP.
-        meter: training loss and accuracy of the epoch so far; of this rank.
+        meter: this rank's training loss and accuracy in the epoch so far.
         step: optimizer steps done.
-        steps_per_epoch: of this run; a checkpoint fits only runs with the same number.
+        steps_per_epoch: optimizer steps in an epoch; a checkpoint fits only equal numbers.
         best_accuracy: highest test accuracy so far, -1 before the first.
     """
 
@@ -49,7 +49,7 @@ def capture(state: TrainState) -> dict[str, Any]:
     """Collect a checkpoint from all ranks; a collective.
 
     Returns:
-        Tensors, numbers and strings in dicts and lists: what `torch.load(weights_only=True)` reads.
+        Dicts and lists of tensors, numbers and strings, for `torch.load(weights_only=True)`.
     """
     ranks: list[Any] = [None] * dist.get_world_size()
     device = state.meter.sums.device
@@ -71,18 +71,18 @@ def capture(state: TrainState) -> dict[str, Any]:
 def restore(state: TrainState, path: Path) -> None:
     """Continue from a checkpoint; a collective.
 
-    Hyper-parameters of the optimizer are not restored: those of the configuration hold, so that
+    Hyper-parameters of the optimizer are not restored: the configuration takes precedence, so that
     changing one for the rest of a run has an effect.
 
     Args:
         state: changed in place.
-        path: file with what `capture` returned, readable on every rank.
+        path: file with the result of `capture`, readable on every rank.
 
     Raises:
-        ValueError: on every rank, if on one of them the file is unreadable, of another
-            architecture, or of a run with another number of ranks or steps per epoch.
+        ValueError: the file is unreadable, has another architecture, or another number of ranks
+            or steps per epoch. Every rank raises if one does.
     """
-    with agree():
+    with raise_on_all_ranks():
         saved = load(path)
         missing = sorted(_KEYS - saved.keys())
         if missing:

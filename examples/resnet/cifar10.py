@@ -25,7 +25,7 @@ def load(cfg: DataConfig, seed: int) -> tuple[ArrayImages, ArrayImages]:
 
     Args:
         cfg: ``root`` is the folder with the ``.bin`` files.
-        seed: of the augmentation.
+        seed: seed of the augmentation.
 
     Returns:
         ``(train, test)``, images ``[3, 32, 32]``.

@@ -1,4 +1,4 @@
-"""Where and in which precision a job computes."""
+"""Device, precision and memory layout of a job."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ class Compute:
     """Device, types and memory layout of a job.
 
     Attributes:
-        device: of this rank.
-        dtype: of parameters and inputs.
-        memory_format: of filters and images.
+        device: this rank's device.
+        dtype: dtype of parameters and inputs.
+        memory_format: layout of filters and images.
         autocast_dtype: type that `torch.autocast` computes in, None without autocast.
     """
 
@@ -61,7 +61,7 @@ def build_compute(cfg: TrainConfig, device: torch.device) -> Compute:
 
     Args:
         cfg: ``dtype``, ``amp`` and ``memory_format``, which may leave the choice to the device.
-        device: of this rank.
+        device: this rank's device.
     """
     channels_last = cfg.memory_format is MemoryFormat.channels_last or (
         # Tensor cores take NHWC; on a CPU the default layout is the faster one for small images.

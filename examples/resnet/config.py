@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 
 class Arch(str, Enum):
-    """Networks; `resnet20` is the CIFAR network, the others are the ImageNet ones."""
+    """Networks; `resnet20` is the CIFAR network, the rest are ImageNet networks."""
 
     resnet18 = "resnet18"
     resnet34 = "resnet34"
@@ -31,7 +31,7 @@ class Source(str, Enum):
 
 
 class NormKind(str, Enum):
-    """What every batch-norm layer of the network becomes; see `norm.py`."""
+    """Replacement of every batch-norm layer; see `norm.py`."""
 
     local = "local"
     sync = "sync"
@@ -106,7 +106,7 @@ class DataConfig:
 
 @dataclass
 class NormConfig:
-    """Group `norm/`; what kinds have besides.
+    """Group `norm/`: the kind and its options.
 
     `group`, "node" or a number of ranks, belongs to kind `group` only; `fused` to `sync` and
     `group`.
@@ -163,7 +163,7 @@ class OptimizerConfig:
 
 @dataclass
 class TrainConfig:
-    """The whole job; `configs/train.yaml` says what each field means."""
+    """The whole job; `configs/train.yaml` documents each field."""
 
     name: str
     seed: int
@@ -197,7 +197,7 @@ def typed(raw: DictConfig) -> TrainConfig:
     """Check a composed configuration against the dataclasses above.
 
     Args:
-        raw: what hydra composed.
+        raw: configuration composed by hydra.
 
     Returns:
         The same values as typed objects, with interpolations resolved.

@@ -1,4 +1,4 @@
-"""Images as a worse camera would give them."""
+"""Image corruptions: noise and low contrast."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -6,7 +6,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-#: Called with images ``[N, C, H, W]`` and how strong it is to be.
+#: Called with images ``[N, C, H, W]`` and the corruption strength.
 Corruption: TypeAlias = Callable[[Tensor, float], Tensor]
 
 
@@ -15,7 +15,7 @@ def noise(images: Tensor, deviation: float) -> Tensor:
 
     Args:
         images: ``[N, C, H, W]``.
-        deviation: of the noise, in units of the images.
+        deviation: standard deviation of the noise, in units of the images.
     """
     generator = torch.Generator().manual_seed(0)
     return images + deviation * torch.randn(images.shape, generator=generator)
@@ -26,6 +26,6 @@ def low_contrast(images: Tensor, loss: float) -> Tensor:
 
     Args:
         images: ``[N, C, H, W]``.
-        loss: of contrast, from 0 to 1.
+        loss: lost share of the contrast, from 0 to 1.
     """
     return torch.lerp(images, images.mean((1, 2, 3), keepdim=True), loss)

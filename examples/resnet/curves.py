@@ -17,7 +17,7 @@ def plot(source: Path, target: Path, title: str) -> None:
     Args:
         source: a file written by `metrics.MetricsFile`, with at least one epoch in it.
         target: the PNG to write.
-        title: what was trained.
+        title: title of the figure.
     """
     entries = metrics.read(source)
     steps = [entry for entry in entries if entry["kind"] == "step"]

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 import torch
-from agree import agree, agree_on
 from config import DataConfig, Source
+from consistency import raise_on_all_ranks, require_equal_on_ranks
 from images import Images
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
@@ -27,15 +27,15 @@ class ResumableSampler(DistributedSampler[int]):
 class TrainBatches:
     """Shuffled training batches of this rank.
 
-    Every rank sees the same number of batches, of equal sizes: without ``drop_last`` the sampler
+    Every rank gets the same number of batches, of equal sizes: without ``drop_last`` the sampler
     repeats a few samples to make it so. The global batch of a step does not depend on how many
     ranks share it: ranks take turns in one permutation, the same for all.
 
     Args:
         images: the training set.
-        cfg: ``batch_size`` is that of one rank.
+        cfg: ``batch_size`` is the size per rank.
         info: this rank.
-        seed: of the order.
+        seed: seed of the order.
 
     Raises:
         ValueError: the set is too small for one batch.
@@ -77,7 +77,7 @@ def load(cfg: DataConfig, seed: int) -> tuple[Images, Images]:
 
     Args:
         cfg: which, and from where.
-        seed: of the augmentation.
+        seed: seed of the augmentation.
 
     Returns:
         ``(train, test)``.
@@ -86,9 +86,11 @@ def load(cfg: DataConfig, seed: int) -> tuple[Images, Images]:
         ValueError: a rank cannot read its data, or ranks found different amounts of it; on all
             ranks, with the same message.
     """
-    with agree():
+    with raise_on_all_ranks():
         train, test = _load(cfg, seed)
-    agree_on("(training images, test images, classes)", (len(train), len(test), train.num_classes))
+    require_equal_on_ranks(
+        "(training images, test images, classes)", (len(train), len(test), train.num_classes)
+    )
     return train, test
 
 
@@ -129,13 +131,13 @@ def _loader(
     sampler: ResumableSampler | None,
 ) -> DataLoader[tuple[Tensor, Tensor]]:
     loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
-        images,  # type: ignore[arg-type]  # the type of a batch is not that of a sample
+        images,  # type: ignore[arg-type]  # a batch and a sample differ in type
         batch_size,
         sampler=sampler,
         num_workers=cfg.workers,
         pin_memory=info.device.type == "cuda",
         drop_last=sampler is not None and cfg.drop_last,
-        # A generator of its own: iterating must not move the random numbers a checkpoint saves.
+        # A separate generator: iterating must not move the random numbers a checkpoint saves.
         generator=torch.Generator(),
     )
     return loader

@@ -14,7 +14,7 @@ def load(cfg: DataConfig, seed: int) -> tuple[ArrayImages, ArrayImages]:
     Args:
         cfg: ``split_seed`` and ``test_fraction`` define the split, which keeps the proportion of
             every class and does not depend on the seed of the run.
-        seed: of the augmentation.
+        seed: seed of the augmentation.
 
     Returns:
         ``(train, test)``, images ``[1, 8, 8]``.

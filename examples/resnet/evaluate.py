@@ -17,7 +17,7 @@ def evaluate(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], compute: 
         net: the network, not wrapped in DDP, whose forward would wait for ranks that have fewer
             batches. It is left in evaluation mode.
         batches: this rank's share of the test set, possibly empty.
-        compute: how to run.
+        compute: device, dtype and autocast.
 
     Returns:
         Loss and accuracy over the samples of all ranks, each counted once.
@@ -38,8 +38,8 @@ def broadcast_buffers(net: nn.Module) -> None:
     """Give every rank the buffers of rank 0; a collective.
 
     DDP does so before every forward of training, but with unsynchronized batch norm the last step
-    of an epoch leaves each rank with running statistics of its own: ranks would evaluate different
-    networks, none but the first being the one that is saved.
+    of an epoch leaves each rank with different running statistics: ranks would evaluate different
+    networks, and only the network of rank 0 is saved.
     """
     for buffer in net.buffers():
         dist.broadcast(buffer, src=0)

@@ -17,14 +17,14 @@ STD = np.array([0.229, 0.224, 0.225], np.float32)[:, None, None]
 
 
 class ImageFolder(Images):
-    """Image files, decoded when asked for.
+    """Image files, decoded on access.
 
     Args:
         files: ``(path, label)`` of every image.
         num_classes: number of classes.
         size: side of the square images returned.
         augment: crop and flip at random instead of cropping the centre.
-        seed: of the augmentation.
+        seed: seed of the augmentation.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ def load(cfg: DataConfig, seed: int) -> tuple[ImageFolder, ImageFolder]:
 
     Args:
         cfg: ``root`` holds ``train`` and ``val``, each with one folder a class.
-        seed: of the augmentation.
+        seed: seed of the augmentation.
 
     Returns:
         ``(train, val)``; a class is the position of its folder in alphabetical order.
@@ -111,7 +111,7 @@ def _decode(path: Path) -> Image.Image:
 
 
 def random_resized_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-    """Cut out a random part, scale it to ``size`` and mirror it half of the time.
+    """Cut out a random part, scale it to ``size`` and mirror it with probability 1/2.
 
     The part covers 8 to 100 % of the area with an aspect ratio of 3/4 to 4/3 (Szegedy et al. 2015).
     """

@@ -1,4 +1,4 @@
-"""What the three data sets have in common: shape, classes, and reproducible augmentation."""
+"""Base of the three data sets: shape, classes and reproducible augmentation."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -48,8 +48,8 @@ class ArrayImages(Images):
         num_classes: number of classes.
         mean: ``[C]``, subtracted after augmentation, in units of ``pixels``.
         std: ``[C]``, divided by.
-        augment: maps one image ``[C, H, W]`` to another; None leaves images alone.
-        seed: of the augmentation.
+        augment: maps one image ``[C, H, W]`` to another; None leaves images unchanged.
+        seed: seed of the augmentation.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""What happened in training, one JSON object a line.
+"""Training metrics, one JSON object per line.
 
-Two kinds of lines, told apart by the key ``kind``: "step" has the loss of one optimizer step,
+The key ``kind`` distinguishes two kinds of lines: "step" has the loss of one optimizer step,
 "epoch" the means of an epoch (or of the part of it before ``max_steps``) and the test results.
 """
 
@@ -50,5 +50,5 @@ def read(path: Path) -> list[Entry]:
     if not path.exists():
         return []
     lines = path.read_text().split("\n")
-    # Complete lines end in a newline, so what follows the last newline is the incomplete one.
+    # Complete lines end in a newline, so the text after the last newline is the incomplete one.
     return [json.loads(line) for line in lines[:-1]]

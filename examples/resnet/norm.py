@@ -10,7 +10,7 @@ import syncbn
 class FrozenBatchNorm2d(nn.BatchNorm2d):
     """Batch norm that always uses its stored statistics and never learns.
 
-    A class of its own rather than a call of ``eval()``, because ``model.train()`` at the start of
+    A separate class rather than a call of ``eval()``, because ``model.train()`` at the start of
     the next epoch would silently undo that call.
     """
 
@@ -26,11 +26,11 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
 
 
 def apply_norm(net: nn.Module, cfg: NormConfig, device: torch.device) -> nn.Module:
-    """Make every `nn.BatchNorm2d` of a network what the configuration asks for.
+    """Replace every `nn.BatchNorm2d` of a network as configured.
 
-    * ``local``: left alone; each rank normalizes with the statistics of its own samples.
-    * ``sync``: ours; the statistics of all ranks.
-    * ``group``: ours; the statistics of this node, or of ``cfg.group`` consecutive ranks.
+    * ``local``: unchanged; each rank normalizes with the statistics of its samples.
+    * ``sync``: `syncbn.SyncBatchNorm`; the statistics of all ranks.
+    * ``group``: `syncbn.SyncBatchNorm`; the statistics of a node or ``cfg.group`` ranks in a row.
     * ``torch_sync``: `torch.nn.SyncBatchNorm`, for comparison.
     * ``frozen``: stored statistics, nothing learned; for fine-tuning from ``model.weights``.
 
@@ -42,7 +42,7 @@ def apply_norm(net: nn.Module, cfg: NormConfig, device: torch.device) -> nn.Modu
     Args:
         net: network with `nn.BatchNorm2d` layers; changed in place.
         cfg: the choice.
-        device: where the network will run.
+        device: device that runs the network.
 
     Returns:
         The network to use (the same object unless it is a batch-norm layer itself).

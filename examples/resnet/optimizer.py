@@ -1,4 +1,4 @@
-"""SGD over two groups of parameters: those that decay, and those that do not."""
+"""SGD over two parameter groups: with and without weight decay."""
 
 import torch
 from config import OptimizerConfig

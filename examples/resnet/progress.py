@@ -1,4 +1,4 @@
-"""What a person sees while training: a bar in a terminal, one line an epoch elsewhere."""
+"""Progress of training: a bar in a terminal, one line per epoch elsewhere."""
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -38,7 +38,7 @@ class TrainProgress:
             self._bar.update(self._task, advance=1, description=f"loss {loss:.4f}")
 
     def line(self, text: str) -> None:
-        """Print a line, above the bar if there is one."""
+        """Print a line, above the bar if the bar is shown."""
         if self._bar.disable:
             if self._show:
                 print(text, flush=True)

@@ -24,7 +24,7 @@ def network(data: Any, **model: Any) -> nn.Module:
     """Return a network, its weights not loaded; a collective.
 
     Args:
-        data: as of `training_batches`, for the numbers of channels and classes.
+        data: arguments of `training_batches`; they define the numbers of channels and classes.
         **model: the keys of a file in `configs/model`.
     """
     images, _ = data_sets.load(_data_config(data), seed=0)
@@ -45,7 +45,7 @@ def test_batches(data: Any) -> Loader:
     """Return this rank's share of the test set, each image once; a collective.
 
     Args:
-        data: as of `training_batches`.
+        data: arguments of `training_batches`.
     """
     return _batches(data, 1, data["eval_batch_size"])
 

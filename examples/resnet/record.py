@@ -1,4 +1,4 @@
-"""What a run leaves behind: numbers, picture and screen output, written by rank 0."""
+"""Output of a run: metrics, picture and screen output, written by rank 0."""
 
 import math
 from pathlib import Path
@@ -17,9 +17,9 @@ class Recorder:
     """Records steps and epochs; made and called on every rank, as it averages over ranks.
 
     Args:
-        cfg: for the title, and how often to log.
+        cfg: configuration with the title and the logging interval.
         folder: the run directory.
-        state: of the run; entries after its step are removed from the metrics file.
+        state: training state; entries after its step are removed from the metrics file.
         last_step: step at which the run ends.
     """
 
@@ -43,7 +43,7 @@ class Recorder:
         """Record one step; a collective every ``log_every`` steps, when the loss is averaged.
 
         Args:
-            state: after the step.
+            state: training state after the step.
             loss: this rank's mean over its batch, a scalar.
             lr: learning rate of the step.
 
@@ -71,11 +71,11 @@ class Recorder:
         """Record the results of an epoch, or of the part of one before ``max_steps``.
 
         Args:
-            state: after the epoch.
-            trained: over the training samples, as they were seen.
-            tested: over the test set.
-            seconds: spent on training, evaluation apart.
-            steps: done in these seconds.
+            state: training state after the epoch.
+            trained: totals over the training samples, each taken at its own step.
+            tested: totals over the test set.
+            seconds: training time without evaluation, seconds.
+            steps: optimizer steps in this time.
         """
         speed = steps * self._global_batch / seconds
         self._metrics.write(

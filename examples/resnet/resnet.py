@@ -4,7 +4,7 @@ Two families share one class:
 
 * ResNet-18/34/50 for ImageNet: a 7x7 stem with max-pooling, four stages, and 1x1-convolution
   shortcuts where the shape changes ("option B"; stride on the 3x3 convolution of a bottleneck).
-  Names and shapes are those of torchvision, whose checkpoints load as they are.
+  Names and shapes equal torchvision's, so its checkpoints load unchanged.
 * ResNet-20 for small images, section 4.2 of the paper: a 3x3 stem, three stages, and shortcuts
   without parameters that subsample and pad channels with zeros ("option A", as the paper does for
   CIFAR: 269,722 parameters; option B would make it 272,474 and not be the network of the paper).
@@ -175,7 +175,7 @@ def build_resnet(cfg: ModelConfig, channels: int, num_classes: int, seed: int) -
         cfg: architecture, width and initialization.
         channels: channels of the input images.
         num_classes: outputs.
-        seed: of the initial weights; the same on every rank.
+        seed: seed of the initial weights; the same on every rank.
 
     Returns:
         The network on the CPU, float32, with `nn.BatchNorm2d` layers.

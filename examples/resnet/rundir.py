@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch.distributed as dist
-from agree import agree
 from config import TrainConfig
+from consistency import raise_on_all_ranks
 from omegaconf import OmegaConf
 from storage import writing
 
@@ -28,9 +28,9 @@ def open_run_dir(cfg: TrainConfig) -> RunDir:
     ============ =============== ===============================================================
     null         null            a new ``runs/NAME/TIME``
     null         FOLDER          FOLDER, which must not hold a run
-    ``auto``     null            the newest of ``runs/NAME`` that has a checkpoint, else a new one
+    ``auto``     null            the newest of ``runs/NAME`` with a checkpoint, or a new one
     ``auto``     FOLDER          FOLDER, continued if it has a checkpoint
-    FILE         null            that of FILE
+    FILE         null            the folder of FILE
     FILE         FOLDER          FOLDER
     ============ =============== ===============================================================
 
@@ -44,7 +44,7 @@ def open_run_dir(cfg: TrainConfig) -> RunDir:
         ValueError: the folder holds another run, or cannot be made; on all ranks.
     """
     box: list[RunDir | None] = [None]
-    with agree():
+    with raise_on_all_ranks():
         if dist.get_rank() == 0:
             run = _choose(cfg)
             run.path.mkdir(parents=True, exist_ok=True)

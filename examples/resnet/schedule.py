@@ -10,7 +10,7 @@ from config import OptimizerConfig
 class Schedule:
     """The learning rate as a function of the step, and of nothing else.
 
-    There is no state to save: a resumed run asks for the rate of its next step. ``max_steps`` ends
+    No state is saved: a resumed run computes the rate of its next step. ``max_steps`` ends
     a run early without squeezing the schedule, so a short run is the beginning of the long one.
 
     Attributes:

@@ -38,7 +38,7 @@ def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint to the CPU without running code from it.
 
     Raises:
-        ValueError: there is no such file, or it is not a checkpoint.
+        ValueError: the file is missing or is not a checkpoint.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file, expected a checkpoint")

@@ -21,10 +21,10 @@ import storage
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from agree import agree
 from checkpoint import TrainState, capture, restore
 from compute import Compute, build_compute
 from config import TrainConfig, typed
+from consistency import raise_on_all_ranks
 from evaluate import evaluate
 from images import Images
 from meter import Meter, Totals
@@ -49,7 +49,7 @@ def main(raw: DictConfig) -> None:
     cfg = typed(raw)
     info = syncbn.init_process_group()
     fit(cfg, info)
-    # Gloo may abort a process that leaves while it still works on DDP's last message.
+    # Gloo may abort a process that leaves while it still works on DDP's last all-reduce.
     dist.barrier()
     dist.destroy_process_group()
 
@@ -113,7 +113,7 @@ def fit(cfg: TrainConfig, info: syncbn.RankInfo) -> Path:
                     model, state, images, labels, lr, compute, cfg.optimizer.clip_norm
                 )
                 record.step(state, loss, lr)
-            trained = state.meter.totals()  # waits for the device, so the time is that of the work
+            trained = state.meter.totals()  # synchronizes with the device, so the work is timed
             seconds = time.perf_counter() - began
 
             tested = evaluate(net, test, compute)
@@ -128,7 +128,7 @@ def build_net(cfg: TrainConfig, images: Images, device: torch.device) -> nn.Modu
     Args:
         cfg: the job.
         images: training set, for the numbers of channels and classes.
-        device: where it will run.
+        device: device that runs the network.
 
     Returns:
         The network on the CPU, float32.
@@ -139,7 +139,7 @@ def build_net(cfg: TrainConfig, images: Images, device: torch.device) -> nn.Modu
     net: nn.Module = build_resnet(cfg.model, images.channels, images.num_classes, cfg.seed)
     if cfg.model.weights is not None:
         path = Path(cfg.model.weights)
-        with agree():
+        with raise_on_all_ranks():
             weights = storage.load(path)
             load_weights(net, weights.get("model", weights), path)
     return apply_norm(net, cfg.norm, device)
@@ -162,8 +162,8 @@ def train_step(
         images: ``[B, C, H, W]``.
         labels: ``[B]``, int64.
         lr: learning rate of this step.
-        compute: how to run.
-        clip_norm: largest norm of the gradient; None to leave it alone.
+        compute: device, dtype and autocast.
+        clip_norm: largest norm of the gradient; None for no clipping.
 
     Returns:
         The mean loss over this rank's batch, a scalar on the device.

@@ -1,4 +1,4 @@
-"""Weights into a network, or a message that says what does not fit."""
+"""Load weights into a network; report mismatched names and shapes."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ def load_weights(net: nn.Module, weights: dict[str, Tensor], source: Path) -> No
 
     Args:
         net: changed in place.
-        weights: a state dict, such as those that torchvision publishes.
-        source: where it came from, for the message.
+        weights: state dict, for example a torchvision checkpoint.
+        source: path of the checkpoint, shown in the message.
 
     Raises:
         ValueError: names or shapes differ; the first few of each kind are listed.
@@ -28,7 +28,7 @@ def load_weights(net: nn.Module, weights: dict[str, Tensor], source: Path) -> No
         "of another shape": shapes,
     }
     if any(problems.values()):
-        text = "; ".join(f"{what}: {_few(keys)}" for what, keys in problems.items() if keys)
+        text = "; ".join(f"{problem}: {_few(keys)}" for problem, keys in problems.items() if keys)
         raise ValueError(f"{source}: checkpoint of another architecture; {text}")
     net.load_state_dict(weights)
 

@@ -54,14 +54,19 @@ def as_dense(x: Tensor) -> tuple[Tensor, NCSLayout]:
     return x, layout
 
 
-def with_key(x: Tensor, key: tuple[int, int, int] | None) -> Tensor:
-    """Return x, or a copy of it, whose layout has this key; None for any.
+def with_key(x: Tensor, key: tuple[int, int, int] | None) -> tuple[Tensor, NCSLayout]:
+    """Return x, or a copy of it, with a layout of this key (None for any), and the layout.
 
     Hooks of saved tensors (offloading, compression) may return x with other strides.
     """
-    if key is None or as_dense(x)[1].key == key:
-        return x
-    return _new_empty(x, NCSLayout(*key, 0, 0), x.dtype).copy_(x)
+    x, layout = as_dense(x)
+    if key is None or layout.key == key:
+        return x, layout
+    batch, channels, space = key
+    stride = channels * space
+    # Not from the strides of the copy: those of a single channel fit two keys.
+    layout = NCSLayout(batch, channels, space, stride, stride)
+    return _new_empty(x, layout, x.dtype).copy_(x), layout
 
 
 def match_layout(t: Tensor, x: Tensor, layout: NCSLayout) -> tuple[Tensor, int]:

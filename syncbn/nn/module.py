@@ -135,7 +135,8 @@ class SyncBatchNorm(LayerState):
             activation=self._syncbn_activation,
             mask=mask,
             impl=self._syncbn_impl,
-            label=layer_label(self),
+            # A label would make torch.compile specialize on each of many equal layers.
+            label="" if torch.compiler.is_compiling() else layer_label(self),
             update_running=updates,
             pending=self._syncbn_pending if updates else None,
         )

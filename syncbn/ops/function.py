@@ -91,7 +91,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         """Return y; update the running statistics.
 
         Raises:
-            ValueError: on CPU, a single value per channel in the whole group.
+            ValueError: a single value per channel in the whole group, on CPU.
         """
         kernel, running = params.kernel, params.running
         if _needs_moments(params):
@@ -121,7 +121,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
                     composite_backward, saved=saved, params=params, output_mask=output_mask
                 )
                 return *vmap_rows(function, dy), None
-            if torch.is_grad_enabled() or modes.in_functorch_transform():
+            if torch.is_grad_enabled() or modes.in_functorch_transform() or modes.in_forward_ad():
                 return *composite_backward(dy, saved, params, output_mask), None
         kernel = params.kernel
         if params.group is None and output_mask[0]:
@@ -170,7 +170,7 @@ def _reduce_moments(x: Tensor, params: BatchNormParams) -> tuple[Tensor, bool]:
 
 def _check_value_count(x: Tensor, statistics: Tensor, params: BatchNormParams) -> None:
     # Other devices would synchronize; everywhere kernels keep such a batch out of the statistics.
-    if torch.compiler.is_compiling() or not x.is_cpu:
+    if torch.compiler.is_compiling() or not x.is_cpu or modes.num_dispatch_modes():
         return
     # Two unmasked values here are two in the group.
     if params.mask_fill is None and x.numel() > x.shape[1]:

@@ -94,7 +94,7 @@ def sync_batch_norm(
         activation=activation,
         mask=mask,
         impl=impl,
-        label="sync_batch_norm",
+        label="" if torch.compiler.is_compiling() else "sync_batch_norm",
     )
 
 
@@ -142,8 +142,6 @@ def batch_norm(
         return eval_batch_norm(input, weight, bias, running, eps, residual, relu, mask)
     kernel = select_kernel(impl, input, weight, bias, running.mean, running.var, residual)
     updated = running if update_running and pending is None else None
-    # A label would make torch.compile specialize on each of many equal layers.
-    label = "" if torch.compiler.is_compiling() else label
     is_fused = residual is None or _is_alike(input, residual)
     fill = None
     if mask is not None:

@@ -73,7 +73,8 @@ def check_parameters(
             continue
         fits = tensor.dtype in _FLOATING
         if not fits or tensor.shape != size or tensor.device != device or _is_sharded(tensor):
-            raise ValueError(f"{label}: {_mismatch_message(input, _PER_CHANNEL[i], tensor)}")
+            message = _mismatch_message(input, _PER_CHANNEL[i], tensor)
+            raise ValueError(f"{label}: {message}" if label else message)
 
 
 def _is_sharded(tensor: Tensor) -> bool:

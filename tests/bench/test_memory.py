@@ -40,7 +40,7 @@ def test_fused_block_needs_no_more_memory_than_torch(block: str, channels: int) 
     # Per-channel values: statistics in float64, gradients of parameters.
     limit = peak(baseline) + 2**14
     assert peak(ours) <= limit
-    # The mask of the last ReLU gives the gradient of the residual, beside dy and dx.
+    # The mask of the last ReLU gives the gradient of the residual, next to dy and dx.
     assert peak(fused) <= limit + baseline(x).nbytes
 
 

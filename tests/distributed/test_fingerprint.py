@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import syncbn
 from tests.ranks import Pool, Ranks
@@ -265,3 +267,16 @@ def test_fake_tensors_are_not_checked() -> None:
         torch.testing.assert_close(make_fx(layer)(x)(x), layer(x))
     finally:
         dist.destroy_process_group()
+
+
+def _one_rank_under_mode(rank: int) -> int:
+    layer = syncbn.SyncBatchNorm1d(3)
+    for _ in range(2):
+        with FlopCounterMode(display=False) if rank == 0 else nullcontext():
+            layer(torch.randn(4, 3, requires_grad=True)).sum().backward()
+    layer(torch.randn(4, 3)).sum().backward()
+    return int(layer.num_batches_tracked)
+
+
+def test_dispatch_mode_on_one_rank_is_no_error(on_host: Ranks) -> None:
+    assert set(on_host.run(_one_rank_under_mode)) == {3}

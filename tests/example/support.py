@@ -123,7 +123,7 @@ def launch(
 
 
 def finish(*processes: subprocess.Popen[str], timeout: float = 50) -> str:
-    """Wait for launchers and return what they printed; a hang is a failure."""
+    """Wait for launchers and return their output; a hang is a failure."""
     deadline = time.monotonic() + timeout
     hangs, output = False, ""
     for process in processes:

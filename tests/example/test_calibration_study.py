@@ -19,7 +19,7 @@ from torch import nn
 
 @pytest.fixture(scope="module")
 def data() -> tuple[Labelled, Labelled]:
-    train, test = (Labelled.of(images) for images in digits.load(DATA, seed=0))
+    train, test = (Labelled.from_images(images) for images in digits.load(DATA, seed=0))
     return Labelled(train.images[:40], train.labels[:40]), test
 
 

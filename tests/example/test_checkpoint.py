@@ -65,7 +65,7 @@ def timeless(run: Path) -> list[dict[str, object]]:
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     two_ranks: Ranks, tmp_path: Path, stop: int
 ) -> None:
-    """Two ranks with statistics of their own, stopped after an epoch of five steps, and within."""
+    """Two ranks with local statistics, stopped after an epoch of five steps, and within."""
     whole, part = tmp_path / "whole", tmp_path / "part"
     common = ["norm=local", "optimizer.clip_norm=1"]
     two_ranks.run(
@@ -104,7 +104,7 @@ def test_resume_with_amp_restores_the_gradient_scaler(
 
 
 def test_new_hyper_parameters_hold_after_a_resume(alone: syncbn.RankInfo, tmp_path: Path) -> None:
-    """torch would bring those of the checkpoint back, and the command line would be ignored."""
+    """torch would restore the checkpoint's values and ignore the command line."""
     fit(job(tmp_path, "max_steps=1"), alone)
     fit(job(tmp_path, "max_steps=2", "resume=auto", "optimizer.weight_decay=0.25"), alone)
     groups = checkpoint(tmp_path)["optimizer"]["param_groups"]
@@ -172,7 +172,7 @@ def test_new_run_starts_from_given_weights(alone: syncbn.RankInfo, tmp_path: Pat
         assert_equal(checkpoint(run)["model"], first["model"])
 
 
-def test_weights_are_loaded_wholly_or_not_at_all() -> None:
+def test_weights_are_loaded_atomically() -> None:
     net = build_resnet(ModelConfig(Arch.resnet20, 4, False, None), 1, 10, seed=0)
     other = build_resnet(ModelConfig(Arch.resnet20, 4, False, None), 1, 7, seed=1)
     weights = {**other.state_dict(), "extra": torch.zeros(1)}

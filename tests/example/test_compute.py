@@ -1,4 +1,4 @@
-"""Where and in which precision a job computes, unless it is told."""
+"""Default device, precision and memory layout of a job."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.example.support import composed
         ("cuda", True, ["memory_format=contiguous"], torch.bfloat16, torch.contiguous_format),
     ],
 )
-def test_what_suits_the_device(
+def test_defaults_follow_the_device(
     monkeypatch: pytest.MonkeyPatch,
     device: str,
     has_bfloat16: bool,

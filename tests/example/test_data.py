@@ -1,4 +1,4 @@
-"""What the loaders give, to whom, and what they say about bad folders."""
+"""Batches of each loader, their split over ranks, and errors of bad folders."""
 
 from __future__ import annotations
 

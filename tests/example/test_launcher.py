@@ -56,7 +56,7 @@ def test_several_nodes_need_a_rank_and_an_address(
 
 
 def test_threads_are_shared_between_ranks_and_arguments_passed_on(tmp_path: Path) -> None:
-    """A stand-in for the interpreter prints what it was given."""
+    """A stand-in for the interpreter prints its arguments."""
     fake = tmp_path / "bin" / "python3"
     fake.parent.mkdir()
     fake.write_text('#!/bin/sh\necho "threads $OMP_NUM_THREADS:" "$@"\n')

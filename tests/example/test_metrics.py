@@ -68,7 +68,7 @@ def test_curves_are_drawn_for_a_part_of_an_epoch_and_for_many(tmp_path: Path) ->
         with Image.open(target) as picture:
             picture = picture.convert("RGB")
             assert picture.size == (1500, 600)
-            # Both lines are there, in the colours that the legend gives them.
+            # Both lines are drawn in the colours of the legend.
             colors = {color for _, color in picture.getcolors(2**20) or []}
             assert {(0x64, 0x74, 0x8B), (0xC2, 0x41, 0x0C)} <= colors
 

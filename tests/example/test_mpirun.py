@@ -1,4 +1,4 @@
-"""launch/mpirun.sh under Open MPI and MPICH: what torchrun.sh gives, to the last bit."""
+"""launch/mpirun.sh under Open MPI and MPICH: bitwise the results of torchrun.sh."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ sys.stdout.write(f"{os.getpid()}\\n")
 sys.stdout.flush()
 time.sleep(40)
 """
-# Stand-ins that print what they were given.
+# Stand-ins that print their arguments.
 PRINTERS = {"nproc": "echo ${OMP_NUM_THREADS-12}", "mpirun": 'echo mpirun "$@"', "python3": ""}
 
 
@@ -114,18 +114,18 @@ def test_two_ranks_train_as_under_torchrun(mpi: str, under_torchrun: Path, tmp_p
 
 def corners(rank: int, world_size: int) -> list[list[str]]:
     """Return a part of the error table on smaller images, computed by all ranks together."""
-    place = syncbn.RankInfo(rank, world_size, rank, torch.device("cpu"))
+    info = syncbn.RankInfo(rank, world_size, rank, torch.device("cpu"))
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for sizes in error_table.splits(world_size).values():
             shapes = tuple((size, 33, 8, 8) for size in sizes)
             case = Case(shapes, dtype, "contiguous", 1e4)
-            rows.append([f"{error:.1e}" for error in error_table.row(case, place)])
+            rows.append([f"{error:.1e}" for error in error_table.row(case, info)])
     return rows
 
 
 @pytest.mark.parametrize("size", [2, 3], ids=["two", "three"])
-def test_errors_are_those_over_gloo(mpi: str, size: int, pool: Callable[[int, str], Ranks]) -> None:
+def test_errors_match_gloo(mpi: str, size: int, pool: Callable[[int, str], Ranks]) -> None:
     over_mpi = pool(size, mpi).run(corners, size)
     assert over_mpi == pool(size, "gloo").run(corners, size)
 
@@ -156,7 +156,7 @@ def test_several_nodes_and_the_threads_of_each(tmp_path: Path) -> None:
     assert nodes == f"mpirun -n 6 {hosts} env OMP_NUM_THREADS=6 {program}"
 
 
-def test_mpirun_beside_the_interpreter_comes_first(tmp_path: Path) -> None:
+def test_mpirun_next_to_the_interpreter_takes_precedence(tmp_path: Path) -> None:
     write_programs(tmp_path, PRINTERS)
     write_programs(tmp_path / "venv", {"python": "echo 1", "mpirun": 'echo beside "$@"'})
     interpreter = {"PYTHON": tmp_path / "venv" / "python", "NPROC": 1}

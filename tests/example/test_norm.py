@@ -1,4 +1,4 @@
-"""Each choice of `norm` does what its name says and leaves the names in checkpoints alone."""
+"""Each choice of `norm` works as named and keeps the names in checkpoints."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_frozen_layers_stay_frozen_in_training_mode() -> None:
     assert isinstance(net.conv1.weight.grad, torch.Tensor)
 
 
-def test_torch_sync_on_cpu_says_what_to_use_instead() -> None:
+def test_torch_sync_on_cpu_suggests_sync() -> None:
     with pytest.raises(ValueError, match=r"refuses CPU tensors; use norm=sync"):
         apply_norm(small(), NormConfig(NormKind.torch_sync), CPU)
 

@@ -1,4 +1,4 @@
-"""The networks are those of the papers, under the names that published checkpoints use."""
+"""Networks match the papers, with the names of published checkpoints."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def build(name: Arch, *, zero_init: bool = False, channels: int = 3, seed: int =
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        # Those that torchvision documents for its models.
+        # Parameter counts documented by torchvision.
         (Arch.resnet18, 11_689_512),
         (Arch.resnet34, 21_797_672),
         (Arch.resnet50, 25_557_032),
@@ -29,7 +29,7 @@ def test_parameter_counts_are_the_published_ones(name: Arch, count: int) -> None
     assert sum(p.numel() for p in build(name).parameters()) == count
 
 
-def test_names_and_shapes_of_resnet50_are_those_of_torchvision() -> None:
+def test_resnet50_names_and_shapes_match_torchvision() -> None:
     """Built from the description of the network, not from the code under test."""
     expected: dict[str, tuple[int, ...]] = {"conv1.weight": (64, 3, 7, 7)}
 

@@ -151,7 +151,7 @@ def test_loss_that_is_not_finite_ends_the_run(alone: syncbn.RankInfo, tmp_path: 
 
 
 def test_bad_data_on_one_rank_is_an_error_on_both(two_ranks: Ranks, tmp_path: Path) -> None:
-    """A node without the folder, or with half of it, must not leave the others waiting."""
+    """A node without the folder, or with half of it, must not block the remaining ranks."""
     full, half = tmp_path / "full", tmp_path / "half"
     write_folder(full, train=4)
     write_folder(half, train=2)

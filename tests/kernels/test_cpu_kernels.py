@@ -47,7 +47,7 @@ def test_keeps_precision_far_from_zero(kernel: cpu.CPUKernel, layout: str, offse
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_keeps_precision_where_the_mean_moves(kernel: cpu.CPUKernel, layout: str) -> None:
-    """A pivot from the first values is then far from those that follow, again and again."""
+    """A pivot from the first values is then repeatedly far from the next values."""
     drift = torch.linspace(0, 1e4, 40 * 90 * 90, dtype=torch.float64)
     noise = torch.randn(40, 3, 90, 90, dtype=torch.float64)
     x = (noise + drift.view(40, 1, 90, 90)).float()
@@ -61,7 +61,7 @@ def test_keeps_precision_where_the_mean_moves(kernel: cpu.CPUKernel, layout: str
 
 @pytest.mark.parametrize("value", [0.1, -7.3, 1e3 + 0.1, 1e6 + 0.3, 1e-30])
 def test_a_constant_channel_is_constant(kernel: cpu.CPUKernel, value: float) -> None:
-    """Also where a first pivot of few digits, or the rounding of a sum, is beside it."""
+    """Also where a first pivot of few digits, or the rounding of a sum, differs from it."""
     for samples, channels, space in itertools.product(
         (1, 2, 5), (1, 3, 40), (1, 2, 9, 16, 75, 9000)
     ):
@@ -100,7 +100,7 @@ def test_every_half_is_read_and_rounded_as_by_torch(
             x = x.contiguous(memory_format=torch.channels_last)
         case _:
             x = x.view(4, 4096, 4)
-    # Rows of 16 numbers are vectors; one number less, and there is a rest.
+    # Rows of 16 values fill vectors; one value less leaves a remainder.
     for values in (x, x[..., 1:].contiguous() if layout != "columns" else x[:, :, 1:]):
         found = normalize(kernel, values, scaling(4096, scale))
         wanted = (values.float() * torch.tensor(scale, dtype=torch.float32)).to(dtype)
@@ -109,9 +109,7 @@ def test_every_half_is_read_and_rounded_as_by_torch(
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_what_is_not_finite_goes_where_torch_lets_it(
-    kernel: cpu.CPUKernel, layout: str, bad: float
-) -> None:
+def test_nonfinite_propagates_like_torch(kernel: cpu.CPUKernel, layout: str, bad: float) -> None:
     memory_format = getattr(torch, layout.replace("contiguous", "contiguous_format"))
     x = torch.randn(3, 40, 5, 6).contiguous(memory_format=memory_format)
     x[1, 20, 3, 4] = bad
@@ -145,7 +143,7 @@ def test_relu_and_residual(
         torch.randn(shape).to(dtype).contiguous(memory_format=memory_format) for _ in range(3)
     )
     how, exact = saved_for(x, relu=True), saved_for(x.double(), relu=True)
-    # Where rounding decides what passes, either is right.
+    # At the ReLU threshold rounding decides, and both results are right.
     edge = normalize(REFERENCE, x.double(), exact._replace(relu=False)).abs() < 1e-3
     dy.masked_fill_(edge, 0)
     for a, b in zip(

@@ -43,7 +43,7 @@ def largest_invstd(saved: Saved) -> float:
 
 
 def largest(t: Tensor) -> Tensor:
-    """Return the largest magnitude, zero if there is none."""
+    """Return the largest magnitude, zero for an empty tensor."""
     return t.abs().max() if t.numel() else t.new_zeros(())
 
 
@@ -53,7 +53,7 @@ C_NUMBERS = (*SUMS, 5)
 
 
 class Near:
-    """Whether everything is as near to what is wanted as bounds say."""
+    """Return whether all results are within their bounds."""
 
     def __init__(self, wanted: list[Tensor], bounds: list[Tensor]) -> None:
         pairs = zip(wanted, bounds, strict=True)
@@ -65,7 +65,7 @@ class Near:
 
 
 def bounds(wanted: list[Tensor], how: Saved, dy: Tensor) -> list[Tensor]:
-    """Return 1e-6 of the largest number of each kind, or of what its terms would give."""
+    """Return 1e-6 of the largest value of each kind, or of the sum of its terms' magnitudes."""
     # Sums of random numbers grow as their square root, and now and then all but vanish.
     typical = max(1.0, (dy.numel() / dy.shape[1]) ** 0.5)
     least = [typical if i in SUMS else 1.0 for i in range(len(wanted))]
@@ -130,7 +130,7 @@ def test_large_sizes(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("space", [1, 2, 67])
 def test_every_width_of_halves(dtype: torch.dtype, space: int) -> None:
-    """Two vectors at once, whose values are in an order of their own, and what is left."""
+    """Two vectors at once, with interleaved values, and the remainder."""
     for channels, samples in itertools.product(range(1, 2 * LONGEST), (1, 9)):
         x, dy = torch.randn(2, samples, channels, space).to(dtype)
         how = saved_for(x.float())
@@ -186,7 +186,7 @@ def test_any_strides(kernel: cpu.CPUKernel, view: str) -> None:
 @pytest.mark.parametrize("shape", [(16, 3, 100, 100), (1, 1, 500_001), (64, 300, 4, 4)])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_threads_change_nothing(shape: tuple[int, ...], layout: str) -> None:
-    """Not a bit: what is summed by itself depends on the sizes alone."""
+    """Results are bitwise equal: partial sums depend on sizes alone."""
     x, dy = torch.randn(2, *shape)
     if layout == "channels_last":
         x, dy = last_channels(x), last_channels(dy)
@@ -204,7 +204,7 @@ def test_threads_change_nothing(shape: tuple[int, ...], layout: str) -> None:
 
 
 # Of more than 4 MiB, also as halves: rows and lines that are whole cache lines, or begin and end in
-# one; rows and lines that are longer than what is collected at once; lines of several samples.
+# one; rows and lines that are longer than one staging buffer; lines of several samples.
 STREAMED = [
     (3, 33, 181, 179),
     (2, 40, 192, 160),
@@ -220,7 +220,7 @@ STREAMED = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", STREAMED, ids=str)
 @pytest.mark.parametrize("offset", [0, 1])
-def test_what_is_written_past_the_caches(
+def test_streaming_stores(
     kernel: cpu.CPUKernel, dtype: torch.dtype, shape: tuple[int, ...], offset: int
 ) -> None:
     memory = torch.randn(math.prod(shape) + 1, dtype=dtype)

@@ -90,7 +90,7 @@ def check_module(chosen: Kernel, case: Case, bound: float, device: torch.device)
 
     sums = torch.cat([gradients.sum(1), (gradients * xhat).sum(1)])
     found_sums = chosen.backward_reduce(dy, saved, (True, True, True, False)).sums
-    # A sum may cancel: its rounding depends on what is added up, not on what comes out.
+    # A sum may cancel: its rounding depends on the terms, not on the result.
     added = torch.cat([gradients.abs().sum(1), (gradients * xhat).abs().sum(1)])
     assert ((found_sums.cpu() - sums).abs() <= 1e-6 * added.clamp(min=1e-9)).all()
 
@@ -220,7 +220,7 @@ def test_kernel_propagates_nan_in_its_channel_only(kernel: str, bad: float) -> N
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("what", ["NaN", "infinity", "a variance beyond float32"])
-def test_what_is_not_finite_reaches_the_averages(kernel: str, what: str) -> None:
+def test_nonfinite_reaches_running_statistics(kernel: str, what: str) -> None:
     """A step that diverged left averages as if there had been no variance."""
     x = torch.randn(6, 3, 5, 7, device=device_of(kernel))
     match what:
@@ -335,7 +335,7 @@ class Recorder(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_who_watches_the_calls_of_torch_sees_formulas() -> None:
+def test_dispatch_modes_receive_composite_formulas() -> None:
     """A tracer saw new memory, and nothing that writes to it; fake tensors were a crash."""
     x = torch.randn(4, 3, 5)
     with Recorder():

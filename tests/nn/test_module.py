@@ -136,7 +136,7 @@ def test_constructor_is_torchs() -> None:
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_no_number_is_read_back_to_the_host(options: dict[str, Any]) -> None:
-    """On the meta device there are no numbers to read."""
+    """Meta tensors have no values to read."""
     layer = syncbn.SyncBatchNorm2d(3, device="meta", **options)
     x = torch.randn(4, 3, 5, 5, device="meta", requires_grad=True)
     layer(x).sum().backward()
@@ -158,7 +158,7 @@ def test_where_new_tensors_go_by_default_does_not_matter() -> None:
 
 @pytest.mark.parametrize("which", ["weight", "bias"])
 def test_a_parameter_without_memory_of_its_own_is_computed_with_formulas(which: str) -> None:
-    """As those that wrap shards or quantized numbers are: the kernel was chosen by the input."""
+    """As subclasses for shards or quantized values: the kernel was chosen by the input."""
     x = torch.randn(4, 3, 5, 5)
     affine: dict[str, Any] = {"weight": torch.rand(3), "bias": torch.rand(3)}
     wanted = F.batch_norm(x, None, None, training=True, **affine)

@@ -35,7 +35,7 @@ SPLITS = {
 
 def observe_all(rank: int, cases: list[Case], kernel: str = "auto") -> list[Result]:
     device = torch.device("cuda") if dist.get_backend() == "nccl" else device_of(kernel)
-    # Where there is another by default, it is not the one that generators of the oracle are on.
+    # The oracle's generators are on the CPU, whatever the default device is.
     with torch.device("cpu"):
         return [observe(case, rank, device, kernel) for case in cases]
 
@@ -140,7 +140,7 @@ def test_layer_equals_one_process_on_any_batch(ranks: Ranks, data: st.DataObject
 
 
 def largest_terms(case: Case) -> dict[str, float]:
-    """Return the largest of what is added up in each result, which is what its rounding is of."""
+    """Return the largest term summed in each result, the scale of its rounding."""
     batches = [batch(case, rank) for rank in range(len(case.shapes))]
     values = torch.cat([x.double().movedim(1, 0).flatten(1) for x, _ in batches], 1)
     gradients = torch.cat([dy.double().movedim(1, 0).flatten(1) for _, dy in batches], 1)
@@ -172,7 +172,7 @@ def _autocast(rank: int) -> tuple[torch.dtype, torch.Tensor, torch.Tensor]:
 
 
 def test_empty_rank_under_autocast(ranks: Ranks) -> None:
-    """The empty rank must send what the others send, whatever dtype autocast made its input."""
+    """The empty rank must reduce the same payload as the rest, whatever dtype autocast gives it."""
     answers = ranks.run(_autocast)
     for dtype, running_var, gradient in answers:
         assert dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""What PyTorch wraps around models, and makes of them, with synchronized layers inside."""
+"""PyTorch's model wrappers and transformations with synchronized layers inside."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def train(model: nn.Module, micro_batches: int = 1) -> None:
 
 
 def state(net: nn.Module) -> dict[str, Tensor]:
-    """Return parameters and buffers, but what is not used."""
+    """Return parameters and buffers, without unused ones."""
     content = {name: t.detach() for name, t in net.state_dict().items() if "unused" not in name}
     return {
         name: t.full_tensor() if isinstance(t, DTensor) else t.clone()
@@ -158,7 +158,7 @@ def _distributed_tensors(rank: int) -> list[str]:
         with pytest.raises(ValueError, match="got a DTensor") as caught:
             call()
         messages.append(str(caught.value))
-    # What the message says to do.
+    # The remedy in the message.
     y = layer.train()(rows.to_local())
     torch.testing.assert_close(y, nn.BatchNorm1d(5)(rows.full_tensor()).chunk(2)[rank])
     return messages

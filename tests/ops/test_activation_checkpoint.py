@@ -49,7 +49,7 @@ def _nested(block: Block, x: Tensor) -> Any:
 
 
 def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    # Sums are of layers, too: those of a recomputation must not take the place of another.
+    # Layers sum, too: sums of one recomputation must not replace another's.
     save = (torch.ops.aten.convolution.default, torch.ops.aten.sum.dim_IntList)
     return CheckpointPolicy.MUST_SAVE if op in save else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -126,7 +126,7 @@ def test_alone() -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_without_contexts_statistics_move_twice(reentrant: bool) -> None:
-    """As documented: torch tells nobody that it recomputes."""
+    """As documented: torch does not report a recomputation."""
     net = Net()
     x = torch.randn(2, 2, 6, 6, dtype=torch.float64, requires_grad=True)
     net(x, partial(checkpoint, use_reentrant=reentrant)).sum().backward()

@@ -30,7 +30,7 @@ def _forget() -> Iterator[None]:
 
 
 class Block(nn.Module):
-    """A layer with all that it can be told."""
+    """A layer with every option set."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ def _batches(rank: int = 0) -> list[Tensor]:
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_alone(options: str) -> None:
-    """Batches of any size: one graph for the first, one for all others, for each mode."""
+    """Batches of any size: one graph for the first, one for the rest, in each mode."""
     assert compare(lambda: Block(**OPTIONS[options]), _batches(), "aot_eager") <= 4
 
 
@@ -154,7 +154,7 @@ def test_accumulated_statistics() -> None:
 
 
 class Checkpointed(nn.Module):
-    """A region that is recomputed, with or without contexts of ours."""
+    """A region that is recomputed, with or without syncbn's contexts."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class Checkpointed(nn.Module):
 
 
 def _recomputed(rank: int, inside: bool) -> None:
-    """Compile what calls checkpoint(), or what is called by it."""
+    """Compile the caller or the callee of checkpoint()."""
     eager: Any = Checkpointed(context_fn=syncbn.checkpoint_contexts)
     other: Any = copy.deepcopy(eager)
     compiled = other.region if inside else other
@@ -191,12 +191,12 @@ def test_a_kernel_that_cannot_be_compiled_is_refused() -> None:
     layer = syncbn.SyncBatchNorm2d(2)
     layer.impl = "cpu"
     call = torch.compile(layer, fullgraph=True, backend="eager")
-    with pytest.raises(Exception, match="which cannot see what it does; 'auto' takes"):
+    with pytest.raises(Exception, match="which cannot follow it; 'auto' selects"):
         call(torch.randn(2, 2, 3, 3))
 
 
 def test_a_network_trains_alike() -> None:
-    """In float64: in float32 steps diverge by rounding, those of equal networks, too."""
+    """In float64: float32 steps diverge by rounding, even of equal networks."""
     torch.manual_seed(0)
     nets = [syncbn.convert_sync_batchnorm(resnet20()).double() for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())

@@ -29,7 +29,7 @@ def _inputs(rank: int, offset: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def _values(t: Tensor, mask: Tensor) -> Tensor:
-    """Return what counts, ``[M, C]``."""
+    """Return the unmasked values, ``[M, C]``."""
     return t.movedim(1, -1)[mask]
 
 
@@ -75,7 +75,7 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("offset", [0.0, 1e3])
-def test_only_what_counts_counts(
+def test_masked_values_are_ignored(
     ranks: Ranks, offset: float, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
     wanted = _expected(ranks.size, offset, dtype, options)
@@ -182,7 +182,7 @@ def test_one_value_that_counts_alone() -> None:
 
 @pytest.mark.parametrize("kernel", ["auto", "reference"])
 def test_few_values_of_many_are_as_exact(kernel: str) -> None:
-    """They were not: the sums of the filling hid what they have between them."""
+    """Regression: the sums of the fill value cancelled the variance of the few values."""
     generator = seeded(0)
     x = torch.randn(2, 3, 128, 128, generator=generator) + 1e4
     mask = torch.zeros(2, 128, 128, dtype=torch.bool)

@@ -66,7 +66,7 @@ def test_alone() -> None:
 
 
 def test_over_ranks(three_ranks: Ranks) -> None:
-    """A rank's derivatives are its share: over all ranks they add up to those of one process."""
+    """A rank's derivatives are its share: over all ranks they sum to one process's derivatives."""
     found = three_ranks.run(_on_a_rank)
     wanted = _measures(_net(Formula), _batch())
     torch.testing.assert_close(torch.cat([of_rank["vjp"] for of_rank in found]), wanted["vjp"])
@@ -122,3 +122,17 @@ def test_forward_mode(three_ranks: Ranks) -> None:
     torch.testing.assert_close(torch.cat([tangent for tangent, _ in found]), wanted)
     for _, running_mean in found:
         torch.testing.assert_close(running_mean, mean)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+def test_forward_mode_over_backward(impl: str) -> None:
+    """The backward pass of the C++ kernel dropped the tangent of dy."""
+    x, dy, tangent = torch.randn(3, 4, 2, 5).double()
+    x.requires_grad_()
+    y = syncbn.sync_batch_norm(x, None, None, training=True, impl=impl)
+    with fwad.dual_level():
+        dual = fwad.make_dual(dy, tangent)
+        (dx,) = torch.autograd.grad(y, x, dual, retain_graph=True)
+        found = fwad.unpack_dual(dx).tangent
+    (expected,) = torch.autograd.grad(y, x, tangent)
+    torch.testing.assert_close(found, expected)

@@ -74,7 +74,7 @@ class TritonKernel(Kernel):
 
     def backward_reduce(self, dy: Tensor, saved: Saved, output_mask: OutputMask) -> Reduced:
         """See :meth:`Kernel.backward_reduce`; the pass also writes dy after a stored ReLU mask."""
-        x, layout = as_dense(with_key(saved.x, saved.layout))
+        x, layout = with_key(saved.x, saved.layout)
         dy, stride = match_layout(dy, x, layout)
         mask, masked_dy = saved.relu_values, None
         if mask is not None and (output_mask[0] or output_mask[3]):
@@ -95,7 +95,7 @@ class TritonKernel(Kernel):
 
     def backward_elemt(self, saved: Saved, reduced: Reduced, sums: Tensor) -> Tensor:
         """See :meth:`Kernel.backward_elemt`."""
-        x, layout = as_dense(with_key(saved.x, saved.layout))
+        x, layout = with_key(saved.x, saved.layout)
         dy, stride = match_layout(reduced.dy, x, layout)
         dx = dy if reduced.inplace_ok else empty_like(x, layout)
         weight, bias = _contiguous(saved.weight), _contiguous(saved.bias)

@@ -80,7 +80,7 @@ def run_layers(shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype) 
 
 
 def main() -> None:
-    """Compile for the architecture of the command line: all cases for 90, else two."""
+    """Compile for the architecture of the command line: all cases for 90, two for the rest."""
     architecture = int(sys.argv[1])
     cases = [(torch.bfloat16, name) for name in CASES]
     others = [(torch.float32, name) for name in CASES if name.startswith(("ResNet", "odd"))]

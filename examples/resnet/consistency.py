@@ -1,8 +1,9 @@
 """Errors and values that all ranks must share.
 
-A rank that raises while the others go on to a collective leaves them waiting until the timeout.
+If one rank raises and the remaining ranks enter a collective, they block until the timeout.
 Work that can fail on one rank alone (reading a folder that one node lacks, say) is therefore done
-inside `agree`, after which either every rank goes on or every rank raises the same message.
+inside `raise_on_all_ranks`: afterwards either every rank continues, or every rank raises the same
+message.
 """
 
 from collections.abc import Hashable, Iterator
@@ -12,15 +13,15 @@ import torch.distributed as dist
 
 
 @contextmanager
-def agree() -> Iterator[None]:
+def raise_on_all_ranks() -> Iterator[None]:
     """Run the block; if it raises on any rank, raise on all of them.
 
-    A collective: every rank must enter. Other exceptions than those of bad input (programming
+    A collective: every rank must enter. Exceptions unrelated to input (programming
     errors) pass through at once, and the launcher ends the remaining ranks.
 
     Raises:
         ValueError: the block raised `ValueError`, `RuntimeError` or `OSError` on at least one rank;
-            the message carries each different one and the first rank that had it.
+            the message carries each distinct message and the first rank that raised it.
     """
     error: Exception | None = None
     try:
@@ -38,18 +39,20 @@ def agree() -> Iterator[None]:
         raise ValueError(text) from error
 
 
-def agree_on(what: str, value: Hashable) -> None:
+def require_equal_on_ranks(name: str, value: Hashable) -> None:
     """Raise on every rank unless all ranks hold an equal value.
 
     Args:
-        what: name of the value, for the message.
+        name: name of the value in the message.
         value: anything with `==` that pickles.
 
     Raises:
-        ValueError: two ranks differ; the message shows who has what.
+        ValueError: two ranks differ; the message lists the value of each rank.
     """
     values: list[Hashable] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     if len(set(values)) > 1:
-        seen = ", ".join(f"rank {rank}: {item}" for rank, item in enumerate(values))
-        raise ValueError(f"{what} differs between ranks, expected the same everywhere; got {seen}")
+        listed = ", ".join(f"rank {rank}: {item}" for rank, item in enumerate(values))
+        raise ValueError(
+            f"{name} differs between ranks, expected the same everywhere; got {listed}"
+        )
