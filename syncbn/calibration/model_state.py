@@ -165,8 +165,8 @@ def _gathered_fsdp(model: nn.Module) -> Iterator[None]:
     except BaseException:
         inner = {part for module in sharded for part in module.modules() if part is not module}
         for module in sharded:
-            # A forward was abandoned half-way. FSDP before torch 2.13 has no way to reset it.
-            if module not in inner and hasattr(module, "reset_iter_state"):
+            # A forward was abandoned half-way.
+            if module not in inner:
                 module.reset_iter_state()
         raise
     finally:
@@ -178,6 +178,4 @@ def _gathered_fsdp(model: nn.Module) -> Iterator[None]:
 
 def _parameter_groups(module: Any) -> list[Any]:
     state = module._get_fsdp_state()
-    if hasattr(state, "_fsdp_param_groups"):
-        return list(state._fsdp_param_groups)
-    return [state._fsdp_param_group] if state._fsdp_param_group else []  # before torch 2.13
+    return list(state._fsdp_param_groups)

@@ -145,7 +145,9 @@ class _MismatchError(Exception):
 def _all_reduce(payload: Tensor, group: dist.ProcessGroup, label: str) -> None:
     """Sum a payload over a group, in place."""
     try:
-        if dist.get_debug_level().value == _DETAIL:
+        # Fake tensors and captured graphs have no labels to compare.
+        is_real = type(payload) is Tensor and not fingerprint.is_capturing(payload)
+        if dist.get_debug_level().value == _DETAIL and is_real:
             _compare_labels(payload, group, label)
         dist.all_reduce(payload, group=group)
     except _MismatchError as error:

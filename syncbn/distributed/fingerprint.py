@@ -57,7 +57,7 @@ def fingerprint(label: str, vector: Tensor) -> float | None:
         return math.nan if vector.is_cpu else None
     if not vector.is_cpu and not _is_debugging():
         return None
-    if not label or _is_capturing(vector):
+    if not label or is_capturing(vector):
         return math.nan
     return zlib.crc32(label.encode()) + 1.0
 
@@ -145,5 +145,6 @@ def _is_debugging() -> bool:
     return bool(dist.get_debug_level().value >= dist.DebugLevel.INFO.value)
 
 
-def _is_capturing(vector: Tensor) -> bool:
+def is_capturing(vector: Tensor) -> bool:
+    """Return whether the current stream of a CUDA tensor is captured in a graph."""
     return vector.is_cuda and torch.cuda.is_current_stream_capturing()

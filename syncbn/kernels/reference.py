@@ -92,9 +92,9 @@ def compute_statistics(group: Moments, args: NormalizeArgs) -> Tensor:
         group: moments of the whole group.
         args: arguments of the forward pass.
     """
-    mean, m2 = group.mean_and_m2()
     if args.running is not None:
         update_running_stats(group, args.running)
+    mean, m2 = group.mean_and_m2()
     invstd = (m2 / group.count.clamp(min=1) + args.eps).rsqrt()
     return torch.cat([mean, invstd, group.count.reshape(1)])
 
@@ -119,7 +119,9 @@ def update_running_stats(group: Moments, running: RunningStats) -> None:
             if momentum is None:
                 # A tensor: .item() would synchronize a GPU.
                 weight = num_batches_tracked.clamp(min=1).double().reciprocal()
-        for average, batch in ((mean, group.mean()), (var, group.variance(unbiased=True))):
+        batch_mean, m2 = group.mean_and_m2()
+        batch_var = m2 / (group.count - 1).clamp(min=1)
+        for average, batch in ((mean, batch_mean), (var, batch_var)):
             if average is not None:
                 # In float64, so that a half buffer rounds once.
                 change = torch.where(has_variance, batch - average, 0.0) * weight

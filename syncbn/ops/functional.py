@@ -137,7 +137,7 @@ def batch_norm(
     check_parameters(input, weight, bias, running.mean, running.var, label)
     check_activation(activation)
     mask = None if mask is None else check_mask(input, mask)
-    relu = activation is not None
+    relu = activation == "relu"
     if not use_batch_stats:
         return eval_batch_norm(input, weight, bias, running, eps, residual, relu, mask)
     kernel = select_kernel(impl, input, weight, bias, running.mean, running.var, residual)
@@ -169,7 +169,7 @@ def eval_batch_norm(
     relu: bool,
     mask: Tensor | None,
 ) -> Tensor:
-    """Normalize with the running statistics; return a tensor of the input's dtype.
+    """Normalize with the running statistics; a residual of a wider dtype widens the output.
 
     Arguments as for :func:`batch_norm`, already checked.
     """

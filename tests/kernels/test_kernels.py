@@ -120,6 +120,19 @@ def test_kernel_keeps_precision_far_from_zero(kernel: str, layout: str, offset: 
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_kernel_keeps_precision_of_two_values(kernel: str, layout: str) -> None:
+    """Regression: Triton summed around zero up to a mean of four standard deviations."""
+    means = torch.linspace(0, 6, 4096, dtype=torch.float64)
+    x = (means + torch.tensor([[1.0], [-1.0]])).mul(torch.rand(4096) + 0.5).float()
+    values = x if layout == "channels_last" else x[..., None]
+    values = values.to(device_of(kernel))
+    found = Moments.unpack(kernels.select_kernel(kernel, values).moments(values).cpu(), 4096)
+    var = x.double().var(0, correction=0)
+    assert ((found.variance() - var) / var).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_kernel_keeps_precision_of_tiny_variances(kernel: str, layout: str) -> None:
     """Variance 1e-10, far below eps: lost when it travels as 1/sqrt(var + eps)."""

@@ -175,10 +175,3 @@ class MPIProcessGroup(GroupLifecycle):
 
     def _sources(self, root: int) -> Sequence[int]:
         return () if root == self._rank else (root,)
-
-    # Names before torch 2.13.
-    _allgather_base = all_gather_single
-    allgather_into_tensor_coalesced = all_gather_single_coalesced
-    _reduce_scatter_base = reduce_scatter_single
-    reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
-    alltoall_base = all_to_all_single

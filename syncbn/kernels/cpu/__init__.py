@@ -71,19 +71,13 @@ class CPUKernel(Kernel):
         self, x: Tensor, moments: Tensor, args: NormalizeArgs, residual: Tensor | None = None
     ) -> tuple[Tensor, Saved]:
         """See :meth:`Kernel.normalize`."""
-        running = None if args.running is None else abi.pack_running(args.running)
-        if args.running is not None and running is None:
-            update_running_stats(Moments.unpack(moments, x.shape[1]), args.running)
-        return self._forward(self.library.normalize, x, moments, args, running, residual)
+        return self._forward(x, moments, args, residual)
 
     def forward_local(
         self, x: Tensor, args: NormalizeArgs, residual: Tensor | None = None
     ) -> tuple[Tensor, Saved]:
         """See :meth:`Kernel.forward_local`: blocks of channels stay in the cache between passes."""
-        running = None if args.running is None else abi.pack_running(args.running)
-        if args.running is not None and running is None:
-            return super().forward_local(x, args, residual)
-        return self._forward(self.library.forward_local, x, None, args, running, residual)
+        return self._forward(x, None, args, residual)
 
     def backward_reduce(self, dy: Tensor, saved: Saved, output_mask: OutputMask) -> Reduced:
         """See :meth:`Kernel.backward_reduce`."""
@@ -114,24 +108,21 @@ class CPUKernel(Kernel):
         return *gradients, dresidual
 
     def _forward(
-        self,
-        function: Callable[[bytes], int],
-        x: Tensor,
-        moments: Tensor | None,
-        args: NormalizeArgs,
-        running: abi.Running | None,
-        residual: Tensor | None,
+        self, x: Tensor, moments: Tensor | None, args: NormalizeArgs, residual: Tensor | None
     ) -> tuple[Tensor, Saved]:
-        """Return the output and the saved values of a library function.
+        """Return the output and the saved values.
 
         Args:
-            function: function of the library; without moments, one that computes them.
-            x: input.
-            moments: moments of the whole group, packed, or None.
+            x: input, shape ``[N, C, *]``.
+            moments: moments of the whole group, packed; None to compute the moments of x.
             args: arguments of the forward pass.
-            running: running statistics for the library to update, or None.
             residual: tensor of x's shape and dtype, or None.
         """
+        running = None if args.running is None else abi.pack_running(args.running)
+        if args.running is not None and running is None:
+            moments = self.moments(x) if moments is None else moments
+            update_running_stats(Moments.unpack(moments, x.shape[1]), args.running)
+        function = self.library.forward_local if moments is None else self.library.normalize
         source, layout = as_dense(x)
         statistics = x.new_empty(2 * layout.channels + 1, dtype=torch.float64)
         weight, bias, dtype = _readable_parameters(args.weight, args.bias)

@@ -26,6 +26,8 @@ from syncbn.kernels.triton.tiling import COMPUTE, relu_mask_bytes
 from syncbn.moments import Moments
 
 IS_INTERPRETED = isinstance(device.moments, InterpretedFunction)
+# Values per channel: the size of a row of the packed ReLU mask is rounded up in int32.
+_VALUES_LIMIT = 2**31 - 16
 # The least compute capability that Triton compiles for.
 _LEAST_CAPABILITY = (8, 0)
 
@@ -35,7 +37,7 @@ class TritonKernel(Kernel):
 
     def unsupported_reason(self, x: Tensor) -> str | None:
         """See :meth:`Kernel.unsupported_reason`."""
-        if x.numel() >= 2**31 and x.numel() >= 2**31 * x.shape[1]:
+        if x.numel() >= _VALUES_LIMIT and x.numel() >= _VALUES_LIMIT * x.shape[1]:
             return "does not support 2^31 values per channel"
         return _unsupported_reason(x.device, x.dtype)
 

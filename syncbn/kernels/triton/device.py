@@ -7,15 +7,13 @@ and some tiles of their values: ``BLOCK_N`` samples of ``BLOCK_S`` positions. It
 ``[BLOCK_N * BLOCK_S, BLOCK_C]``; the compiler finds the dense dimension and lays threads along it.
 
 Tiles are added up in the compute dtype, around a pivot if necessary. The result of a program, and
-the combination of programs, is float64, in a fixed order and without atomics. Per-channel
-arithmetic is float64 and repeated by every program, for thousands of values each.
+the combination of programs, is float64, in a fixed order and without atomics. Every program
+repeats the per-channel arithmetic, in float64, for thousands of values.
 
 Arguments of a kernel:
-    x, dy, residual, y, dx: tensors as above, with ``x_stride``, ``dy_stride`` and ``stride`` (for
-        the other three) between samples.
+    x, dy, residual, y, dx: tensors as above; strides ``x_stride``, ``dy_stride``, and ``stride``.
     moments, statistics, sums: float64 vectors of :mod:`syncbn.kernels.base`.
-    relu_mask: one bit per value,
-    see :mod:`syncbn.kernels.triton.relu_mask`; masked_dy: dy after it.
+    relu_mask: packed bits of :mod:`syncbn.kernels.triton.relu_mask`; masked_dy: dy after it.
     partials, counters: workspace of :mod:`syncbn.kernels.triton.reductions`.
     tiles, tiles_per_sample, splits: tiles of a channel, of a sample, programs per channel.
     DIVISIBILITY: power of two that dense sizes and strides are multiples of.
@@ -41,6 +39,7 @@ from syncbn.kernels.triton.indexing import (
     channel_block,
     load,
     offsets_in_tile,
+    offsets_with_stride,
     reversed_tile,
     store,
     tile_offset,
@@ -61,7 +60,7 @@ from syncbn.moments import ROUNDING
 
 _ROUNDING = tl.constexpr(ROUNDING)
 # Squared mean over variance from which a second pass is needed.
-_MEAN_DOMINATES = tl.constexpr(16.0)
+_MEAN_DOMINATES = tl.constexpr(4.0)
 # DIVISIBILITY states their alignment; specializing on it as well would compile more variants.
 _SIZES = [
     *("samples", "channels", "space", "x_stride", "dy_stride", "stride"),
@@ -76,12 +75,11 @@ def moments(
     samples, channels, space, x_stride, tiles, tiles_per_sample, splits, count,
     NUM_STAGES: tl.constexpr, BLOCK_K: tl.constexpr, DIVISIBILITY: tl.constexpr, EVEN: tl.constexpr,
     INT64_OFFSETS: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr, PDL: tl.constexpr,
 ):
     """Store ``[sum | sum_sq | count]`` of a block of channels.
 
-    Where the mean is more than four standard deviations from zero, the variance would lose digits:
+    Where the mean is more than two standard deviations from zero, the variance would lose digits:
     values are summed again around a pivot. Loading a pivot first would stall every program.
     """
     wait_for_previous_launch(PDL)
@@ -124,16 +122,14 @@ def normalize(
     samples, channels, space, x_stride, stride, tiles, tiles_per_sample,
     RELU: tl.constexpr, CUMULATIVE: tl.constexpr, TILES: tl.constexpr, DIVISIBILITY: tl.constexpr,
     SAME_STRIDES: tl.constexpr, EVEN: tl.constexpr, INT64_OFFSETS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    REPLICAS: tl.constexpr, PACK: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
-    PDL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, REPLICAS: tl.constexpr, PACK: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr, PDL: tl.constexpr,
 ):
     """Store y of some tiles; the first program of a block also updates the statistics."""
     wait_for_previous_launch(PDL)
     channels, space = assume_dense_divisible(channels, space, DIVISIBILITY, CHANNELS_LAST)
-    x_stride, stride = assume_divisible(x_stride, DIVISIBILITY), assume_divisible(stride,
-        DIVISIBILITY)
+    x_stride = assume_divisible(x_stride, DIVISIBILITY)
+    stride = assume_divisible(stride, DIVISIBILITY)
     first_c, c, group = channel_block(channels, BLOCK_C)
     mask_c = c < channels
     count = tl.load(moments_ptr + 2 * channels)
@@ -156,15 +152,16 @@ def normalize(
             )
 
     pivot, _, scale, shift = affine(mean, invstd, weight_ptr, bias_ptr, c, mask_c, COMPUTE)
-    offsets = offsets_in_tile(stride, space, CHANNELS_LAST, INT64_OFFSETS, BLOCK_N, BLOCK_S,
-        BLOCK_C)
-    offsets_x = offsets
-    if not SAME_STRIDES:
-        offsets_x = offsets_in_tile(x_stride, space, CHANNELS_LAST, INT64_OFFSETS, BLOCK_N,
-            BLOCK_S, BLOCK_C)
+    offsets = offsets_in_tile(
+        stride, space, CHANNELS_LAST, INT64_OFFSETS, BLOCK_N, BLOCK_S, BLOCK_C
+    )
+    offsets_x = offsets_with_stride(
+        offsets, x_stride, space, SAME_STRIDES, CHANNELS_LAST, INT64_OFFSETS,
+        BLOCK_N, BLOCK_S, BLOCK_C,
+    )
     for i in range(TILES):
-        n, s = tile_start(reversed_tile(group * TILES + i, tiles, TILES), tiles_per_sample,
-            CHANNELS_LAST, BLOCK_N, BLOCK_S)
+        t = reversed_tile(group * TILES + i, tiles, TILES)
+        n, s = tile_start(t, tiles_per_sample, CHANNELS_LAST, BLOCK_N, BLOCK_S)
         mask = valid_mask(n, s, c, samples, channels, space, BLOCK_N, BLOCK_S)
         offset = tile_offset(n, s, first_c, stride, space, CHANNELS_LAST)
         x_offset = tile_offset(n, s, first_c, x_stride, space, CHANNELS_LAST)
@@ -186,14 +183,12 @@ def normalize(
 @_jit
 def backward_reduce(
     dy_ptr, relu_mask_ptr, masked_dy_ptr, x_ptr, partials_ptr, counters_ptr, sums_ptr, dbias_ptr,
-    dweight_ptr,
-    statistics_ptr, weight_ptr, bias_ptr,
+    dweight_ptr, statistics_ptr, weight_ptr, bias_ptr,
     samples, channels, space, dy_stride, x_stride, stride, tiles, tiles_per_sample, splits,
     RELU: tl.constexpr, NUM_STAGES: tl.constexpr, BLOCK_K: tl.constexpr, DIVISIBILITY: tl.constexpr,
     SAME_STRIDES: tl.constexpr, EVEN: tl.constexpr, INT64_OFFSETS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    PACK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    COMPUTE: tl.constexpr, PDL: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, PACK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr, PDL: tl.constexpr,
 ):
     """Store ``[sum(dy) | sum(dy xhat)]`` of a block of channels, and dbias and dweight.
 
@@ -201,8 +196,8 @@ def backward_reduce(
     """
     wait_for_previous_launch(PDL)
     channels, space = assume_dense_divisible(channels, space, DIVISIBILITY, CHANNELS_LAST)
-    dy_stride, x_stride = assume_divisible(dy_stride, DIVISIBILITY), assume_divisible(x_stride,
-        DIVISIBILITY)
+    dy_stride = assume_divisible(dy_stride, DIVISIBILITY)
+    x_stride = assume_divisible(x_stride, DIVISIBILITY)
     stride = assume_divisible(stride, DIVISIBILITY)
     first_c, c, split = channel_block(channels, BLOCK_C)
     mask_c = c < channels
@@ -210,14 +205,17 @@ def backward_reduce(
     pivot, _, scale, shift = affine(mean, invstd, weight_ptr, bias_ptr, c, mask_c, COMPUTE)
     sum_dy = tl.zeros([BLOCK_N * BLOCK_S, BLOCK_C], COMPUTE)
     sum_dy_xmu = tl.zeros([BLOCK_N * BLOCK_S, BLOCK_C], COMPUTE)
-    offsets = offsets_in_tile(stride, space, CHANNELS_LAST, INT64_OFFSETS, BLOCK_N, BLOCK_S,
-        BLOCK_C)
-    offsets_x, offsets_dy = offsets, offsets
-    if not SAME_STRIDES:
-        offsets_x = offsets_in_tile(x_stride, space, CHANNELS_LAST, INT64_OFFSETS, BLOCK_N,
-            BLOCK_S, BLOCK_C)
-        offsets_dy = offsets_in_tile(dy_stride, space, CHANNELS_LAST, INT64_OFFSETS, BLOCK_N,
-            BLOCK_S, BLOCK_C)
+    offsets = offsets_in_tile(
+        stride, space, CHANNELS_LAST, INT64_OFFSETS, BLOCK_N, BLOCK_S, BLOCK_C
+    )
+    offsets_x = offsets_with_stride(
+        offsets, x_stride, space, SAME_STRIDES, CHANNELS_LAST, INT64_OFFSETS,
+        BLOCK_N, BLOCK_S, BLOCK_C,
+    )
+    offsets_dy = offsets_with_stride(
+        offsets, dy_stride, space, SAME_STRIDES, CHANNELS_LAST, INT64_OFFSETS,
+        BLOCK_N, BLOCK_S, BLOCK_C,
+    )
     for t in tl.range(split, tiles, splits, num_stages=NUM_STAGES):
         n, s = tile_start(t, tiles_per_sample, CHANNELS_LAST, BLOCK_N, BLOCK_S)
         mask = valid_mask(n, s, c, samples, channels, space, BLOCK_N, BLOCK_S)
@@ -256,15 +254,14 @@ def backward_elemt(
     samples, channels, space, dy_stride, x_stride, stride, tiles, tiles_per_sample,
     RELU: tl.constexpr, TILES: tl.constexpr, DIVISIBILITY: tl.constexpr, SAME_STRIDES: tl.constexpr,
     EVEN: tl.constexpr, INT64_OFFSETS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    REPLICAS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr,
-    PDL: tl.constexpr,
+    REPLICAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    COMPUTE: tl.constexpr, PDL: tl.constexpr,
 ):
     """Store dx of some tiles; dx may be dy."""
     wait_for_previous_launch(PDL)
     channels, space = assume_dense_divisible(channels, space, DIVISIBILITY, CHANNELS_LAST)
-    dy_stride, x_stride = assume_divisible(dy_stride, DIVISIBILITY), assume_divisible(x_stride,
-        DIVISIBILITY)
+    dy_stride = assume_divisible(dy_stride, DIVISIBILITY)
+    x_stride = assume_divisible(x_stride, DIVISIBILITY)
     stride = assume_divisible(stride, DIVISIBILITY)
     first_c, c, group = channel_block(channels, BLOCK_C)
     mask_c = c < channels
@@ -275,17 +272,20 @@ def backward_elemt(
     slope = invstd * load_per_channel(sums_ptr + channels + c, mask_c, REPLICAS) * share
     intercept = load_per_channel(sums_ptr + c, mask_c, REPLICAS) * share - rest * slope
     slope, intercept = slope.to(COMPUTE), intercept.to(COMPUTE)
-    offsets = offsets_in_tile(stride, space, CHANNELS_LAST, INT64_OFFSETS, BLOCK_N, BLOCK_S,
-        BLOCK_C)
-    offsets_x, offsets_dy = offsets, offsets
-    if not SAME_STRIDES:
-        offsets_x = offsets_in_tile(x_stride, space, CHANNELS_LAST, INT64_OFFSETS, BLOCK_N,
-            BLOCK_S, BLOCK_C)
-        offsets_dy = offsets_in_tile(dy_stride, space, CHANNELS_LAST, INT64_OFFSETS, BLOCK_N,
-            BLOCK_S, BLOCK_C)
+    offsets = offsets_in_tile(
+        stride, space, CHANNELS_LAST, INT64_OFFSETS, BLOCK_N, BLOCK_S, BLOCK_C
+    )
+    offsets_x = offsets_with_stride(
+        offsets, x_stride, space, SAME_STRIDES, CHANNELS_LAST, INT64_OFFSETS,
+        BLOCK_N, BLOCK_S, BLOCK_C,
+    )
+    offsets_dy = offsets_with_stride(
+        offsets, dy_stride, space, SAME_STRIDES, CHANNELS_LAST, INT64_OFFSETS,
+        BLOCK_N, BLOCK_S, BLOCK_C,
+    )
     for i in range(TILES):
-        n, s = tile_start(reversed_tile(group * TILES + i, tiles, TILES), tiles_per_sample,
-            CHANNELS_LAST, BLOCK_N, BLOCK_S)
+        t = reversed_tile(group * TILES + i, tiles, TILES)
+        n, s = tile_start(t, tiles_per_sample, CHANNELS_LAST, BLOCK_N, BLOCK_S)
         mask = valid_mask(n, s, c, samples, channels, space, BLOCK_N, BLOCK_S)
         x_offset = tile_offset(n, s, first_c, x_stride, space, CHANNELS_LAST)
         dy_offset = tile_offset(n, s, first_c, dy_stride, space, CHANNELS_LAST)

@@ -109,6 +109,20 @@ def offsets_in_tile(
 
 
 @triton.jit
+def offsets_with_stride(
+    offsets, stride, space, SAME_STRIDES: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+):
+    """Return offsets in a tile of an operand; the given ones if all strides are equal."""
+    if not SAME_STRIDES:
+        offsets = offsets_in_tile(
+            stride, space, CHANNELS_LAST, INT64_OFFSETS, BLOCK_N, BLOCK_S, BLOCK_C
+        )
+    return offsets
+
+
+@triton.jit
 def load(ptr, mask, EVEN: tl.constexpr, COMPUTE: tl.constexpr):
     """Load values, zeros outside the mask."""
     values = tl.load(ptr) if EVEN else tl.load(ptr, mask, 0.0)

@@ -55,10 +55,10 @@ def plan_normalize(
     constants = _sizes(tiling) | strides | elementwise_constants(tiling, *strides.values())
     constants |= {"RELU": relu, "CUMULATIVE": cumulative}
     arguments = (
-        *("x_ptr", "moments_ptr", "residual_ptr", "y_ptr", "relu_mask_ptr", "statistics_ptr"),
-        *("weight_ptr", "bias_ptr", "running_mean_ptr", "running_var_ptr", "num_batches_ptr"),
-        *("eps", "momentum"),
-    )
+        "x_ptr", "moments_ptr", "residual_ptr", "y_ptr", "relu_mask_ptr", "statistics_ptr",
+        "weight_ptr", "bias_ptr", "running_mean_ptr", "running_var_ptr", "num_batches_ptr",
+        "eps", "momentum",
+    )  # fmt: skip
     return LaunchPlan(kernels.normalize, tiling.programs, device, arguments, constants)
 
 
@@ -81,9 +81,9 @@ def plan_backward_reduce(
     constants = _sizes(tiling) | strides | {"splits": tiling.splits, "RELU": relu}
     constants |= reduction_constants(tiling, 2 * dtype.itemsize, *strides.values())
     arguments = (
-        *("x_ptr", "dy_ptr", "relu_mask_ptr", "masked_dy_ptr", "partials_ptr", "counters_ptr"),
-        *("sums_ptr", "statistics_ptr", "weight_ptr", "bias_ptr", "dweight_ptr", "dbias_ptr"),
-    )
+        "x_ptr", "dy_ptr", "relu_mask_ptr", "masked_dy_ptr", "partials_ptr", "counters_ptr",
+        "sums_ptr", "statistics_ptr", "weight_ptr", "bias_ptr", "dweight_ptr", "dbias_ptr",
+    )  # fmt: skip
     programs = tiling.reduction_programs
     return LaunchPlan(
         kernels.backward_reduce, programs, device, arguments, constants, tiling.workspace
@@ -102,9 +102,7 @@ def plan_backward_elemt(
     strides = _strides(layout, dy_stride)
     constants = _sizes(tiling) | strides | {"RELU": relu}
     constants |= elementwise_constants(tiling, *strides.values())
-    arguments = (
-        *("x_ptr", "dy_ptr", "dx_ptr", "sums_ptr", "statistics_ptr", "weight_ptr", "bias_ptr"),
-    )
+    arguments = "x_ptr", "dy_ptr", "dx_ptr", "sums_ptr", "statistics_ptr", "weight_ptr", "bias_ptr"
     return LaunchPlan(kernels.backward_elemt, tiling.programs, device, arguments, constants)
 
 
@@ -115,10 +113,8 @@ def _first(dtypes: DTypes) -> torch.dtype:
 
 def _sizes(tiling: Tiling) -> dict[str, Any]:
     samples, channels, space = tiling.size
-    return {
-        **{"samples": samples, "channels": channels, "space": space},
-        **{"tiles": tiling.tiles, "tiles_per_sample": tiling.tiles_per_sample},
-    }
+    sizes = {"samples": samples, "channels": channels, "space": space}
+    return sizes | {"tiles": tiling.tiles, "tiles_per_sample": tiling.tiles_per_sample}
 
 
 def _strides(layout: NCSLayout, dy_stride: int) -> dict[str, int]:
