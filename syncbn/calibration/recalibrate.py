@@ -162,10 +162,7 @@ def recalibrate(
         ranks = Ranks(group, device, sigint)
 
         def prepare() -> tuple[_Calibrate, list[BNLayer], dict[str, _BatchNorm]]:
-            if num_samples is not None and not (isinstance(num_samples, int) and num_samples >= 1):
-                raise ValueError(
-                    f"got num_samples={num_samples!r}; expected 1 or more, or None for all"
-                )
+            _check_num_samples(num_samples)
             return _get_method(method), *select_layers(model, layers, skip)
 
         calibrate, chosen, left_alone = ranks.run_on_all_ranks(prepare)
@@ -194,22 +191,37 @@ def recalibrate(
                 )
 
             def make_report() -> CalibrationReport:
-                reached = {k: stats for k, stats in results.items() if stats.scatter.samples > 0}
-                if not reached:
-                    raise ValueError(
-                        "no sample reached any of the batch-norm layers "
-                        f"({', '.join(layer.name for layer in chosen)}); expected batches with "
-                        "samples and a forward that calls these layers"
-                    )
-                verification = "".join(checks[-1:])
-                return CalibrationReport.from_stats(
-                    reached, old, undo, list(left_alone), verification
-                )
+                reached = _select_reached(results, chosen)
+                names, verification = list(left_alone), "".join(checks[-1:])
+                return CalibrationReport.from_stats(reached, old, undo, names, verification)
 
             report = ranks.run_on_all_ranks(make_report, "the last exchange")
             if ranks.size > 1:
                 backup.clear()  # the other ranks keep the new statistics after this exchange
         return report
+
+
+def _check_num_samples(num_samples: object) -> None:
+    if num_samples is not None and not (isinstance(num_samples, int) and num_samples >= 1):
+        raise ValueError(f"got num_samples={num_samples!r}; expected 1 or more, or None for all")
+
+
+def _select_reached(
+    results: dict[BNLayer, InputStats], layers: list[BNLayer]
+) -> dict[BNLayer, InputStats]:
+    """Return the results of layers that got samples.
+
+    Raises:
+        ValueError: no layer got samples.
+    """
+    reached = {k: stats for k, stats in results.items() if stats.scatter.samples > 0}
+    if not reached:
+        raise ValueError(
+            "no sample reached any of the batch-norm layers "
+            f"({', '.join(layer.name for layer in layers)}); expected batches with samples and a "
+            "forward that calls these layers"
+        )
+    return reached
 
 
 def _find_device(model: nn.Module) -> torch.device:
