@@ -10,12 +10,12 @@ from syncbn.distributed import init_process_group as init_process_group
 from syncbn.fusion import Fusion as Fusion
 from syncbn.fusion import fuse as fuse
 from syncbn.nn.accumulation import accumulate_statistics as accumulate_statistics
-from syncbn.nn.conversion import convert_sync_batchnorm as convert_sync_batchnorm
-from syncbn.nn.conversion import revert_sync_batchnorm as revert_sync_batchnorm
 from syncbn.nn.module import SyncBatchNorm as SyncBatchNorm
 from syncbn.nn.module import SyncBatchNorm1d as SyncBatchNorm1d
 from syncbn.nn.module import SyncBatchNorm2d as SyncBatchNorm2d
 from syncbn.nn.module import SyncBatchNorm3d as SyncBatchNorm3d
+from syncbn.nn.module import convert_sync_batchnorm as convert_sync_batchnorm
+from syncbn.nn.module import revert_sync_batchnorm as revert_sync_batchnorm
 from syncbn.ops.activation_checkpoint import checkpoint_contexts as checkpoint_contexts
 from syncbn.ops.functional import sync_batch_norm as sync_batch_norm
 

@@ -17,7 +17,7 @@ from syncbn.bench.ranks import World, init_world, max_over_ranks
 from syncbn.bench.report import Benchmark, Report, Table
 from syncbn.bench.timing import MICROSECOND, MILLISECOND, PERCENTILES, Percentiles, interleave
 from syncbn.distributed.groups import resolve_group
-from syncbn.nn.conversion import convert_sync_batchnorm
+from syncbn.nn.module import convert_sync_batchnorm
 
 # Consecutive calls, as in other benchmarks of MPI: the call is measured, not cache misses.
 _BURST = 20

@@ -15,7 +15,7 @@ from syncbn.bench.networks import resnet20, training_step
 from syncbn.bench.ranks import init_world, use_gpu
 from syncbn.bench.report import Benchmark, Report, Table
 from syncbn.bench.timing import MILLISECOND, PERCENTILES, Percentiles, interleave, synchronized
-from syncbn.nn.conversion import convert_sync_batchnorm
+from syncbn.nn.module import convert_sync_batchnorm
 
 _BASELINE, _OURS = "nn.BatchNorm2d", "ours"
 _STEPS = 9

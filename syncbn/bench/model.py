@@ -20,8 +20,7 @@ from syncbn.bench.report import Benchmark, Report, Table, default_if_none
 from syncbn.bench.timing import MILLISECOND, Percentiles, capture_graph, interleave, synchronized
 from syncbn.distributed.groups import GroupLike
 from syncbn.fusion import fuse
-from syncbn.nn.conversion import convert_sync_batchnorm
-from syncbn.nn.module import SyncBatchNorm
+from syncbn.nn.module import SyncBatchNorm, convert_sync_batchnorm
 
 _NETWORKS = {"resnet20": resnet20, "resnet50": resnet50}
 _BASELINE, _NONE = "nn.BatchNorm2d", "no batch norm"

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.inference.rule import EvalStatistics, EvalStatisticsMixin, base_class, with_rule
 from syncbn.nn.bn_layers import BNLayer, find_layers
-from syncbn.nn.class_map import change_class
+from syncbn.nn.conversion import change_class
 from syncbn.nn.module import SyncBatchNorm
 
 M = TypeVar("M", bound=nn.Module)

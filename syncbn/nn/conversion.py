@@ -7,97 +7,173 @@ and shared references stay as they are and need no copying.
 from __future__ import annotations
 
 import warnings
-from typing import TypeVar, cast
+from collections.abc import Callable
+from typing import Any, TypeAlias, cast
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
 
 from syncbn.distributed.groups import GroupLike, resolve_group
-from syncbn.nn.class_map import change_class, original_class, sync_class, unsupported_reason
-from syncbn.nn.module import SyncBatchNorm
+from syncbn.nn.layer_state import LayerState
 
-M = TypeVar("M", bound=nn.Module)
+LayerClass: TypeAlias = type[_BatchNorm]
+
+# Names that a subclass may define without loss: the synchronized class does not define them, or
+# keeps the subclass's definition.
+_ALLOWED_NAMES = {
+    *("__init__", "__module__", "__doc__", "__annotations__", "_check_input_dim"),
+    # SyncBatchNorm's versions call super().
+    *("__getattr__", "__setattr__", "__setstate__"),
+    *("__static_attributes__", "__firstlineno__"),  # set by Python 3.13
+}
 
 
-def convert_sync_batchnorm(module: M, process_group: GroupLike = None) -> M:
-    """Make every batch-norm layer of a model synchronized, in place.
-
-    Converts ``nn.BatchNorm1d/2d/3d``, their lazy forms, ``nn.SyncBatchNorm``, and subclasses of
-    ``nn.BatchNorm*`` that inherit ``forward``; a converted subclass stays an instance of its class.
-    Synchronized layers get the group and their name. A layer that overrides ``forward`` or other
-    methods that synchronization replaces would lose behaviour: it is left alone, with a warning.
-    :func:`revert_sync_batchnorm` is the exact inverse.
+class Conversion:
+    """Conversion between batch-norm classes and their synchronized forms.
 
     Args:
-        module: a model or a single layer.
-        process_group: ranks whose batches form one batch: None (all ranks; layers with a group keep
-            it), "world", "node", a number of consecutive ranks, a one-dimensional ``DeviceMesh``,
-            or a process group. "node" and numbers create a group, so every rank must call this.
-
-    Returns:
-        The same module.
-
-    Raises:
-        ValueError: the group is not valid; see :func:`syncbn.distributed.resolve_group`.
-        RuntimeError: torch.distributed must create a group and is not initialized.
+        sync_classes: synchronized form of each class of torch. The form of ``nn.SyncBatchNorm``
+            becomes the first base of the form of a user's subclass.
+        new_layer: importable function that returns ``Conversion.new_layer(original)``, for pickles.
     """
-    group = resolve_group(process_group)
-    skipped: dict[str, list[str]] = {}
-    for name, layer in module.named_modules():
-        if not isinstance(layer, _BatchNorm):
-            continue
-        if not isinstance(layer, SyncBatchNorm):
-            if (reason := unsupported_reason(layer)) is not None:
-                skipped.setdefault(reason, []).append(name or "the module")
+
+    def __init__(
+        self,
+        sync_classes: dict[LayerClass, LayerClass],
+        new_layer: Callable[[LayerClass], nn.Module],
+    ) -> None:
+        self._sync = sync_classes
+        self._original = {sync: original for original, sync in sync_classes.items()}
+        self._base = sync_classes[nn.SyncBatchNorm]
+        # One class per user subclass, so that layers of one class keep a common class.
+        self._subclasses: dict[LayerClass, LayerClass] = {}
+        self._new_layer = new_layer
+
+    def convert(self, model: nn.Module, process_group: GroupLike) -> None:
+        """Convert the layers of a model; see :func:`syncbn.convert_sync_batchnorm`."""
+        group = resolve_group(process_group)
+        skipped: dict[str, list[str]] = {}
+        for name, layer in model.named_modules():
+            if not isinstance(layer, _BatchNorm):
                 continue
-            # On any class but torch's, `process_group` is the user's attribute.
-            is_torchs = isinstance(layer, nn.SyncBatchNorm)
-            torchs_group = layer.__dict__.pop("process_group", None) if is_torchs else None
-            change_class(layer, sync_class)
-            cast(SyncBatchNorm, layer)._syncbn_group = torchs_group
-        converted = cast(SyncBatchNorm, layer)
-        if process_group is not None:
-            converted._syncbn_group = group
-        converted._syncbn_fqn = name
-    for reason, names in skipped.items():
-        warnings.warn(
-            f"{reason}, so these layers are left unsynchronized: {', '.join(names)}. Derive the "
-            "class from syncbn.SyncBatchNorm to synchronize them.",
-            stacklevel=2,
-        )
-    return module
-
-
-def revert_sync_batchnorm(module: M) -> M:
-    """Restore the original class of every synchronized layer of a model, in place.
-
-    Layers built as ``syncbn.SyncBatchNorm1d/2d/3d`` become ``nn.BatchNorm1d/2d/3d``. A
-    ``syncbn.SyncBatchNorm``, which accepts any number of dimensions, becomes ``nn.SyncBatchNorm``
-    and keeps its group. A user's subclass of these classes has no original and stays.
-
-    Args:
-        module: a model or a single layer.
-
-    Returns:
-        The same module.
-
-    Raises:
-        ValueError: a layer has an activation, which torch's layers lack; no layer was changed.
-    """
-    for name, layer in module.named_modules():
-        if not isinstance(layer, SyncBatchNorm) or layer._syncbn_activation is None:
-            continue
-        if original_class(type(layer)) is not None:
-            raise ValueError(
-                f"{name or 'the module'}: got a layer with "
-                f"activation={layer._syncbn_activation!r}, which torch's layers lack; call undo() "
-                "of the result of syncbn.fuse() first, or use a separate ReLU"
+            if not isinstance(layer, self._base):
+                if (reason := self.unsupported_reason(layer)) is not None:
+                    skipped.setdefault(reason, []).append(name or "the module")
+                    continue
+                # On any class but torch's, `process_group` is the user's attribute.
+                is_torchs = isinstance(layer, nn.SyncBatchNorm)
+                torchs_group = layer.__dict__.pop("process_group", None) if is_torchs else None
+                change_class(layer, self.sync_class)
+                cast(LayerState, layer)._syncbn_group = torchs_group
+            converted = cast(LayerState, layer)
+            if process_group is not None:
+                converted._syncbn_group = group
+            converted._syncbn_fqn = name
+        for reason, names in skipped.items():
+            warnings.warn(
+                f"{reason}, so these layers are left unsynchronized: {', '.join(names)}. Derive "
+                "the class from syncbn.SyncBatchNorm to synchronize them.",
+                stacklevel=3,
             )
-    for layer in module.modules():
-        if isinstance(layer, SyncBatchNorm) and change_class(layer, original_class):
-            attributes = vars(layer)
-            private = [name for name in attributes if name.startswith("_syncbn_")]
-            settings = {name: attributes.pop(name) for name in private}
-            if isinstance(layer, nn.SyncBatchNorm):
-                layer.process_group = settings["_syncbn_group"]
-    return module
+
+    def revert(self, model: nn.Module) -> None:
+        """Restore the layers of a model; see :func:`syncbn.revert_sync_batchnorm`."""
+        layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LayerState)]
+        for name, layer in layers:
+            activation = layer._syncbn_activation
+            if activation is not None and self.original_class(type(layer)) is not None:
+                raise ValueError(
+                    f"{name or 'the module'}: got a layer with activation={activation!r}, which "
+                    "torch's layers lack; call undo() of the result of syncbn.fuse() first, or use "
+                    "a separate ReLU"
+                )
+        for _, layer in layers:
+            if change_class(layer, self.original_class):
+                attributes = vars(layer)
+                private = [name for name in attributes if name.startswith("_syncbn_")]
+                settings = {name: attributes.pop(name) for name in private}
+                if isinstance(layer, nn.SyncBatchNorm):
+                    layer.process_group = settings["_syncbn_group"]
+
+    def sync_class(self, original: LayerClass) -> LayerClass:
+        """Return the synchronized form of a class.
+
+        A subclass keeps its methods; ``forward`` and its helpers come from SyncBatchNorm.
+
+        Args:
+            original: class of torch, or a subclass without an :meth:`unsupported_reason`.
+        """
+        if (known := self._sync.get(original) or self._subclasses.get(original)) is not None:
+            return known
+
+        def reduce(layer: nn.Module, protocol: Any) -> tuple[Any, ...]:
+            # The class cannot be imported by name: unpickling creates it from the original class.
+            return self._new_layer, (original,), layer.__getstate__()
+
+        namespace: dict[str, Any] = {
+            "_syncbn_original": original,
+            "__module__": original.__module__,
+            "__doc__": f"Synchronized {original.__qualname__}.",
+            "__reduce_ex__": reduce,
+        }
+        if original._check_input_dim is not _BatchNorm._check_input_dim:
+            namespace["_check_input_dim"] = original._check_input_dim
+        if issubclass(original, LazyModuleMixin):
+            namespace["cls_to_become"] = self.sync_class(cast(LayerClass, original.cls_to_become))
+        created = type(f"Sync{original.__name__}", (self._base, original), namespace)
+        return self._subclasses.setdefault(original, created)
+
+    def original_class(self, sync: LayerClass) -> LayerClass | None:
+        """Return the original of a synchronized class; None for a user's subclass of it."""
+        original: LayerClass | None = vars(sync).get("_syncbn_original")
+        return self._original.get(sync) or original
+
+    def new_layer(self, original: LayerClass) -> nn.Module:
+        """Return an uninitialized layer of the synchronized form of a class."""
+        sync = self.sync_class(original)
+        return sync.__new__(sync)
+
+    def unsupported_reason(self, layer: _BatchNorm) -> str | None:
+        """Return why synchronizing a layer would drop behaviour; None if it would not."""
+        kind = type(layer)
+        name = kind.__qualname__
+        if "forward" in vars(layer):
+            return f"a {name} overrides forward as an attribute"
+        if kind in self._sync:
+            return None
+        if kind.forward is not _BatchNorm.forward:
+            return f"{name} overrides forward"
+        replaced = (set(vars(self._base)) | set(vars(LayerState))) - _ALLOWED_NAMES
+        for parent in kind.__mro__:
+            if parent in self._sync or parent is _BatchNorm:
+                return None
+            if not _is_parametrized(parent) and (lost := sorted(replaced & set(vars(parent)))):
+                return f"{parent.__qualname__} defines {', '.join(lost)}"
+        return None
+
+
+def change_class(layer: nn.Module, change: Callable[[LayerClass], LayerClass | None]) -> bool:
+    """Replace a layer's class by the result of ``change``; return False if the result is None.
+
+    torch gives every parametrized layer a class derived from the real one, with the parametrized
+    tensors as properties. Only its base is replaced: removing the parametrization restores the
+    base.
+    """
+    kind = cast(LayerClass, type(layer))
+    base = cast(LayerClass, kind.__bases__[0]) if _is_parametrized(kind) else kind
+    if (changed := change(base)) is None:
+        return False
+    if base is not kind:
+        namespace = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+        # torch's __deepcopy__ of parametrized modules would copy a live process group.
+        namespace["__deepcopy__"] = LayerState.__deepcopy__
+        changed = type(kind.__name__, (changed,), namespace)
+    layer.__class__ = changed
+    return True
+
+
+def _is_parametrized(kind: type) -> bool:
+    """Return whether torch.nn.utils.parametrize created a class."""
+    return kind.__module__ == parametrize.__name__

@@ -1,4 +1,4 @@
-"""The layer: parameters, buffers and running averages, as in torch.nn.SyncBatchNorm."""
+"""The layers, as in torch.nn.SyncBatchNorm, and the conversion of models to them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from syncbn.distributed.groups import GroupLike, resolve_group
 from syncbn.kernels.base import RunningStats
+from syncbn.nn.conversion import Conversion
 from syncbn.nn.fx_call import record_call
 from syncbn.nn.layer_state import DetachedGroup as DetachedGroup
 from syncbn.nn.layer_state import LayerState, layer_group, layer_label, layer_tensors
@@ -101,9 +103,8 @@ class SyncBatchNorm(LayerState):
     @classmethod
     def convert_sync_batchnorm(cls, module: M, process_group: GroupLike = None) -> M:
         """See :func:`syncbn.convert_sync_batchnorm`."""
-        from syncbn.nn.conversion import convert_sync_batchnorm
-
-        return convert_sync_batchnorm(module, process_group)
+        _CONVERSION.convert(module, process_group)
+        return module
 
     def forward(
         self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
@@ -153,16 +154,102 @@ class SyncBatchNorm(LayerState):
 class SyncBatchNorm1d(SyncBatchNorm, nn.BatchNorm1d):
     """:class:`SyncBatchNorm` for ``[N, C]`` or ``[N, C, L]``; also an ``nn.BatchNorm1d``."""
 
-    _check_input_dim = nn.BatchNorm1d._check_input_dim
+    def _check_input_dim(self, input: Tensor) -> None:
+        nn.BatchNorm1d._check_input_dim(self, input)
 
 
 class SyncBatchNorm2d(SyncBatchNorm, nn.BatchNorm2d):
     """:class:`SyncBatchNorm` for ``[N, C, H, W]``; also an ``nn.BatchNorm2d``."""
 
-    _check_input_dim = nn.BatchNorm2d._check_input_dim
+    def _check_input_dim(self, input: Tensor) -> None:
+        nn.BatchNorm2d._check_input_dim(self, input)
 
 
 class SyncBatchNorm3d(SyncBatchNorm, nn.BatchNorm3d):
     """:class:`SyncBatchNorm` for ``[N, C, D, H, W]``; also an ``nn.BatchNorm3d``."""
 
-    _check_input_dim = nn.BatchNorm3d._check_input_dim
+    def _check_input_dim(self, input: Tensor) -> None:
+        nn.BatchNorm3d._check_input_dim(self, input)
+
+
+class LazySyncBatchNorm1d(_LazyNormBase, SyncBatchNorm1d):
+    """Becomes a :class:`SyncBatchNorm1d` in its first forward."""
+
+    cls_to_become = SyncBatchNorm1d
+
+
+class LazySyncBatchNorm2d(_LazyNormBase, SyncBatchNorm2d):
+    """Becomes a :class:`SyncBatchNorm2d` in its first forward."""
+
+    cls_to_become = SyncBatchNorm2d
+
+
+class LazySyncBatchNorm3d(_LazyNormBase, SyncBatchNorm3d):
+    """Becomes a :class:`SyncBatchNorm3d` in its first forward."""
+
+    cls_to_become = SyncBatchNorm3d
+
+
+def convert_sync_batchnorm(module: M, process_group: GroupLike = None) -> M:
+    """Make every batch-norm layer of a model synchronized, in place.
+
+    Converts ``nn.BatchNorm1d/2d/3d``, their lazy forms, ``nn.SyncBatchNorm``, and subclasses of
+    ``nn.BatchNorm*`` that inherit ``forward``; a converted subclass stays an instance of its class.
+    Synchronized layers get the group and their name. A layer that overrides ``forward`` or other
+    methods that synchronization replaces would lose behaviour: it is left alone, with a warning.
+    :func:`revert_sync_batchnorm` is the exact inverse.
+
+    Args:
+        module: a model or a single layer.
+        process_group: ranks whose batches form one batch: None (all ranks; layers with a group keep
+            it), "world", "node", a number of consecutive ranks, a one-dimensional ``DeviceMesh``,
+            or a process group. "node" and numbers create a group, so every rank must call this.
+
+    Returns:
+        The same module.
+
+    Raises:
+        ValueError: the group is not valid; see :func:`syncbn.distributed.resolve_group`.
+        RuntimeError: torch.distributed must create a group and is not initialized.
+    """
+    _CONVERSION.convert(module, process_group)
+    return module
+
+
+def revert_sync_batchnorm(module: M) -> M:
+    """Restore the original class of every synchronized layer of a model, in place.
+
+    Layers built as ``syncbn.SyncBatchNorm1d/2d/3d`` become ``nn.BatchNorm1d/2d/3d``. A
+    ``syncbn.SyncBatchNorm``, which accepts any number of dimensions, becomes ``nn.SyncBatchNorm``
+    and keeps its group. A user's subclass of these classes has no original and stays.
+
+    Args:
+        module: a model or a single layer.
+
+    Returns:
+        The same module.
+
+    Raises:
+        ValueError: a layer has an activation, which torch's layers lack; no layer was changed.
+    """
+    _CONVERSION.revert(module)
+    return module
+
+
+def _new_layer(original: type[_BatchNorm]) -> nn.Module:
+    # Pickles of converted subclasses name this function.
+    return _CONVERSION.new_layer(original)
+
+
+_CONVERSION = Conversion(
+    {
+        nn.BatchNorm1d: SyncBatchNorm1d,
+        nn.BatchNorm2d: SyncBatchNorm2d,
+        nn.BatchNorm3d: SyncBatchNorm3d,
+        nn.SyncBatchNorm: SyncBatchNorm,
+        nn.LazyBatchNorm1d: LazySyncBatchNorm1d,
+        nn.LazyBatchNorm2d: LazySyncBatchNorm2d,
+        nn.LazyBatchNorm3d: LazySyncBatchNorm3d,
+    },
+    _new_layer,
+)
