@@ -3,7 +3,7 @@
 # make test    the whole test-suite
 # make test-triton  the tests of layers again, with the Triton kernels: on the GPU, if there is one
 # make sanitize  the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
-# make check   formatter, linter, type checker
+# make check   formatters, linter, spelling, type checkers
 # Each makes and fills .venv itself; nothing but Python and make is needed.
 
 VENV := .venv
@@ -53,7 +53,9 @@ check: $(INSTALLED)
 	$(PYTHON) -m ruff format --check
 	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 	$(PYTHON) -m ruff check
+	$(VENV)/bin/codespell
 	$(PYTHON) -m mypy
+	$(VENV)/bin/pyright --pythonpath $(PYTHON)
 
 format: $(INSTALLED)
 	$(PYTHON) -m ruff format

@@ -163,7 +163,8 @@ def recalibrate(
 
         def prepare() -> tuple[_Calibrate, list[BNLayer], dict[str, _BatchNorm]]:
             _check_num_samples(num_samples)
-            return _get_method(method), *select_layers(model, layers, skip)
+            chosen, left_alone = select_layers(model, layers, skip)
+            return _get_method(method), chosen, left_alone
 
         calibrate, chosen, left_alone = ranks.run_on_all_ranks(prepare)
         backup += clone_running_stats(chosen)
