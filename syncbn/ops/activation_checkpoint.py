@@ -22,14 +22,13 @@ class CheckpointPhase(ABC):
 
     @abstractmethod
     def moments_for(
-        self, compute: Callable[[], Tensor], inputs: str, label: str
+        self, compute: Callable[[], Tensor], x: Tensor, label: str
     ) -> tuple[Tensor, bool]:
         """Return the all-reduced moments of a layer, and whether they are new.
 
         Args:
             compute: function that computes and all-reduces the moments.
-            inputs: channels and dtype of the layer's input, which determine the format of its
-                moments.
+            x: input of the layer, shape ``[N, C, *]``.
             label: name of the layer in error messages.
         """
 
@@ -41,14 +40,14 @@ class _ForwardPhase(CheckpointPhase):
         self._saved, self._outer = saved, outer
 
     def moments_for(
-        self, compute: Callable[[], Tensor], inputs: str, label: str
+        self, compute: Callable[[], Tensor], x: Tensor, label: str
     ) -> tuple[Tensor, bool]:
         if self._outer is None:
             found = compute(), True
         else:
             # Nested regions: the outer one may be recomputing.
-            found = self._outer.moments_for(compute, inputs, label)
-        self._saved.append((found[0], inputs))
+            found = self._outer.moments_for(compute, x, label)
+        self._saved.append((found[0], _describe(x)))
         return found
 
 
@@ -59,9 +58,10 @@ class _RecomputePhase(CheckpointPhase):
         self._left = iter(saved)
 
     def moments_for(
-        self, compute: Callable[[], Tensor], inputs: str, label: str
+        self, compute: Callable[[], Tensor], x: Tensor, label: str
     ) -> tuple[Tensor, bool]:
         moments, expected = next(self._left, (None, None))
+        inputs = _describe(x)
         if moments is None or expected != inputs:
             there = "has ended" if expected is None else f"had one of {expected}"
             raise RuntimeError(
@@ -70,6 +70,11 @@ class _RecomputePhase(CheckpointPhase):
                 "the same order: the region must not depend on state that changes in between"
             )
         return moments, False
+
+
+def _describe(x: Tensor) -> str:
+    """Return the channels and dtype of an input, which determine the format of its moments."""
+    return f"{x.shape[1]} channels and {x.dtype} inputs"
 
 
 _PHASE: ContextVar[CheckpointPhase | None] = ContextVar("syncbn_checkpoint_phase", default=None)

@@ -23,8 +23,13 @@ from syncbn.kernels import REFERENCE
 from syncbn.kernels.base import Gradients, NormalizeArgs, OutputMask, Saved
 from syncbn.kernels.reference import update_running_stats
 from syncbn.moments import Moments, add_packed
-from syncbn.ops.masking import masked_moments
-from syncbn.ops.params import BatchNormParams, describe_all_reduce
+from syncbn.ops import activation_checkpoint
+from syncbn.ops.params import (
+    BatchNormParams,
+    check_value_count,
+    compute_moments,
+    describe_all_reduce,
+)
 
 
 def composite_batch_norm(
@@ -55,18 +60,25 @@ def composite_batch_norm(
             "torch.func; torch.func.replace_all_batch_norm_modules_(model) turns them off, and so "
             "does track_running_stats=False"
         )
-    if params.mask_fill is None:
-        moments = REFERENCE.moments(x)
-    else:
-        moments = masked_moments(REFERENCE.moments, x, params.mask_fill)
     label = describe_all_reduce(params, direction, x)
+    moments = compute_moments(REFERENCE, x, params)
     moments = differentiable_all_reduce(moments, params.group, label)
-    if params.running is not None:
-        update_running_stats(Moments.unpack(moments.detach(), x.shape[1]), params.running)
-    if params.pending is not None:
-        add_packed(params.pending, moments.detach(), x.shape[1])
+    if not modes.in_functorch_transform():
+        _record_moments(moments.detach(), x, params)
     args = NormalizeArgs(params.eps, weight, bias, params.relu)
     return REFERENCE.normalize(x, moments, args, residual)[0]
+
+
+def _record_moments(moments: Tensor, x: Tensor, params: BatchNormParams) -> None:
+    """Update the running statistics, except in the recomputation of a checkpointed region."""
+    check_value_count(x, moments[-1], params)
+    phase = activation_checkpoint.current()
+    # A recomputation needs moments with a graph: those of the forward pass are only counted off.
+    is_new = phase is None or phase.moments_for(lambda: moments, x, params.label)[1]
+    if is_new and params.running is not None:
+        update_running_stats(Moments.unpack(moments, x.shape[1]), params.running)
+    if is_new and params.pending is not None:
+        add_packed(params.pending, moments, x.shape[1])
 
 
 def composite_backward(

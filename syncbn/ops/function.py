@@ -14,8 +14,12 @@ from syncbn.kernels.base import NormalizeArgs, Saved
 from syncbn.moments import add_packed
 from syncbn.ops import activation_checkpoint
 from syncbn.ops.composite import composite_backward, vmap_rows
-from syncbn.ops.masking import masked_moments
-from syncbn.ops.params import BatchNormParams, describe_all_reduce
+from syncbn.ops.params import (
+    BatchNormParams,
+    check_value_count,
+    compute_moments,
+    describe_all_reduce,
+)
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
@@ -102,7 +106,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         else:
             args = NormalizeArgs(params.eps, weight, bias, params.relu, running)
             y, saved = kernel.forward_local(x, args, residual)
-        _check_value_count(x, saved.statistics, params)
+        check_value_count(x, saved.statistics[-1], params)
         ctx.save_for_backward(*saved[:5])
         ctx.saved_constants = saved[5:]
         number = 0 if params.group is None else fingerprint.count(params.group)
@@ -149,10 +153,7 @@ def _reduce_moments(x: Tensor, params: BatchNormParams) -> tuple[Tensor, bool]:
     """
 
     def compute() -> Tensor:
-        if params.mask_fill is None:
-            moments = params.kernel.moments(x)
-        else:
-            moments = masked_moments(params.kernel.moments, x, params.mask_fill)
+        moments = compute_moments(params.kernel, x, params)
         label = describe_all_reduce(params, "forward", x)
         return collectives.all_reduce(moments, params.group, label)
 
@@ -161,23 +162,7 @@ def _reduce_moments(x: Tensor, params: BatchNormParams) -> tuple[Tensor, bool]:
         moments, is_new = compute(), True
     else:
         with modes.bypass_modes(x):
-            inputs = f"{x.shape[1]} channels and {x.dtype} inputs"
-            moments, is_new = phase.moments_for(compute, inputs, params.label)
+            moments, is_new = phase.moments_for(compute, x, params.label)
     if is_new and params.pending is not None:
         add_packed(params.pending, moments, x.shape[1])
     return moments, is_new
-
-
-def _check_value_count(x: Tensor, statistics: Tensor, params: BatchNormParams) -> None:
-    # Other devices would synchronize; everywhere kernels keep such a batch out of the statistics.
-    if torch.compiler.is_compiling() or not x.is_cpu or modes.num_dispatch_modes():
-        return
-    # Two unmasked values here are two in the group.
-    if params.mask_fill is None and x.numel() > x.shape[1]:
-        return
-    if statistics[-1].item() == 1:
-        raise ValueError(
-            f"{params.label}: got a single value per channel in the whole group (input of shape "
-            f"{tuple(x.shape)} on this rank); expected at least two in training, since the "
-            "variance of one value is zero"
-        )

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwad
 from torch import Tensor, nn
 
 import syncbn
@@ -78,3 +79,11 @@ def test_a_mask_that_is_no_tensor() -> None:
     wrong: Any = [True]
     with pytest.raises(ValueError, match="got a mask of type list; expected a bool tensor"):
         syncbn.SyncBatchNorm2d(3)(torch.randn(2, 3, 4, 4), mask=wrong)
+
+
+@on_cpu
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own call
+def test_a_single_value_under_forward_mode_differentiation() -> None:
+    x = torch.randn(1, 3)
+    with fwad.dual_level(), pytest.raises(ValueError, match="single value per channel"):
+        syncbn.SyncBatchNorm(3)(fwad.make_dual(x, torch.ones_like(x)))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwad
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
@@ -153,3 +154,18 @@ def test_another_recomputation_is_an_error(channels: int, dtype: torch.dtype) ->
         y.backward()
     assert first(torch.randn(5, channels, dtype=dtype)).shape == (5, channels)
     assert syncbn.ops.activation_checkpoint.current() is None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # torch's own call
+def test_statistics_move_once_under_forward_mode_differentiation() -> None:
+    """Regression: the composite formulas updated them again in the recomputation."""
+    net, expected = Net(), Net()
+    x = torch.randn(2, 2, 6, 6, dtype=torch.float64, requires_grad=True)
+    with fwad.dual_level():
+        dual = fwad.make_dual(x, torch.ones_like(x))
+        net(dual, ours).square().sum().backward()
+    gradient, x.grad = x.grad, None
+    expected(x, _plainly).square().sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(gradient, x.grad, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(dict(net.named_buffers()), dict(expected.named_buffers()))
