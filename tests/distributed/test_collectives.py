@@ -76,11 +76,11 @@ def _absent(rank: int) -> str:
     return "no error"
 
 
-def test_absent_rank_is_timeout_with_layer_name(two_on_host: Ranks) -> None:
-    message = two_on_host.run(_absent)[0]
+def test_absent_rank_is_timeout_with_layer_name(two_cpu_ranks: Ranks) -> None:
+    message = two_cpu_ranks.run(_absent)[0]
     assert message.startswith("1 SyncBatchNorm1d(3) forward, torch.float32 input: the all-reduce")
     assert "on rank 0 of 2" in message
-    two_on_host.close()  # The group is broken.
+    two_cpu_ranks.close()  # The group is broken.
 
 
 def _dies(rank: int) -> None:
@@ -90,9 +90,9 @@ def _dies(rank: int) -> None:
     model(torch.randn(2, 3))
 
 
-def test_dead_rank_is_error_with_layer_name(two_on_host: Ranks) -> None:
+def test_dead_rank_is_error_with_layer_name(two_cpu_ranks: Ranks) -> None:
     with pytest.raises(RankError) as caught:
-        two_on_host.run(_dies)
+        two_cpu_ranks.run(_dies)
     assert "RuntimeError: 0 SyncBatchNorm1d(3) forward" in str(caught.value)
     assert "rank 1 of 2: died" in str(caught.value)
 

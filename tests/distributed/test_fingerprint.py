@@ -22,7 +22,7 @@ from tests.ranks import Pool, Ranks
 
 
 @pytest.fixture(params=[2, 3], ids=["two", "three"])
-def on_host(request: pytest.FixtureRequest, pool: Pool, host_transport: str) -> Ranks:
+def cpu_ranks(request: pytest.FixtureRequest, pool: Pool, host_transport: str) -> Ranks:
     return pool(request.param, host_transport)
 
 
@@ -77,14 +77,14 @@ def _other_order(rank: int) -> tuple[str, bool, Tensor]:
     return *found, _train_step(model, rank)
 
 
-def test_layers_of_equal_size_in_other_order_raise(on_host: Ranks) -> None:
+def test_layers_of_equal_size_in_other_order_raise(cpu_ranks: Ranks) -> None:
     """Their sums were exchanged silently."""
-    answers = on_host.run(_other_order)
-    expected = torch.cat([_input(rank) for rank in range(on_host.size)]).mean(0) * 0.1
+    answers = cpu_ranks.run(_other_order)
+    expected = torch.cat([_input(rank) for rank in range(cpu_ranks.size)]).mean(0) * 0.1
     for rank, (message, unchanged, mean) in enumerate(answers):
-        layer = 1 if rank == on_host.size - 1 else 0
+        layer = 1 if rank == cpu_ranks.size - 1 else 0
         assert message.startswith(f"{layer} SyncBatchNorm1d(3) forward, torch.float64 input: this")
-        assert f"on rank {rank} of {on_host.size}, but at least one other rank was in" in message
+        assert f"on rank {rank} of {cpu_ranks.size}, but at least one other rank was in" in message
         assert "another layer, direction, call" in message
         assert "TORCH_DISTRIBUTED_DEBUG=DETAIL" in message
         assert unchanged
@@ -100,9 +100,9 @@ def _skip_backward(rank: int) -> tuple[str, bool]:
     return _catch_error(model, loss.backward)
 
 
-def test_rank_that_skips_backward_raises(on_host: Ranks) -> None:
+def test_rank_that_skips_backward_raises(cpu_ranks: Ranks) -> None:
     """Its next forward all-reduce is summed with the backward all-reduce of the other ranks."""
-    for rank, (message, unchanged) in enumerate(on_host.run(_skip_backward)):
+    for rank, (message, unchanged) in enumerate(cpu_ranks.run(_skip_backward)):
         here = "0 SyncBatchNorm1d(3) forward" if rank == 1 else "1 SyncBatchNorm1d(3) backward"
         assert message.startswith(here), message
         assert "this was all-reduce" in message
@@ -126,9 +126,9 @@ def _backward_in_other_order(rank: int, twice: bool) -> tuple[str, bool]:
 
 
 @pytest.mark.parametrize("twice", [False, True], ids=["backward", "double backward"])
-def test_calls_with_backward_in_other_order_raise(on_host: Ranks, twice: bool) -> None:
+def test_calls_with_backward_in_other_order_raise(cpu_ranks: Ranks, twice: bool) -> None:
     """The two calls in a siamese network differ only in the call number."""
-    for message, unchanged in on_host.run(_backward_in_other_order, twice):
+    for message, unchanged in cpu_ranks.run(_backward_in_other_order, twice):
         direction = "double backward" if twice else "backward"
         assert message.startswith(f"0 SyncBatchNorm1d(3) {direction} of call "), message
         assert unchanged
@@ -148,8 +148,8 @@ def _composite_in_other_order(rank: int) -> tuple[str, bool]:
     return _catch_error(layers[0], run)
 
 
-def test_composite_layers_in_other_order_raise(on_host: Ranks) -> None:
-    for rank, (message, _) in enumerate(on_host.run(_composite_in_other_order)):
+def test_composite_layers_in_other_order_raise(cpu_ranks: Ranks) -> None:
+    for rank, (message, _) in enumerate(cpu_ranks.run(_composite_in_other_order)):
         assert message.startswith(f"{int(rank == 1)} SyncBatchNorm1d(3) forward"), message
 
 
@@ -161,8 +161,8 @@ def _overlapped_in_other_order(rank: int) -> tuple[str, bool]:
     return _catch_error(layers, lambda: (first.backward(), second.backward()))
 
 
-def test_overlapped_all_reduce_is_checked(on_host: Ranks) -> None:
-    for message, unchanged in on_host.run(_overlapped_in_other_order):
+def test_overlapped_all_reduce_is_checked(cpu_ranks: Ranks) -> None:
+    for message, unchanged in cpu_ranks.run(_overlapped_in_other_order):
         assert message.startswith("SyncBatchNorm1d(3) backward of call "), message
         assert unchanged
 
@@ -213,8 +213,8 @@ def _run_matching_steps(rank: int) -> list[str]:
     return list(_matching_steps(rank))
 
 
-def test_matching_ranks_pass(on_host: Ranks) -> None:
-    answers = on_host.run(_run_matching_steps)
+def test_matching_ranks_pass(cpu_ranks: Ranks) -> None:
+    answers = cpu_ranks.run(_run_matching_steps)
     assert all(len(steps) == 9 for steps in answers)
 
 
@@ -232,10 +232,10 @@ def _compiled_on_one_rank(rank: int) -> tuple[Tensor, Tensor, str]:
     return x.grad, model[1].get_buffer("running_mean"), message
 
 
-def test_compiled_ranks_are_not_checked(on_host: Ranks) -> None:
+def test_compiled_ranks_are_not_checked(cpu_ranks: Ranks) -> None:
     """One rank may fall back to eager execution, whose payloads have the same size."""
-    answers = on_host.run(_compiled_on_one_rank)
-    x = torch.cat([_input(rank) for rank in range(on_host.size)]).requires_grad_()
+    answers = cpu_ranks.run(_compiled_on_one_rank)
+    x = torch.cat([_input(rank) for rank in range(cpu_ranks.size)]).requires_grad_()
     layers = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3)).double()
     for _ in range(2):
         layers(x).pow(3).sum().backward()
@@ -278,5 +278,5 @@ def _one_rank_under_mode(rank: int) -> int:
     return int(layer.get_buffer("num_batches_tracked"))
 
 
-def test_dispatch_mode_on_one_rank_is_no_error(on_host: Ranks) -> None:
-    assert set(on_host.run(_one_rank_under_mode)) == {3}
+def test_dispatch_mode_on_one_rank_is_no_error(cpu_ranks: Ranks) -> None:
+    assert set(cpu_ranks.run(_one_rank_under_mode)) == {3}

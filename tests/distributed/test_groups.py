@@ -224,9 +224,9 @@ def _all_reduce_with_bucket(rank: int, zeros: bool) -> str:
 
 
 @pytest.mark.parametrize("zeros", [False, True])
-def test_all_reduce_with_other_operation_names_layer(two_on_host: Ranks, zeros: bool) -> None:
+def test_all_reduce_with_other_operation_names_layer(two_cpu_ranks: Ranks, zeros: bool) -> None:
     """256 float32 gradients, zeros where a branch is skipped, were added to 128 float64 sums."""
-    message = two_on_host.run(_all_reduce_with_bucket, zeros)[0]
+    message = two_cpu_ranks.run(_all_reduce_with_bucket, zeros)[0]
     assert message.startswith("SyncBatchNorm1d(3) forward, torch.float32 input: this was all-red")
     assert "another operation of this group, such as a gradient bucket" in message
     assert "process_group='own'" in message

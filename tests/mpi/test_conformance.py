@@ -55,9 +55,9 @@ def _objects(rank: int) -> dict[str, list[Any]]:
     }
 
 
-def test_objects(three: Ranks) -> None:
+def test_objects(three_cpu_ranks: Ranks) -> None:
     expected = [{"rank": rank, "text": "x" * 10**rank} for rank in range(3)]
-    answers = three.run(_objects)
+    answers = three_cpu_ranks.run(_objects)
     for rank, answer in enumerate(answers):
         assert answer["gathered"] == expected
         assert answer["at_root"] == (expected if rank == 1 else [None] * 3)
@@ -76,8 +76,8 @@ def _pass_barrier(rank: int, async_op: bool) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("async_op", [False, True])
-def test_barrier_waits_for_all_ranks(three: Ranks, async_op: bool) -> None:
-    times = three.run(_pass_barrier, async_op)
+def test_barrier_waits_for_all_ranks(three_cpu_ranks: Ranks, async_op: bool) -> None:
+    times = three_cpu_ranks.run(_pass_barrier, async_op)
     assert min(left for _, left in times) >= max(arrived for arrived, _ in times)
 
 
@@ -97,10 +97,10 @@ def _sum_halves(rank: int, dtype: torch.dtype) -> list[float]:
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_half_sums_are_rounded_once(three: Ranks, dtype: torch.dtype) -> None:
-    for left in three.run(_sum_halves, dtype):
+def test_half_sums_are_rounded_once(three_cpu_ranks: Ranks, dtype: torch.dtype) -> None:
+    for left in three_cpu_ranks.run(_sum_halves, dtype):
         exact = all(value == 2 for value in left)
-        assert exact == (three.transport != "gloo")  # gloo rounds after every addition
+        assert exact == (three_cpu_ranks.transport != "gloo")  # gloo rounds after every addition
 
 
 def _min_max_with_nan(rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -117,10 +117,10 @@ def _min_max_with_nan(rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32, torch.float64], ids=str)
-def test_min_and_max_propagate_nan(three_of_mpi: Ranks, dtype: torch.dtype) -> None:
+def test_min_and_max_propagate_nan(three_mpi_ranks: Ranks, dtype: torch.dtype) -> None:
     """Like torch.maximum; Gloo, NCCL and plain MPI drop it, MPI not on every rank."""
     nan, infinite = float("nan"), float("inf")
-    for largest, smallest in three_of_mpi.run(_min_max_with_nan, dtype):
+    for largest, smallest in three_mpi_ranks.run(_min_max_with_nan, dtype):
         expected = torch.tensor([nan, nan, nan, -0.25, infinite, nan])
         torch.testing.assert_close(largest, expected, equal_nan=True)
         expected = torch.tensor([nan, nan, nan, -4.0, -infinite, nan])
@@ -153,9 +153,9 @@ def _large(rank: int, numel: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("numel", [1000, 300_000])
-def test_large_messages(three: Ranks, numel: int) -> None:
+def test_large_messages(three_cpu_ranks: Ranks, numel: int) -> None:
     """MPI libraries switch algorithms and protocols with the size."""
-    for differences in three.run(_large, numel):
+    for differences in three_cpu_ranks.run(_large, numel):
         for name, difference in differences.items():
             assert difference.abs().max() == 0, name
 
@@ -168,8 +168,8 @@ def _random_sums(rank: int) -> list[Tensor]:
     return tensors
 
 
-def test_all_ranks_receive_identical_bits(three: Ranks) -> None:
-    answers = three.run(_random_sums)
+def test_all_ranks_receive_identical_bits(three_cpu_ranks: Ranks) -> None:
+    answers = three_cpu_ranks.run(_random_sums)
     assert all(
         torch.equal(*pair) for answer in answers for pair in zip(answer, answers[0], strict=True)
     )
@@ -186,10 +186,10 @@ def _leaf_tensors(rank: int) -> list[list[float]]:
     return [leaf.tolist() for leaf in leaves]
 
 
-def test_leaf_tensors_are_filled_in_place(three_of_mpi: Ranks) -> None:
+def test_leaf_tensors_are_filled_in_place(three_mpi_ranks: Ranks) -> None:
     """Gloo cannot average leaf tensors."""
     expected = [[1.0] * 3, [2.0] * 3, [5.0] * 3, [1.0] * 3, [0.0, 1.0, 2.0]]
-    assert three_of_mpi.run(_leaf_tensors) == [expected] * 3
+    assert three_mpi_ranks.run(_leaf_tensors) == [expected] * 3
 
 
 def _lazily_negated(rank: int) -> list[Any]:
@@ -206,6 +206,6 @@ def _lazily_negated(rank: int) -> list[Any]:
     return [received.item(), everywhere.item(), *(x.item() for x in gathered or ())]
 
 
-def test_lazily_negated_tensors_are_resolved(three_of_mpi: Ranks) -> None:
+def test_lazily_negated_tensors_are_resolved(three_mpi_ranks: Ranks) -> None:
     gathered = [3 - 1j, 3 - 2j, 3 - 3j]
-    assert three_of_mpi.run(_lazily_negated) == [[-2, -1, *gathered], [-2, -1], [-2, -1]]
+    assert three_mpi_ranks.run(_lazily_negated) == [[-2, -1, *gathered], [-2, -1], [-2, -1]]

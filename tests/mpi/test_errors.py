@@ -133,8 +133,8 @@ def _call_all(rank: int) -> dict[str, str]:
     return messages
 
 
-def test_invalid_call_raises_and_group_works(three_of_mpi: Ranks) -> None:
-    for messages in three_of_mpi.run(_call_all):
+def test_invalid_call_raises_and_group_works(three_mpi_ranks: Ranks) -> None:
+    for messages in three_mpi_ranks.run(_call_all):
         for case, (_, pattern) in INVALID.items():
             assert re.match(pattern, messages.get(case, "accepted")), f"{case}: {messages}"
 
@@ -151,8 +151,8 @@ def _short_send(rank: int) -> str:
     return message
 
 
-def test_short_message_is_error(three_of_mpi: Ranks) -> None:
-    message = three_of_mpi.run(_short_send)[1]
+def test_short_message_is_error(three_mpi_ranks: Ranks) -> None:
+    message = three_mpi_ranks.run(_short_send)[1]
     expected = "recv: rank 0 of the group sent 4 bytes; expected 8 for 2 torch.float32"
     assert message == expected
 
@@ -191,8 +191,8 @@ def _reduce_unsigned(rank: int) -> list[list[int]]:
     return results
 
 
-def test_unsigned_integers_are_reduced(three_of_mpi: Ranks) -> None:
-    for results in three_of_mpi.run(_reduce_unsigned):
+def test_unsigned_integers_are_reduced(three_mpi_ranks: Ranks) -> None:
+    for results in three_mpi_ranks.run(_reduce_unsigned):
         assert results[0] == [6, (3 * 2**15) % 2**16]
         assert results[3::3] == [[6, 3 * 2**15]] * 2
         assert results[1::3] == [[3, 2**15]] * 3
@@ -216,19 +216,19 @@ def _debug_on_one_rank(rank: int) -> str:
     return str(caught.value)
 
 
-def test_debug_level_of_one_rank_applies_to_all(three_of_mpi: Ranks) -> None:
-    for message in three_of_mpi.run(_debug_on_one_rank):
+def test_debug_level_of_one_rank_applies_to_all(three_mpi_ranks: Ranks) -> None:
+    for message in three_mpi_ranks.run(_debug_on_one_rank):
         assert message.startswith("the ranks disagree on collective #2")
 
 
-def test_debug_level_reports_mismatched_collectives(three_of_mpi: Ranks) -> None:
+def test_debug_level_reports_mismatched_collectives(three_mpi_ranks: Ranks) -> None:
     expected = [
         (1, "all_reduce, 3 torch.float32, SUM", "all_reduce, 2 torch.float32, SUM"),
         (2, "all_reduce, 2 torch.float32, MAX", "all_reduce, 2 torch.float32, MIN"),
         (1, "broadcast, 2 torch.float32, root 1", "broadcast, 2 torch.float32, root 0"),
         (0, "all_reduce, 2 torch.float32, SUM", "barrier"),
     ]
-    for messages in three_of_mpi.run(_mismatches):
+    for messages in three_mpi_ranks.run(_mismatches):
         for number, (odd, theirs, others) in enumerate(expected):
             assert messages[number].splitlines() == [
                 f"the ranks disagree on collective #{1 + 2 * number}:",

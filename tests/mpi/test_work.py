@@ -70,8 +70,8 @@ def _drop_references(rank: int, transport: str) -> list[float]:
     return [x[0].item() if bool((x == x[0]).all()) else float("nan") for x in results]
 
 
-def test_memory_outlives_references(three: Ranks) -> None:
-    for values in three.run(_drop_references, three.transport):
+def test_memory_outlives_references(three_cpu_ranks: Ranks) -> None:
+    for values in three_cpu_ranks.run(_drop_references, three_cpu_ranks.transport):
         assert values == [6.0] * len(values)
 
 
@@ -92,8 +92,8 @@ def _wait_in_random_order(rank: int) -> list[str]:
     return wrong
 
 
-def test_waits_in_random_order(three: Ranks) -> None:
-    assert three.run(_wait_in_random_order) == [[], [], []]
+def test_waits_in_random_order(three_cpu_ranks: Ranks) -> None:
+    assert three_cpu_ranks.run(_wait_in_random_order) == [[], [], []]
 
 
 def _two_threads(rank: int) -> list[set[float]]:
@@ -114,8 +114,8 @@ def _two_threads(rank: int) -> list[set[float]]:
     return seen
 
 
-def test_threads_use_separate_groups(three: Ranks) -> None:
-    assert three.run(_two_threads) == [[{3.0}, {30.0}]] * 3
+def test_threads_use_separate_groups(three_cpu_ranks: Ranks) -> None:
+    assert three_cpu_ranks.run(_two_threads) == [[{3.0}, {30.0}]] * 3
 
 
 def _wait_in_threads(rank: int) -> list[float]:
@@ -137,8 +137,8 @@ def _wait_in_threads(rank: int) -> list[float]:
     return seen
 
 
-def test_several_threads_wait_for_one_work(three: Ranks) -> None:
-    assert three.run(_wait_in_threads) == [[3.0] * 8] * 3
+def test_several_threads_wait_for_one_work(three_cpu_ranks: Ranks) -> None:
+    assert three_cpu_ranks.run(_wait_in_threads) == [[3.0] * 8] * 3
 
 
 def _reduce_in_callback(rank: int) -> list[float]:
@@ -156,8 +156,8 @@ def _reduce_in_callback(rank: int) -> list[float]:
     return values
 
 
-def test_callback_waits_for_another_work(three: Ranks) -> None:
-    assert three.run(_reduce_in_callback) == [[9.0] * 3] * 3
+def test_callback_waits_for_another_work(three_cpu_ranks: Ranks) -> None:
+    assert three_cpu_ranks.run(_reduce_in_callback) == [[9.0] * 3] * 3
 
 
 def _future_in_callback(rank: int) -> float:
@@ -188,8 +188,8 @@ def _wait_with_timeout(rank: int) -> bool:
     return bool((tensor == 3).all())
 
 
-def test_work_continues_after_wait_timeout(three_of_mpi: Ranks) -> None:
-    assert all(three_of_mpi.run(_wait_with_timeout))
+def test_work_continues_after_wait_timeout(three_mpi_ranks: Ranks) -> None:
+    assert all(three_mpi_ranks.run(_wait_with_timeout))
 
 
 def _future_after_many_waits(rank: int) -> bool:
@@ -209,9 +209,9 @@ def _future_after_many_waits(rank: int) -> bool:
     return bool(future.done())
 
 
-def test_future_completes_after_many_waits(three_of_mpi: Ranks) -> None:
+def test_future_completes_after_many_waits(three_mpi_ranks: Ranks) -> None:
     """The progress thread and callers of wait remove operations from the same queue."""
-    assert three_of_mpi.run(_future_after_many_waits) == [True] * 3
+    assert three_mpi_ranks.run(_future_after_many_waits) == [True] * 3
 
 
 def _fail_to_start_second(rank: int) -> list[float]:
@@ -229,5 +229,5 @@ def _fail_to_start_second(rank: int) -> list[float]:
     return values.tolist()
 
 
-def test_group_works_after_second_of_two_fails_to_start(three_of_mpi: Ranks) -> None:
-    assert three_of_mpi.run(_fail_to_start_second) == [[3.0] * 3] * 3
+def test_group_works_after_second_of_two_fails_to_start(three_mpi_ranks: Ranks) -> None:
+    assert three_mpi_ranks.run(_fail_to_start_second) == [[3.0] * 3] * 3
