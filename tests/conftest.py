@@ -68,15 +68,6 @@ def two_ranks(pool: Pool, transport: str) -> Ranks:
     return pool(2, transport)
 
 
-@pytest.fixture(params=[name for name in TRANSPORTS if name not in ("mpich", "nccl")])
-def two_cpu_ranks(request: pytest.FixtureRequest, pool: Pool) -> Ranks:
-    """Return two ranks whose all-reduces block the CPU and raise errors there.
-
-    NCCL's run on the GPU, and its watchdog ends the rank when one fails.
-    """
-    return pool(2, request.param)
-
-
 @pytest.fixture
 def three_ranks(pool: Pool, transport: str) -> Ranks:
     return pool(3, transport)
