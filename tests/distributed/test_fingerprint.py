@@ -52,7 +52,8 @@ def _catch_error(model: nn.Module, function: Callable[[], Any]) -> str:
 
 
 def _other_order(rank: int) -> tuple[str, Tensor]:
-    model, x = _model(), _input(rank)
+    model: Any = _model()
+    x = _input(rank)
     first, second = reversed(model) if rank == dist.get_world_size() - 1 else model
     message = _catch_error(model, lambda: second(first(x)))
     # One more step works, since the error was on all ranks.

@@ -56,25 +56,25 @@ def bootstrap(launched: int, timeout: timedelta) -> LaunchedProcess:
 
 
 def _open_store(job: MPI.Intracomm, one_machine: bool, timeout: timedelta) -> dist.Store:
-    store, address, error = None, None, ""
+    store, host, port, error = None, "localhost", 0, ""
     if job.rank == 0:
-        own_address = os.environ.get("MASTER_ADDR") or socket.gethostname()
+        if not one_machine:
+            host = os.environ.get("MASTER_ADDR") or socket.gethostname()
         try:
-            host = "localhost" if one_machine else own_address
             port = int(os.environ.get("MASTER_PORT", "0"))
             store = dist.TCPStore(host, port, job.size, True, timeout, wait_for_workers=False)
-            address = host, store.port
+            port = store.port
         except (RuntimeError, ValueError) as caught:
             error = str(caught)
-    address, error = _wait(
-        lambda: job.bcast((address, error)), timeout, "for the address of rank 0"
+    host, port, error = _wait(
+        lambda: job.bcast((host, port, error)), timeout, "for the address of rank 0"
     )
     if error:
         raise RuntimeError(
             "rank 0 cannot open the job's store (its address is MASTER_ADDR and MASTER_PORT, if "
             f"set): {error}"
         )
-    return store or dist.TCPStore(*address, job.size, False, timeout)
+    return store or dist.TCPStore(host, port, job.size, False, timeout)
 
 
 def _wait(function: Callable[[], Result], timeout: timedelta, purpose: str) -> Result:
