@@ -118,39 +118,6 @@ def test_min_and_max_propagate_nan(three_mpi_ranks: Ranks, dtype: torch.dtype) -
         torch.testing.assert_close(smallest, expected, equal_nan=True)
 
 
-def _large(rank: int, numel: int) -> dict[str, Tensor]:
-    """Return the differences between results and expected values."""
-    ours = torch.arange(3 * numel).remainder(1001).float() + rank
-    total, output, gathered = ours.clone(), torch.empty(numel), torch.empty(9 * numel)
-    broadcast, exchanged, received = ours.clone(), torch.empty_like(ours), torch.empty_like(ours)
-    dist.all_reduce(total)
-    dist.broadcast(broadcast, 2)
-    dist.all_gather_single(gathered, ours)
-    dist.reduce_scatter_single(output, ours)
-    dist.all_to_all_single(exchanged, ours)
-    sent = dist.isend(ours, (rank + 1) % 3)
-    dist.recv(received, (rank - 1) % 3)
-    assert sent is not None
-    sent.wait()
-    part = ours.view(3, -1)[rank] - rank
-    return {
-        "all_reduce": total - 3 * (ours - rank + 1),
-        "broadcast": broadcast - (ours - rank + 2),
-        "all_gather_single": gathered.view(3, -1) - (ours - rank + torch.arange(3).view(3, 1)),
-        "reduce_scatter_single": output - 3 * (part + 1),
-        "all_to_all_single": exchanged.view(3, -1) - (part + torch.arange(3).view(3, 1)),
-        "recv": received - (ours - rank + (rank - 1) % 3),
-    }
-
-
-@pytest.mark.parametrize("numel", [1000, 300_000])
-def test_large_messages(three_mpi_ranks: Ranks, numel: int) -> None:
-    """MPI libraries switch algorithms and protocols with the size."""
-    for differences in three_mpi_ranks.run(_large, numel):
-        for name, difference in differences.items():
-            assert difference.abs().max() == 0, name
-
-
 def _random_sums(rank: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(rank)
     tensors = [torch.randn(numel, generator=generator) for numel in (1, 3, 100, 10_000, 300_000)]

@@ -105,30 +105,6 @@ def test_short_message_is_error(three_mpi_ranks: Ranks) -> None:
     assert message == expected
 
 
-def _mismatches(rank: int) -> list[str]:
-    dist.set_debug_level(dist.DebugLevel.DETAIL)
-    try:
-        group = dist.new_group([0, 1, 2])
-    finally:
-        dist.set_debug_level(dist.DebugLevel.OFF)
-    messages = []
-    for start in (
-        lambda: dist.all_reduce(torch.ones(3 if rank == 1 else 2), group=group),
-        lambda: dist.all_reduce(X, Op.MAX if rank == 2 else Op.MIN, group=group),
-        lambda: dist.broadcast(X.clone(), rank % 2, group=group),
-        lambda: dist.barrier(group) if rank else dist.all_reduce(X.clone(), group=group),
-    ):
-        with pytest.raises(RuntimeError) as caught:
-            start()
-        messages.append(str(caught.value))
-        values = torch.ones(1)
-        dist.all_reduce(values, group=group)
-        assert values == 3
-    dist.all_gather([torch.ones(1 + r) for r in range(3)], torch.ones(1 + rank), group=group)
-    dist.destroy_process_group(group)
-    return messages
-
-
 def _reduce_unsigned(rank: int) -> list[list[int]]:
     results = []
     for dtype in (torch.uint16, torch.uint32, torch.uint64):
@@ -147,38 +123,45 @@ def test_unsigned_integers_are_reduced(three_mpi_ranks: Ranks) -> None:
         assert results[2::3] == [[0, 2**15]] * 3
 
 
-def _debug_on_one_rank(rank: int) -> str:
+def _mismatches(rank: int) -> list[str]:
     dist.set_debug_level(dist.DebugLevel.DETAIL if rank == 1 else dist.DebugLevel.OFF)
-    try:
-        group: Any = dist.new_group([0, 1, 2])
-    finally:
-        dist.set_debug_level(dist.DebugLevel.OFF)
-    dist.all_reduce(torch.ones(2), group=group)
-    # Longer than an encoded label, with the difference at the end.
-    tensors = [torch.ones(2) for _ in range(30)]
-    tensors[-1] = torch.ones(2 if rank else 3)
-    with pytest.raises(RuntimeError) as caught:
-        group.allreduce_coalesced(tensors)
+    group: Any = dist.new_group([0, 1, 2])
+    dist.set_debug_level(dist.DebugLevel.OFF)
+    # Their label is cut, before the difference.
+    many = [*(torch.ones(2) for _ in range(30)), torch.ones(2 if rank else 3)]
+    messages = []
+    for start in (
+        lambda: dist.all_reduce(torch.ones(3 if rank == 1 else 2), group=group),
+        lambda: dist.all_reduce(X, Op.MAX if rank == 2 else Op.MIN, group=group),
+        lambda: dist.broadcast(X.clone(), rank % 2, group=group),
+        lambda: dist.barrier(group) if rank else dist.all_reduce(X.clone(), group=group),
+        lambda: group.allreduce_coalesced(many),
+    ):
+        with pytest.raises(RuntimeError) as caught:
+            start()
+        messages.append(str(caught.value))
+        values = torch.ones(1)
+        dist.all_reduce(values, group=group)
+        assert values == 3
+    dist.all_gather([torch.ones(1 + r) for r in range(3)], torch.ones(1 + rank), group=group)
     group.shutdown()
-    group.shutdown()
-    return str(caught.value)
+    dist.destroy_process_group(group)  # a second shutdown
+    return messages
 
 
-def test_debug_level_of_one_rank_applies_to_all(three_mpi_ranks: Ranks) -> None:
-    for message in three_mpi_ranks.run(_debug_on_one_rank):
-        assert message.startswith("the ranks disagree on collective #2")
-
-
-def test_debug_level_reports_mismatched_collectives(three_mpi_ranks: Ranks) -> None:
+def test_debug_level_of_one_rank_reports_mismatched_collectives(three_mpi_ranks: Ranks) -> None:
     expected = [
         (1, "all_reduce, 3 torch.float32, SUM", "all_reduce, 2 torch.float32, SUM"),
         (2, "all_reduce, 2 torch.float32, MAX", "all_reduce, 2 torch.float32, MIN"),
         (1, "broadcast, 2 torch.float32, root 1", "broadcast, 2 torch.float32, root 0"),
         (0, "all_reduce, 2 torch.float32, SUM", "barrier"),
     ]
-    for messages in three_mpi_ranks.run(_mismatches):
-        for number, (odd, theirs, others) in enumerate(expected):
-            assert messages[number].splitlines() == [
+    for *messages, last in three_mpi_ranks.run(_mismatches):
+        for number, (message, (odd, label, others)) in enumerate(
+            zip(messages, expected, strict=True)
+        ):
+            assert message.splitlines() == [
                 f"the ranks disagree on collective #{1 + 2 * number}:",
-                *(f"  rank {rank}: {theirs if rank == odd else others}" for rank in range(3)),
+                *(f"  rank {rank}: {label if rank == odd else others}" for rank in range(3)),
             ]
+        assert last.startswith("the ranks disagree on collective #9:")
