@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ def test_exception_on_one_rank_ends_job(launch: Launch) -> None:
 join(seconds=600)
 if rank == 1:
     raise ValueError("the error of rank 1")
-dist.barrier()
+time.sleep(60)  # only an abort ends this
 """,
     )
     assert job.finish() != 0
@@ -129,6 +130,7 @@ def _destroy_with_work_in_flight(rank: int) -> list[float]:
     x = torch.full((100_000,), float(rank))
     received: list[float] = []
     if rank == 0:
+        time.sleep(0.2)
         dist.isend(x, 1, group=group)
     elif rank == 1:
         work: Any = dist.irecv(x, 0, group=group)

@@ -82,14 +82,16 @@ class GroupLifecycle(dist.ProcessGroup):
     ) -> MPIWork:
         self._collectives += 1
         name, results = collective.__name__, list(results)
-        options = [getattr(opts, key) for key in ("reduceOp", "rootRank") if hasattr(opts, key)]
+        # One access: the conversion of a reduceOp takes 2 us.
+        options = [getattr(opts, key, None) for key in ("reduceOp", "rootRank")]
+        arguments = [option for option in options if option is not None]
         if self._debug:
             self._compare_labels(name, _label(name, results, opts))
         from_root = name in _SENT_BY_ROOT and opts.rootRank != self._rank
         timeout = opts.timeout.total_seconds() if opts.timeout > timedelta(0) else None
         ranks = (opts.rootRank,) if from_root else ()
         dependencies = Dependencies(self._collectives, ranks, timeout)
-        requests = (collective(self._comm, *call, *options) for call in calls)
+        requests = (collective(self._comm, *call, *arguments) for call in calls)
         numbered = f"{name} #{self._collectives}"
         work = self._start(numbered, requests, results, dependencies, blocking=not opts.asyncOp)
         if opts.asyncOp:
@@ -106,11 +108,18 @@ class GroupLifecycle(dist.ProcessGroup):
             raise RuntimeError(f"the ranks disagree on collective #{self._collectives}:\n{lines}")
 
     def _message(
-        self, name: str, requests: Iterable[PendingRequest], results: list[Tensor], peer: int | None
+        self,
+        name: str,
+        operation: Callable[..., PendingRequest],
+        tensors: list[Tensor],
+        peer: int | None,
+        tag: int,
     ) -> MPIWork:
         self._messages += 1
+        numbered = f"{name} {'any rank' if peer is None else f'rank {peer}'} #{self._messages}"
         dependencies = Dependencies(ranks=None if peer is None else (peer,))
-        work = self._start(f"{name} #{self._messages}", requests, results, dependencies)
+        requests = (operation(self._comm, tensor, peer, tag) for tensor in tensors)
+        work = self._start(numbered, requests, tensors, dependencies)
         self._progress.add(work, wake=False)
         return work
 

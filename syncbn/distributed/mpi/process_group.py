@@ -131,15 +131,12 @@ class MPIProcessGroup(GroupLifecycle):
 
     def send(self, tensors: list[Tensor], destination: int, tag: int) -> MPIWork:
         """Send to one rank."""
-        requests = (collectives.send(self._comm, tensor, destination, tag) for tensor in tensors)
-        return self._message(f"send to rank {destination}", requests, tensors, destination)
+        return self._message("send to", collectives.send, tensors, destination, tag)
 
     def recv(self, tensors: list[Tensor], source: int, tag: int) -> MPIWork:
         """Receive from one rank."""
-        requests = (collectives.receive(self._comm, tensor, source, tag) for tensor in tensors)
-        return self._message(f"recv from rank {source}", requests, tensors, source)
+        return self._message("recv from", collectives.receive, tensors, source, tag)
 
     def recv_anysource(self, tensors: list[Tensor], tag: int) -> MPIWork:
         """Receive the first message of any rank; the work object has its source."""
-        requests = (collectives.receive(self._comm, tensor, None, tag) for tensor in tensors)
-        return self._message("recv from any rank", requests, tensors, None)
+        return self._message("recv from", collectives.receive, tensors, None, tag)
