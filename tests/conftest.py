@@ -68,15 +68,6 @@ def two_ranks(pool: Pool, transport: str) -> Ranks:
     return pool(2, transport)
 
 
-@pytest.fixture(params=[name for name in TRANSPORTS if name not in ("mpich", "nccl")])
-def two_on_host(request: pytest.FixtureRequest, pool: Pool) -> Ranks:
-    """Return two ranks whose all-reduces block the CPU and raise errors there.
-
-    NCCL's run on the GPU, and its watchdog ends the rank when one fails.
-    """
-    return pool(2, request.param)
-
-
 @pytest.fixture
 def three_ranks(pool: Pool, transport: str) -> Ranks:
     return pool(3, transport)
@@ -88,12 +79,12 @@ def ranks(request: pytest.FixtureRequest, pool: Pool, transport: str) -> Ranks:
 
 
 @pytest.fixture(params=SUITE)
-def three(request: pytest.FixtureRequest, pool: Pool) -> Ranks:
+def three_cpu_ranks(request: pytest.FixtureRequest, pool: Pool) -> Ranks:
     return pool(3, request.param)
 
 
 @pytest.fixture(params=MPIS)
-def three_of_mpi(request: pytest.FixtureRequest, pool: Pool) -> Ranks:
+def three_mpi_ranks(request: pytest.FixtureRequest, pool: Pool) -> Ranks:
     return pool(3, request.param)
 
 

@@ -15,9 +15,12 @@ HEAD = """
 import os, sys, time, torch, torch.distributed as dist, syncbn
 from datetime import timedelta
 from torch import nn
+from tests.worker import poll_often
 rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", os.environ.get("PMI_RANK", "0")))
-sys.stdout.write(f"pid {rank} {os.getpid()}\\n")
-sys.stdout.flush()
+def write(line):  # in one write, because the ranks share the pipe
+    sys.stdout.write(line + "\\n")
+    sys.stdout.flush()
+write(f"pid {rank} {os.getpid()}")
 def join(seconds=30):
     return syncbn.init_process_group(timeout=timedelta(seconds=seconds))
 """

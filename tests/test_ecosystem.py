@@ -39,8 +39,8 @@ def _ddp(rank: int, options: dict[str, Any]) -> list[Tensor]:
     [{}, {"bucket_cap_mb": 1e-5}, {"gradient_as_bucket_view": True}, {"static_graph": True}],
     ids=str,
 )
-def test_data_parallel(three: Ranks, options: dict[str, Any]) -> None:
-    compare(three.run(_ddp, options), trained_alone(sgd))
+def test_data_parallel(three_cpu_ranks: Ranks, options: dict[str, Any]) -> None:
+    compare(three_cpu_ranks.run(_ddp, options), trained_alone(sgd))
 
 
 class Branched(nn.Module):
@@ -62,11 +62,11 @@ def _unused(rank: int) -> list[Tensor]:
     return gradients(net)
 
 
-def test_parameters_that_one_rank_uses(three: Ranks) -> None:
+def test_parameters_that_one_rank_uses(three_cpu_ranks: Ranks) -> None:
     net = Branched()
     parts = enumerate(batch(0).chunk(3))
     torch.cat([net(x, rank == 1) for rank, x in parts]).square().mean().backward()
-    compare(three.run(_unused), gradients(net))
+    compare(three_cpu_ranks.run(_unused), gradients(net))
 
 
 def _accumulated(rank: int) -> list[Tensor]:
@@ -77,10 +77,10 @@ def _accumulated(rank: int) -> list[Tensor]:
     return gradients(net)
 
 
-def test_gradients_accumulate_without_communication(three: Ranks) -> None:
+def test_gradients_accumulate_without_communication(three_cpu_ranks: Ranks) -> None:
     net = network()
     (loss(net, batch(0)) + loss(net, batch(1))).backward()
-    compare(three.run(_accumulated), gradients(net))
+    compare(three_cpu_ranks.run(_accumulated), gradients(net))
 
 
 def _uneven(rank: int) -> list[Tensor]:
@@ -94,7 +94,7 @@ def _uneven(rank: int) -> list[Tensor]:
     return values(net)
 
 
-def test_some_ranks_have_fewer_batches(three: Ranks) -> None:
+def test_some_ranks_have_fewer_batches(three_cpu_ranks: Ranks) -> None:
     net = network()
     optimizer = sgd(net.parameters())
     for step in range(3):
@@ -102,7 +102,7 @@ def test_some_ranks_have_fewer_batches(three: Ranks) -> None:
         for part in batch(step).chunk(3)[step:]:
             (loss(net, part) / 3).backward()
         optimizer.step()
-    compare(three.run(_uneven)[2:], values(net))  # the last rank had them all
+    compare(three_cpu_ranks.run(_uneven)[2:], values(net))  # the last rank had them all
 
 
 HOOKS: dict[str, tuple[Callable[..., Any], float]] = {
@@ -121,8 +121,8 @@ def _hooked(rank: int, name: str) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", HOOKS)
-def test_communication_hook(three: Ranks, name: str) -> None:
-    compare(three.run(_hooked, name), trained_alone(sgd), atol=HOOKS[name][1])
+def test_communication_hook(three_cpu_ranks: Ranks, name: str) -> None:
+    compare(three_cpu_ranks.run(_hooked, name), trained_alone(sgd), atol=HOOKS[name][1])
 
 
 def _train_a_matrix(net: Any, rows: slice) -> None:
@@ -143,12 +143,12 @@ def _power_sgd(rank: int) -> list[Tensor]:
     return values(net)
 
 
-def test_hook_whose_callbacks_communicate(three: Ranks) -> None:
+def test_hook_whose_callbacks_communicate(three_cpu_ranks: Ranks) -> None:
     """PowerSGD keeps a gradient's three largest directions; three samples have no more."""
     torch.manual_seed(0)
     net = nn.Linear(32, 32, bias=False)
     _train_a_matrix(net, slice(None))
-    compare(three.run(_power_sgd), values(net), atol=1e-5)
+    compare(three_cpu_ranks.run(_power_sgd), values(net), atol=1e-5)
 
 
 def _zero(rank: int) -> list[Tensor]:
@@ -163,8 +163,8 @@ def _zero(rank: int) -> list[Tensor]:
     return values(net)
 
 
-def test_zero_redundancy_optimizer(three: Ranks) -> None:
-    compare(three.run(_zero), trained_alone(adam))
+def test_zero_redundancy_optimizer(three_cpu_ranks: Ranks) -> None:
+    compare(three_cpu_ranks.run(_zero), trained_alone(adam))
 
 
 def _samples(rank: int) -> list[int]:
@@ -173,6 +173,6 @@ def _samples(rank: int) -> list[int]:
     return list(sampler)
 
 
-def test_every_rank_has_its_samples(three: Ranks) -> None:
+def test_every_rank_has_its_samples(three_cpu_ranks: Ranks) -> None:
     order = torch.randperm(7, generator=torch.Generator().manual_seed(1 + 4)).tolist()
-    assert three.run(_samples) == [(order + order[:2])[rank::3] for rank in range(3)]
+    assert three_cpu_ranks.run(_samples) == [(order + order[:2])[rank::3] for rank in range(3)]

@@ -29,8 +29,8 @@ def _subgroups(rank: int) -> list[float]:
     return [_sum(group, 10.0**rank) for group in groups]
 
 
-def test_subgroups(three: Ranks) -> None:
-    assert three.run(_subgroups) == [
+def test_subgroups(three_cpu_ranks: Ranks) -> None:
+    assert three_cpu_ranks.run(_subgroups) == [
         [101.0, 1.0, 111.0, 101.0],
         [10.0, 10.0, 111.0],
         [101.0, 100.0, 111.0, 101.0],
@@ -101,8 +101,8 @@ OUTPUTS: dict[str, Callable[[list[Tensor]], list[Tensor]]] = {
 }
 
 
-def test_differentiated_collectives(three: Ranks) -> None:
-    answers = three.run(_differentiated)
+def test_differentiated_collectives(three_cpu_ranks: Ranks) -> None:
+    answers = three_cpu_ranks.run(_differentiated)
     for name, compute in OUTPUTS.items():
         inputs = [_input(rank) for rank in range(3)]
         outputs = compute(inputs)

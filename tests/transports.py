@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,10 +32,8 @@ def start(
     program: Sequence[str | Path],
     *,
     outlives_ranks: bool = False,
-    stdout: int | None = None,
-    stderr: int | None = None,
-    cwd: Path = ROOT,
     variables: Mapping[str, str | None] | None = None,
+    **options: Any,
 ) -> list[subprocess.Popen[str]]:
     """Start ``python PROGRAM`` on every rank, with one thread per rank.
 
@@ -45,41 +44,19 @@ def start(
         size: number of ranks.
         program: a file, or ``-m`` and a module, then arguments.
         outlives_ranks: True if mpirun keeps the other ranks running after one ends.
-        stdout: see Popen.
-        stderr: see Popen.
-        cwd: working directory.
         variables: additional environment variables; None removes a variable.
+        options: arguments of Popen.
     """
-    environment = {
-        **{name: value for name, value in os.environ.items() if not _is_launcher_variable(name)},
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "OMP_NUM_THREADS": "1",
-        **environment_of(transport),
-    }
-    for name, value in (variables or {}).items():
-        environment.pop(name, None)
-        if value is not None:
-            environment[name] = value
+    inherited = {k: v for k, v in os.environ.items() if not _is_launcher_variable(k)}
+    own = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    merged = {**inherited, **own, **environment_of(transport), **(variables or {})}
+    environment = {name: value for name, value in merged.items() if value is not None}
     command = [sys.executable, *map(str, program)]
+    ranks = [{"RANK": str(rank), "WORLD_SIZE": str(size)} for rank in range(size)]
     if backend_of(transport) == "mpi4py":
-        starts = [([*mpirun(transport, size, outlives_ranks), *command], environment)]
-    else:
-        starts = [
-            (command, {**environment, "RANK": str(rank), "WORLD_SIZE": str(size)})
-            for rank in range(size)
-        ]
-    return [
-        subprocess.Popen(
-            line,
-            env=env,
-            cwd=cwd,
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
-            text=True,
-        )
-        for line, env in starts
-    ]
+        command, ranks = [*mpirun(transport, size, outlives_ranks), *command], [{}]
+    options = {"cwd": ROOT, "stdin": subprocess.DEVNULL, "text": True, **options}
+    return [subprocess.Popen(command, env={**environment, **rank}, **options) for rank in ranks]
 
 
 def mpirun(transport: str, size: int, outlives_ranks: bool = False) -> list[str]:

@@ -34,7 +34,9 @@ def _join(transport: str, folder: str, timeout: timedelta) -> int:
     torch.set_num_threads(1)
     backend = backend_of(transport)
     if backend == "mpi4py":
-        return syncbn.init_process_group(backend, timeout).rank
+        rank = syncbn.init_process_group(backend, timeout).rank
+        poll_often()
+        return rank
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if backend == "nccl":
         torch.cuda.set_device(rank)
@@ -42,6 +44,14 @@ def _join(transport: str, folder: str, timeout: timedelta) -> int:
     store = dist.FileStore(f"{folder}/store", size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     return rank
+
+
+def poll_often() -> None:
+    """Make the watchdogs of MPI groups poll ten times as often, so that errors arrive sooner."""
+    from syncbn.distributed.mpi import watchdog, work
+
+    work._SECONDS_BEFORE_CHECK = watchdog._POLL_SECONDS = 0.1
+    watchdog._REPORT_SECONDS = 0.5
 
 
 def _serve(rank: int, connection: Connection) -> bool:

@@ -138,37 +138,30 @@ class _DifferentiableAllReduce(Function):
         return differentiable_all_reduce(samples_first, group, label), 0
 
 
-class _MismatchError(Exception):
-    """Different layers, sizes or dtypes in one all-reduce."""
-
-
 def _all_reduce(payload: Tensor, group: dist.ProcessGroup, label: str) -> None:
     """Sum a payload over a group, in place."""
+    mismatch = ""
     try:
         # Fake tensors and captured graphs have no labels to compare.
         is_real = type(payload) is Tensor and not fingerprint.is_capturing(payload)
         if dist.get_debug_level().value == _DETAIL and is_real:
-            _compare_labels(payload, group, label)
-        dist.all_reduce(payload, group=group)
-    except _MismatchError as error:
-        raise RuntimeError(str(error)) from None
+            mismatch = _compare_labels(payload, group, label)
+        if not mismatch:
+            dist.all_reduce(payload, group=group)
     except RuntimeError as error:
-        raise _with_label(error, payload, label) from error
+        raise RuntimeError(
+            f"{label or 'a compiled layer'}: the all-reduce of {payload.numel()} elements failed "
+            f"on rank {dist.get_rank()} of {dist.get_world_size()}. If another rank ended or never "
+            "reached this layer, look there: layers must run in the same order, and with the same "
+            f"input dtype, on every rank. {error}"
+        ) from error
+    if mismatch:
+        raise RuntimeError(f"the ranks of a synchronized batch norm disagree:\n{mismatch}")
 
 
-def _with_label(error: RuntimeError, payload: Tensor, label: str) -> RuntimeError:
-    return RuntimeError(
-        f"{label or 'a compiled layer'}: the all-reduce of {payload.numel()} elements failed on "
-        f"rank {dist.get_rank()} of {dist.get_world_size()}. If another rank ended or never reached"
-        " this layer, look there: layers must run in the same order, and with the same input dtype,"
-        f" on every rank. {error}"
-    )
-
-
-def _compare_labels(payload: Tensor, group: dist.ProcessGroup, label: str) -> None:
+def _compare_labels(payload: Tensor, group: dist.ProcessGroup, label: str) -> str:
     encoded = fingerprint.encode_label(f"{payload.numel()} elements for {label}")
     encoded = encoded.to(payload.device)
     labels = encoded.new_empty(group.size(), len(encoded))
     dist.all_gather(list(labels), encoded, group=group)
-    if lines := fingerprint.describe_mismatch(labels, dist.get_process_group_ranks(group)):
-        raise _MismatchError(f"the ranks of a synchronized batch norm disagree:\n{lines}")
+    return fingerprint.describe_mismatch(labels, dist.get_process_group_ranks(group))

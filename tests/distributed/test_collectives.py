@@ -12,42 +12,34 @@ import torch.distributed as dist
 from torch import nn
 
 import syncbn
-from tests.ranks import RankError, Ranks
+from tests.ranks import Pool, RankError, Ranks
 
 
-def _mismatch(rank: int, kind: str) -> str:
+def _mismatches(rank: int) -> list[str]:
     model: Any = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.BatchNorm1d(4))
     syncbn.convert_sync_batchnorm(model)
-    layers = {
-        "order": (model[0], model[1]),
-        "channels": (model[0], model[2]),
-        "dtype": (model[0], model[0]),
-    }[kind]
+    half = torch.float16 if rank else None
+    messages = []
     dist.set_debug_level(dist.DebugLevel.DETAIL)
-    layer = layers[rank]
-    try:
-        half = kind == "dtype" and rank == 1
-        layer(torch.randn(2, layer.num_features, dtype=torch.float16 if half else None))
-    except RuntimeError as error:
-        return str(error)
-    finally:
-        dist.set_debug_level(dist.DebugLevel.OFF)
-    return "no error"
+    for layer, dtype in ((model[rank], None), (model[2 * rank], None), (model[0], half)):
+        with pytest.raises(RuntimeError) as caught:
+            layer(torch.randn(2, layer.num_features, dtype=dtype))
+        messages.append(str(caught.value))
+    dist.set_debug_level(dist.DebugLevel.OFF)
+    return messages
 
 
-@pytest.mark.parametrize(
-    ("kind", "last"),
-    [
-        ("order", "8 elements for 1 SyncBatchNorm1d(3)"),
-        ("channels", "10 elements for 2 SyncBatchNorm1d(4)"),
-        ("dtype", "8 elements for 0 SyncBatchNorm1d(3) forward, torch.float16 input"),
-    ],
-)
-def test_mismatched_layers_are_named_at_debug_level(two_ranks: Ranks, kind: str, last: str) -> None:
-    for message in two_ranks.run(_mismatch, kind):
-        assert "the ranks of a synchronized batch norm disagree" in message
-        assert "rank 0: 8 elements for 0 SyncBatchNorm1d(3) forward, torch.float32" in message
-        assert f"rank 1: {last}" in message
+def test_mismatched_layers_are_named_at_debug_level(two_ranks: Ranks) -> None:
+    differences = (
+        "8 elements for 1 SyncBatchNorm1d(3)",
+        "10 elements for 2 SyncBatchNorm1d(4)",
+        "8 elements for 0 SyncBatchNorm1d(3) forward, torch.float16 input",
+    )
+    for messages in two_ranks.run(_mismatches):
+        for message, last in zip(messages, differences, strict=True):
+            assert "the ranks of a synchronized batch norm disagree" in message
+            assert "rank 0: 8 elements for 0 SyncBatchNorm1d(3) forward, torch.float32" in message
+            assert f"rank 1: {last}" in message
 
 
 def _match(rank: int) -> torch.Tensor | None:
@@ -69,18 +61,15 @@ def _absent(rank: int) -> str:
     syncbn.convert_sync_batchnorm(model, short_timeout)
     if rank == 1:
         return ""
-    try:
+    with pytest.raises(RuntimeError) as caught:
         model(torch.randn(2, 1, 4))
-    except RuntimeError as error:
-        return str(error)
-    return "no error"
+    return str(caught.value)
 
 
-def test_absent_rank_is_timeout_with_layer_name(two_on_host: Ranks) -> None:
-    message = two_on_host.run(_absent)[0]
+def test_absent_rank_is_timeout_with_layer_name(pool: Pool) -> None:
+    message = pool(2, "gloo").run(_absent)[0]
     assert message.startswith("1 SyncBatchNorm1d(3) forward, torch.float32 input: the all-reduce")
     assert "on rank 0 of 2" in message
-    two_on_host.close()  # The group is broken.
 
 
 def _dies(rank: int) -> None:
@@ -90,9 +79,9 @@ def _dies(rank: int) -> None:
     model(torch.randn(2, 3))
 
 
-def test_dead_rank_is_error_with_layer_name(two_on_host: Ranks) -> None:
+def test_dead_rank_is_error_with_layer_name(pool: Pool) -> None:
     with pytest.raises(RankError) as caught:
-        two_on_host.run(_dies)
+        pool(2, "gloo").run(_dies)
     assert "RuntimeError: 0 SyncBatchNorm1d(3) forward" in str(caught.value)
     assert "rank 1 of 2: died" in str(caught.value)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -21,9 +20,13 @@ TORCHRUN = {
     "MASTER_PORT": "1",
 }
 PROGRAM = """
-import sys, torch, torch.distributed as dist, syncbn
+import os, signal, sys, torch, torch.distributed as dist, syncbn
 info = syncbn.init_process_group(*sys.argv[1:])
 assert (info.rank, info.world_size) == (dist.get_rank(), dist.get_world_size())
+if os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
+    dist.barrier()
+    if info.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
 x = torch.full((1, 2, 1, 1), 2.0 * info.rank)
 layer = syncbn.SyncBatchNorm2d(2, momentum=1.0)
 if info.world_size > 1:
@@ -39,86 +42,53 @@ dist.destroy_process_group()
 """
 
 
-def run(command: list[str], program: Path, **environment: str) -> list[str]:
-    program.write_text(PROGRAM)
-    clean = {k: v for k, v in os.environ.items() if k not in TORCHRUN}
-    done = subprocess.run(
-        [*command, str(program)],
-        env={**clean, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=50,
-    )
-    assert done.returncode == 0, done.stderr
-    return sorted(done.stdout.splitlines())
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    return path
 
 
-def test_torchrun(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    lines = run(command, tmp_path / "program.py")
-    assert lines == ["0 2 0 cpu gloo 1.0", "1 2 1 cpu gloo 1.0"]
+def _expected(backend: str) -> list[str]:
+    return [f"{rank} 2 {rank} cpu {backend} 1.0" for rank in range(2)]
 
 
-def test_torchrun_restarts_after_killed_rank(tmp_path: Path) -> None:
+def test_torchrun_restarts_after_killed_rank(program: Path) -> None:
     """The second attempt read addresses of the first one from the agent's store."""
-    program = tmp_path / "program.py"
-    program.write_text(
-        """
-import os, signal, sys, torch, torch.distributed as dist, syncbn
-from datetime import timedelta
-info = syncbn.init_process_group(timeout=timedelta(seconds=15))
-dist.barrier()
-if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and info.rank == 1:
-    os.kill(os.getpid(), signal.SIGKILL)
-layer = syncbn.SyncBatchNorm1d(2, momentum=1.0)
-layer(torch.full((1, 2), 2.0 * info.rank))
-sys.stdout.write(f"{info.rank} {layer.running_mean[0].item()}\\n")
-dist.barrier()
-dist.destroy_process_group()
-"""
-    )
     torchrun = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1")
-    done = processes.run([sys.executable, "-m", *torchrun, program], tmp_path)
+    done = processes.run([sys.executable, "-m", *torchrun, program], program.parent)
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.splitlines()) == ["0 1.0", "1 1.0"]
+    assert sorted(done.stdout.splitlines()) == _expected("gloo")
 
 
-def _start_by_rank_and_world_size(program: Path, port: int) -> list[subprocess.Popen[str]]:
-    clean = {name: value for name, value in os.environ.items() if "RANK" not in name}
+def _run_ranks(transport: str, program: list[Path | str], **variables: str) -> list[str]:
+    jobs = transports.start(transport, 2, program, stdout=subprocess.PIPE, variables=variables)
+    output = "".join(job.communicate(timeout=50)[0] for job in jobs)
+    assert [job.returncode for job in jobs] == [0] * len(jobs)
+    return sorted(output.splitlines())
+
+
+def test_local_ranks_are_counted_without_local_rank(program: Path) -> None:
+    """Kubernetes operators set RANK and WORLD_SIZE, but not LOCAL_RANK."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     address = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store of the test, on a free port
-        "OMP_NUM_THREADS": "1",
     }
-    return [
-        subprocess.Popen(
-            [sys.executable, program],
-            env={**clean, **address, "RANK": str(rank), "WORLD_SIZE": "2"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    assert _run_ranks("gloo", [program], **address) == _expected("gloo")
 
 
-def test_local_ranks_are_counted_without_local_rank(tmp_path: Path) -> None:
-    """Kubernetes operators set RANK and WORLD_SIZE, but not LOCAL_RANK."""
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    jobs = _start_by_rank_and_world_size(program, store.port)
-    lines = [job.communicate(timeout=50)[0].strip() for job in jobs]
-    assert lines == ["0 2 0 cpu gloo 1.0", "1 2 1 cpu gloo 1.0"]
+@pytest.mark.parametrize(
+    ("transport", "arguments", "backend"), [("mpich", [], "mpi4py"), ("openmpi", ["gloo"], "gloo")]
+)
+def test_mpirun(program: Path, transport: str, arguments: list[str], backend: str) -> None:
+    assert _run_ranks(transport, [program, *arguments]) == _expected(backend)
 
 
-def test_single_process(tmp_path: Path) -> None:
-    assert run([sys.executable], tmp_path / "program.py") == ["0 1 0 cpu gloo 0.0"]
-
-
-def test_destroyed_group_leaves_no_threads() -> None:
-    """Even after an import of torch.compile; remaining threads may abort at exit."""
-    program = """
+def test_single_process(program: Path) -> None:
+    """A destroyed group leaves no threads, which may abort at exit; even after torch.compile."""
+    check = """
 import os, syncbn, torch.distributed as dist
 threads = lambda: len(os.listdir("/proc/self/task"))
 before = threads()
@@ -129,24 +99,9 @@ assert threads() > before
 dist.destroy_process_group()
 assert threads() == before
 """
-    clean = {k: v for k, v in os.environ.items() if k not in TORCHRUN}
-    done = subprocess.run([sys.executable, "-c", program], env=clean, stderr=subprocess.PIPE)
+    done = processes.run([sys.executable, "-c", check + PROGRAM], program.parent)
     assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize(
-    ("transport", "arguments", "backend"),
-    [("openmpi", [], "mpi4py"), ("mpich", [], "mpi4py"), ("openmpi", ["gloo"], "gloo")],
-)
-def test_mpirun(transport: str, arguments: list[str], backend: str, tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text(PROGRAM)
-    (process,) = transports.start(
-        transport, 2, [program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    output, errors = process.communicate(timeout=50)
-    assert process.returncode == 0, errors
-    assert sorted(output.splitlines()) == [f"0 2 0 cpu {backend} 1.0", f"1 2 1 cpu {backend} 1.0"]
+    assert done.stdout == "0 1 0 cpu gloo 0.0\n"
 
 
 @pytest.fixture(autouse=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,15 +22,9 @@ import syncbn
 from tests.ranks import Pool, Ranks
 
 
-@pytest.fixture(params=[2, 3], ids=["two", "three"])
-def on_host(request: pytest.FixtureRequest, pool: Pool, host_transport: str) -> Ranks:
-    return pool(request.param, host_transport)
-
-
-@pytest.fixture(params=["gloo", "openmpi"])
-def host_transport(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
+@pytest.fixture(params=[(2, "openmpi"), (3, "gloo")], ids=["two of openmpi", "three of gloo"])
+def cpu_ranks(request: pytest.FixtureRequest, pool: Pool) -> Ranks:
+    return pool(*request.param)
 
 
 def _model() -> nn.Sequential:
@@ -42,180 +37,138 @@ def _input(rank: int) -> Tensor:
     return torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    state = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {**state, **{f"gradient of {name}": grad for name, grad in gradients.items()}}
+def _catch_error(model: nn.Module, function: Callable[[], Any]) -> str:
+    """Return the error of a function that leaves buffers and gradients unchanged."""
 
+    def state() -> dict[str, Tensor]:
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        return copy.deepcopy({**dict(model.named_buffers()), **gradients})
 
-def _catch_error(model: nn.Module, function: Callable[[], Any]) -> tuple[str, bool]:
-    """Return the error of a function, and whether the model is unchanged."""
-    before = _state(model)
-    try:
+    before = state()
+    with pytest.raises(RuntimeError) as caught:
         function()
-    except RuntimeError as error:
-        after = _state(model)
-        same = before.keys() == after.keys()
-        return str(error), same and all(torch.equal(before[name], after[name]) for name in after)
-    return "no error", False
+    torch.testing.assert_close(state(), before, rtol=0, atol=0)
+    return str(caught.value)
 
 
-def _train_step(model: nn.Module, rank: int) -> Tensor:
-    """Return a running mean after one more step, which works if the error was on all ranks."""
-    first: Any = next(layer for layer in model.modules() if isinstance(layer, nn.BatchNorm1d))
-    first.reset_running_stats()
-    model(_input(rank)).square().sum().backward()
-    mean: Tensor = first.running_mean
-    return mean
+def _other_order(rank: int) -> tuple[str, Tensor]:
+    model: Any = _model()
+    x = _input(rank)
+    first, second = reversed(model) if rank == dist.get_world_size() - 1 else model
+    message = _catch_error(model, lambda: second(first(x)))
+    # One more step works, since the error was on all ranks.
+    model[0].reset_running_stats()
+    model(x).square().sum().backward()
+    return message, model[0].get_buffer("running_mean")
 
 
-def _other_order(rank: int) -> tuple[str, bool, Tensor]:
-    model = _model()
-    x, last = _input(rank), rank == dist.get_world_size() - 1
-    order = (1, 0) if last else (0, 1)
-    found = _catch_error(model, lambda: model[order[1]](model[order[0]](x)))
-    return *found, _train_step(model, rank)
-
-
-def test_layers_of_equal_size_in_other_order_raise(on_host: Ranks) -> None:
+def test_layers_of_equal_size_in_other_order_raise(cpu_ranks: Ranks) -> None:
     """Their sums were exchanged silently."""
-    answers = on_host.run(_other_order)
-    expected = torch.cat([_input(rank) for rank in range(on_host.size)]).mean(0) * 0.1
-    for rank, (message, unchanged, mean) in enumerate(answers):
-        layer = 1 if rank == on_host.size - 1 else 0
+    answers = cpu_ranks.run(_other_order)
+    expected = torch.cat([_input(rank) for rank in range(cpu_ranks.size)]).mean(0) * 0.1
+    for rank, (message, mean) in enumerate(answers):
+        layer = 1 if rank == cpu_ranks.size - 1 else 0
         assert message.startswith(f"{layer} SyncBatchNorm1d(3) forward, torch.float64 input: this")
-        assert f"on rank {rank} of {on_host.size}, but at least one other rank was in" in message
+        assert f"on rank {rank} of {cpu_ranks.size}, but at least one other rank was in" in message
         assert "another layer, direction, call" in message
         assert "TORCH_DISTRIBUTED_DEBUG=DETAIL" in message
-        assert unchanged
         torch.testing.assert_close(mean, expected)
 
 
-def _skip_backward(rank: int) -> tuple[str, bool]:
+def _skip_backward(rank: int) -> str:
     # Not float64, whose payloads have different sizes in the two passes.
     model, x = _model().float(), _input(rank).float()
     loss = model(x).square().sum()
-    if rank == 1:
-        return _catch_error(model, lambda: model(x))
-    return _catch_error(model, loss.backward)
+    return _catch_error(model, loss.backward if rank != 1 else lambda: model(x))
 
 
-def test_rank_that_skips_backward_raises(on_host: Ranks) -> None:
+def test_rank_that_skips_backward_raises(cpu_ranks: Ranks) -> None:
     """Its next forward all-reduce is summed with the backward all-reduce of the other ranks."""
-    for rank, (message, unchanged) in enumerate(on_host.run(_skip_backward)):
+    for rank, message in enumerate(cpu_ranks.run(_skip_backward)):
         here = "0 SyncBatchNorm1d(3) forward" if rank == 1 else "1 SyncBatchNorm1d(3) backward"
         assert message.startswith(here), message
         assert "this was all-reduce" in message
-        assert unchanged
 
 
-def _backward_in_other_order(rank: int, twice: bool) -> tuple[str, bool]:
+def _backward_in_other_order(rank: int, losses: Sequence[Tensor]) -> None:
+    for loss in reversed(losses) if rank == 1 else losses:
+        loss.backward()
+
+
+def _calls_in_other_order(rank: int) -> list[str]:
     model = _model()
     with torch.no_grad():  # calls of other layers do not matter
         model(_input(rank))
     leaves = [_input(rank).requires_grad_() for _ in range(2)]
-    if twice:  # the backward graph contains third-order formulas
-        products = []
-        for leaf in leaves:
-            (dx,) = torch.autograd.grad(model[0](leaf).pow(3).sum(), leaf, create_graph=True)
-            products.append(dx.pow(2).sum())
-    else:
-        products = [model[0](leaf).pow(3).sum() for leaf in leaves]
-    order = (1, 0) if rank == 1 else (0, 1)
-    return _catch_error(model, lambda: [products[i].backward() for i in order])
+    losses = [model[0](leaf).pow(3).sum() for leaf in leaves]
+    messages = [_catch_error(model, partial(_backward_in_other_order, rank, losses))]
+    products = []
+    for leaf in leaves:  # the backward graph contains third-order formulas
+        (dx,) = torch.autograd.grad(model[0](leaf).pow(3).sum(), leaf, create_graph=True)
+        products.append(dx.pow(2).sum())
+    return [*messages, _catch_error(model, partial(_backward_in_other_order, rank, products))]
 
 
-@pytest.mark.parametrize("twice", [False, True], ids=["backward", "double backward"])
-def test_calls_with_backward_in_other_order_raise(on_host: Ranks, twice: bool) -> None:
+def test_calls_with_backward_in_other_order_raise(cpu_ranks: Ranks) -> None:
     """The two calls in a siamese network differ only in the call number."""
-    for message, unchanged in on_host.run(_backward_in_other_order, twice):
-        direction = "double backward" if twice else "backward"
-        assert message.startswith(f"0 SyncBatchNorm1d(3) {direction} of call "), message
-        assert unchanged
+    for messages in cpu_ranks.run(_calls_in_other_order):
+        for message, direction in zip(messages, ("backward", "double backward"), strict=True):
+            assert message.startswith(f"0 SyncBatchNorm1d(3) {direction} of call "), message
 
 
-def _composite_in_other_order(rank: int) -> tuple[str, bool]:
+def _composite_in_other_order(rank: int) -> str:
     layers = [syncbn.SyncBatchNorm1d(3, track_running_stats=False) for _ in range(2)]
     for number, layer in enumerate(layers):
         layer.fqn = str(number)
     x = torch.randn(4, 3)
-    tangent = torch.ones_like(x)
-
-    def run() -> None:
-        for layer in reversed(layers) if rank == 1 else layers:
-            torch.func.jvp(layer, (x,), (tangent,))
-
-    return _catch_error(layers[0], run)
+    first = layers[int(rank == 1)]
+    return _catch_error(first, lambda: torch.func.jvp(first, (x,), (torch.ones_like(x),)))
 
 
-def test_composite_layers_in_other_order_raise(on_host: Ranks) -> None:
-    for rank, (message, _) in enumerate(on_host.run(_composite_in_other_order)):
+def test_composite_layers_in_other_order_raise(cpu_ranks: Ranks) -> None:
+    for rank, message in enumerate(cpu_ranks.run(_composite_in_other_order)):
         assert message.startswith(f"{int(rank == 1)} SyncBatchNorm1d(3) forward"), message
 
 
-def _overlapped_in_other_order(rank: int) -> tuple[str, bool]:
-    layers: Any = nn.ModuleList(syncbn.SyncBatchNorm1d(3, activation="relu") for _ in range(2))
-    x = [torch.randn(4, 3, requires_grad=True) for _ in layers]
-    losses = [layer(a, torch.ones(4, 3)).sum() for layer, a in zip(layers, x, strict=True)]
-    first, second = reversed(losses) if rank == 1 else losses
-    return _catch_error(layers, lambda: (first.backward(), second.backward()))
-
-
-def test_overlapped_all_reduce_is_checked(on_host: Ranks) -> None:
-    for message, unchanged in on_host.run(_overlapped_in_other_order):
-        assert message.startswith("SyncBatchNorm1d(3) backward of call "), message
-        assert unchanged
-
-
-def _matching_steps(rank: int) -> Iterator[str]:
-    """Run steps that are valid on all ranks; yield the name of each afterwards."""
-    size = dist.get_world_size()
-    model = _model()
-    x = torch.randn(rank, 3, dtype=torch.float64) if rank else _input(rank)
-    model(x).square().sum().backward()
-    yield "uneven batches, one with a single sample"
+def _matching_steps(rank: int) -> None:
+    model, mine = _model(), _input(rank)
+    # Uneven batches, one with a single sample.
+    model(torch.randn(rank, 3, dtype=torch.float64) if rank else mine).square().sum().backward()
+    # A copy, then a checkpoint, on one rank.
     copied = copy.deepcopy(model) if rank == 0 else model
-    copied(_input(rank)).square().sum().backward()
-    yield "a copy on one rank"
+    copied(mine).square().sum().backward()
     if rank == 0:
         model.load_state_dict(_model().state_dict())
-    yield "a checkpoint on one rank"
-    syncbn.convert_sync_batchnorm(model, dist.new_group(list(range(size))))
-    model(_input(rank)).square().sum().backward()
+    # Other groups, with other numbers of calls.
+    syncbn.convert_sync_batchnorm(model, dist.new_group())
+    model(mine).square().sum().backward()
     syncbn.convert_sync_batchnorm(model, 1)
     for _ in range(rank):
-        model(_input(rank)).square().sum().backward()
+        model(mine).square().sum().backward()
     syncbn.convert_sync_batchnorm(model, "world")
-    model(_input(rank)).square().sum().backward()
-    yield "other groups, with other numbers of calls"
+    model(mine).square().sum().backward()
     with syncbn.accumulate_statistics(model):
         for _ in range(2):
-            model(_input(rank)).square().sum().backward()
-    yield "accumulated statistics"
+            model(mine).square().sum().backward()
+    # A forward pass without gradients on some ranks.
     with torch.set_grad_enabled(rank == 0):
-        model(_input(rank))
-    yield "a forward pass without gradients on some ranks"
-    loss = model(_input(rank)).square().sum()
+        model(mine)
+    # A retained graph.
+    loss = model(mine).square().sum()
     loss.backward(retain_graph=True)
     loss.backward()
-    yield "a retained graph"
-    leaf = _input(rank).requires_grad_()
+    # Gradients of gradients.
+    leaf = mine.requires_grad_()
     (dx,) = torch.autograd.grad(model(leaf).pow(3).sum(), leaf, create_graph=True)
     dx.square().sum().backward()
-    yield "gradients of gradients"
+    # Recomputed activations.
     block = nn.Sequential(*model, nn.Linear(3, 3).double())
     y = checkpoint(block, leaf, use_reentrant=False, context_fn=syncbn.checkpoint_contexts)
     y.square().sum().backward()
-    yield "recomputed activations"
 
 
-def _run_matching_steps(rank: int) -> list[str]:
-    return list(_matching_steps(rank))
-
-
-def test_matching_ranks_pass(on_host: Ranks) -> None:
-    answers = on_host.run(_run_matching_steps)
-    assert all(len(steps) == 9 for steps in answers)
+def test_matching_ranks_pass(cpu_ranks: Ranks) -> None:
+    cpu_ranks.run(_matching_steps)
 
 
 def _compiled_on_one_rank(rank: int) -> tuple[Tensor, Tensor, str]:
@@ -225,17 +178,16 @@ def _compiled_on_one_rank(rank: int) -> tuple[Tensor, Tensor, str]:
     for block in (compiled, compiled if rank == 0 else model):
         block(x).pow(3).sum().backward()
     # Calls of eager layers are still checked, with equal numbers on all ranks.
-    order = (1, 0) if rank == 1 else (0, 1)
     losses = [model[0](_input(rank).requires_grad_()).sum() for _ in range(2)]
-    message, _ = _catch_error(model, lambda: [losses[i].backward() for i in order])
+    message = _catch_error(model, partial(_backward_in_other_order, rank, losses))
     assert x.grad is not None
     return x.grad, model[1].get_buffer("running_mean"), message
 
 
-def test_compiled_ranks_are_not_checked(on_host: Ranks) -> None:
+def test_compiled_ranks_are_not_checked(cpu_ranks: Ranks) -> None:
     """One rank may fall back to eager execution, whose payloads have the same size."""
-    answers = on_host.run(_compiled_on_one_rank)
-    x = torch.cat([_input(rank) for rank in range(on_host.size)]).requires_grad_()
+    answers = cpu_ranks.run(_compiled_on_one_rank)
+    x = torch.cat([_input(rank) for rank in range(cpu_ranks.size)]).requires_grad_()
     layers = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(3)).double()
     for _ in range(2):
         layers(x).pow(3).sum().backward()
@@ -246,27 +198,26 @@ def test_compiled_ranks_are_not_checked(on_host: Ranks) -> None:
         assert message.startswith("0 SyncBatchNorm1d(3) backward of call "), message
 
 
-def test_fake_backend_passes() -> None:
-    """Dry runs on torch's "fake" backend measure the memory of one rank; nothing is summed."""
+@pytest.fixture
+def fake_group() -> Iterator[None]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    try:
-        layer = syncbn.SyncBatchNorm1d(3)
-        assert layer(torch.randn(4, 3, requires_grad=True)).sum().backward() is None
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()
 
 
-def test_fake_tensors_are_not_checked() -> None:
+def test_fake_backend_passes(fake_group: None) -> None:
+    """Dry runs on torch's "fake" backend measure the memory of one rank; nothing is summed."""
+    layer = syncbn.SyncBatchNorm1d(3)
+    layer(torch.randn(4, 3, requires_grad=True)).sum().backward()
+
+
+def test_fake_tensors_are_not_checked(fake_group: None) -> None:
     """The check read the sum of a fake tensor, which is an error."""
-    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
-    try:
-        with FakeTensorMode():
-            layer = syncbn.SyncBatchNorm1d(3)
-            layer(torch.randn(4, 3, requires_grad=True)).sum().backward()
-        layer, x = syncbn.SyncBatchNorm1d(3, track_running_stats=False), torch.randn(4, 3)
-        torch.testing.assert_close(make_fx(layer)(x)(x), layer(x))
-    finally:
-        dist.destroy_process_group()
+    with FakeTensorMode():
+        layer = syncbn.SyncBatchNorm1d(3)
+        layer(torch.randn(4, 3, requires_grad=True)).sum().backward()
+    layer, x = syncbn.SyncBatchNorm1d(3, track_running_stats=False), torch.randn(4, 3)
+    torch.testing.assert_close(make_fx(layer)(x)(x), layer(x))
 
 
 def _one_rank_under_mode(rank: int) -> int:
@@ -278,5 +229,5 @@ def _one_rank_under_mode(rank: int) -> int:
     return int(layer.get_buffer("num_batches_tracked"))
 
 
-def test_dispatch_mode_on_one_rank_is_no_error(on_host: Ranks) -> None:
-    assert set(on_host.run(_one_rank_under_mode)) == {3}
+def test_dispatch_mode_on_one_rank_is_no_error(cpu_ranks: Ranks) -> None:
+    assert set(cpu_ranks.run(_one_rank_under_mode)) == {3}

@@ -25,45 +25,39 @@ from syncbn.distributed.collectives import active_group
 from syncbn.distributed.groups import create_layers_group
 from syncbn.nn.module import DetachedGroup
 from tests import processes
-from tests.ranks import Ranks
+from tests.ranks import Pool, Ranks
 from tests.transports import ROOT, mpirun
 
 
 def _resolve_all(rank: int) -> list[list[int] | None]:
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("dp",))
-    descriptions = (None, "world", 1, 2, mesh["dp"], dist.new_group([0, 1]))
+    descriptions = (None, "world", 1, 2, mesh["dp"], dist.new_group([0, 1]), "own")
     groups = [resolve_group(description) for description in descriptions]
+    assert groups[-1] is not dist.group.WORLD
     return [None if g is None else dist.get_process_group_ranks(g) for g in groups]
 
 
 def test_groups_from_descriptions(two_ranks: Ranks) -> None:
-    answers = two_ranks.run(_resolve_all)
-    assert answers[0] == [None, None, [0], None, [0, 1], [0, 1]]
-    assert answers[1] == [None, None, [1], None, [0, 1], [0, 1]]
+    for rank, answer in enumerate(two_ranks.run(_resolve_all)):
+        assert answer == [None, None, [rank], None, [0, 1], [0, 1], [0, 1]]
 
 
-def _resolve_invalid(rank: int) -> list[str]:
-    messages = []
-    first = dist.new_group([0])
-    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b"))
-    for description in (3, 0, True, mesh, first if rank == 1 else 0):
-        with pytest.raises(ValueError) as caught:  # noqa: PT011 (messages are compared below)
+def _resolve_invalid(rank: int) -> None:
+    mesh, first = init_device_mesh("cpu", (1, 2), mesh_dim_names=("a", "b")), dist.new_group([0])
+    invalid = {
+        r"groups of 3 ranks; expected a divisor of the 2 ranks": 3,
+        r"groups of 0 ranks": 0,
+        r"got process group True": True,
+        r"device mesh of 2 dimensions \('a', 'b'\)": mesh,
+        **({"this rank is not in the process group": first} if rank == 1 else {}),
+    }
+    for message, description in invalid.items():
+        with pytest.raises(ValueError, match=message):
             syncbn.SyncBatchNorm(3, process_group=description)
-        messages.append(str(caught.value))
-    return messages
 
 
 def test_invalid_descriptions_raise(two_ranks: Ranks) -> None:
-    for rank, messages in enumerate(two_ranks.run(_resolve_invalid)):
-        expected = [
-            "groups of 3 ranks; expected a divisor of the 2 ranks",
-            "groups of 0 ranks",
-            "got process group True",
-            "device mesh of 2 dimensions ('a', 'b')",
-            "this rank is not in the process group" if rank == 1 else "groups of 0 ranks",
-        ]
-        for message, part in zip(messages, expected, strict=True):
-            assert part in message
+    two_ranks.run(_resolve_invalid)
 
 
 def _resolve_node(rank: int) -> list[list[int] | None]:
@@ -81,7 +75,7 @@ def test_nodes_with_different_numbers_of_ranks(three_ranks: Ranks) -> None:
 
 
 def _copy_and_pickle(rank: int) -> None:
-    group = dist.new_group([0, 1])
+    group: Any = dist.new_group([0, 1])
     layer = syncbn.SyncBatchNorm1d(3, process_group=group, momentum=1.0)
     x = torch.full((1, 3), float(rank))
 
@@ -102,23 +96,15 @@ def _copy_and_pickle(rank: int) -> None:
     syncbn.convert_sync_batchnorm(loaded, "world")(x)
     torch.testing.assert_close(loaded.running_mean, torch.full((3,), 0.5))
 
-
-def test_copy_shares_group_and_pickle_describes_it(two_ranks: Ranks) -> None:
-    two_ranks.run(_copy_and_pickle)
-
-
-def _pickle_after_destroy(rank: int) -> bool:
-    group = dist.new_group([0, 1])
-    layer = syncbn.SyncBatchNorm1d(3, process_group=group)
     # Gloo may still be connecting on the other rank.
     dist.barrier()
-    dist.destroy_process_group(group)
-    loaded = pickle.loads(pickle.dumps(layer))
-    return bool(loaded.process_group == DetachedGroup(()))
+    dist.destroy_process_group(group)  # type: ignore[arg-type]  # narrowed above
+    assert pickle.loads(pickle.dumps(layer)).process_group == DetachedGroup(())
 
 
-def test_model_pickles_after_its_group_is_destroyed(two_ranks: Ranks) -> None:
-    assert all(two_ranks.run(_pickle_after_destroy))
+def test_copy_shares_group_and_pickle_describes_it(two_ranks: Ranks) -> None:
+    """Also after the group is destroyed."""
+    two_ranks.run(_copy_and_pickle)
 
 
 def _convert_torch_layer(rank: int) -> bool:
@@ -210,37 +196,26 @@ def test_optional_branch_after_init_process_group(transport: str, tmp_path: Path
             check_gradients(torch.load(tmp_path / f"{rank} {attempt}.pt"))
 
 
-def _all_reduce_with_bucket(rank: int, zeros: bool) -> str:
-    group = dist.new_group([0, 1])
-    if rank == 1:  # as many bytes as the layer's 8 float64
-        bucket = torch.zeros(16) if zeros else torch.linspace(0.1, 0.7, 16)
-        dist.all_reduce(bucket, group=group)
-        return ""
-    layer = syncbn.SyncBatchNorm1d(3, process_group=group)
-    with pytest.raises(RuntimeError) as caught:
-        layer(torch.randn(4, 3))
-    assert torch.equal(layer.get_buffer("running_mean"), torch.zeros(3))
-    return str(caught.value)
+def _all_reduce_with_bucket(rank: int) -> list[str]:
+    group, messages = dist.new_group([0, 1]), []
+    for bucket in (torch.zeros(16), torch.linspace(0.1, 0.7, 16)):
+        if rank == 1:  # as many bytes as the layer's 8 float64
+            dist.all_reduce(bucket, group=group)
+            continue
+        layer = syncbn.SyncBatchNorm1d(3, process_group=group)
+        with pytest.raises(RuntimeError) as caught:
+            layer(torch.randn(4, 3))
+        assert torch.equal(layer.get_buffer("running_mean"), torch.zeros(3))
+        messages.append(str(caught.value))
+    return messages
 
 
-@pytest.mark.parametrize("zeros", [False, True])
-def test_all_reduce_with_other_operation_names_layer(two_on_host: Ranks, zeros: bool) -> None:
+def test_all_reduce_with_other_operation_names_layer(pool: Pool) -> None:
     """256 float32 gradients, zeros where a branch is skipped, were added to 128 float64 sums."""
-    message = two_on_host.run(_all_reduce_with_bucket, zeros)[0]
-    assert message.startswith("SyncBatchNorm1d(3) forward, torch.float32 input: this was all-red")
-    assert "another operation of this group, such as a gradient bucket" in message
-    assert "process_group='own'" in message
-
-
-def _resolve_own(rank: int) -> None:
-    group = resolve_group("own")
-    assert group is not None
-    assert group is not dist.group.WORLD
-    assert dist.get_process_group_ranks(group) == [0, 1]
-
-
-def test_own_is_new_group_of_all_ranks(two_ranks: Ranks) -> None:
-    two_ranks.run(_resolve_own)
+    for message in pool(2, "gloo").run(_all_reduce_with_bucket)[0]:
+        assert message.startswith("SyncBatchNorm1d(3) forward, torch.float32 input: this was all-")
+        assert "another operation of this group, such as a gradient bucket" in message
+        assert "process_group='own'" in message
 
 
 def test_compiled_code_follows_new_default_group() -> None:

@@ -17,11 +17,11 @@ from tests.processes import run
 from tests.ranks import Ranks
 from tests.transports import ROOT
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-# Expected: the mean of all samples in one process, in float64.
+# Expected in the layer: the mean of all samples in one process, in float64.
 PROGRAM = """
 import sys, torch, syncbn
 import torch.distributed as dist
+from syncbn.cli import doctor, recalibrate
 from torch.nn.parallel import DistributedDataParallel
 info = syncbn.init_process_group("gloo")
 torch.manual_seed(0)
@@ -36,6 +36,15 @@ try:
 except RuntimeError as error:
     print(f"{error}")
 dist.destroy_process_group()
+sys.argv = ["doctor", "json=report.json"]
+doctor.main()
+sys.argv = [
+    "recalibrate", "checkpoint=in.pt", "output=out.pt", "evaluate=true",
+    "+model._target_=tests.calibration.networks.network",
+    "+data._target_=tests.calibration.networks.labelled", "+data.batch_size=5",
+    "+data.rank=${rank}", "+data.world_size=${world_size}",
+]
+recalibrate.main()
 """
 
 
@@ -55,42 +64,18 @@ def test_objects_of_all_ranks_are_gathered(values: list[Any], three_ranks: Ranks
         assert gathered == expected == values
 
 
-@pytest.fixture
-def without_numpy(tmp_path: Path) -> dict[str, str]:
-    """Return an environment in which `import numpy` fails."""
-    folder = tmp_path / "modules"
-    folder.mkdir()
-    (folder / "numpy.py").write_text("raise ModuleNotFoundError('there is no NumPy')")
-    return {"PYTHONPATH": f"{folder}:{ROOT}"}
-
-
-def test_doctor_without_numpy(without_numpy: dict[str, str], tmp_path: Path) -> None:
-    """NumPy is no dependency; without it all ranks ended with a traceback."""
-    doctor = [*TORCHRUN, "-m", "syncbn.cli.doctor", "json=report.json"]
-    done = run([sys.executable, *doctor], tmp_path, without_numpy)
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "report.json").read_text())
-    assert [rank["rank"] for rank in found["ranks"]] == [0, 1]
-
-
-def test_recalibration_without_numpy(without_numpy: dict[str, str], tmp_path: Path) -> None:
-    torch.save(network().state_dict(), tmp_path / "in.pt")
-    networks = "tests.calibration.networks"
-    settings = [
-        *("checkpoint=in.pt", "output=out.pt", "evaluate=true"),
-        *(f"+model._target_={networks}.network", f"+data._target_={networks}.labelled"),
-        *("+data.batch_size=5", "+data.rank=${rank}", "+data.world_size=${world_size}"),
-    ]
-    command = [sys.executable, *TORCHRUN, "-m", "syncbn.cli.recalibrate", *settings]
-    done = run(command, tmp_path, without_numpy)
-    assert done.returncode == 0, done.stderr
-    assert "recalibration changes" in done.stdout
-    assert "cross-entropy" in done.stdout
-    assert "written: out.pt" in done.stdout
-
-
-def test_node_group_without_numpy(without_numpy: dict[str, str], tmp_path: Path) -> None:
+def test_layers_and_commands_without_numpy(tmp_path: Path) -> None:
+    """NumPy is no dependency; without it all ranks of a command ended with a traceback."""
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    (modules / "numpy.py").write_text("raise ModuleNotFoundError('there is no NumPy')")
     (tmp_path / "program.py").write_text(PROGRAM)
-    done = run([sys.executable, *TORCHRUN, "program.py"], tmp_path, without_numpy)
+    torch.save(network().state_dict(), tmp_path / "in.pt")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "program.py"]
+    done = run([sys.executable, *torchrun], tmp_path, {"PYTHONPATH": f"{modules}:{ROOT}"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Numpy is not available") == 2
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [rank["rank"] for rank in report["ranks"]] == [0, 1]
+    for text in ("recalibration changes", "cross-entropy", "written: out.pt"):
+        assert text in done.stdout

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -41,16 +41,11 @@ def _all_reduce_coalesced(case: Case) -> Iterator[Call]:
 
 
 def _reduce(case: Case) -> Iterator[Call]:
-    for root in range(case.size):
-        for name, operation in operations(case.dtype):
-            tensor, total = case.input(), reduced(name, case.inputs())
-            start = partial(dist.reduce, tensor, op=operation, group=case.group, group_dst=root)
-            outputs, expected = ([tensor], [total]) if case.rank == root else ([], [])
-            yield Call(start, outputs, expected, name, f"to {root}")
+    for root, (name, operation) in product(range(case.size), operations(case.dtype)):
         tensor = case.input()
-        expected = [reduced("SUM", case.inputs()) if case.rank == root else case.input()]
-        start = partial(dist.reduce, tensor, group=case.group, group_dst=root)
-        yield Call(start, [tensor], expected, "SUM", f"to {root} only")
+        start = partial(dist.reduce, tensor, op=operation, group=case.group, group_dst=root)
+        expected = reduced(name, case.inputs()) if case.rank == root else case.input()
+        yield Call(start, [tensor], [expected], name, f"to {root}")
 
 
 def _reduce_scatter(case: Case) -> Iterator[Call]:
@@ -62,11 +57,9 @@ def _reduce_scatter(case: Case) -> Iterator[Call]:
 
 def _reduce_scatter_single(case: Case) -> Iterator[Call]:
     for name, operation in operations(case.dtype):
-        stack = case.blank_stack().copy_(torch.stack(case.parts()))
-        for detail, tensor in (("stacked", stack), ("concatenated", _concatenated(case.parts()))):
-            output = case.blank()
-            start = partial(dist.reduce_scatter_single, output, tensor, operation, case.group)
-            yield Call(start, [output], [reduced(name, case.inputs(case.rank))], name, detail)
+        output, stack = case.blank(), case.blank_stack().copy_(torch.stack(case.parts()))
+        start = partial(dist.reduce_scatter_single, output, stack, operation, case.group)
+        yield Call(start, [output], [reduced(name, case.inputs(case.rank))], name)
 
 
 def _reduce_scatter_coalesced(case: Case) -> Iterator[Call]:
@@ -99,17 +92,12 @@ def _all_gather(case: Case) -> Iterator[Call]:
 
 
 def _all_gather_single(case: Case) -> Iterator[Call]:
-    stack = torch.stack(case.inputs())
-    output = case.blank_stack()
-    start = partial(dist.all_gather_single, output, case.input(), case.group)
-    yield Call(start, [output], [stack], detail="stacked")
-    output = case.blank_stack()
-    output[case.rank] = case.input()
-    start = partial(dist.all_gather_single, output, output[case.rank], case.group)
-    yield Call(start, [output], [stack], detail="stacked, from its own part")
-    output = _concatenated([case.blank()] * case.size)
-    start = partial(dist.all_gather_single, output, case.input(), case.group)
-    yield Call(start, [output], [_concatenated(case.inputs())], detail="concatenated")
+    for detail in ("", "from its own part"):
+        output, tensor = case.blank_stack(), case.input()
+        if detail:
+            tensor = output[case.rank].copy_(tensor)
+        start = partial(dist.all_gather_single, output, tensor, case.group)
+        yield Call(start, [output], [torch.stack(case.inputs())], detail=detail)
 
 
 def _all_gather_coalesced(case: Case) -> Iterator[Call]:
@@ -158,13 +146,10 @@ def _all_to_all(case: Case) -> Iterator[Call]:
 
 def _all_to_all_single(case: Case) -> Iterator[Call]:
     parts = _exchanged(case)
-    if case.layout == "uneven":
-        output, tensor, expected = (torch.cat(tensors) for tensors in parts)
-        sizes = [[len(part) for part in tensors] for tensors in parts]
-    else:
-        output, tensor, expected = (torch.stack(tensors) for tensors in parts)
-        sizes = [[], []]
-    start = partial(dist.all_to_all_single, output, tensor, sizes[0], sizes[1], case.group)
+    uneven = case.layout == "uneven"
+    output, tensor, expected = map(torch.cat if uneven else torch.stack, parts)
+    rows = [[len(part) for part in tensors] if uneven else [] for tensors in parts]
+    start = partial(dist.all_to_all_single, output, tensor, rows[0], rows[1], case.group)
     yield Call(start, [output], [expected])
 
 
@@ -181,11 +166,11 @@ def _exchanged(case: Case) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
 def _send_and_recv(case: Case) -> Iterator[Call]:
     output = case.blank()
     start = partial(_send_around_ring, case, case.input(), output)
-    yield Call(start, [output], [case.input((case.rank - 1) % case.size)])
+    yield Call(start, [output], [case.input(_neighbours(case)[1])])
 
 
 def _send_around_ring(case: Case, tensor: Tensor, output: Tensor, *, async_op: bool) -> list[Any]:
-    right, left = (case.rank + 1) % case.size, (case.rank - 1) % case.size
+    right, left = _neighbours(case)
     if async_op or case.size == 1:  # a blocking message to the own rank is not allowed
         sent = dist.isend(tensor, group=case.group, group_dst=right)
         return [dist.irecv(output, group=case.group, group_src=left), sent]
@@ -196,15 +181,19 @@ def _send_around_ring(case: Case, tensor: Tensor, output: Tensor, *, async_op: b
     return []
 
 
+def _neighbours(case: Case) -> tuple[int, int]:
+    return (case.rank + 1) % case.size, (case.rank - 1) % case.size
+
+
 def _tags(case: Case) -> Iterator[Call]:
     outputs = [case.blank(), case.blank()]
     start = partial(_receive_in_reverse, case, outputs)
-    expected = [case.input((case.rank - 1) % case.size, part) for part in range(2)]
+    expected = [case.input(_neighbours(case)[1], part) for part in range(2)]
     yield Call(start, outputs, expected)
 
 
 def _receive_in_reverse(case: Case, outputs: list[Tensor], *, async_op: bool) -> list[Any]:
-    group, right, left = case.group, (case.rank + 1) % case.size, (case.rank - 1) % case.size
+    group, (right, left) = case.group, _neighbours(case)
     inputs = [case.input(part=tag) for tag in (0, 1)]
     sent = [dist.isend(inputs[tag], group=group, tag=tag, group_dst=right) for tag in (0, 1)]
     received = [dist.irecv(outputs[tag], group=group, tag=tag, group_src=left) for tag in (1, 0)]
@@ -236,20 +225,14 @@ def _by_source(case: Case, outputs: list[Tensor], *, async_op: bool) -> list[Any
 
 def _batch(case: Case) -> Iterator[Call]:
     members = range(case.size)
-    others = [member for member in members if member != case.rank]
-    for detail, peers in (("to all", members), ("to the others", others)):
-        if not peers:
-            continue
-        outputs = [case.blank() for _ in peers]
-        messages = [
-            dist.P2POp(dist.irecv, output, group=case.group, group_peer=peer)
-            for peer, output in zip(peers, outputs, strict=True)
-        ]
-        for peer in peers:
-            tensor = case.input(part=peer)
-            messages.append(dist.P2POp(dist.isend, tensor, group=case.group, group_peer=peer))
-        expected = [case.input(peer, case.rank) for peer in peers]
-        yield Call(partial(_batched, messages), outputs, expected, detail=detail)
+    outputs = [case.blank() for _ in members]
+    messages = [
+        dist.P2POp(operation, tensor, group=case.group, group_peer=peer)
+        for operation, tensors in ((dist.irecv, outputs), (dist.isend, case.parts()))
+        for peer, tensor in enumerate(tensors)
+    ]
+    expected = [case.input(peer, case.rank) for peer in members]
+    yield Call(partial(_batched, messages), outputs, expected)
 
 
 def _batched(messages: list[dist.P2POp], *, async_op: bool) -> list[Any]:
@@ -263,15 +246,8 @@ def _coalesced(case: Case, calls: Sequence[Callable[[], Any]], *, async_op: bool
     return list(manager.works)
 
 
-@dataclass(frozen=True)
-class Collective:
-    """A row of the table.
-
-    Attributes:
-        calls: generator of the calls on a case.
-        dtypes: supported dtypes.
-        layouts: supported layouts.
-    """
+class Collective(NamedTuple):
+    """Generator of a collective's calls, with the supported dtypes and layouts."""
 
     calls: Callable[[Case], Iterator[Call]]
     dtypes: Sequence[torch.dtype] = MOVED

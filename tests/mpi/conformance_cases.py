@@ -30,7 +30,11 @@ LAYOUTS: dict[str, Callable[[torch.dtype, int], Tensor]] = {
     "sliced": lambda dtype, _: torch.empty(3, 10, dtype=dtype)[:, ::2],
     "channels_last": lambda dtype, _: torch.empty(2, 2, 2, 3, dtype=dtype).movedim(-1, 1),
     "uneven": lambda dtype, number: torch.empty(2 * number, 3, dtype=dtype),
+    "(1000,)": lambda dtype, _: torch.empty(1000, dtype=dtype),
+    "(300000,)": lambda dtype, _: torch.empty(300_000, dtype=dtype),
 }
+#: Of one dtype only. MPI libraries switch algorithms and protocols with the size.
+LARGE = ("(1000,)", "(300000,)")
 EVEN = tuple(name for name in LAYOUTS if name != "uneven")
 
 _Op: Any = dist.ReduceOp  # torch's stubs lack its members

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch.distributed as dist
 
-from tests import transports
 from tests.mpi_jobs import Launch, assert_gone
+from tests.processes import run
+from tests.ranks import Pool
 
 
 def test_rank_that_never_joins_is_error(launch: Launch) -> None:
-    job = launch(
-        "openmpi",
-        2,
-        """
-if rank == 1:
-    time.sleep(60)
-join(seconds=3)
-""",
-    )
+    job = launch("openmpi", 2, "if rank == 1: time.sleep(60)\njoin(seconds=1)")
     assert job.finish() != 0
-    assert "MPI is not initialized after 3 s: some ranks of the job have not called" in job.output
+    assert "MPI is not initialized after 1 s: some ranks of the job have not called" in job.output
     assert_gone(job, 2)
+
+
+def _miss_rank_1(rank: int) -> str:
+    from syncbn.distributed.mpi.rendezvous import local_peer, rendezvous
+
+    store: Any = dist.HashStore()
+    store.set("peer/2", "")
+    with pytest.raises(RuntimeError) as caught:
+        rendezvous(store, 0, 3, 0.1, local_peer())
+    return str(caught.value)
+
+
+def test_rank_absent_from_rendezvous_is_named(pool: Pool) -> None:
+    for message in pool(3, "openmpi").run(_miss_rank_1):
+        assert "waited 0.1 s for ranks [1] to create an MPI process group" in message
 
 
 def test_mpirun_of_another_mpi_is_error(launch: Launch) -> None:
@@ -38,72 +45,62 @@ def test_mpirun_of_another_mpi_is_error(launch: Launch) -> None:
     assert "Open MPI" in job.output
 
 
-def run_process(
-    program: str, *, launcher: tuple[str, ...] = (), variables: Mapping[str, str] | None = None
-) -> tuple[int, str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI", "PMI", "SLURM"))}
-    done = subprocess.run(
-        [sys.executable, *launcher, *(() if launcher else ("-c", program))],
-        env={**clean, "OMP_NUM_THREADS": "1", **(variables or {})},
-        cwd=transports.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=50,
-    )
-    return done.returncode, done.stderr + done.stdout
+INIT = "import syncbn; syncbn.init_process_group('mpi4py')"
 
 
-def test_single_process_without_mpirun() -> None:
-    status, output = run_process(
-        """
-import torch, torch.distributed as dist, syncbn
-info = syncbn.init_process_group("mpi4py")
+def test_single_process_without_mpirun(tmp_path: Path) -> None:
+    program = f"""
+import sys, torch, torch.distributed as dist
+sys.modules["mpi4py"] = None
+try:
+    {INIT}
+except ImportError as error:
+    print("without mpi4py:", error)
+del sys.modules["mpi4py"]
+{INIT}
 x = torch.ones(3)
 dist.all_reduce(x)
-print(info.world_size, dist.get_backend(), x.tolist())
+print(dist.get_world_size(), dist.get_backend(), x.tolist())
 dist.destroy_process_group()
 """
-    )
-    assert status == 0, output
-    assert "1 mpi4py [1.0, 1.0, 1.0]" in output
-    assert output.count("not started by mpirun: the mpi4py process group has a single rank") == 1
+    done = run([sys.executable, "-c", program], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "without mpi4py: the backend 'mpi4py' needs mpi4py and an MPI library: " in done.stdout
+    assert "1 mpi4py [1.0, 1.0, 1.0]" in done.stdout
+    warning = "not started by mpirun: the mpi4py process group has a single rank"
+    assert done.stderr.count(warning) == 1
 
 
 def test_mpi4py_under_torchrun_is_error(tmp_path: Path) -> None:
-    program = tmp_path / "program.py"
-    program.write_text("import syncbn\nsyncbn.init_process_group('mpi4py')\n")
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program))
-    status, output = run_process("", launcher=torchrun)
-    assert status != 0
-    assert "ranks [0, 0] of MPI.COMM_WORLD, which must differ; start the job with mpirun" in output
+    (tmp_path / "program.py").write_text(INIT)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "program.py")
+    done = run([sys.executable, *torchrun], tmp_path)
+    assert done.returncode != 0
+    expected = "ranks [0, 0] of MPI.COMM_WORLD, which must differ; start the job with mpirun"
+    assert expected in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("before", "variables"),
-    [
-        ("sys.modules['mpi4py'] = None", {}),
-        ("pass", {"MPI4PY_MPIABI": "mpich", "LD_LIBRARY_PATH": ""}),
-    ],
-    ids=["no mpi4py", "no libmpi"],
-)
-def test_missing_library_is_named_with_remedy(before: str, variables: dict[str, str]) -> None:
-    status, output = run_process(
-        f"import sys; {before}; import syncbn; syncbn.init_process_group('mpi4py')",
-        variables=variables,
-    )
-    assert status != 0
-    assert "ImportError: the backend 'mpi4py' needs mpi4py and an MPI library: pip inst" in output
+def test_missing_library_is_named_with_remedy(tmp_path: Path) -> None:
+    variables = {"MPI4PY_MPIABI": "mpich", "LD_LIBRARY_PATH": ""}
+    done = run([sys.executable, "-c", INIT], tmp_path, variables)
+    assert done.returncode != 0
+    expected = "ImportError: the backend 'mpi4py' needs mpi4py and an MPI library: pip inst"
+    assert expected in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("before", "message"),
-    [
-        ("mpi4py.rc.thread_level = 'single'; from mpi4py import MPI", "needs MPI_THREAD_MULTIPLE"),
-        ("from mpi4py import MPI; MPI.Finalize()", "MPI has been finalized"),
-    ],
-)
-def test_unusable_mpi_is_error(before: str, message: str) -> None:
-    program = f"import mpi4py; {before}; import syncbn; syncbn.init_process_group('mpi4py')"
-    status, output = run_process(program)
-    assert status != 0
-    assert message in output
+def test_unusable_mpi_is_error(tmp_path: Path) -> None:
+    program = f"""
+import mpi4py
+mpi4py.rc.thread_level = "single"
+from mpi4py import MPI
+try:
+    {INIT}
+except RuntimeError as error:
+    print(error)
+MPI.Finalize()
+syncbn.init_process_group("mpi4py")
+"""
+    done = run([sys.executable, "-c", program], tmp_path)
+    assert done.returncode != 0
+    assert "needs MPI_THREAD_MULTIPLE" in done.stdout
+    assert "MPI has been finalized" in done.stderr

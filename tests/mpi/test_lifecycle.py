@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import pytest
+import torch
+import torch.distributed as dist
 
 from tests.mpi_jobs import Launch, assert_gone
-from tests.transports import MPIS
-
-# Longer than a rank waits before the first check of the watchdog.
-LATE = 2.5
+from tests.ranks import Ranks
 
 
-@pytest.mark.parametrize("transport", MPIS)
-def test_exception_on_one_rank_ends_job(launch: Launch, transport: str) -> None:
+def test_exception_on_one_rank_ends_job(launch: Launch) -> None:
     job = launch(
-        transport,
+        "mpich",
         2,
         """
 join(seconds=600)
 if rank == 1:
     raise ValueError("the error of rank 1")
-dist.barrier()
+time.sleep(60)  # only an abort ends this
 """,
     )
     assert job.finish() != 0
@@ -28,120 +29,64 @@ dist.barrier()
     assert_gone(job, 2)
 
 
-def test_mpi_error_raises_and_breaks_group(launch: Launch) -> None:
+def test_mpi_error_breaks_group_and_job(launch: Launch) -> None:
+    """An error raises once; one that no call has raised is printed at exit. Rank 0 exits early."""
     job = launch(
         "openmpi",
         2,
         """
 join()
-try:
-    if rank == 0:
-        dist.send(torch.zeros(9), 1)
-    else:
-        dist.recv(torch.zeros(3), 0)
-except RuntimeError as error:
-    print("caught", error, flush=True)
-    try:
-        dist.barrier()
-    except RuntimeError as error:
-        print("then", error, flush=True)
-""",
-    )
-    assert job.finish() != 0
-    assert "caught recv from rank 0 #1 (3 float32) on rank 1 of 2 failed: MPI_ERR_TRUNC" in (
-        job.output
-    )
-    assert "then barrier #1: the process group is broken: recv from rank 0 #1" in job.output
-    assert_gone(job, 2)
-
-
-def test_unreported_error_is_printed_at_exit(launch: Launch) -> None:
-    job = launch(
-        "openmpi",
-        2,
-        """
-join()
+poll_often()
+broken, unreported = dist.new_group([0, 1]), dist.new_group([0, 1])
 if rank == 0:
-    dist.send(torch.zeros(9), 1)
-else:
-    work = dist.irecv(torch.zeros(3), 0)
-    time.sleep(1)
+    for group in (broken, unreported):
+        dist.send(torch.zeros(9), 1, group)
+    sys.exit(3)
+for call in (
+    lambda: dist.recv(torch.zeros(3), 0, broken),
+    lambda: dist.barrier(broken),
+    dist.barrier,
+):
+    try:
+        call()
+    except RuntimeError as error:
+        print("caught", error, flush=True)
+work = dist.irecv(torch.zeros(5), 0, unreported)
+time.sleep(0.5)
 """,
     )
     assert job.finish() != 0
-    assert "recv from rank 0 #1 (3 float32) on rank 1 of 2 failed: MPI_ERR_TRUNCATE" in job.output
-
-
-@pytest.mark.parametrize("transport", MPIS)
-@pytest.mark.parametrize("end", ["dist.destroy_process_group()", "", "MPI.Finalize()"])
-def test_exit_completes_work_in_flight(launch: Launch, transport: str, end: str) -> None:
-    """Messages without a waiting caller arrive, whether or not the group is destroyed."""
-    job = launch(
-        transport,
-        2,
-        f"""
-from mpi4py import MPI
-join()
-x = torch.full((100_000,), float(rank))
-work = dist.isend(x, 1) if rank == 0 else dist.irecv(x, 0)
-dist.all_reduce(torch.ones(3), async_op=True)
-group = dist.new_group([0, 1])
-dist.all_reduce(torch.ones(3), group=group, async_op=True)
-if rank == 1:
-    work.get_future().then(lambda future: print("got", future.value()[0].sum().item(), flush=True))
-if "{end}" == "MPI.Finalize()":
-    dist.destroy_process_group()
-{end}
-""",
-    )
-    assert job.finish() == 0, job.output
-    assert "got 0.0" in job.output
+    received = "recv from rank 0 #1 ({} float32) on rank 1 of 2 failed: MPI_ERR_TRUNC"
+    assert f"caught {received.format(3)}" in job.output
+    assert f"caught barrier #1: the process group is broken: {received.format(3)}" in job.output
+    assert "caught barrier #1 (0 elements) on rank 1 of 2 lost a rank" in job.output
+    assert "rank 0: has left the group" in job.output
+    assert received.format(5) in job.output
     assert_gone(job, 2)
 
 
-@pytest.mark.parametrize("transport", MPIS)
-@pytest.mark.parametrize("end", ["", "dist.destroy_process_group()"])
-def test_ranks_may_exit_at_different_times(launch: Launch, transport: str, end: str) -> None:
-    """Rank 0, which holds the store, and rank 1 finish long before rank 2."""
+@pytest.mark.parametrize(
+    ("transport", "end"),
+    [
+        ("openmpi", ""),
+        ("mpich", "from mpi4py import MPI; dist.destroy_process_group(); MPI.Finalize()"),
+    ],
+)
+def test_job_exits_after_work_in_flight(launch: Launch, transport: str, end: str) -> None:
+    """Rank 0 holds the store and exits long before ranks 1 and 2.
+
+    Messages without a waiting caller arrive, whether or not the group is destroyed. A forked child
+    that called sys.exit waited for the other ranks in MPI_Finalize.
+    """
     job = launch(
         transport,
         3,
         f"""
-join()
-x = torch.full((3,), float(rank))
-outputs = [torch.zeros(3) for _ in range(3)] if rank == 2 else None
-if rank == 2:
-    time.sleep({LATE})
-dist.gather(x, outputs, dst=2)
-if rank == 0:
-    dist.send(x, 1)
-if rank == 1:
-    dist.recv(x, 0)
-    time.sleep({LATE})
-    dist.send(x, 2)
-if rank == 2:
-    dist.recv(x)
-    print("got", [t[0].item() for t in outputs], x[0].item(), flush=True)
-{end}
-""",
-    )
-    assert job.finish() == 0, job.output
-    assert "got [0.0, 1.0, 2.0] 0.0" in job.output
-    assert "TCPStore" not in job.output  # no rank uses a closed store
-    assert_gone(job, 3)
-
-
-@pytest.mark.parametrize("transport", MPIS)
-def test_forked_children_exit(launch: Launch, transport: str) -> None:
-    """A child that called sys.exit waited for the other ranks in MPI_Finalize."""
-    job = launch(
-        transport,
-        2,
-        """
 import multiprocessing
 from torch.utils.data import DataLoader
 join()
-dist.all_reduce(torch.ones(3))
+poll_often()
+pair = dist.new_group([1, 2])
 if (child := os.fork()) == 0:
     sys.exit(3)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
@@ -151,10 +96,49 @@ process.join()
 assert process.exitcode == 4
 loader = DataLoader(range(4), num_workers=2, multiprocessing_context="fork")
 assert sorted(int(batch) for batch in loader) == [0, 1, 2, 3]
-dist.barrier()
-print("ended", flush=True)
+x, large = torch.full((3,), float(rank)), torch.full((100_000,), float(rank))
+outputs = [torch.zeros(3) for _ in range(3)] if rank == 2 else None
+if rank == 2:
+    time.sleep(1)
+dist.gather(x, outputs, dst=2)
+if rank == 0:
+    dist.send(x, 1)
+if rank == 1:
+    dist.recv(x, 0)
+    time.sleep(1)
+    dist.send(x, 2)
+    dist.isend(large, 2)
+if rank == 2:
+    dist.recv(x)
+    print("got", [t[0].item() for t in outputs], x[0].item(), flush=True)
+    future = dist.irecv(large, 1).get_future()
+    future.then(lambda done: print("at last", done.value()[0].sum().item(), flush=True))
+if rank:
+    dist.all_reduce(torch.ones(3), async_op=True, group=pair)
+{end}
 """,
     )
-    job.read_until("ended", times=2)
     assert job.finish() == 0, job.output
-    assert_gone(job, 2)
+    assert "got [0.0, 1.0, 2.0] 0.0" in job.output
+    assert "at last 100000.0" in job.output
+    assert "TCPStore" not in job.output  # no rank uses a closed store
+    assert_gone(job, 3)
+
+
+def _destroy_with_work_in_flight(rank: int) -> list[float]:
+    group = dist.new_group([0, 1, 2])
+    x = torch.full((100_000,), float(rank))
+    received: list[float] = []
+    if rank == 0:
+        time.sleep(0.2)
+        dist.isend(x, 1, group=group)
+    elif rank == 1:
+        work: Any = dist.irecv(x, 0, group=group)
+        work.get_future().then(lambda done: received.append(done.value()[0].sum().item()))
+    dist.all_reduce(torch.ones(3), group=group, async_op=True)
+    dist.destroy_process_group(group)
+    return received
+
+
+def test_destroyed_group_completes_work_in_flight(three_mpi_ranks: Ranks) -> None:
+    assert three_mpi_ranks.run(_destroy_with_work_in_flight) == [[], [0.0], []]

@@ -1,4 +1,4 @@
-"""Jobs under mpirun with dead, late or missing ranks: errors name the rank, no process remains."""
+"""Dead, late or absent ranks: errors name the rank and its operation, no process remains."""
 
 from __future__ import annotations
 
@@ -8,174 +8,122 @@ import signal
 import time
 from contextlib import suppress
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+import syncbn
 from tests.mpi_jobs import Launch, assert_gone
-from tests.ranks import Pool
+from tests.ranks import Pool, Ranks
 from tests.transports import MPIS
-
-# Longer than a rank waits before the first check of the watchdog.
-LATE = 2.5
 
 TRAIN = """
 join()
-model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(2))
-x = torch.randn(4, 3, 8, 8)
-model(x)
+model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
 model = nn.parallel.DistributedDataParallel(syncbn.convert_sync_batchnorm(model))
 for step in range(10**6):
-    model(x).sum().backward()
+    model(torch.randn(4, 3)).sum().backward()
     if step == 3:
-        sys.stdout.write(f"trains {rank}\\n")
-        sys.stdout.flush()
+        write(f"trains {rank}")
 """
 
 
 @pytest.mark.parametrize("transport", MPIS)
 def test_killed_rank_ends_training_job(launch: Launch, transport: str) -> None:
-    job = launch(transport, 3, TRAIN)
-    job.read_until("trains", times=3)
+    job = launch(transport, 2, TRAIN)
+    job.read_until("trains", times=2)
     os.kill(job.pids[1], signal.SIGKILL)
     assert job.finish() != 0
     assert "illed" in job.output
-    assert_gone(job, 3)
-
-
-def test_survivors_report_operation_and_killed_rank(launch: Launch) -> None:
-    """With an mpirun that keeps survivors running, like the launchers of some clusters."""
-    job = launch("openmpi", 3, TRAIN, lenient=True)
-    job.read_until("trains", times=3)
-    os.kill(job.pids[1], signal.SIGKILL)
-    killed = time.monotonic()
-    job.finish()
-    assert time.monotonic() - killed < 30
-    for survivor in (0, 2):
-        assert re.search(rf"(all_reduce|broadcast) #\d+ .* on rank {survivor} of 3", job.output), (
-            job.output
-        )
-    assert f"rank 1: has ended (process {job.pids[1]} on" in job.output
-    assert_gone(job, 3)
-
-
-WITHOUT_LAYERS = """
-join()
-model = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
-for step in range(10**6):
-    if rank == 1 and step == 5:
-        os.kill(os.getpid(), 9)
-    model(torch.randn(4, 3)).sum().backward()
-"""
-
-
-def test_failed_future_raises_in_backward(launch: Launch) -> None:
-    """DDP took the first tensor of an empty list found in the exception, and crashed."""
-    job = launch("openmpi", 3, WITHOUT_LAYERS, lenient=True)
-    job.finish()
-    for survivor in (0, 2):
-        assert re.search(rf"all_reduce #\d+ .* on rank {survivor} of 3", job.output), job.output
-    assert "Segmentation" not in job.output
-    assert_gone(job, 3)
-
-
-@pytest.mark.parametrize(
-    ("others", "message"),
-    [
-        ("time.sleep(60)", "rank 1: has not reached this operation (process"),
-        ("sys.exit(0)", "rank 1: has left the group (process"),
-        (
-            "dist.recv(torch.zeros(3), 0, group_of_all_ranks())",
-            "rank 1: is in recv from rank 0 #1 (3 float32)",
-        ),
-    ],
-)
-def test_absent_rank_is_named(launch: Launch, others: str, message: str) -> None:
-    job = launch(
-        "openmpi",
-        2,
-        f"""
-from syncbn.distributed.groups import group_of_all_ranks
-join(seconds=4)
-if rank == 1:
-    {others}
-started = time.monotonic()
-layer = syncbn.SyncBatchNorm1d(3)
-layer.sync_name = "stem"
-try:
-    layer(torch.randn(2, 3))
-finally:
-    print("waited", round(time.monotonic() - started), "s", flush=True)
-""",
-    )
-    assert job.finish() != 0
-    assert "all_reduce #1 (8 float64) on rank 0 of 2" in job.output
-    assert message in job.output
-    assert re.search(r"waited [3-7] s", job.output), job.output
     assert_gone(job, 2)
 
 
-@pytest.mark.parametrize("end", ["dist.destroy_process_group()", "sys.exit(3)"])
-def test_rank_that_left_is_named_at_once(launch: Launch, end: str) -> None:
-    job = launch(
-        "openmpi",
-        2,
-        f"""
-join(seconds=30)
-dist.barrier()
-if rank == 1:
-    {end}
-else:
-    started = time.monotonic()
-    try:
-        dist.barrier()
-    finally:
-        print("waited", round(time.monotonic() - started), "s", flush=True)
-""",
-    )
-    assert job.finish() != 0
-    assert "barrier #2 (0 elements) on rank 0 of 2 lost a rank" in job.output, job.output
-    assert "rank 1: has left the group" in job.output
-    assert re.search(r"waited [1-9] s", job.output), job.output
+def test_survivors_report_operation_and_killed_rank(launch: Launch) -> None:
+    """With an mpirun that keeps survivors running, like the launchers of some clusters.
 
-
-def test_rank_absent_from_rendezvous_is_named(launch: Launch) -> None:
+    The error arrives in a future; DDP took the first tensor of an empty list found in the
+    exception, and crashed.
+    """
     job = launch(
         "openmpi",
         3,
         """
 join()
-if rank == 1:
-    time.sleep(60)
-dist.new_group([0, 1, 2], timeout=timedelta(seconds=3))
+model = nn.parallel.DistributedDataParallel(nn.Linear(3, 2))
+for step in range(10**6):
+    if rank == 1 and step == 5:
+        write("dies")
+        os.kill(os.getpid(), 9)
+    model(torch.randn(4, 3)).sum().backward()
 """,
+        lenient=True,
     )
-    assert job.finish() != 0
-    assert "waited 3 s for ranks [1] to create an MPI process group" in job.output
+    job.read_until("dies", times=1)
+    killed = time.monotonic()
+    job.finish()
+    assert time.monotonic() - killed < 30
+    for survivor in (0, 2):
+        assert re.search(rf"all_reduce #\d+ .* on rank {survivor} of 3", job.output), job.output
+    assert f"rank 1: has ended (process {job.pids[1]} on" in job.output
+    assert "Segmentation" not in job.output
     assert_gone(job, 3)
 
 
-def _blocked_store(rank: int) -> bool:
+def _wait_for_rank_1(rank: int, state: str, seconds: float) -> tuple[str, float]:
+    """Return the error of a layer on rank 0, whose all-reduce rank 1 never joins, and its time."""
+    group: Any = dist.new_group([0, 1])
+    message, start = "", time.monotonic()
+    if rank == 0:
+        group.set_timeout(timedelta(seconds=seconds))
+        with pytest.raises(RuntimeError) as caught:
+            syncbn.SyncBatchNorm1d(3, process_group=group)(torch.randn(2, 3))
+        message = str(caught.value)
+    elif rank == 1 and state == "has left the group":
+        dist.destroy_process_group(group)
+    elif rank == 1 and state.startswith("is in recv"):
+        with pytest.raises(RuntimeError, match="was given up by another rank"):
+            dist.recv(torch.zeros(3), 0, group)
+    waited = time.monotonic() - start
+    dist.barrier()
+    return message, waited
+
+
+@pytest.mark.parametrize(
+    ("state", "timeout", "reason"),
+    [
+        ("has not reached this operation", 1, r"is not done after 1\.\d s \(timeout 1 s\)"),
+        ("is in recv from rank 0 #1 (3 float32)", 1, "is not done after 1"),
+        ("has left the group", 15, "lost a rank"),
+    ],
+)
+def test_absent_rank_is_named(pool: Pool, state: str, timeout: float, reason: str) -> None:
+    message, waited = pool(3, "openmpi").run(_wait_for_rank_1, state, timeout)[0]
+    assert re.search(rf"all_reduce #1 \(8 float64\) on rank 0 of 2 {reason}", message), message
+    assert message.startswith("SyncBatchNorm1d(3) forward, torch.float32 input: the all-reduce of")
+    assert f"rank 1: {state}" in message
+    assert waited < 10
+
+
+def _reduce_with_blocked_store(rank: int) -> bool:
     store = dist.distributed_c10d._get_default_store()
     store.delete_key("go")
     dist.barrier()
     x = torch.ones(3)
     if rank == 0:
-        work = dist.all_reduce(x, async_op=True)
-        assert work is not None
+        work: Any = dist.all_reduce(x, async_op=True)
         store.get("go")  # blocks this process's connection until rank 1 has reduced
         work.wait()
     else:
-        time.sleep(LATE)
+        time.sleep(0.5)  # the watchdog of rank 0 polls meanwhile
         dist.all_reduce(x)
         store.set("go", "")
     return bool((x == dist.get_world_size()).all())
 
 
-@pytest.mark.parametrize("transport", MPIS)
-def test_blocked_store_does_not_delay_collectives(pool: Pool, transport: str) -> None:
-    assert all(pool(2, transport).run(_blocked_store))
+def test_blocked_store_does_not_delay_collectives(three_mpi_ranks: Ranks) -> None:
+    assert all(three_mpi_ranks.run(_reduce_with_blocked_store))
 
 
 def test_stopped_store_process_is_timeout(launch: Launch) -> None:
@@ -183,10 +131,10 @@ def test_stopped_store_process_is_timeout(launch: Launch) -> None:
         "openmpi",
         3,
         """
-join(seconds=15)
+join()
 dist.barrier()
-sys.stdout.write(f"ready {rank}\\n")
-sys.stdout.flush()
+dist.group.WORLD.set_timeout(timedelta(seconds=2))
+write(f"ready {rank}")
 if rank == 0:
     time.sleep(100)
 dist.barrier()
@@ -199,32 +147,30 @@ dist.barrier()
     finally:
         with suppress(ProcessLookupError):
             os.kill(job.pids[0], signal.SIGKILL)
-    assert re.search(r"barrier #2 .* is not done after 15\.\d s", job.output), job.output
+    assert re.search(r"barrier #2 .* is not done after 2\.\d s", job.output), job.output
 
 
-def _early_receive(rank: int) -> tuple[str, float]:
-    group = dist.new_group([0, 1], timeout=timedelta(seconds=4))
-    message = ""
-    x = torch.full((3,), 1.0)
+def _receive_late(rank: int) -> tuple[str, float]:
+    group: Any = dist.new_group([0, 1])
+    message, x = "", torch.ones(3)
     if rank == 0:
-        work = dist.irecv(x, 1, group=group)
-        assert work is not None
-        time.sleep(4.5)  # longer than the group's timeout
-        try:
-            work.wait(timedelta(seconds=0.5))
-        except RuntimeError as error:
-            message = str(error)
+        group.set_timeout(timedelta(seconds=0.3))
+        work: Any = dist.irecv(x, 1, group=group)
+        time.sleep(0.5)  # longer than the group's timeout
+        with pytest.raises(RuntimeError) as caught:
+            work.wait(timedelta(seconds=0.1))
+        message = str(caught.value)
+        group.set_timeout(timedelta(seconds=10))
         dist.barrier()
         work.wait()
     else:
         dist.barrier()
-        dist.send(x + 1, 0, group=group)
-    dist.destroy_process_group(group)
+        if rank == 1:
+            dist.send(x + 1, 0, group=group)
     return message, x[0].item()
 
 
-@pytest.mark.parametrize("transport", MPIS)
-def test_receive_timeout_starts_with_wait(pool: Pool, transport: str) -> None:
-    message, received = pool(2, transport).run(_early_receive)[0]
-    assert message.endswith("is not done after a wait of 0.5 s")
+def test_receive_timeout_starts_with_wait(pool: Pool) -> None:
+    message, received = pool(3, "openmpi").run(_receive_late)[0]
+    assert message.endswith("is not done after a wait of 0.1 s")
     assert received == 2.0

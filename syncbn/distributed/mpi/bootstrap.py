@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
-import time
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -16,16 +16,11 @@ from syncbn.distributed.launchers import LaunchedProcess
 from syncbn.distributed.mpi import (
     MPI,
     VERSION,
-    backoff,
+    Result,
     call_with_timeout,
     ensure_initialized,
     install_abort_handler,
 )
-
-_ADDRESS_BYTES = 1024
-_ERROR = "error: "
-# MPI may still write to the memory of requests after their timeout.
-_timed_out: list[MPI.Request] = []
 
 
 def bootstrap(launched: int, timeout: timedelta) -> LaunchedProcess:
@@ -48,17 +43,10 @@ def bootstrap(launched: int, timeout: timedelta) -> LaunchedProcess:
             "came with that library"
         )
     install_abort_handler()
-    job, request = world.Idup()
-    _wait(request, timeout, "for the other ranks")
-    try:
-        node = call_with_timeout(
-            lambda: job.Split_type(MPI.COMM_TYPE_SHARED), seconds=timeout.total_seconds()
-        )
-    except TimeoutError:
-        raise RuntimeError(
-            f"rank {job.rank} of {job.size} waited {timeout.total_seconds():g} s for the ranks of "
-            "its machine; one of them has ended"
-        ) from None
+    job = _wait(world.Dup, timeout, "for the other ranks")
+    node = _wait(
+        lambda: job.Split_type(MPI.COMM_TYPE_SHARED), timeout, "for the ranks of its machine"
+    )
     try:
         store = _open_store(job, node.size == job.size, timeout)
         return LaunchedProcess(job.rank, job.size, node.rank, node.size, store)
@@ -68,41 +56,33 @@ def bootstrap(launched: int, timeout: timedelta) -> LaunchedProcess:
 
 
 def _open_store(job: MPI.Intracomm, one_machine: bool, timeout: timedelta) -> dist.Store:
-    payload = bytearray(_ADDRESS_BYTES)
-    store: dist.Store | None = None
+    store, host, port, error = None, "localhost", 0, ""
     if job.rank == 0:
-        own_address = os.environ.get("MASTER_ADDR") or socket.gethostname()
+        if not one_machine:
+            host = os.environ.get("MASTER_ADDR") or socket.gethostname()
         try:
-            host = "localhost" if one_machine else own_address
             port = int(os.environ.get("MASTER_PORT", "0"))
             store = dist.TCPStore(host, port, job.size, True, timeout, wait_for_workers=False)
-            text = f"{host} {store.port}"
-        except (RuntimeError, ValueError) as error:
-            text = f"{_ERROR}{error}"
-        encoded = text.encode()[:_ADDRESS_BYTES]
-        payload[: len(encoded)] = encoded
-    _wait(job.Ibcast([payload, MPI.BYTE], 0), timeout, "for the address of rank 0")
-    text = payload.rstrip(b"\0").decode(errors="replace")
-    if text.startswith(_ERROR):
+            port = store.port
+        except (RuntimeError, ValueError) as caught:
+            error = str(caught)
+    host, port, error = _wait(
+        lambda: job.bcast((host, port, error)), timeout, "for the address of rank 0"
+    )
+    if error:
         raise RuntimeError(
             "rank 0 cannot open the job's store (its address is MASTER_ADDR and MASTER_PORT, if "
-            "set): " + text.removeprefix(_ERROR)
+            f"set): {error}"
         )
-    if store is None:
-        host, port_text = text.split()
-        store = dist.TCPStore(host, int(port_text), job.size, False, timeout)
-    return store
+    return store or dist.TCPStore(host, port, job.size, False, timeout)
 
 
-def _wait(request: MPI.Request, timeout: timedelta, purpose: str) -> None:
-    start = time.monotonic()
-    while not request.Test():
-        waited = time.monotonic() - start
-        if waited > timeout.total_seconds():
-            _timed_out.append(request)
-            raise RuntimeError(
-                f"rank {MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size} waited "
-                f"{timeout.total_seconds():g} s {purpose}; every rank of the job must call "
-                "init_process_group"
-            )
-        backoff(waited)
+def _wait(function: Callable[[], Result], timeout: timedelta, purpose: str) -> Result:
+    try:
+        return call_with_timeout(function, timeout.total_seconds())
+    except TimeoutError:
+        raise RuntimeError(
+            f"rank {MPI.COMM_WORLD.rank} of {MPI.COMM_WORLD.size} waited "
+            f"{timeout.total_seconds():g} s {purpose}; every rank of the job must call "
+            "init_process_group"
+        ) from None

@@ -138,13 +138,12 @@ class Reduction(NamedTuple):
         copy_back(result, tensor)
 
 
-def find_reduction(op: Any, dtype: torch.dtype, name: str) -> Reduction:
+def find_reduction(op: Any, dtype: torch.dtype) -> Reduction:
     """Return the MPI reduction for a torch.distributed reduction.
 
     Args:
         op: a ``torch.distributed.ReduceOp``.
         dtype: dtype of the elements.
-        name: name of the collective, for the error message.
 
     Raises:
         TypeError: MPI has no such reduction for this dtype.
@@ -153,7 +152,7 @@ def find_reduction(op: Any, dtype: torch.dtype, name: str) -> Reduction:
     if reduction is None:
         dtypes = dict.fromkeys(str(known).removeprefix("torch.") for _, known in _REDUCTIONS)
         raise TypeError(
-            f"{name}: MPI cannot reduce {dtype} with {op.op.name}; it supports sums, products and "
+            f"MPI cannot reduce {dtype} with {op.op.name}; it supports sums, products and "
             "averages of numbers, MIN and MAX of real numbers, and bitwise operations on integers "
             f"and booleans ({', '.join(dtypes)})"
         )
@@ -239,20 +238,17 @@ def typed_buffer(tensor: Tensor) -> BufSpec:
     return memory, tensor.numel(), _DATATYPES[tensor.dtype]
 
 
-def raw_buffer(tensor: Tensor, blocks: int = 1) -> BufSpec:
+def raw_buffer(tensor: Tensor, counts: int | list[int] | None = None) -> Any:
     """Return a tensor's memory for a collective that copies elements of any dtype.
 
     Args:
         tensor: contiguous tensor.
-        blocks: number of equal parts; MPI expects the size of one.
+        counts: numbers of elements of the ranks' parts; the size of one for equal parts; None for
+            all elements.
     """
     memory = MPI.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes)
-    return memory, tensor.numel() // blocks, copy_datatype(tensor)
-
-
-def copy_datatype(tensor: Tensor) -> MPI.Datatype:
-    """Return the datatype for copies of a tensor's elements."""
-    return _COPY_DATATYPES[tensor.element_size()]
+    counts = tensor.numel() if counts is None else counts
+    return memory, counts, _COPY_DATATYPES[tensor.element_size()]
 
 
 def _sync_stream(tensor: Tensor) -> Tensor:

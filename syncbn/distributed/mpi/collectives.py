@@ -1,11 +1,12 @@
 """torch.distributed's collectives as non-blocking MPI requests, one function each.
 
-Shapes: W is the size of the comm. Copies support tensors of any dtype.
+Shapes: W is the size of the comm. Copies support tensors of any dtype. Invalid arguments raise
+TypeError or ValueError; the group adds the name of the operation to the message.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,6 @@ from syncbn.distributed.mpi.buffers import (
     Reduction,
     alloc_staging,
     copy_back,
-    copy_datatype,
     find_reduction,
     raw_buffer,
     stage_input,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 def all_reduce(comm: MPI.Intracomm, tensor: Tensor, op: dist.ReduceOp) -> PendingRequest:
     """Reduce a tensor over all ranks, in place."""
-    reduction = find_reduction(op, tensor.dtype, "all_reduce")
+    reduction = find_reduction(op, tensor.dtype)
     memory = reduction.stage_operand(tensor)
     request = comm.Iallreduce(MPI.IN_PLACE, typed_buffer(memory), reduction.op)
     complete = memory is tensor and not reduction.average
@@ -43,8 +43,8 @@ def all_reduce(comm: MPI.Intracomm, tensor: Tensor, op: dist.ReduceOp) -> Pendin
 
 def reduce(comm: MPI.Intracomm, tensor: Tensor, op: dist.ReduceOp, root: int) -> PendingRequest:
     """Reduce a tensor to one rank; the tensors of other ranks keep their values."""
-    _check_rank("reduce", "root", root, comm)
-    reduction = find_reduction(op, tensor.dtype, "reduce")
+    _check_rank("root", root, comm)
+    reduction = find_reduction(op, tensor.dtype)
     memory = reduction.stage_operand(tensor)
     if comm.rank != root:
         request = comm.Ireduce(typed_buffer(memory), None, reduction.op, root)
@@ -58,9 +58,8 @@ def reduce_scatter(
     comm: MPI.Intracomm, output: Tensor, inputs: Sequence[Tensor], op: dist.ReduceOp
 ) -> PendingRequest:
     """Reduce W tensors, whose sizes may differ; rank i receives the i-th sum."""
-    _check_list("reduce_scatter", "inputs", inputs, comm.size, output.dtype)
-    _check_own_part("reduce_scatter", inputs[comm.rank], output)
-    reduction = find_reduction(op, output.dtype, "reduce_scatter")
+    _check_parts("inputs", inputs, output, comm)
+    reduction = find_reduction(op, output.dtype)
     return _reduce_parts(comm, output, _flat(inputs), [x.numel() for x in inputs], reduction)
 
 
@@ -68,10 +67,9 @@ def reduce_scatter_single(
     comm: MPI.Intracomm, output: Tensor, tensor: Tensor, op: dist.ReduceOp
 ) -> PendingRequest:
     """Reduce a tensor W times as large as the output; rank i receives the i-th part."""
-    _check_blocks("reduce_scatter_single", "input", tensor, output, comm.size)
-    reduction = find_reduction(op, output.dtype, "reduce_scatter_single")
-    counts = [output.numel()] * comm.size
-    return _reduce_parts(comm, output, tensor, counts, reduction)
+    _check_blocks("input", tensor, output, comm)
+    reduction = find_reduction(op, output.dtype)
+    return _reduce_parts(comm, output, tensor, [output.numel()] * comm.size, reduction)
 
 
 def _reduce_parts(
@@ -87,7 +85,7 @@ def _reduce_parts(
 
 def broadcast(comm: MPI.Intracomm, tensor: Tensor, root: int) -> PendingRequest:
     """Copy a tensor from one rank to all."""
-    _check_rank("broadcast", "root", root, comm)
+    _check_rank("root", root, comm)
     memory = stage_input(tensor)
     request = comm.Ibcast(raw_buffer(memory), root)
     return PendingRequest(request, (memory,), _copy_if_staged(memory, tensor))
@@ -95,19 +93,19 @@ def broadcast(comm: MPI.Intracomm, tensor: Tensor, root: int) -> PendingRequest:
 
 def all_gather(comm: MPI.Intracomm, outputs: Sequence[Tensor], tensor: Tensor) -> PendingRequest:
     """Gather the tensors of all ranks, whose sizes may differ, into W tensors."""
-    _check_list("all_gather", "outputs", outputs, comm.size, tensor.dtype)
-    _check_own_part("all_gather", outputs[comm.rank], tensor)
-    source, result = stage_input(tensor), _alloc_parts(outputs)
-    request = comm.Iallgatherv(raw_buffer(source), _split_buffer(result, outputs))
-    return PendingRequest(request, (source, result), partial(_copy_back_parts, result, outputs))
+    _check_parts("outputs", outputs, tensor, comm)
+    source = stage_input(tensor)
+    result, buffer, finish = _stage_outputs(outputs)
+    request = comm.Iallgatherv(raw_buffer(source), buffer)
+    return PendingRequest(request, (source, result), finish)
 
 
 def all_gather_single(comm: MPI.Intracomm, output: Tensor, tensor: Tensor) -> PendingRequest:
     """Gather tensors of equal size into a tensor W times as large."""
-    _check_blocks("all_gather_single", "output", output, tensor, comm.size)
+    _check_blocks("output", output, tensor, comm)
     result = stage_output(output)
     source = stage_input(_without_overlap(tensor, result))
-    request = comm.Iallgather(raw_buffer(source), raw_buffer(result, comm.size))
+    request = comm.Iallgather(raw_buffer(source), raw_buffer(result, tensor.numel()))
     return PendingRequest(request, (source, result), _copy_if_staged(result, output))
 
 
@@ -115,30 +113,28 @@ def gather(
     comm: MPI.Intracomm, outputs: Sequence[Tensor], tensor: Tensor, root: int
 ) -> PendingRequest:
     """Gather the tensors of all ranks, whose sizes may differ, into W tensors of one rank."""
-    _check_rank("gather", "root", root, comm)
+    _check_rank("root", root, comm)
     source = stage_input(tensor)
     if comm.rank != root:
         return PendingRequest(comm.Igatherv(raw_buffer(source), None, root), (source,))
-    _check_list("gather", "outputs", outputs, comm.size, tensor.dtype)
-    _check_own_part("gather", outputs[root], tensor)
-    result = _alloc_parts(outputs)
-    request = comm.Igatherv(raw_buffer(source), _split_buffer(result, outputs), root)
-    return PendingRequest(request, (source, result), partial(_copy_back_parts, result, outputs))
+    _check_parts("outputs", outputs, tensor, comm)
+    result, buffer, finish = _stage_outputs(outputs)
+    request = comm.Igatherv(raw_buffer(source), buffer, root)
+    return PendingRequest(request, (source, result), finish)
 
 
 def scatter(
     comm: MPI.Intracomm, output: Tensor, inputs: Sequence[Tensor], root: int
 ) -> PendingRequest:
     """Send one of the W tensors of one rank to each rank; sizes may differ."""
-    _check_rank("scatter", "root", root, comm)
+    _check_rank("root", root, comm)
     result = stage_output(output)
     finish = _copy_if_staged(result, output)
     if comm.rank != root:
         return PendingRequest(comm.Iscatterv(None, raw_buffer(result), root), (result,), finish)
-    _check_list("scatter", "inputs", inputs, comm.size, output.dtype)
-    _check_own_part("scatter", inputs[root], output)
-    source = stage_input(_flat(inputs))
-    request = comm.Iscatterv(_split_buffer(source, inputs), raw_buffer(result), root)
+    _check_parts("inputs", inputs, output, comm)
+    source, buffer = _stage_inputs(inputs)
+    request = comm.Iscatterv(buffer, raw_buffer(result), root)
     return PendingRequest(request, (source, result), finish)
 
 
@@ -146,32 +142,29 @@ def all_to_all(
     comm: MPI.Intracomm, outputs: Sequence[Tensor], inputs: Sequence[Tensor]
 ) -> PendingRequest:
     """Send the i-th of W tensors to rank i; sizes may differ."""
-    dtype = next((tensor.dtype for tensor in inputs), None)
-    _check_list("all_to_all", "inputs", inputs, comm.size, dtype)
-    _check_list("all_to_all", "outputs", outputs, comm.size, dtype)
-    _check_own_part("all_to_all", outputs[comm.rank], inputs[comm.rank])
-    source, result = stage_input(_flat(inputs)), _alloc_parts(outputs)
-    request = comm.Ialltoallv(_split_buffer(source, inputs), _split_buffer(result, outputs))
-    return PendingRequest(request, (source, result), partial(_copy_back_parts, result, outputs))
+    _check_list("inputs", inputs, comm, inputs[0].dtype if inputs else None)
+    _check_parts("outputs", outputs, inputs[comm.rank], comm)
+    source, source_buffer = _stage_inputs(inputs)
+    result, buffer, finish = _stage_outputs(outputs)
+    return PendingRequest(comm.Ialltoallv(source_buffer, buffer), (source, result), finish)
 
 
 def all_to_all_single(
     comm: MPI.Intracomm,
     output: Tensor,
     tensor: Tensor,
-    output_splits: Sequence[int],
-    input_splits: Sequence[int],
+    output_rows: Sequence[int],
+    input_rows: Sequence[int],
 ) -> PendingRequest:
     """Send the i-th part of a tensor, along its first dimension, to rank i; sizes may differ."""
-    size, name = comm.size, "all_to_all_single"
-    outputs = split_rows(output, output_splits, size, name)
-    return all_to_all(comm, outputs, split_rows(tensor, input_splits, size, name))
+    inputs = _split_rows(tensor, input_rows, comm.size)
+    return all_to_all(comm, _split_rows(output, output_rows, comm.size), inputs)
 
 
 def send(comm: MPI.Intracomm, tensor: Tensor, destination: int, tag: int) -> PendingRequest:
     """Send a tensor to one rank."""
-    _check_rank("send", "destination", destination, comm)
-    _check_tag("send", tag, comm)
+    _check_rank("destination", destination, comm)
+    _check_tag(tag, comm)
     memory = stage_input(tensor)
     return PendingRequest(comm.Isend(raw_buffer(memory), destination, tag), (memory,))
 
@@ -181,13 +174,12 @@ def receive(comm: MPI.Intracomm, tensor: Tensor, source: int | None, tag: int) -
     if source is None:
         source = MPI.ANY_SOURCE
     else:
-        _check_rank("recv", "source", source, comm)
-    _check_tag("recv", tag, comm)
+        _check_rank("source", source, comm)
+    _check_tag(tag, comm)
     memory, status = stage_output(tensor), MPI.Status()
+    finish = partial(_finish_receive, status, memory, tensor)
     request = comm.Irecv(raw_buffer(memory), source, tag)
-    return PendingRequest(
-        request, (memory,), partial(_finish_receive, status, memory, tensor), status
-    )
+    return PendingRequest(request, (memory,), finish, status)
 
 
 def barrier(comm: MPI.Intracomm) -> PendingRequest:
@@ -195,27 +187,22 @@ def barrier(comm: MPI.Intracomm) -> PendingRequest:
     return PendingRequest(comm.Ibarrier(), ())
 
 
-def split_rows(tensor: Tensor, sizes: Sequence[int], world_size: int, name: str) -> list[Tensor]:
-    """Split a tensor along its first dimension into parts of the given sizes, or W equal parts.
-
-    Raises:
-        ValueError: the sizes do not add up to the first dimension.
-    """
+def _split_rows(tensor: Tensor, rows: Sequence[int], world_size: int) -> list[Tensor]:
+    """Split a tensor along its first dimension into parts of the given rows, or W equal parts."""
     if tensor.dim() == 0:
-        raise ValueError(f"{name}: got a tensor without dimensions; expected at least one")
-    rows = len(tensor)
-    if not sizes:
-        if rows % world_size:
-            raise ValueError(
-                f"{name}: got {rows} rows without split sizes; expected a multiple of {world_size}"
-            )
-        sizes = [rows // world_size] * world_size
-    if len(sizes) != world_size or sum(sizes) != rows or min(sizes) < 0:
+        raise ValueError("got a tensor without dimensions; expected at least one")
+    total = len(tensor)
+    if not rows and total % world_size:
         raise ValueError(
-            f"{name}: got split sizes {list(sizes)} for {rows} rows; expected {world_size} sizes "
-            f"that add up to {rows}"
+            f"got {total} rows without split sizes; expected a multiple of {world_size}"
         )
-    return list(tensor.split(list(sizes)))
+    rows = list(rows) or [total // world_size] * world_size
+    if len(rows) != world_size or sum(rows) != total or min(rows) < 0:
+        raise ValueError(
+            f"got split sizes {rows} for {total} rows; expected {world_size} sizes that add up to "
+            f"{total}"
+        )
+    return list(tensor.split(rows))
 
 
 def _finish_receive(status: MPI.Status, memory: Tensor, tensor: Tensor) -> None:
@@ -233,19 +220,22 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
 
 
-def _alloc_parts(tensors: Sequence[Tensor]) -> Tensor:
-    return alloc_staging(tensors[0], sum(tensor.numel() for tensor in tensors))
+def _stage_inputs(tensors: Sequence[Tensor]) -> tuple[Tensor, BufSpecV]:
+    """Return the elements of all tensors in one, and its buffer."""
+    source = stage_input(_flat(tensors))
+    return source, raw_buffer(source, [tensor.numel() for tensor in tensors])
 
 
-def _split_buffer(memory: Tensor, tensors: Sequence[Tensor]) -> BufSpecV:
-    buffer = MPI.buffer.fromaddress(memory.data_ptr(), memory.nbytes)
-    return buffer, [tensor.numel() for tensor in tensors], copy_datatype(memory)
+def _stage_outputs(tensors: Sequence[Tensor]) -> tuple[Tensor, BufSpecV, Callable[[], None]]:
+    """Return memory for all tensors, its buffer, and a function that copies it to the tensors."""
+    sizes = [tensor.numel() for tensor in tensors]
+    result = alloc_staging(tensors[0], sum(sizes))
 
+    def finish() -> None:
+        for part, tensor in zip(result.split(sizes), tensors, strict=True):
+            copy_back(part, tensor)
 
-def _copy_back_parts(result: Tensor, outputs: Sequence[Tensor]) -> None:
-    parts = result.split([output.numel() for output in outputs])
-    for part, output in zip(parts, outputs, strict=True):
-        copy_back(part, output)
+    return result, raw_buffer(result, sizes), finish
 
 
 def _copy_if_staged(result: Tensor, tensor: Tensor) -> partial[None] | None:
@@ -261,40 +251,41 @@ def _without_overlap(tensor: Tensor, result: Tensor) -> Tensor:
 
 
 # Some invalid ranks are wildcards in MPI (MPI_ANY_SOURCE, MPI_PROC_NULL); the rest break the group.
-def _check_rank(name: str, argument: str, rank: int, comm: MPI.Intracomm) -> None:
+def _check_rank(argument: str, rank: int, comm: MPI.Intracomm) -> None:
     if not 0 <= rank < comm.size:
         raise ValueError(
-            f"{name}: got {argument} {rank}; expected a rank of the group, 0 to {comm.size - 1}"
+            f"got {argument} {rank}; expected a rank of the group, 0 to {comm.size - 1}"
         )
 
 
-def _check_tag(name: str, tag: int, comm: MPI.Intracomm) -> None:
+def _check_tag(tag: int, comm: MPI.Intracomm) -> None:
     largest: Any = comm.Get_attr(MPI.TAG_UB)
     if not 0 <= tag <= largest:
-        raise ValueError(f"{name}: got tag {tag}; expected 0 to {largest}")
+        raise ValueError(f"got tag {tag}; expected 0 to {largest}")
 
 
 def _check_list(
-    name: str, argument: str, tensors: Sequence[Tensor], world_size: int, dtype: torch.dtype | None
+    argument: str, tensors: Sequence[Tensor], comm: MPI.Intracomm, dtype: torch.dtype | None
 ) -> None:
-    if len(tensors) != world_size or any(tensor.dtype != dtype for tensor in tensors):
+    if len(tensors) != comm.size or any(tensor.dtype != dtype for tensor in tensors):
         dtypes = sorted({str(tensor.dtype) for tensor in tensors})
         raise ValueError(
-            f"{name}: got {len(tensors)} {argument} of {', '.join(dtypes) or 'no dtype'}; expected "
-            f"{world_size} of {dtype or 'one dtype'}, one per rank of the group"
+            f"got {len(tensors)} {argument} of {', '.join(dtypes) or 'no dtype'}; expected "
+            f"{comm.size} of {dtype or 'one dtype'}, one per rank of the group"
         )
 
 
-def _check_blocks(name: str, argument: str, whole: Tensor, part: Tensor, world_size: int) -> None:
-    if whole.numel() != world_size * part.numel() or whole.dtype != part.dtype:
+def _check_parts(argument: str, parts: Sequence[Tensor], own: Tensor, comm: MPI.Intracomm) -> None:
+    _check_list(argument, parts, comm, own.dtype)
+    if parts[comm.rank].numel() != own.numel():
         raise ValueError(
-            f"{name}: got an {argument} of {whole.numel()} {whole.dtype} for {world_size} parts of "
-            f"{part.numel()} {part.dtype}; expected {world_size * part.numel()} {part.dtype}"
+            f"this rank's own parts differ: {parts[comm.rank].numel()} and {own.numel()} elements"
         )
 
 
-def _check_own_part(name: str, part: Tensor, tensor: Tensor) -> None:
-    if part.numel() != tensor.numel():
+def _check_blocks(argument: str, whole: Tensor, part: Tensor, comm: MPI.Intracomm) -> None:
+    if whole.numel() != comm.size * part.numel() or whole.dtype != part.dtype:
         raise ValueError(
-            f"{name}: this rank's own parts differ: {part.numel()} and {tensor.numel()} elements"
+            f"got an {argument} of {whole.numel()} {whole.dtype} for {comm.size} parts of "
+            f"{part.numel()} {part.dtype}; expected {comm.size * part.numel()} {part.dtype}"
         )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from syncbn.distributed.mpi.watchdog import Dependencies, Watchdog
 from syncbn.distributed.mpi.work import MPIWork, ProgressThread
 
 BACKEND = "mpi4py"
+_SENT_BY_ROOT = ("broadcast", "scatter")
 # In other collectives, sizes may differ between ranks, or only one rank has results.
 _EQUAL_SIZES = (
     "all_reduce", "broadcast", "reduce", "all_gather_single", "reduce_scatter_single"
@@ -65,28 +67,34 @@ class GroupLifecycle(dist.ProcessGroup):
         self._progress = ProgressThread(f"syncbn-mpi-{rank}")
         # On all ranks, since the comparison is a collective.
         self._debug = any(peer.debug for peer in peers)
-        self._completed = MPIWork("", [], [], Dependencies(), self._progress, self._watchdog)
+        self._work = partial(MPIWork, progress=self._progress, watchdog=self._watchdog)
+        self._completed = self._work("", [], [], Dependencies())
         self._completed.wait()
         self._collectives = self._messages = 0
         atexit.register(self._leave, os.getpid())
 
     def _collect(
         self,
-        name: str,
-        requests: Iterable[PendingRequest],
-        results: list[Tensor],
+        collective: Callable[..., PendingRequest],
+        calls: Iterable[Iterable[Any]],
+        results: Iterable[Tensor],
         opts: Any,
-        ranks: Sequence[int] = (),
-        timeout: float | None = None,
     ) -> MPIWork:
         self._collectives += 1
+        name, results = collective.__name__, list(results)
+        # One access: the conversion of a reduceOp takes 2 us.
+        options = [getattr(opts, key, None) for key in ("reduceOp", "rootRank")]
+        arguments = [option for option in options if option is not None]
         if self._debug:
             self._compare_labels(name, _label(name, results, opts))
+        from_root = name in _SENT_BY_ROOT and opts.rootRank != self._rank
+        timeout = opts.timeout.total_seconds() if opts.timeout > timedelta(0) else None
+        ranks = (opts.rootRank,) if from_root else ()
         dependencies = Dependencies(self._collectives, ranks, timeout)
-        async_op = opts is None or getattr(opts, "asyncOp", True)
+        requests = (collective(self._comm, *call, *arguments) for call in calls)
         numbered = f"{name} #{self._collectives}"
-        work = self._start(numbered, requests, results, dependencies, blocking=not async_op)
-        if async_op:
+        work = self._start(numbered, requests, results, dependencies, blocking=not opts.asyncOp)
+        if opts.asyncOp:
             self._progress.add(work)
         return work
 
@@ -100,11 +108,18 @@ class GroupLifecycle(dist.ProcessGroup):
             raise RuntimeError(f"the ranks disagree on collective #{self._collectives}:\n{lines}")
 
     def _message(
-        self, name: str, requests: Iterable[PendingRequest], results: list[Tensor], peer: int | None
+        self,
+        name: str,
+        operation: Callable[..., PendingRequest],
+        tensors: list[Tensor],
+        peer: int | None,
+        tag: int,
     ) -> MPIWork:
         self._messages += 1
+        numbered = f"{name} {'any rank' if peer is None else f'rank {peer}'} #{self._messages}"
         dependencies = Dependencies(ranks=None if peer is None else (peer,))
-        work = self._start(f"{name} #{self._messages}", requests, results, dependencies)
+        requests = (operation(self._comm, tensor, peer, tag) for tensor in tensors)
+        work = self._start(numbered, requests, tensors, dependencies)
         self._progress.add(work, wake=False)
         return work
 
@@ -131,12 +146,13 @@ class GroupLifecycle(dist.ProcessGroup):
             self._watchdog.error_reported = True
             reason = f"failed: {error.Get_error_string()}"
             raise RuntimeError(self._watchdog.fail(name, reason)) from error
-        except BaseException:
+        except BaseException as error:
             # The started requests continue: the other ranks may take part in them.
-            work = MPIWork(name, started, results, dependencies, self._progress, self._watchdog)
-            self._progress.add(work)
+            self._progress.add(self._work(name, started, results, dependencies))
+            if isinstance(error, (TypeError, ValueError)):
+                raise type(error)(f"{name}: {error}") from error
             raise
-        return MPIWork(name, started, results, dependencies, self._progress, self._watchdog)
+        return self._work(name, started, results, dependencies)
 
     def set_timeout(self, timeout: timedelta) -> None:
         """Set the time limit of operations, also of operations in flight."""

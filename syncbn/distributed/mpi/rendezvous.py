@@ -7,17 +7,16 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch.distributed as dist
 
 from syncbn.distributed.mpi import MPI, call_with_timeout
 
 
-@dataclass(frozen=True)
-class Peer:
+class Peer(NamedTuple):
     """A process of a group.
 
     Attributes:
@@ -63,7 +62,7 @@ def rendezvous(store: dist.Store, rank: int, size: int, timeout: float, peer: Pe
     Raises:
         RuntimeError: ranks did not arrive in time; the message lists them.
     """
-    store.set(f"peer/{rank}", json.dumps(asdict(peer)))
+    store.set(f"peer/{rank}", json.dumps(peer))
     keys = [f"peer/{other}" for other in range(size)]
     deadline = time.monotonic() + timeout
     interval = 1e-3
@@ -76,7 +75,7 @@ def rendezvous(store: dist.Store, rank: int, size: int, timeout: float, peer: Pe
             )
         time.sleep(interval)
         interval = min(2 * interval, 0.1)
-    return [Peer(**json.loads(store.get(key))) for key in keys]
+    return [Peer(*json.loads(store.get(key))) for key in keys]
 
 
 def local_peer() -> Peer:

@@ -189,9 +189,8 @@ class Watchdog:
         store = self._parent_store if self._thread is None else self._store
         store.set(f"left/{self._rank}", str(collectives))
         deadline = time.monotonic() + patience
-        while time.monotonic() < deadline:
-            if store.check([f"left/{rank}" for rank in self._others]):
-                return
+        everyone = [f"left/{rank}" for rank in self._others]
+        while time.monotonic() < deadline and not store.check(everyone):
             if any(self._peers[rank].has_ended() for rank in self._others):
                 return
             time.sleep(0.01)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
 from typing import Any, NoReturn
@@ -23,10 +24,11 @@ _LAZY_SECONDS = 2e-3
 _BATCH = 32
 
 
+@dataclass(eq=False)
 class MPIWork(dist.Work):
     """An operation in flight, polled by callers of :meth:`wait` and by the progress thread.
 
-    Args:
+    Attributes:
         name: name of the operation, for messages.
         requests: MPI requests of the operation.
         results: tensors to fill.
@@ -35,36 +37,29 @@ class MPIWork(dist.Work):
         watchdog: watchdog of the group.
     """
 
-    def __init__(
-        self,
-        name: str,
-        requests: list[PendingRequest],
-        results: list[Tensor],
-        dependencies: Dependencies,
-        progress: ProgressThread,
-        watchdog: Watchdog,
-    ) -> None:
+    name: str
+    requests: list[PendingRequest]
+    results: list[Tensor]
+    dependencies: Dependencies
+    progress: ProgressThread
+    watchdog: Watchdog
+
+    def __post_init__(self) -> None:
         super().__init__()
         self.started = time.perf_counter()
         self.completed = False
-        self._name = name
-        self._requests = requests
-        self._results = results
-        self._dependencies = dependencies
-        self._progress = progress
-        self._watchdog = watchdog
         self._lock = threading.Lock()
         self._copied = 0
         self._error: RuntimeError | None = None
         self._future: torch.futures.Future[list[Tensor]] | None = None
         # Results are copied to CUDA tensors in the stream that was current at the call.
-        on_cuda = bool(results) and results[0].is_cuda
-        self._stream = torch.cuda.current_stream(results[0].device) if on_cuda else None
+        on_cuda = bool(self.results) and self.results[0].is_cuda
+        self._stream = torch.cuda.current_stream(self.results[0].device) if on_cuda else None
 
     def __str__(self) -> str:
-        numel = sum(tensor.numel() for tensor in self._results)
-        dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in self._results}
-        return f"{self._name} ({numel} {'/'.join(sorted(dtypes)) or 'elements'})"
+        numel = sum(tensor.numel() for tensor in self.results)
+        dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in self.results}
+        return f"{self.name} ({numel} {'/'.join(sorted(dtypes)) or 'elements'})"
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
         """Poll until the operation is complete; return True.
@@ -84,10 +79,10 @@ class MPIWork(dist.Work):
                     raise RuntimeError(f"{self} is not done after a wait of {waited:.1f} s")
                 backoff(waited)
         except BaseException:
-            self._progress.add(self)  # keeps the memory alive: MPI still writes to it
+            self.progress.add(self)  # keeps the memory alive: MPI still writes to it
             raise
         if self._error is not None:
-            self._watchdog.error_reported = True
+            self.watchdog.error_reported = True
             raise self._error
         return True
 
@@ -109,7 +104,7 @@ class MPIWork(dist.Work):
             future, self._future = self._future, None
         finally:
             self._lock.release()
-        self._progress.remove(self)
+        self.progress.remove(self)
         if future is not None:
             self._complete_future(future)  # without the lock: callbacks may call this method
         return True
@@ -128,7 +123,7 @@ class MPIWork(dist.Work):
 
     def result(self) -> list[Tensor]:
         """Return the tensors to fill."""
-        return self._results
+        return self.results
 
     def synchronize(self) -> None:
         """Wait for the results, which need no further synchronization of streams."""
@@ -136,7 +131,7 @@ class MPIWork(dist.Work):
 
     def source_rank(self) -> int:
         """Return the source of a receive, as rank in the group."""
-        status = self._requests[0].status
+        status = self.requests[0].status
         return MPI.ANY_SOURCE if status is None else status.Get_source()
 
     _source_rank = source_rank
@@ -148,7 +143,7 @@ class MPIWork(dist.Work):
                 self._future = self._future or _ResultsFuture(self)
             future = self._future
         if future is not None:
-            self._progress.add(self)
+            self.progress.add(self)
             return future
         done: torch.futures.Future[list[Tensor]] = torch.futures.Future()
         self._complete_future(done)
@@ -156,7 +151,7 @@ class MPIWork(dist.Work):
 
     def _poll(self, tests: int, wait_start: float | None) -> bool:
         try:
-            for pending in self._requests:
+            for pending in self.requests:
                 for _ in range(tests):
                     if pending.request.Test(pending.status):
                         break
@@ -166,24 +161,24 @@ class MPIWork(dist.Work):
             self._copy_out()
         except MPI.Exception as error:
             reason = f"failed: {error.Get_error_string()}"
-            self._error = RuntimeError(self._watchdog.fail(self, reason))
+            self._error = RuntimeError(self.watchdog.fail(self, reason))
         except RuntimeError as error:
             self._error = error
         except Exception as error:  # otherwise the progress thread would end silently
             self._error = RuntimeError(f"{self}: {error!r}")
         if self._error is not None:
-            self._progress.keep_alive(self)
+            self.progress.keep_alive(self)
         return True
 
     def _check_stalled(self, wait_start: float | None) -> None:
         # A collective is timed from its start, since all ranks should reach it; point-to-point
         # communication from the start of a wait.
-        since = self.started if self._dependencies.seq else wait_start
+        since = self.started if self.dependencies.seq else wait_start
         if since is None:
             return
         waited = time.perf_counter() - since
         if waited > _SECONDS_BEFORE_CHECK:
-            self._watchdog.check(self, self._dependencies, waited)
+            self.watchdog.check(self, self.dependencies, waited)
 
     def _copy_out(self) -> None:
         if self._stream is None:
@@ -194,17 +189,17 @@ class MPIWork(dist.Work):
 
     def _finish(self) -> None:
         # Counted, so that an interrupt cannot repeat a step (a division, for example).
-        while self._copied < len(self._requests):
-            finish = self._requests[self._copied].finish
+        while self._copied < len(self.requests):
+            finish = self.requests[self._copied].finish
             self._copied += 1
             if finish is not None:
                 finish()
 
     def _complete_future(self, future: torch.futures.Future[list[Tensor]]) -> None:
         if self._error is None:
-            future.set_result(self._results)
+            future.set_result(self.results)
         else:
-            self._watchdog.error_reported = True
+            self.watchdog.error_reported = True
             failed = _FutureError(str(self._error))
             future.set_exception(failed)  # type: ignore[arg-type]  # the stub is wrong
 
