@@ -14,7 +14,7 @@ import pytest
 import torch
 from augment import flip, shift
 from config import DataConfig
-from images import Images, Pixels
+from images import Pixels
 from PIL import Image
 
 import syncbn
@@ -244,8 +244,3 @@ def test_unreadable_image_is_an_error_that_names_it(content: str, tmp_path: Path
     _, val = imagefolder.load(cfg, 0)
     with pytest.raises(RuntimeError, match=r"dog/1.jpg: got .*, expected an image that Pillow"):
         list(data.eval_batches(val, cfg, rank(0, 1)))
-
-
-def test_images_is_abstract() -> None:
-    with pytest.raises(NotImplementedError):
-        len(Images(1, 1, 0))

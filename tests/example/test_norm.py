@@ -71,11 +71,6 @@ def test_frozen_layers_stay_frozen_in_training_mode() -> None:
     assert net.conv1.weight.grad is not None
 
 
-def test_torch_sync_on_cpu_suggests_sync() -> None:
-    with pytest.raises(ValueError, match=r"refuses CPU tensors; use norm=sync"):
-        apply_norm(small(), NormConfig(NormKind.torch_sync), CPU)
-
-
 def _first_mean(rank: int, group: int) -> torch.Tensor | str:
     try:
         net = apply_norm(small(), NormConfig(NormKind.group, group), CPU).train()
