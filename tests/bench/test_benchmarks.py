@@ -24,14 +24,17 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 def test_layers(launcher: str, kernel: str, tmp_path: Path) -> None:
     ranks = 1 if launcher == "none" else 2
     dtypes = ["float32", "bfloat16"] if launcher == "none" else ["float32"]
-    output, results = run(
-        tmp_path,
-        *(TORCHRUN if launcher == "torchrun" else []),
-        *(BENCH, "layers", "shapes=[3x9x9,40x2x2]", "batch=3", "rounds=2", f"kernels=[{kernel}]"),
+    command = [
+        *("layers", "shapes=[3x9x9,40x2x2]", "batch=3", "rounds=2", f"kernels=[{kernel}]"),
         *(["ranks=2"] if launcher == "mpirun" else []),
         f"dtypes=[{','.join(dtypes)}]",
         f"png={tmp_path / 'report.png'}",
-    )
+    ]
+    if launcher == "none":
+        output, results = run_here(tmp_path, *command)
+    else:
+        prefix = TORCHRUN if launcher == "torchrun" else []
+        output, results = run(tmp_path, *prefix, BENCH, *command)
     cases = [costs["case"] for costs in results["layers"]]
     layouts, shapes = ("contiguous", "channels_last"), ("3x9x9", "40x2x2")
     wanted = [(d, layout, shape) for d in dtypes for layout in layouts for shape in shapes]
