@@ -70,8 +70,11 @@ $(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(CPP)
 	$(PYTHON) -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@ $(EXAMPLES)
 
-# The examples need a fifth of these packages.
+# The examples need a fifth of these packages. A clock prints a line every 5 seconds, since pip is
+# silent while it unpacks torch and the compiler runs.
 $(EXAMPLES): pyproject.toml constraints.txt hatch_build.py $(CPP)
-	python3 -m venv $(VENV)
+	@start=$$(date +%s); while sleep 5 && kill -0 $$$$ 2>&-; do \
+		echo "installing: $$(($$(date +%s) - start)) s"; done & \
+	python3 -m venv $(VENV) && \
 	$(PYTHON) -m pip install --progress-bar off -c constraints.txt -e '.[examples]'
 	touch $@

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tests.processes import run_forked
 from tests.transports import ROOT
 
 
@@ -67,14 +68,26 @@ def percentiles(results: Any) -> list[dict[str, float]]:
     return [results] if "median" in results else percentiles(list(results.values()))
 
 
-def run(folder: Path, *command: str) -> tuple[str, dict[str, Any]]:
-    """Run a benchmark; return its output and its results."""
-    with started([sys.executable, "-m", *command], folder) as job:
-        output, errors = job.communicate(timeout=50)
-    assert job.returncode == 0, errors
-    assert max(map(len, output.splitlines())) <= 160
+def read_results(folder: Path) -> dict[str, Any]:
+    """Return the results in the report of a benchmark, after a check of its percentiles."""
     results: dict[str, Any] = json.loads((folder / "report.json").read_text())["results"]
     for found in percentiles(results):
         assert all(map(math.isfinite, found.values()))
         assert found["low"] <= found["median"] <= found["high"]
-    return output, results
+    return results
+
+
+def run(folder: Path, *command: str) -> tuple[str, dict[str, Any]]:
+    """Run a benchmark in a new process; return its output and its results."""
+    with started([sys.executable, "-m", *command], folder) as job:
+        output, errors = job.communicate(timeout=50)
+    assert job.returncode == 0, errors
+    assert max(map(len, output.splitlines())) <= 160
+    return output, read_results(folder)
+
+
+def run_here(folder: Path, *settings: str) -> tuple[str, dict[str, Any]]:
+    """Run a benchmark in a fork of this process, without another import of torch."""
+    done = run_forked("syncbn.cli.bench", [*settings, f"json={folder / 'report.json'}"], ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, read_results(folder)

@@ -1,8 +1,9 @@
-"""A network, its batches and its training, by all ranks or by one process alone."""
+"""A network, its batches and its training, by all ranks or by one process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 _STEPS = 3
+sgd: Callable[..., torch.optim.Optimizer] = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+adam: Callable[..., torch.optim.Optimizer] = partial(torch.optim.Adam, lr=0.1)
 
 
 def network() -> Any:
@@ -33,14 +36,6 @@ def loss(net: Any, x: Tensor) -> Tensor:
     return error.square().mean()
 
 
-def sgd(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
-
-
-def adam(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-    return torch.optim.Adam(parameters, lr=0.1)
-
-
 def train(net: Any, optimizer: torch.optim.Optimizer, take: Callable[[Tensor], Tensor]) -> None:
     """Take some steps, each on a selected part of a batch."""
     for step in range(_STEPS):
@@ -49,7 +44,7 @@ def train(net: Any, optimizer: torch.optim.Optimizer, take: Callable[[Tensor], T
         optimizer.step()
 
 
-def trained_alone(optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer]) -> list[Tensor]:
+def trained_alone(optimizer: Callable[..., torch.optim.Optimizer]) -> list[Tensor]:
     """Return the parameters that one process gets from whole batches."""
     net = network()
     train(net, optimizer(net.parameters()), lambda x: x)

@@ -8,56 +8,27 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
 
-class Own(Function):
-    """Whole batch -> own samples. Its transpose is :class:`Whole`."""
+class _Replicate(Function):
+    """Identity; the gradient is the sum over ranks."""
 
     @staticmethod
-    def forward(ctx: Any, whole: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        ctx.sizes = sizes
-        own: Tensor = whole.split(sizes)[dist.get_rank()]
-        return own.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return Whole.apply(grad, ctx.sizes), None
-
-
-class Whole(Function):
-    """Own samples -> whole batch, on every rank."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        ctx.sizes = sizes
-        whole = own.new_zeros(sum(sizes), *own.shape[1:])
-        whole.split(sizes)[dist.get_rank()].copy_(own)
-        dist.all_reduce(whole)
-        return whole
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return Own.apply(grad, ctx.sizes), None
-
-
-class Everywhere(Function):
-    """A parameter, the same on all ranks. Its gradient is the sum of theirs: :class:`Total`."""
-
-    @staticmethod
-    def forward(ctx: Any, parameter: Tensor) -> Tensor:
-        return parameter.clone()
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        total: Tensor = Total.apply(grad)
+        total: Tensor = _AllReduce.apply(grad)
         return total
 
 
-class Total(Function):
-    """Sum over ranks, on every rank."""
+class _AllReduce(Function):
+    """Sum over ranks, on every rank; the transpose of :class:`_Replicate`."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor) -> Tensor:
@@ -67,5 +38,24 @@ class Total(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        parts: Tensor = Everywhere.apply(grad)
-        return parts
+        return replicate(grad)
+
+
+def replicate(x: Tensor) -> Tensor:
+    """Return a tensor that is the same on all ranks; its gradient is the sum over ranks."""
+    y: Tensor = _Replicate.apply(x)
+    return y
+
+
+def scatter(whole: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Return this rank's samples of a replicated batch."""
+    own: Tensor = replicate(whole).split(sizes)[dist.get_rank()]
+    return own
+
+
+def gather(own: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Return the whole batch, on every rank."""
+    parts = [own.new_zeros(size, *own.shape[1:]) for size in sizes]
+    parts[dist.get_rank()] = own
+    whole: Tensor = _AllReduce.apply(torch.cat(parts))
+    return whole

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -27,20 +26,35 @@ from tests.ecosystem import (
 )
 from tests.ranks import Ranks
 
+#: Options of DDP, a communication hook or None, and the largest error.
+DDP: dict[str, tuple[dict[str, Any], Any, float]] = {
+    "defaults": ({}, None, 1e-12),
+    "small buckets": ({"bucket_cap_mb": 1e-5}, None, 1e-12),
+    "bucket views": ({"gradient_as_bucket_view": True}, None, 1e-12),
+    "static graph": ({"static_graph": True}, None, 1e-12),
+    "all-reduce hook": ({}, default_hooks.allreduce_hook, 1e-12),
+    "float16 hook": ({}, default_hooks.fp16_compress_hook, 2e-3),
+    # torch rejects its own hook on a CPU, by its name.
+    "bfloat16 hook": (
+        {},
+        lambda state, bucket: default_hooks.bf16_compress_hook(state, bucket),
+        2e-2,
+    ),
+}
 
-def _ddp(rank: int, options: dict[str, Any]) -> list[Tensor]:
+
+def _ddp(rank: int, name: str) -> list[Tensor]:
+    options, hook, _ = DDP[name]
     net = DistributedDataParallel(network(), **options)
+    if hook is not None:
+        net.register_comm_hook(None, hook)
     train(net, sgd(net.parameters()), share)
     return values(net)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"bucket_cap_mb": 1e-5}, {"gradient_as_bucket_view": True}, {"static_graph": True}],
-    ids=str,
-)
-def test_data_parallel(three_cpu_ranks: Ranks, options: dict[str, Any]) -> None:
-    compare(three_cpu_ranks.run(_ddp, options), trained_alone(sgd))
+@pytest.mark.parametrize("name", DDP)
+def test_data_parallel(three_cpu_ranks: Ranks, name: str) -> None:
+    compare(three_cpu_ranks.run(_ddp, name), trained_alone(sgd), DDP[name][2])
 
 
 class Branched(nn.Module):
@@ -103,26 +117,6 @@ def test_some_ranks_have_fewer_batches(three_cpu_ranks: Ranks) -> None:
             (loss(net, part) / 3).backward()
         optimizer.step()
     compare(three_cpu_ranks.run(_uneven)[2:], values(net))  # the last rank had them all
-
-
-HOOKS: dict[str, tuple[Callable[..., Any], float]] = {
-    "all_reduce": (default_hooks.allreduce_hook, 1e-12),
-    "float16": (default_hooks.fp16_compress_hook, 2e-3),
-    # By its own name, torch refuses it on a CPU.
-    "bfloat16": (lambda state, bucket: default_hooks.bf16_compress_hook(state, bucket), 2e-2),
-}
-
-
-def _hooked(rank: int, name: str) -> list[Tensor]:
-    net = DistributedDataParallel(network())
-    net.register_comm_hook(None, HOOKS[name][0])
-    train(net, sgd(net.parameters()), share)
-    return values(net)
-
-
-@pytest.mark.parametrize("name", HOOKS)
-def test_communication_hook(three_cpu_ranks: Ranks, name: str) -> None:
-    compare(three_cpu_ranks.run(_hooked, name), trained_alone(sgd), atol=HOOKS[name][1])
 
 
 def _train_a_matrix(net: Any, rows: slice) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.ranks import Pool, Ranks
-from tests.transports import MPIS, SUITE
+from tests.transports import MPIS
 
 
 def _sum(group: Any, value: float) -> float:
@@ -48,7 +48,7 @@ def _number_of_the_next_communicator() -> int:
 
 def _come_and_go(rank: int) -> tuple[int, int]:
     before = _number_of_the_next_communicator()
-    for number in range(50):
+    for number in range(5):
         group: Any = dist.new_group([0, 1, 2])
         tensor = torch.tensor(float(number))
         work: Any = dist.all_reduce(tensor, group=group, async_op=True)
@@ -137,13 +137,12 @@ def _compiled(rank: int) -> list[Tensor]:
     return [output.clone() for output in outputs]
 
 
-# Of one MPI alone: the compiler takes seconds to import on every rank.
-@pytest.mark.parametrize("transport", [name for name in SUITE if name != "mpich"])
-def test_compiled_collectives(pool: Pool, transport: str) -> None:
+def test_compiled_collectives(pool: Pool) -> None:
+    """Over one MPI only: the compiler takes seconds to import on every rank."""
     xs = [torch.arange(3.0), torch.arange(3.0) + 10]
     total, gathered = xs[0] + xs[1], torch.cat([2 * x for x in xs])
     exchanged = [torch.tensor([0.0, 10.0]), torch.tensor([1.0, 2.0, 11.0, 12.0])]
-    for rank, outputs in enumerate(pool(2, transport).run(_compiled)):
+    for rank, outputs in enumerate(pool(2, "openmpi").run(_compiled)):
         expected = [
             total,
             gathered,

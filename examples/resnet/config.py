@@ -74,7 +74,7 @@ class ModelConfig:
     weights: str | None
 
     def __post_init__(self) -> None:
-        _at_least("model.width", self.width, 1)
+        _check_at_least(self, "model.", width=1)
 
 
 @dataclass
@@ -93,11 +93,8 @@ class DataConfig:
     test_fraction: float = 0.2
 
     def __post_init__(self) -> None:
-        _at_least("data.batch_size", self.batch_size, 1)
-        _at_least("data.eval_batch_size", self.eval_batch_size, 1)
-        _at_least("data.workers", self.workers, 0)
-        _at_least("data.image_size", self.image_size, 1)
-        _at_least("data.split_seed", self.split_seed, 0)
+        _check_at_least(self, "data.", batch_size=1, eval_batch_size=1, workers=0)
+        _check_at_least(self, "data.", image_size=1, split_seed=0)
         if not 0 < self.test_fraction < 1:
             raise ValueError(
                 f"data.test_fraction: got {self.test_fraction}, expected within (0, 1)"
@@ -128,7 +125,7 @@ class NormConfig:
                 "or a number of ranks with kind=group, and null with any other kind"
             )
         if isinstance(self.group, int):
-            _at_least("norm.group", self.group, 1)
+            _check_at_least(self, "norm.", group=1)
         elif self.group not in (None, "node"):
             raise ValueError(
                 f"norm.group: got {self.group!r}, expected 'node' or a number of ranks"
@@ -149,11 +146,8 @@ class OptimizerConfig:
     clip_norm: float | None
 
     def __post_init__(self) -> None:
-        _at_least("optimizer.lr", self.lr, 0)
-        _at_least("optimizer.lr_batch", self.lr_batch, 1)
-        _at_least("optimizer.warmup_epochs", self.warmup_epochs, 0)
-        _at_least("optimizer.momentum", self.momentum, 0)
-        _at_least("optimizer.weight_decay", self.weight_decay, 0)
+        _check_at_least(self, "optimizer.", lr=0, lr_batch=1, warmup_epochs=0)
+        _check_at_least(self, "optimizer.", momentum=0, weight_decay=0)
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(
                 f"optimizer.clip_norm: got {self.clip_norm}, expected a positive number, or null "
@@ -181,10 +175,7 @@ class TrainConfig:
     optimizer: OptimizerConfig
 
     def __post_init__(self) -> None:
-        _at_least("seed", self.seed, 0)
-        _at_least("epochs", self.epochs, 1)
-        _at_least("max_steps", self.max_steps, 1)
-        _at_least("log_every", self.log_every, 1)
+        _check_at_least(self, "", seed=0, epochs=1, max_steps=1, log_every=1)
         chosen = self.amp not in (Amp.auto, Amp.off)
         if chosen and self.dtype is not Precision.float32:
             raise ValueError(
@@ -217,7 +208,9 @@ def typed(raw: DictConfig) -> TrainConfig:
     return cfg
 
 
-def _at_least(key: str, value: float | None, low: float) -> None:
-    # `not >=` rather than `<`, so that NaN is refused too.
-    if value is not None and not value >= low:
-        raise ValueError(f"{key}: got {value}, expected at least {low}")
+def _check_at_least(config: object, prefix: str, /, **lows: float) -> None:
+    for name, low in lows.items():
+        value = getattr(config, name)
+        # `not >=` rather than `<`, so that NaN is rejected, too.
+        if value is not None and not value >= low:
+            raise ValueError(f"{prefix}{name}: got {value}, expected at least {low}")

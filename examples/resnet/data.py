@@ -1,6 +1,7 @@
 """From a configuration to the batches of this rank."""
 
 from collections.abc import Iterator
+from itertools import islice
 
 import torch
 from config import DataConfig, Source
@@ -18,10 +19,8 @@ class ResumableSampler(DistributedSampler[int]):
     skip = 0
 
     def __iter__(self) -> Iterator[int]:
-        """Yield this rank's indices after the first ``skip``; the next epoch is whole again."""
-        indices = list(super().__iter__())[self.skip :]
-        self.skip = 0
-        return iter(indices)
+        """Yield this rank's indices after the first ``skip``."""
+        return islice(super().__iter__(), self.skip, None)
 
 
 class TrainBatches:

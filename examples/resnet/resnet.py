@@ -61,10 +61,6 @@ class BasicBlock(nn.Module):
         out: Tensor = self.relu(y + shortcut)
         return out
 
-    def last_norm(self) -> nn.BatchNorm2d:
-        """Return the layer whose zero weight makes the block an identity."""
-        return self.bn2
-
 
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions and a shortcut; ``4 * planes`` output channels."""
@@ -90,10 +86,6 @@ class Bottleneck(nn.Module):
         y = self.bn3(self.conv3(y))
         out: Tensor = self.relu(y + shortcut)
         return out
-
-    def last_norm(self) -> nn.BatchNorm2d:
-        """Return the layer whose zero weight makes the block an identity."""
-        return self.bn3
 
 
 class ResNet(nn.Module):
@@ -157,7 +149,8 @@ class ResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif zero_init_residual and isinstance(module, BasicBlock | Bottleneck):
-                nn.init.zeros_(module.last_norm().weight)
+                last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
+                nn.init.zeros_(last.weight)
 
 
 def _shortcut(inputs: int, outputs: int, stride: int, small_images: bool) -> nn.Module | None:
@@ -166,6 +159,14 @@ def _shortcut(inputs: int, outputs: int, stride: int, small_images: bool) -> nn.
     if small_images:
         return ZeroPadShortcut(outputs - inputs)
     return nn.Sequential(conv1x1(inputs, outputs, stride), nn.BatchNorm2d(outputs))
+
+
+_LAYOUTS: dict[Arch, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
+    Arch.resnet18: (BasicBlock, (2, 2, 2, 2)),
+    Arch.resnet34: (BasicBlock, (3, 4, 6, 3)),
+    Arch.resnet50: (Bottleneck, (3, 4, 6, 3)),
+    Arch.resnet20: (BasicBlock, (3, 3, 3)),
+}
 
 
 def build_resnet(cfg: ModelConfig, channels: int, num_classes: int, seed: int) -> ResNet:
@@ -183,7 +184,7 @@ def build_resnet(cfg: ModelConfig, channels: int, num_classes: int, seed: int) -
     # A fork, so that building a network leaves the caller's random numbers alone.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        block, depths = _layout(cfg.name)
+        block, depths = _LAYOUTS[cfg.name]
         return ResNet(
             block,
             depths,
@@ -193,15 +194,3 @@ def build_resnet(cfg: ModelConfig, channels: int, num_classes: int, seed: int) -
             small_images=cfg.name is Arch.resnet20,
             zero_init_residual=cfg.zero_init_residual,
         )
-
-
-def _layout(arch: Arch) -> tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]:
-    match arch:
-        case Arch.resnet18:
-            return BasicBlock, (2, 2, 2, 2)
-        case Arch.resnet34:
-            return BasicBlock, (3, 4, 6, 3)
-        case Arch.resnet50:
-            return Bottleneck, (3, 4, 6, 3)
-        case Arch.resnet20:
-            return BasicBlock, (3, 3, 3)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import TypeAlias, cast
+from itertools import product
+from typing import cast
 
 import torch
 import torch._inductor.config as inductor
@@ -14,12 +14,11 @@ from torch import nn
 from syncbn.bench.networks import resnet20, training_step
 from syncbn.bench.ranks import init_world, use_gpu
 from syncbn.bench.report import Benchmark, Report, Table
-from syncbn.bench.timing import MILLISECOND, PERCENTILES, Percentiles, interleave, synchronized
+from syncbn.bench.timing import MILLISECOND, PERCENTILES, Percentiles, cpu_clock, synchronized
 from syncbn.nn.module import convert_sync_batchnorm
 
 _BASELINE, _OURS = "nn.BatchNorm2d", "ours"
 _STEPS = 9
-_Maker: TypeAlias = "Callable[[], nn.Module]"
 
 
 @dataclass(frozen=True)
@@ -56,27 +55,27 @@ class CompileTime(Benchmark):
         """Measure."""
         world = init_world(self.device, self.threads)
         makers = {_BASELINE: resnet20, _OURS: lambda: convert_sync_batchnorm(resnet20())}
-        compiles = {n: partial(self._first_step, m, world.device) for n, m in makers.items()}
+        firsts: dict[str, list[float]] = {norm: [] for norm in makers}
+        steps: dict[str, list[float]] = {norm: [] for norm in makers}
         with inductor.patch(force_disable_caches=True):
-            firsts = interleave(compiles, self.rounds, warm_up=1)
-        steps = {n: self._compiled_step(make, world.device) for n, make in makers.items()}
-        timed = {n: synchronized(step, world.device) for n, step in steps.items()}
-        times = interleave(timed, _STEPS)
+            for _, (norm, make) in product(range(1 + self.rounds), makers.items()):
+                torch._dynamo.reset()
+                step = self._prepare_step(make(), world.device)
+                firsts[norm].append(cpu_clock(step))
+                steps[norm] += [cpu_clock(step) for _ in range(_STEPS)]
+        # The first round warms up.
+        first = {norm: torch.tensor(times[1:]).double() for norm, times in firsts.items()}
         costs = []
-        for norm, first in firsts.items():
-            seconds = first, first / firsts[_BASELINE], times[norm]
-            costs.append(CompileCost(norm, *map(Percentiles.of, seconds)))
+        for norm, times in steps.items():
+            seconds = first[norm], first[norm] / first[_BASELINE], torch.tensor(times[_STEPS:])
+            costs.append(CompileCost(norm, *(Percentiles.of(t.double()) for t in seconds)))
         return Report(world.facts, [self._table(costs)], {"costs": costs})
 
-    def _compiled_step(self, make: _Maker, device: torch.device) -> Callable[[], None]:
+    def _prepare_step(self, net: nn.Module, device: torch.device) -> Callable[[], object]:
         torch.manual_seed(0)
         images = torch.randn(self.batch, 3, self.size, self.size, device=device)
-        net = torch.compile(make().to(device), fullgraph=True, backend=self.backend)
-        return training_step(cast(nn.Module, net), images)
-
-    def _first_step(self, make: _Maker, device: torch.device) -> None:
-        torch._dynamo.reset()
-        self._compiled_step(make, device)()
+        compiled = torch.compile(net.to(device), fullgraph=True, backend=self.backend)
+        return synchronized(training_step(cast(nn.Module, compiled), images), device)
 
     def _table(self, costs: list[CompileCost]) -> Table:
         rows = [

@@ -28,63 +28,40 @@ class _PaddedShortcut(nn.Module):
 
 
 class _Block(nn.Module):
-    """Two convolutions and a shortcut without parameters."""
+    """Convolutions with batch norms, and a shortcut."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, main: list[nn.Module], shortcut: nn.Module) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, outputs // inputs, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Identity() if inputs == outputs else _PaddedShortcut(outputs - inputs)
+        self.main, self.shortcut = nn.Sequential(*main), shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        return F.relu(y + self.shortcut(x))
-
-
-class _Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions, and a shortcut."""
-
-    def __init__(self, inputs: int, width: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, width, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, outputs, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(outputs)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or inputs != outputs:
-            self.shortcut.append(nn.Conv2d(inputs, outputs, 1, stride, bias=False))
-            self.shortcut.append(nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        y = F.relu(self.bn2(self.conv2(y)), inplace=True)
-        y = self.bn3(self.conv3(y))
-        return F.relu(y + self.shortcut(x), inplace=True)
+        shortcut = self.shortcut(x)
+        return F.relu(self.main(x) + shortcut, inplace=True)
 
 
 def resnet20() -> nn.Module:
     """Return ResNet-20 (section 4.2) for 32x32 images and 10 classes, with 19 batch norms."""
-    stem = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
-    widths = [16, 16, 16, 16, 32, 32, 32, 64, 64, 64]
-    blocks = [_Block(*pair) for pair in pairwise(widths)]
-    return nn.Sequential(*stem, *blocks, *_head(64, 10))
+    blocks = [*_conv(3, 16, 3), nn.ReLU(inplace=True)]
+    for inputs, width in pairwise([16, 16, 16, 16, 32, 32, 32, 64, 64, 64]):
+        shortcut = nn.Identity() if inputs == width else _PaddedShortcut(width - inputs)
+        main = [*_conv(inputs, width, 3, width // inputs), nn.ReLU(inplace=True)]
+        blocks.append(_Block([*main, *_conv(width, width, 3)], shortcut))
+    return nn.Sequential(*blocks, *_head(64, 10))
 
 
 def resnet50() -> nn.Module:
     """Return ResNet-50 (table 1; stride in the 3x3 convolution), with 53 batch norms."""
-    stem = nn.Conv2d(3, 64, 7, 2, padding=3, bias=False), nn.BatchNorm2d(64)
-    blocks: list[nn.Module] = [nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1)]
+    blocks = [*_conv(3, 64, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1)]
     inputs = 64
     for width, count in {64: 3, 128: 4, 256: 6, 512: 3}.items():
         for block in range(count):
-            stride = 2 if width > 64 and block == 0 else 1
-            blocks.append(_Bottleneck(inputs, width, 4 * width, stride))
-            inputs = 4 * width
-    return nn.Sequential(*stem, *blocks, *_head(inputs, 1000))
+            stride, outputs = 2 if width > 64 and block == 0 else 1, 4 * width
+            main = [*_conv(inputs, width, 1), nn.ReLU(inplace=True)]
+            main += [*_conv(width, width, 3, stride), nn.ReLU(inplace=True)]
+            projection = _conv(inputs, outputs, 1, stride) if block == 0 else [nn.Identity()]
+            blocks.append(_Block([*main, *_conv(width, outputs, 1)], nn.Sequential(*projection)))
+            inputs = outputs
+    return nn.Sequential(*blocks, *_head(inputs, 1000))
 
 
 def training_step(
@@ -108,6 +85,11 @@ def training_step(
         optimizer.zero_grad()
 
     return step
+
+
+def _conv(inputs: int, outputs: int, size: int, stride: int = 1) -> list[nn.Module]:
+    conv = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
+    return [conv, nn.BatchNorm2d(outputs)]
 
 
 def _head(inputs: int, classes: int) -> list[nn.Module]:

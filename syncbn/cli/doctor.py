@@ -62,24 +62,19 @@ def mpi() -> dict[str, str]:
     """Return library, thread level and CUDA support of MPI; starts MPI."""
     from syncbn.distributed.mpi import MPI, VERSION, is_cuda_aware
 
-    levels = {
-        MPI.THREAD_SINGLE: "single",
-        MPI.THREAD_FUNNELED: "funneled",
-        MPI.THREAD_SERIALIZED: "serialized",
-        MPI.THREAD_MULTIPLE: "multiple",
-    }
+    levels = ("single", "funneled", "serialized", "multiple")
+    numbers = {getattr(MPI, f"THREAD_{level.upper()}"): level for level in levels}
+    memory = "device pointers (CUDA-aware)" if is_cuda_aware() else "staged through host memory"
     return {
         "MPI library": VERSION,
-        "MPI thread level": levels[MPI.Query_thread()],
-        "CUDA tensors over MPI": (
-            "device pointers (CUDA-aware)" if is_cuda_aware() else "staged through host memory"
-        ),
+        "MPI thread level": numbers[MPI.Query_thread()],
+        "CUDA tensors over MPI": memory,
     }
 
 
-def rank_report(info: syncbn.RankInfo) -> dict[str, Any]:
-    """Return host, device and all-reduce time of this rank; collective."""
-    return {
+def report(info: syncbn.RankInfo) -> dict[str, Any]:
+    """Return the whole report, the same on every rank."""
+    rank = {
         "rank": info.rank,
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -87,11 +82,7 @@ def rank_report(info: syncbn.RankInfo) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "all_reduce_us": _all_reduce_microseconds(info.device),
     }
-
-
-def report(info: syncbn.RankInfo) -> dict[str, Any]:
-    """Return the whole report, the same on every rank."""
-    ranks = all_gather_objects(rank_report(info))
+    ranks = all_gather_objects(rank)
     backend = dist.get_backend()
     return {
         "installation": {**installation(), **(mpi() if backend == "mpi4py" else {})},
@@ -146,11 +137,15 @@ def main(config: DictConfig) -> None:
     """Print the report on rank 0, and write it to the file of ``json=``."""
     info = syncbn.init_process_group(config.backend)
     path = None if config.json is None else Path(config.json)
-    problem = _output_problem(path) if info.rank == 0 else None
-    if any(all_gather_objects(problem)):
+    is_wrong = False
+    try:
+        if path is not None and info.rank == 0:
+            require_file(path)
+    except ValueError as error:
+        is_wrong = True
+        sys.stderr.write(f"syncbn-doctor: json: {error}\n")
+    if any(all_gather_objects(is_wrong)):
         dist.destroy_process_group()
-        if problem is not None:
-            sys.stderr.write(f"syncbn-doctor: {problem}\n")
         sys.exit(_WRONG_USE)
     result = report(info)
     if info.rank == 0:
@@ -159,16 +154,6 @@ def main(config: DictConfig) -> None:
             with deferred_termination(), atomic_write(path) as file:
                 file.write((json.dumps(result, indent=2) + "\n").encode())
     dist.destroy_process_group()
-
-
-def _output_problem(path: Path | None) -> str | None:
-    """Return the reason why a file cannot be written, or None."""
-    try:
-        if path is not None:
-            require_file(path)
-    except ValueError as error:
-        return f"json: {error}"
-    return None
 
 
 if __name__ == "__main__":

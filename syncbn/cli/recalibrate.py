@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,13 +47,13 @@ def run(config: DictConfig, info: syncbn.RankInfo) -> None:
         RuntimeError: another rank has failed.
     """
     ranks = Ranks(active_group(None), info.device)
-    checkpoint = ranks.run_on_all_ranks(lambda: open_checkpoint(config))
-    model = ranks.run_on_all_ranks(lambda: make_model(config))
-    state = ranks.run_on_all_ranks(lambda: load_weights(checkpoint, model, config))
+    checkpoint = ranks.run_on_all_ranks(lambda: _open_checkpoint(config))
+    model = ranks.run_on_all_ranks(lambda: _make_model(config))
+    state = ranks.run_on_all_ranks(lambda: _load_weights(checkpoint, model, config))
     model.to(info.device)
     batches = ranks.run_on_all_ranks(lambda: instantiate(config.data))
     measure = ranks.run_on_all_ranks(
-        lambda: make_measurement(config, model, batches, ranks, info.device)
+        lambda: _make_measurement(config, model, batches, ranks, info.device)
     )
     layers, skip = ranks.run_on_all_ranks(
         lambda: (_get_names(config, "layers"), _get_names(config, "skip"))
@@ -77,31 +77,21 @@ def run(config: DictConfig, info: syncbn.RankInfo) -> None:
     def finish() -> None:
         if info.rank == 0:
             with deferred_termination():
-                write_files(config, report, checkpoint, state, model)
+                _write_files(config, report, checkpoint, state, model)
 
     ranks.run_on_all_ranks(finish, "the output")
 
 
-def open_checkpoint(config: DictConfig) -> Checkpoint:
-    """Read the checkpoint and check the names of all output files.
-
-    Raises:
-        ValueError: the checkpoint cannot be read, or an output file is rejected.
-    """
+def _open_checkpoint(config: DictConfig) -> Checkpoint:
+    """Read the checkpoint and check the names of all output files."""
     source = Path(config.checkpoint)
     checkpoint = read_checkpoint(source)
-    if config.output is not None:
-        require_output(source, Path(config.output), config.overwrite)
-    elif not config.dry_run:
-        raise ValueError("got no output=; expected the file to write, or dry_run=true")
-    _check_report_files(config, source)
-    return checkpoint
-
-
-def _check_report_files(config: DictConfig, source: Path) -> None:
     taken = {source.resolve(): "checkpoint"}
     if config.output is not None:
+        require_output(source, Path(config.output), config.overwrite)
         taken[Path(config.output).resolve()] = "output"
+    elif not config.dry_run:
+        raise ValueError("got no output=; expected the file to write, or dry_run=true")
     for name in _REPORTS:
         if config[name] is None:
             continue
@@ -111,43 +101,31 @@ def _check_report_files(config: DictConfig, source: Path) -> None:
             raise ValueError(f"{name}: got {path}, which is the {other}; expected another file")
     if config.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("plot: needs matplotlib: pip install matplotlib")
+    return checkpoint
 
 
-def make_model(config: DictConfig) -> nn.Module:
-    """Return the network of the setting ``model``, in evaluation mode.
-
-    Raises:
-        ValueError: the setting makes no module.
-    """
+def _make_model(config: DictConfig) -> nn.Module:
+    """Return the network of the setting ``model``, in evaluation mode."""
     model: Any = instantiate(config.model)
     if not isinstance(model, nn.Module):
         raise ValueError(f"model: got a {type(model).__name__}; expected a torch.nn.Module")
     return model.eval()
 
 
-def load_weights(checkpoint: Checkpoint, model: nn.Module, config: DictConfig) -> StateDict:
-    """Load the weights into the network and return their state dict.
-
-    Raises:
-        ValueError: no state dict in the checkpoint fits.
-    """
+def _load_weights(checkpoint: Checkpoint, model: nn.Module, config: DictConfig) -> StateDict:
     state = checkpoint.find(model, config.state_dict)
     state.load_into(model)
     return state
 
 
 def _get_names(config: DictConfig, setting: str) -> list[str] | None:
-    """Return the names in a setting: None, one name or a list.
-
-    Raises:
-        ValueError: YAML parsed a name as a number and lost digits, such as 3.10.
-    """
+    """Return the names in a setting: None, one name or a list."""
     value = config[setting]
     if value is None:
         return None
     names = list(value) if isinstance(value, ListConfig) else [value]
     for name in names:
-        if isinstance(name, float):
+        if isinstance(name, float):  # YAML has lost digits, such as of 3.10
             raise ValueError(
                 f"{setting}: got the number {name}; expected names, in quotes if they look like "
                 f"numbers: '{setting}=[\"3.10\"]'"
@@ -155,14 +133,10 @@ def _get_names(config: DictConfig, setting: str) -> list[str] | None:
     return [str(name) for name in names]  # the children of nn.Sequential are integers
 
 
-def make_measurement(
+def _make_measurement(
     config: DictConfig, model: nn.Module, batches: Any, ranks: Ranks, device: torch.device
 ) -> Callable[[], dict[str, float]]:
-    """Return a function that evaluates ``metric``; an empty result if ``evaluate`` is false.
-
-    Raises:
-        ValueError: the batches for the evaluation are one-shot.
-    """
+    """Return a function that evaluates ``metric``; an empty result if ``evaluate`` is false."""
     if not config.evaluate:
         return dict
     metric = instantiate(config.metric)
@@ -175,42 +149,31 @@ def make_measurement(
     return lambda: evaluate(model, chosen, metric, ranks, device)
 
 
-def write_files(
+def _write_files(
     config: DictConfig,
     report: syncbn.CalibrationReport,
     checkpoint: Checkpoint,
     state: StateDict,
     model: nn.Module,
 ) -> None:
-    """Write all output files of the settings, the checkpoint last.
+    """Write all output files of the settings, the checkpoint last."""
 
-    Raises:
-        ValueError: a file cannot be written.
-    """
-    with _output_file(config.report) as path:
-        if path is not None:
-            report.save(path)
-    with _output_file(config.plot) as path:
-        if path is not None:
-            report.plot(path)
-    with _output_file(config.between) as path:
-        if path is not None:
-            with atomic_write(path) as file:
-                torch.save(report.between(), file)
+    def save_between(path: Path) -> None:
+        with atomic_write(path) as file:
+            torch.save(report.between(), file)
+
+    writers = {"report": report.save, "plot": report.plot, "between": save_between}
     if not config.dry_run:
         state.replace_running_stats(model)
-        with _output_file(config.output) as path:
-            assert path is not None
-            checkpoint.write(path, config.overwrite)
+        writers["output"] = partial(checkpoint.write, overwrite=config.overwrite)
+    for name, write in writers.items():
+        if (path := config[name]) is not None:
+            try:
+                write(Path(path))
+            except (OSError, RuntimeError, ImportError) as error:  # torch raises RuntimeError
+                raise ValueError(f"{path}: cannot be written: {error}") from error
+    if not config.dry_run:
         print(escape_controls(f"written: {config.output} ({state.describe()})"))
-
-
-@contextmanager
-def _output_file(path: str | None) -> Iterator[Path | None]:
-    try:
-        yield None if path is None else Path(path)
-    except (OSError, RuntimeError, ImportError) as error:  # torch's writer raises RuntimeError
-        raise ValueError(f"{path}: cannot be written: {error}") from error
 
 
 def add_to_path(folder: Path) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TypeVar
 
 from torch import nn
@@ -33,13 +32,14 @@ def convert_inference(model: M, make_rule: Callable[[BNLayer], EvalStatistics | 
     """
     rules: list[tuple[_BatchNorm, EvalStatistics]] = []
     left_alone: list[str] = []
-    for layer in find_layers(model):
+    layers = find_layers(model)
+    for layer in layers:
         if _overrides_forward(layer.module):
             left_alone.append(f"{layer.name} ({type(layer.module).__qualname__})")
         elif (rule := make_rule(layer)) is not None:
             rule.layer_name = layer.name
             rules.append((layer.module, rule))
-    if left_alone and not rules:
+    if len(left_alone) == len(layers):
         raise ValueError(
             f"all layers override forward: {', '.join(left_alone)}; expected one that normalizes "
             "as torch's do"
@@ -65,15 +65,6 @@ def revert_inference(model: M) -> M:
         if isinstance(module, EvalStatisticsMixin) and change_class(module, base_class):
             del module._syncbn_rule
     return model
-
-
-@contextmanager
-def reverted_after(model: nn.Module) -> Iterator[None]:
-    """Remove the inference rules of a model at the end of the body."""
-    try:
-        yield
-    finally:
-        revert_inference(model)
 
 
 def _overrides_forward(module: _BatchNorm) -> bool:

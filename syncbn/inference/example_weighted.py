@@ -10,7 +10,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from syncbn.calibration import CalibrationReport
-from syncbn.inference.convert import convert_inference, reverted_after
+from syncbn.inference.convert import convert_inference, revert_inference
 from syncbn.inference.rule import EvalStatistics
 from syncbn.nn.bn_layers import BNLayer
 from syncbn.nn.sample_stats import sample_stats
@@ -62,8 +62,10 @@ def example_weighted(
         E[m_j^2] = mean^2 + s^2 for j != i give the formulas above.
     """
     convert_example_weighted(model, batch_size, between)
-    with reverted_after(model):
+    try:
         yield
+    finally:
+        revert_inference(model)
 
 
 def convert_example_weighted(
@@ -87,7 +89,9 @@ def convert_example_weighted(
     def make_rule(layer: BNLayer) -> EvalStatistics | None:
         if layer.name in excluded:
             return None
-        return ExampleWeighted(batch_size, _check_between(values.get(layer.name), layer))
+        checked = _check_between(values.get(layer.name), layer)
+        # An infinite batch is plain evaluation.
+        return None if math.isinf(batch_size) else ExampleWeighted(batch_size, checked)
 
     return convert_inference(model, make_rule)
 
@@ -106,11 +110,6 @@ class ExampleWeighted(EvalStatistics):
         super().__init__()
         self.batch_size = batch_size
         self.register_buffer("between", between, persistent=False)
-
-    @property
-    def is_evaluation(self) -> bool:
-        """True for an infinite batch size, in which a sample has no weight."""
-        return math.isinf(self.batch_size)
 
     def statistics(self, layer: BNLayer, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the expected mean and variance for each sample, float64 ``[N, C]``."""

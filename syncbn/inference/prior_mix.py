@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.distributed.collectives import active_group, differentiable_all_reduce
-from syncbn.inference.convert import convert_inference, reverted_after
+from syncbn.inference.convert import convert_inference, revert_inference
 from syncbn.inference.rule import EvalStatistics
 from syncbn.moments import Moments, get_packed_size
 from syncbn.nn.bn_layers import BNLayer
@@ -56,8 +56,10 @@ def prior_mix(model: nn.Module, pseudo_samples: float) -> Iterator[None]:
         adaptation", 2020, arXiv:2006.16971, section 3.
     """
     convert_prior_mix(model, pseudo_samples)
-    with reverted_after(model):
+    try:
         yield
+    finally:
+        revert_inference(model)
 
 
 def convert_prior_mix(model: M, pseudo_samples: float) -> M:
@@ -71,7 +73,8 @@ def convert_prior_mix(model: M, pseudo_samples: float) -> M:
     """
     if not pseudo_samples >= 0:
         raise ValueError(f"got pseudo_samples={pseudo_samples}; expected 0 or more")
-    return convert_inference(model, lambda layer: PriorMix(pseudo_samples))
+    is_plain = math.isinf(pseudo_samples)
+    return convert_inference(model, lambda _: None if is_plain else PriorMix(pseudo_samples))
 
 
 class PriorMix(EvalStatistics):
@@ -84,11 +87,6 @@ class PriorMix(EvalStatistics):
     def __init__(self, pseudo_samples: float) -> None:
         super().__init__()
         self.pseudo_samples = pseudo_samples
-
-    @property
-    def is_evaluation(self) -> bool:
-        """True for an infinite weight of the running statistics."""
-        return math.isinf(self.pseudo_samples)
 
     def statistics(self, layer: BNLayer, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mixed mean and variance, float64 ``[1, C]``."""

@@ -32,11 +32,6 @@ class EvalStatistics(nn.Module, ABC):
 
     layer_name: str = ""
 
-    @property
-    @abstractmethod
-    def is_evaluation(self) -> bool:
-        """True if the statistics are the running ones for any input."""
-
     @abstractmethod
     def statistics(self, layer: BNLayer, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and the variance for an input, float64 ``[1, C]`` or ``[N, C]``.
@@ -66,7 +61,7 @@ class EvalStatisticsMixin(_BatchNorm):
         """
         if isinstance(input, Proxy):
             return cast(Tensor, record_call(self, input, residual, mask))
-        if self.training or self._syncbn_rule.is_evaluation:
+        if self.training:
             optional = {"residual": residual, "mask": mask}
             return super().forward(input, **{k: v for k, v in optional.items() if v is not None})
         if mask is not None:
@@ -87,16 +82,6 @@ class EvalStatisticsMixin(_BatchNorm):
         y = torch.addcmul(shift, input - pivot, scale).to(input.dtype)
         relu = getattr(self, "_syncbn_activation", None) is not None
         return add_residual_relu(y, residual, relu, None)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        # Old pickles have the rule under another name.
-        modules = state["_modules"]
-        if (
-            isinstance(modules.get("inference_rule"), EvalStatistics)
-            and "_syncbn_rule" not in modules
-        ):
-            modules["_syncbn_rule"] = modules.pop("inference_rule")
-        super().__setstate__(state)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The derived class cannot be imported by name, so it is derived again from its base class.

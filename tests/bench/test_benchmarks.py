@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import run
+from tests.commands import run, run_here
 from tests.kernel_cases import device_of, needs_cpp
 
 BENCH = "syncbn.cli.bench"
@@ -24,14 +24,17 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 def test_layers(launcher: str, kernel: str, tmp_path: Path) -> None:
     ranks = 1 if launcher == "none" else 2
     dtypes = ["float32", "bfloat16"] if launcher == "none" else ["float32"]
-    output, results = run(
-        tmp_path,
-        *(TORCHRUN if launcher == "torchrun" else []),
-        *(BENCH, "layers", "shapes=[3x9x9,40x2x2]", "batch=3", "rounds=2", f"kernels=[{kernel}]"),
+    command = [
+        *("layers", "shapes=[3x9x9,40x2x2]", "batch=3", "rounds=2", f"kernels=[{kernel}]"),
         *(["ranks=2"] if launcher == "mpirun" else []),
         f"dtypes=[{','.join(dtypes)}]",
         f"png={tmp_path / 'report.png'}",
-    )
+    ]
+    if launcher == "none":
+        output, results = run_here(tmp_path, *command)
+    else:
+        prefix = TORCHRUN if launcher == "torchrun" else []
+        output, results = run(tmp_path, *prefix, BENCH, *command)
     cases = [costs["case"] for costs in results["layers"]]
     layouts, shapes = ("contiguous", "channels_last"), ("3x9x9", "40x2x2")
     wanted = [(d, layout, shape) for d in dtypes for layout in layouts for shape in shapes]
@@ -63,11 +66,9 @@ def test_layers(launcher: str, kernel: str, tmp_path: Path) -> None:
     ("kernel", "dtype"), [("triton", "float32"), ("auto", "float64"), ("auto", "float16")]
 )
 def test_layers_for_kernels_and_dtypes(kernel: str, dtype: str, tmp_path: Path) -> None:
-    settings = ["shapes=[3x9x9]", "batch=3", "rounds=1", f"dtypes=[{dtype}]", "threads=2"]
-    device = device_of(kernel)
-    output, results = run(
-        tmp_path, BENCH, "layers", *settings, f"kernels=[{kernel}]", f"device={device}"
-    )
+    settings = ["shapes=[3x9x9]", "batch=3", "rounds=1", f"dtypes=[{dtype}]"]
+    device = f"device={device_of(kernel)}"
+    output, results = run_here(tmp_path, "layers", *settings, f"kernels=[{kernel}]", device)
     assert f"Kernel {kernel}, channels_last, {dtype}: % of" in output
     assert [costs["kernel"] for costs in results["kernels"]] == [kernel] * 2
 
@@ -75,7 +76,8 @@ def test_layers_for_kernels_and_dtypes(kernel: str, dtype: str, tmp_path: Path) 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_model(ranks: int, tmp_path: Path) -> None:
     settings = ["batch=2", "size=32", "steps=2", "dtype=bfloat16", "layout=channels_last"]
-    output, results = run(tmp_path, BENCH, "model", f"ranks={ranks}", "network=resnet20", *settings)
+    command = ["model", f"ranks={ranks}", "network=resnet20", *settings, "threads=1"]
+    output, results = run(tmp_path, BENCH, *command) if ranks > 1 else run_here(tmp_path, *command)
     names = ["no batch norm", "nn.BatchNorm2d", "ours", "ours, fused"]
     names += ["ours, 2 ranks", "ours, 2 ranks, fused"] if ranks == 2 else []
     assert [step["norm"] for step in results["steps"]] == names
@@ -88,6 +90,7 @@ def test_model(ranks: int, tmp_path: Path) -> None:
 @pytest.mark.timeout(120)
 def test_compile(tmp_path: Path) -> None:
     settings = ["backend=aot_eager", "batch=2", "size=8", "rounds=1"]
+    # In a new process, because torch's compiler warns.
     output, results = run(tmp_path, BENCH, "compile", *settings)
     baseline, ours = results["costs"]
     assert [baseline["norm"], ours["norm"]] == ["nn.BatchNorm2d", "ours"]
@@ -99,7 +102,7 @@ def test_compile(tmp_path: Path) -> None:
 
 def test_calibration(tmp_path: Path) -> None:
     settings = ["sizes=[8,16]", "samples=[6,2]", "batches=[1,4]", "repeats=2"]
-    output, results = run(tmp_path, BENCH, "calibration", *settings, "sequential_repeats=1")
+    output, results = run_here(tmp_path, "calibration", *settings, "sequential_repeats=1")
     assert "8x8, lockstep, batch 4" in output
     assert results["layers"] == 19
     costs = results["costs"]

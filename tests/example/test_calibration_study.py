@@ -47,7 +47,7 @@ def test_only_lockstep_does_not_depend_on_the_batch_size(
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-def test_distance_is_that_of_the_formula() -> None:
+def test_distance_equals_the_formula() -> None:
     exact = nn.BatchNorm2d(2, eps=0.0)
     net = copy.deepcopy(exact)
     assert distance(net, exact) == 0
@@ -70,9 +70,8 @@ def test_mixing_is_off_after_the_test(net: nn.Module, data: tuple[Labelled, Labe
     found = study.compare_on_corrupted(net, data[1], noise, (0.0, 3.0))
     assert [robustness.strength for robustness in found] == [0.0, 3.0]
     assert all(0 <= r.plain <= 1 and 0 <= r.mixed <= 1 for r in found)
-    assert {type(module) for module in net.modules() if isinstance(module, nn.BatchNorm2d)} == {
-        nn.BatchNorm2d
-    }
+    kinds = {type(module) for module in net.modules() if isinstance(module, nn.BatchNorm2d)}
+    assert kinds == {nn.BatchNorm2d}
 
 
 def test_table_and_picture(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A resumed run is the uninterrupted one, and files that do not fit are refused."""
+"""A resumed run equals the uninterrupted one; mismatched files are rejected."""
 
 from __future__ import annotations
 
@@ -11,28 +11,15 @@ from typing import Any
 import pytest
 import storage
 import torch
-from config import Arch, ModelConfig, TrainConfig
+from config import Arch, ModelConfig
 from resnet import build_resnet
 from torch import Tensor
-from train import fit
 from weights import load_weights
 
-import syncbn
-from tests.example.support import (
-    TINY,
-    checkpoint,
-    composed,
-    entries,
-    fit_error,
-    fit_rank,
-    group_of_one,
-)
+from tests.disk import almost_full
+from tests.example.support import Train, checkpoint, entries, fit_errors, fit_rank, tiny
 from tests.processes import run
 from tests.ranks import Ranks
-
-
-def job(run: Path, *overrides: str) -> TrainConfig:
-    return composed(*TINY, f"run_dir={run}", *overrides)
 
 
 def assert_equal(got: Any, expected: Any) -> None:
@@ -61,120 +48,100 @@ def timeless(run: Path) -> list[dict[str, object]]:
     ]
 
 
-@pytest.mark.parametrize("stop", [5, 7])
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
-    two_ranks: Ranks, tmp_path: Path, stop: int
+    two_ranks: Ranks, tmp_path: Path
 ) -> None:
     """Two ranks with local statistics, stopped after an epoch of five steps, and within."""
-    whole, part = tmp_path / "whole", tmp_path / "part"
+    whole = tmp_path / "whole"
     common = ["norm=local", "optimizer.clip_norm=1"]
-    two_ranks.run(
-        fit_rank,
-        job(whole, "max_steps=10", *common),
-        job(part, f"max_steps={stop}", *common),
-        job(part, "max_steps=10", "resume=auto", *common),
-    )
-    got, expected = checkpoint(part), checkpoint(whole)
-    extra = [entry for entry in timeless(part) if entry not in timeless(whole)]
-    assert [entry for entry in timeless(part) if entry not in extra] == timeless(whole)
-    if stop == 7:
-        # The run that stopped there evaluated there, which may have been its best.
-        assert [(entry["kind"], entry["step"]) for entry in extra] == [("epoch", 7)]
-        assert got.pop("best_accuracy") >= expected.pop("best_accuracy")
-    else:
-        assert extra == []
-    assert_equal(got, expected)
-    # The network draws nothing; dropout, were there any, would differ between ranks.
-    for rank, saved in enumerate(got["ranks"]):
-        assert torch.equal(saved["rng"], torch.Generator().manual_seed(rank).get_state())
+    cfgs = [tiny(f"run_dir={whole}", "max_steps=10", *common)]
+    for stop in (5, 7):
+        folder = [f"run_dir={tmp_path / str(stop)}", *common]
+        cfgs += [tiny(*folder, f"max_steps={stop}"), tiny(*folder, "max_steps=10", "resume=auto")]
+    two_ranks.run(fit_rank, *cfgs)
+    for stop in (5, 7):
+        part, expected = tmp_path / str(stop), checkpoint(whole)
+        got = checkpoint(part)
+        extra = [entry for entry in timeless(part) if entry not in timeless(whole)]
+        assert [entry for entry in timeless(part) if entry not in extra] == timeless(whole)
+        # The run that stopped within an epoch evaluated there, possibly its best.
+        assert [(entry["kind"], entry["step"]) for entry in extra] == [("epoch", 7)] * (stop == 7)
+        if stop == 7:
+            assert got.pop("best_accuracy") >= expected.pop("best_accuracy")
+        assert_equal(got, expected)
+        # The network draws no random numbers; dropout would, and must differ between ranks.
+        for rank, saved in enumerate(got["ranks"]):
+            assert torch.equal(saved["rng"], torch.Generator().manual_seed(rank).get_state())
 
 
-def test_resume_with_amp_restores_the_gradient_scaler(
-    alone: syncbn.RankInfo, tmp_path: Path
-) -> None:
+def test_resume_with_amp_restores_the_gradient_scaler(train: Train, tmp_path: Path) -> None:
     whole, part = tmp_path / "whole", tmp_path / "part"
     common = ["amp=float16", "data.batch_size=700"]
-    fit(job(whole, "max_steps=3", *common), alone)
-    fit(job(part, "max_steps=2", *common), alone)
-    fit(job(part, "max_steps=3", f"resume={part / 'last.pt'}", *common), alone)
+    train(f"run_dir={whole}", "max_steps=3", *common)
+    train(f"run_dir={part}", "max_steps=2", *common)
+    train(f"run_dir={part}", "max_steps=3", f"resume={part / 'last.pt'}", *common)
     got, expected = checkpoint(part), checkpoint(whole)
     assert expected["scaler"]["_growth_tracker"] == 3
     assert got.pop("best_accuracy") >= expected.pop("best_accuracy")
     assert_equal(got, expected)
 
 
-def test_new_hyper_parameters_hold_after_a_resume(alone: syncbn.RankInfo, tmp_path: Path) -> None:
-    """torch would restore the checkpoint's values and ignore the command line."""
-    fit(job(tmp_path, "max_steps=1"), alone)
-    fit(job(tmp_path, "max_steps=2", "resume=auto", "optimizer.weight_decay=0.25"), alone)
+def test_a_resume_restores_random_numbers_but_no_hyper_parameters(
+    train: Train, tmp_path: Path
+) -> None:
+    """torch would restore the checkpoint's weight decay and ignore the command line."""
+    train(f"run_dir={tmp_path}", "max_steps=1", "seed=5")
+    expected = torch.get_rng_state()
+    new = ["max_steps=2", "seed=6", "optimizer.weight_decay=0.25"]
+    train(f"run_dir={tmp_path}", "resume=auto", *new)
+    assert torch.equal(torch.get_rng_state(), expected)
     groups = checkpoint(tmp_path)["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.25, 0.0]
 
 
-def test_random_numbers_go_on_where_they_stopped(tmp_path: Path) -> None:
-    with group_of_one() as info:
-        fit(job(tmp_path, "max_steps=1", "seed=5"), info)
-        expected = torch.get_rng_state()
-    torch.manual_seed(1)
-    with group_of_one() as info:
-        fit(job(tmp_path, "max_steps=1", "seed=6", "resume=auto"), info)
-    assert torch.equal(torch.get_rng_state(), expected)
-
-
-def test_checkpoints_that_do_not_fit_are_errors_on_every_rank(
-    two_ranks: Ranks, tmp_path: Path
-) -> None:
-    """Each ends at once with one message for all ranks, also if one rank alone cannot go on."""
-    run, other, text = tmp_path / "run", tmp_path / "other", tmp_path / "text.pt"
-    two_ranks.run(fit_rank, job(run, "max_steps=1"))
+def test_mismatched_checkpoints_are_errors_on_every_rank(two_ranks: Ranks, tmp_path: Path) -> None:
+    """Each ends at once with one message for all ranks, also if only one rank has an error."""
+    run, other, text, absent = (tmp_path / name for name in ("run", "other", "text", "absent.pt"))
+    two_ranks.run(fit_rank, tiny(f"run_dir={run}", "max_steps=1"))
     text.write_text("hello")
     last = run / "last.pt"
-
-    def error(*cfgs: TrainConfig) -> str:
-        first, second = two_ranks.run(fit_error, *cfgs)
-        assert first == second
-        return str(first)
-
-    resume = f"resume={last}"
-    got = error(job(other, resume, "model.width=8"))
-    assert "rank 0: " in got
-    assert (
-        f"{last}: checkpoint of another architecture; of another shape: conv1.weight is (4" in got
-    )
-    assert "more" in got
-    got = error(job(other, resume, "model=resnet18", "model.width=4"))
-    assert "missing: layer2.0.downsample.0.weight, " in got
-    got = error(job(other, resume, "data.batch_size=60"))
-    assert "got a run of 2 ranks and 5 steps an epoch, expected 2 and 11" in got
-    got = error(job(other, resume, "norm=frozen"))
-    assert "got an optimizer with groups of [20, 39] parameters, expected [20, 1]" in got
-    got = error(job(other, f"resume={text}"))
-    assert f"{text}: cannot be read as a checkpoint" in got
-    got = error(job(other, "resume=absent.pt"))
-    assert "resume: absent.pt is not a file, expected a checkpoint or 'auto'" in got
-    got = error(job(run))
-    assert f"run_dir: {run} holds a run already" in got
-    # Weights that rank 1 alone cannot read.
-    ours, theirs = (job(other, f"model.weights={path}") for path in (last, tmp_path / "absent.pt"))
-    got = error(ours, theirs)
-    assert got == f"rank 1: {tmp_path / 'absent.pt'}: no such file, expected a checkpoint"
+    resume = [f"run_dir={other}", f"resume={last}"]
+    cases = {
+        ("model.width=8",): f"rank 0: {last}: checkpoint of another architecture; of another "
+        "shape: conv1.weight is (4",
+        ("model=resnet18", "model.width=4"): "missing: layer2.0.downsample.0.weight, ",
+        ("data.batch_size=60",): "got a run of 2 ranks and 5 steps an epoch, expected 2 and 11",
+        ("norm=frozen",): "got an optimizer with groups of [20, 39] parameters, expected [20, 1]",
+        (f"resume={text}",): f"{text}: cannot be read as a checkpoint",
+        ("resume=absent.pt",): "resume: absent.pt is not a file, expected a checkpoint or 'auto'",
+        ("resume=null", f"run_dir={run}"): f"run_dir: {run} holds a run already, expected a new",
+    }
+    jobs = [(tiny(*resume, *overrides),) for overrides in cases]
+    first, second = two_ranks.run(fit_errors, *jobs)
+    assert first == second
+    for got, message in zip(first, cases.values(), strict=True):
+        assert message in got
+    assert "more" in first[0]
+    # Weights that only rank 1 cannot read.
+    ours, theirs = (tiny(f"run_dir={other}", f"model.weights={path}") for path in (last, absent))
+    for (error,) in two_ranks.run(fit_errors, (ours, theirs)):
+        assert error == f"rank 1: {absent}: no such file, expected a checkpoint"
 
 
-def test_new_run_starts_from_given_weights(alone: syncbn.RankInfo, tmp_path: Path) -> None:
+def test_new_run_starts_from_given_weights(train: Train, tmp_path: Path) -> None:
     """Both a checkpoint of the example and a bare state dict, as torchvision publishes them."""
-    fit(job(tmp_path / "first", "max_steps=3"), alone)
-    first = checkpoint(tmp_path / "first")
-    torch.save(first["model"], tmp_path / "bare.pt")
-    for source in (tmp_path / "first" / "last.pt", tmp_path / "bare.pt"):
-        run = tmp_path / source.stem
+    first = train(f"run_dir={tmp_path / 'first'}", "max_steps=1") / "last.pt"
+    weights = checkpoint(tmp_path / "first")["model"]
+    torch.save(weights, tmp_path / "bare.pt")
+    for source in (first, tmp_path / "bare.pt"):
         start = [f"model.weights={source}", "norm=frozen", "optimizer.lr=0", "max_steps=1"]
-        fit(job(run, *start), alone)
-        assert_equal(checkpoint(run)["model"], first["model"])
+        run = train(f"run_dir={tmp_path / source.stem}", *start)
+        assert_equal(checkpoint(run)["model"], weights)
 
 
 def test_weights_are_loaded_atomically() -> None:
-    net = build_resnet(ModelConfig(Arch.resnet20, 4, False, None), 1, 10, seed=0)
-    other = build_resnet(ModelConfig(Arch.resnet20, 4, False, None), 1, 7, seed=1)
+    model = ModelConfig(Arch.resnet20, 4, False, None)
+    net, other = (build_resnet(model, 1, classes, seed=classes) for classes in (10, 7))
     weights = {**other.state_dict(), "extra": torch.zeros(1)}
     before = {key: value.clone() for key, value in net.state_dict().items()}
     with pytest.raises(ValueError, match=r"F.pt: .*; unexpected: extra; .*fc.weight is \(7, 16\)"):
@@ -182,25 +149,18 @@ def test_weights_are_loaded_atomically() -> None:
     assert_equal(dict(net.state_dict()), before)
 
 
-def test_interrupted_write_leaves_the_old_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "last.pt"
     storage.save({"step": 1}, path)
-
-    def fail(saved: object, file: Any) -> None:
-        file.write(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        storage.save({"step": 2}, path)
+    # torch's writer raises RuntimeError.
+    with almost_full(1000), pytest.raises((OSError, RuntimeError)):
+        storage.save({"step": torch.zeros(1000)}, path)
     assert storage.load(path) == {"step": 1}
     assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_signal_leaves_no_temporary_file(tmp_path: Path) -> None:
-    """A job that a scheduler ended during a write left half a checkpoint behind."""
+    """Regression: a job that a scheduler ended during a write left half a checkpoint."""
     path = tmp_path / "last.pt"
     program = (
         "import os, signal, sys; from pathlib import Path; import storage\n"
@@ -215,7 +175,7 @@ def test_a_signal_leaves_no_temporary_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_checkpoint_with_code_in_it_is_not_run(tmp_path: Path) -> None:
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     class Touch:
         def __reduce__(self) -> tuple[Any, tuple[Path]]:
             return Path.touch, (tmp_path / "touched",)

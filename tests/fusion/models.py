@@ -17,6 +17,7 @@ class Net(nn.Module):
         self.bn, self.other, self.relu = nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.ReLU()
         self.body = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
         self.deep = nn.Sequential(nn.Identity(), nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
+        self.last = nn.BatchNorm1d(3)
         self.writes = nn.ReLU(inplace=True)
         self.nothing = nn.Identity()
 
@@ -37,16 +38,20 @@ class Residuals(Net):
         return self.relu(torch.add(y, self.other(y)))
 
 
-class InPlace(Net):
+class OtherResiduals(Net):
+    """Additions in place, by keyword and with broadcasting; one of two layers takes the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.randn(1, 3))
+
     def forward(self, x: Tensor) -> Any:
         y = self.deep(x)
         y += x
-        return torch.relu(y).add(1)
-
-
-class TwoLayers(Net):
-    def forward(self, x: Tensor) -> Any:
-        return F.relu(self.body(x) + self.deep(x))
+        y = torch.relu(y).add(1)
+        y = F.relu(self.bn(input=y) + y, inplace=True)
+        y = F.relu(self.other(y) + self.offset)
+        return F.relu(self.body(y) + self.last(y))
 
 
 class EndsInNorm(Net):
@@ -65,20 +70,13 @@ class Parent(nn.Module):
         return self.others[1](y)
 
 
-class KeywordArguments(Net):
+class Unfusable(Net):
+    """Layers that are called twice, used twice, scaled and added to themselves."""
+
     def forward(self, x: Tensor) -> Any:
-        return F.relu(self.bn(input=x) + x, inplace=True)
-
-
-class CalledTwice(Net):
-    def forward(self, x: Tensor) -> Any:
-        return F.relu(self.bn(x)) + self.bn(x + 1)
-
-
-class UsedTwice(Net):
-    def forward(self, x: Tensor) -> Any:
-        y = self.bn(x)
-        return F.relu(y) - y
+        y, z = self.other(x), self.last(x)
+        scaled = torch.add(self.body(x), x, alpha=2)
+        return F.relu(self.bn(x)) + self.bn(x + 1) + F.relu(y) - y + F.relu(scaled) + F.relu(z + z)
 
 
 class CalledFromAbove(nn.Module):
@@ -100,26 +98,18 @@ class RegisteredTwice(nn.Module):
         return self.block(x)
 
 
-class WritesBetween(Net):
+class Writes(Net):
+    """Writes to the input of a layer before the addition: by a module, operator and function."""
+
     def forward(self, x: Tensor) -> Any:
         x = x * 2
         y = self.bn(x)
-        return F.relu(y + self.writes(x))
-
-
-class WritesByOperator(Net):
-    def forward(self, x: Tensor) -> Any:
-        x = x * 2
-        y = self.bn(x)
-        x *= 3
-        return F.relu(y + x)
-
-
-class WritesByFunction(Net):
-    def forward(self, x: Tensor) -> Any:
-        x = x * 2
-        y = self.bn(x)
-        return F.relu(y + F.relu(x, True))
+        y = F.relu(y + self.writes(x)) - 1
+        z = self.other(y)
+        y *= 3
+        z = F.relu(z + y) - 1
+        w = self.last(z)
+        return F.relu(w + F.relu(z, True))
 
 
 class AddsInPlaceToAlias(Net):
@@ -147,17 +137,6 @@ class ParentOfCallWithResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return F.relu(self.block(x) + x)
-
-
-class AddsToItself(Net):
-    def forward(self, x: Tensor) -> Any:
-        y = self.bn(x)
-        return F.relu(y + y)
-
-
-class Scaled(Net):
-    def forward(self, x: Tensor) -> Any:
-        return F.relu(torch.add(self.bn(x), x, alpha=2))
 
 
 class ReturnsTwo(Net):
@@ -228,15 +207,6 @@ class BranchWritesInPlace(Net):
         return F.relu(y + self.shortcut(x))
 
 
-class Broadcasting(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.offset = nn.Parameter(torch.randn(1, 3))
-
-    def forward(self, x: Tensor) -> Any:
-        return F.relu(self.bn(x) + self.offset)
-
-
 class TorchvisionDownsample(TorchvisionBlock):
     def __init__(self) -> None:
         super().__init__()
@@ -244,7 +214,6 @@ class TorchvisionDownsample(TorchvisionBlock):
 
 
 NOT_FUSED: list[type[nn.Module]] = [
-    *(CalledTwice, UsedTwice, CalledFromAbove, RegisteredTwice, AddsInPlaceToAlias, AddsToItself),
-    *(Scaled, ReturnsTwo, CallWithResidual, ParentOfCallWithResidual, BranchWritesInPlace),
+    *(Unfusable, CalledFromAbove, RegisteredTwice, AddsInPlaceToAlias, ReturnsTwo),
+    *(CallWithResidual, ParentOfCallWithResidual, BranchWritesInPlace),
 ]
-WRITES = [WritesBetween, WritesByOperator, WritesByFunction]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -23,35 +21,30 @@ def between(net: nn.Module) -> dict[str, Tensor]:
     return {name: 0.3 * layer.running_var.detach() for name, layer in layers(net).items()}
 
 
-#: name: (context manager, conversion)
-RULES: dict[
-    str,
-    tuple[
-        Callable[[nn.Module], AbstractContextManager[None]],
-        Callable[[nn.Module], nn.Module],
-    ],
-] = {
-    "prior_mix": (lambda net: prior_mix(net, 16), lambda net: convert_prior_mix(net, 16)),
+#: name: (context manager, conversion), functions of a network and the argument of the rule.
+RULES: dict[str, tuple[Any, Any]] = {
+    "prior_mix": (
+        lambda net, weight=16: prior_mix(net, weight),
+        lambda net: convert_prior_mix(net, 16),
+    ),
     "example_weighted": (
-        lambda net: example_weighted(net, 4, between(net)),
+        lambda net, weight=4: example_weighted(net, weight, between(net)),
         lambda net: convert_example_weighted(net, 4, between(net)),
     ),
 }
 
 
-def eval_network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+def eval_network() -> nn.Sequential:
     """Return the network in evaluation mode."""
-    net = network(dtype)
+    net = network()
     return net.eval()
 
 
-def single(channels: int, dtype: torch.dtype = torch.float64, **arguments: Any) -> nn.BatchNorm2d:
+def single(channels: int, dtype: torch.dtype = torch.float64, eps: float = 1e-5) -> nn.BatchNorm2d:
     """Return a layer in evaluation mode with non-trivial statistics and parameters."""
-    layer = nn.BatchNorm2d(channels, dtype=dtype, **arguments).eval()
-    assert layer.running_mean is not None
-    assert layer.running_var is not None
+    layer: Any = nn.BatchNorm2d(channels, eps, dtype=dtype).eval()
     layer.running_mean.normal_()
     layer.running_var.uniform_(0.5, 2.0)
     for parameter in layer.parameters():
         parameter.data.uniform_(0.5, 1.5)
-    return layer
+    return layer  # type: ignore[no-any-return]

@@ -12,8 +12,6 @@ from tests.calibration.networks import images
 from tests.inference.rules import between, eval_network
 from tests.ranks import RankError, Ranks
 
-SHARES = {"equal": [6, 6, 6], "uneven": [1, 9, 3], "no data on one rank": [5, 0, 4]}
-
 
 def _parts(shares: list[int], rank: int) -> Tensor:
     start = sum(shares[:rank])
@@ -24,8 +22,9 @@ def _network() -> nn.Module:
     return syncbn.convert_sync_batchnorm(eval_network())
 
 
-def _outputs(rank: int, shares: list[int]) -> tuple[Tensor, Tensor]:
-    net, x = _network(), _parts(shares, rank).requires_grad_()
+def _outputs(x: Tensor) -> tuple[Tensor, Tensor]:
+    net = _network()
+    x.requires_grad_()
     with prior_mix(net, 4):
         y = net(x)
     (y.square() * torch.tensor([1.0, -3.0])).sum().backward()
@@ -33,17 +32,15 @@ def _outputs(rank: int, shares: list[int]) -> tuple[Tensor, Tensor]:
     return y.detach(), x.grad
 
 
-@pytest.mark.parametrize("shares", SHARES)
-def test_prior_mix_uses_batch_of_all_ranks(ranks: Ranks, shares: str) -> None:
-    sizes = SHARES[shares][: ranks.size]
-    results = ranks.run(_outputs, sizes)
-    net, x = _network(), images()[: sum(sizes)].requires_grad_()
-    with prior_mix(net, 4):
-        y = net(x)
-    (y.square() * torch.tensor([1.0, -3.0])).sum().backward()
-    assert (torch.cat([y for y, _ in results]) - y).abs().max() < 1e-12
-    assert x.grad is not None
-    assert (torch.cat([dx for _, dx in results]) - x.grad).abs().max() < 1e-12
+def _outputs_of_rank(rank: int, shares: list[int]) -> tuple[Tensor, Tensor]:
+    return _outputs(_parts(shares, rank))
+
+
+@pytest.mark.parametrize("shares", [[6, 6, 6], [1, 9, 3], [5, 0, 4]], ids=str)
+def test_prior_mix_uses_batch_of_all_ranks(three_ranks: Ranks, shares: list[int]) -> None:
+    results = zip(*three_ranks.run(_outputs_of_rank, shares), strict=True)
+    for parts, expected in zip(results, _outputs(images()[: sum(shares)]), strict=True):
+        assert (torch.cat(parts) - expected).abs().max() < 1e-12
 
 
 def _run_local_layer(rank: int) -> Tensor:
@@ -56,11 +53,10 @@ def _run_local_layer(rank: int) -> Tensor:
 
 
 def test_prior_mix_of_local_layer_uses_local_batch(two_ranks: Ranks) -> None:
-    results = two_ranks.run(_run_local_layer)
     net = nn.BatchNorm2d(3).double().eval()
     with prior_mix(net, 4):
-        for rank in range(2):
-            assert (results[rank] - net(_parts([6, 6], rank))).abs().max() < 1e-12
+        for rank, y in enumerate(two_ranks.run(_run_local_layer)):
+            assert (y - net(_parts([6, 6], rank))).abs().max() < 1e-12
 
 
 def _run_example_weighted(rank: int) -> Tensor:

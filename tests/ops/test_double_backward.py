@@ -16,7 +16,7 @@ import syncbn
 from tests.device import seeded
 from tests.formula import Formula
 from tests.ranks import Ranks
-from tests.sharded import Everywhere, Own, Whole
+from tests.sharded import gather, replicate, scatter
 
 pytestmark = pytest.mark.layers
 
@@ -48,18 +48,18 @@ def _gradgradcheck(rank: int, sizes: tuple[int, ...], options: dict[str, Any]) -
 
     def function(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         y = syncbn.sync_batch_norm(
-            Own.apply(x, sizes),
+            scatter(x, sizes),
             None,
             None,
-            Everywhere.apply(weight) if affine else None,
-            Everywhere.apply(bias) if affine else None,
+            replicate(weight) if affine else None,
+            replicate(bias) if affine else None,
             training=True,
-            residual=Own.apply(residual, sizes) if adds else None,
+            residual=scatter(residual, sizes) if adds else None,
             activation=options.get("activation"),
             mask=None if mask is None else mask.split(sizes)[rank],
         )
         # So that second derivatives by all inputs are not zero.
-        whole: Tensor = Whole.apply(y, sizes)
+        whole: Tensor = gather(y, sizes)
         return whole * whole
 
     return gradgradcheck(function, (x, residual, weight, bias))
