@@ -53,8 +53,11 @@ def write(path: Path, source: Path | None = None) -> None:
     assert path.read_bytes() == b"new"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["TERM", "HUP"])
-@pytest.mark.parametrize("ignored", [False, True])
+@pytest.mark.parametrize(
+    ("number", "ignored"),
+    [(signal.SIGTERM, False), (signal.SIGHUP, False), (signal.SIGHUP, True)],
+    ids=["TERM", "HUP", "nohup"],
+)
 def test_signal_ends_the_process_after_the_write(
     number: signal.Signals, ignored: bool, tmp_path: Path
 ) -> None:
@@ -113,33 +116,22 @@ def test_planted_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.Monkey
     assert victim.read_bytes() == b"old"
 
 
-def test_longest_file_name(tmp_path: Path) -> None:
-    write(tmp_path / ("x" * 255))
-
-
-def special_files(folder: Path, listener: socket.socket) -> dict[str, Path]:
-    os.mkfifo(folder / "fifo")
-    listener.bind(str(folder / "socket"))
-    (folder / "link").symlink_to("fifo")
-    (folder / "folder").mkdir()
-    return {path.name: path for path in folder.iterdir()}
-
-
 def test_special_files_raise(tmp_path: Path) -> None:
     """Regression: as root, output=/dev/null replaced the machine's device by a file."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "link").symlink_to("fifo")
+    (tmp_path / "folder").mkdir()
     with socket.socket(socket.AF_UNIX) as listener:
-        paths = special_files(tmp_path, listener)
-        for path in paths.values():
+        listener.bind(str(tmp_path / "socket"))
+        paths = [*tmp_path.iterdir(), Path("/dev/null")]
+        for path in paths:
             before = path.lstat()
             with pytest.raises(ValueError, match=r"is a (device, a pipe or a socket|folder)"):
                 require_file(path)
             with pytest.raises(ValueError, match="expected the name of a"), atomic_write(path):
                 raise AssertionError("not reached")
             assert path.lstat() == before
-    for device in ("/dev/null", "/dev/zero"):
-        with pytest.raises(ValueError, match=rf"{device}: is a device"):
-            require_file(Path(device))
-    assert len(list(tmp_path.iterdir())) == len(paths)
+    assert [*tmp_path.iterdir(), Path("/dev/null")] == paths
 
 
 def test_impossible_paths_raise(tmp_path: Path) -> None:
@@ -149,27 +141,28 @@ def test_impossible_paths_raise(tmp_path: Path) -> None:
     for name in ("loop", "file/out", "no/out", "far"):
         with pytest.raises(ValueError, match=rf"{tmp_path / name}: "):
             require_file(tmp_path / name)
-    require_file(tmp_path / "out")
 
 
 def test_link_to_a_file_is_kept(tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to("file")
+    link, file = tmp_path / "link", tmp_path / ("x" * 255)  # the longest name
+    link.symlink_to(file)
     for _ in range(2):  # the file is absent in the first turn
-        require_file(tmp_path / "link")
-        write(tmp_path / "link")
-        assert (tmp_path / "link").is_symlink()
-        assert (tmp_path / "file").read_bytes() == b"new"
+        require_file(link)
+        write(link)
+        assert link.is_symlink()
+        assert file.read_bytes() == b"new"
 
 
-@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
-def test_new_file_has_the_permissions_of_the_umask(mask: int, tmp_path: Path) -> None:
-    with umask(mask):
-        write(tmp_path / "out")
-        (tmp_path / "other").touch()
-    assert mode_of(tmp_path / "out") == mode_of(tmp_path / "other")
+def test_new_file_has_the_permissions_of_the_umask(tmp_path: Path) -> None:
+    for mask in (0o022, 0o027, 0o077):
+        with umask(mask):
+            write(tmp_path / f"{mask}")
+            (tmp_path / "other").unlink(missing_ok=True)
+            (tmp_path / "other").touch()
+        assert mode_of(tmp_path / f"{mask}") == mode_of(tmp_path / "other")
 
 
-@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444, 0o400])
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o444])
 def test_derived_file_is_not_more_readable_than_its_source(mode: int, tmp_path: Path) -> None:
     """Regression: a private checkpoint gave an output with the permissions of the umask."""
     source, out, old = tmp_path / "in", tmp_path / "out", tmp_path / "old"
@@ -207,8 +200,8 @@ def test_existing_file_keeps_its_permissions_and_owner(tmp_path: Path) -> None:
     write(path)
     after = path.stat()
     assert after.st_ino != before.st_ino
-    assert (after.st_uid, after.st_gid) == (before.st_uid, before.st_gid)
-    assert after.st_mode == before.st_mode
+    owners = [(status.st_uid, status.st_gid, status.st_mode) for status in (before, after)]
+    assert owners[0] == owners[1]
 
 
 def test_file_of_another_user_and_group() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
+from itertools import tee
 from typing import Any
 
 import torch
@@ -124,14 +126,10 @@ class Batches:
 
 class _CachedIterator(Iterable[Any]):
     def __init__(self, source: Iterator[Any]) -> None:
-        self._source = source
-        self._cache: list[Any] = []
+        (self._start,) = tee(source, 1)
 
     def __iter__(self) -> Iterator[Any]:
-        yield from self._cache
-        for batch in self._source:
-            self._cache.append(batch)
-            yield batch
+        return copy(self._start)  # shares the cache
 
 
 def coalesce_batches(batches: Iterable[Any]) -> Iterator[list[Any]]:
@@ -155,9 +153,8 @@ def coalesce_batches(batches: Iterable[Any]) -> Iterator[list[Any]]:
 
 
 def _small_input(batch: Any) -> Tensor | None:
-    match batch:
-        case list() | tuple() if len(batch) and isinstance(batch[0], Tensor):
-            batch = batch[0]
+    if isinstance(batch, list | tuple) and batch:
+        batch = batch[0]
     small = isinstance(batch, Tensor) and batch.dim() and len(batch) < _MAX_COALESCED_SAMPLES
     return batch if small else None
 
@@ -171,8 +168,16 @@ def _fits(x: Tensor, group: list[Tensor]) -> bool:
 
 def count_samples(batch: Any) -> int | None:
     """Return the size of the first dimension of the first tensor in a batch; None without one."""
-    tensor = next(_tensors(batch), None)
-    return None if tensor is None else len(tensor)
+    match batch:
+        case Tensor():
+            return len(batch) if batch.dim() else None
+        case Mapping():
+            parts: Iterable[Any] = batch.values()
+        case list() | tuple():
+            parts = batch
+        case _:
+            return None
+    return next((size for size in map(count_samples, parts) if size is not None), None)
 
 
 def slice_batch(batch: Any, number: int, samples: int) -> Any:
@@ -211,16 +216,3 @@ def _map_parts(batch: Any, change: Callable[[Any], Any]) -> Any:
         case Mapping():  # UserDict and its subclasses, such as the encodings of transformers
             return type(batch)({key: change(part) for key, part in batch.items()})  # type: ignore[call-arg]
     return batch
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    match batch:
-        case Tensor():
-            if batch.dim():
-                yield batch
-        case Mapping():
-            for part in batch.values():
-                yield from _tensors(part)
-        case list() | tuple():
-            for part in batch:
-                yield from _tensors(part)

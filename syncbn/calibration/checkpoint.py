@@ -127,35 +127,27 @@ class StateDict:
     def mismatches(self, model: nn.Module) -> list[str]:
         """Return the mismatches with a model, a phrase for each tensor."""
         expected, ours = model.state_dict(), self.tensors()
-        return [
-            *(
-                f"{name} is missing"
-                for name, value in expected.items()
-                if isinstance(value, Tensor) and name not in ours and not name.endswith(_COUNTER)
-            ),
-            *(
-                f"{name} is unexpected"
-                for name in ours
-                if name not in expected and name != "n_averaged"
-            ),
-            *(
-                f"{name} is {tuple(ours[name].shape)}, not {tuple(value.shape)}"
-                for name, value in expected.items()
-                if isinstance(value, Tensor) and name in ours and ours[name].shape != value.shape
-            ),
-            *(
-                f"{name} is {value.dtype}, which cannot hold a fraction"
-                for name, value in ours.items()
-                if name.endswith(_STATISTICS) and not value.is_floating_point()
-            ),
+        missing, shapes = [], []
+        for name, value in expected.items():
+            if not isinstance(value, Tensor):
+                continue
+            if name in ours and ours[name].shape != value.shape:
+                shapes.append(f"{name} is {tuple(ours[name].shape)}, not {tuple(value.shape)}")
+            elif name not in ours and not name.endswith(_COUNTER):
+                missing.append(f"{name} is missing")
+        extra = ours.keys() - expected.keys() - {"n_averaged"}
+        unexpected = [f"{name} is unexpected" for name in ours if name in extra]
+        integers = [
+            f"{name} is {value.dtype}, which cannot hold a fraction"
+            for name, value in ours.items()
+            if name.endswith(_STATISTICS) and not value.is_floating_point()
         ]
+        return missing + unexpected + shapes + integers
 
     def load_into(self, model: nn.Module) -> None:
         """Copy all tensors into a matching model."""
         # Not strict: num_batches_tracked may be missing, and extra state is not loaded.
-        model.load_state_dict(
-            {k: v for k, v in self.tensors().items() if k != "n_averaged"}, strict=False
-        )
+        model.load_state_dict(self.tensors(), strict=False)
 
     def replace_running_stats(self, model: nn.Module) -> None:
         """Replace the running statistics by the running statistics of a model.
@@ -168,25 +160,18 @@ class StateDict:
         """
         replaced: dict[tuple[str, int], Tensor] = {}
         for name, module in model.named_modules(remove_duplicate=False):
-            if not isinstance(module, _BatchNorm):
-                continue
-            for buffer in _STATISTICS:
+            for buffer in _STATISTICS if isinstance(module, _BatchNorm) else ():
                 key = self.prefix + (f"{name}.{buffer}" if name else buffer)
-                if key in self.values:
-                    new = replaced.get((buffer, id(module)))
-                    if new is None:
-                        new = _cast_like(self.values[key], getattr(module, buffer), key)
-                    self.values[key] = replaced[buffer, id(module)] = new
-
-
-def _cast_like(old: Tensor, statistic: Tensor, key: str) -> Tensor:
-    new = statistic.detach().to(old, copy=True)
-    if not bool(new.isfinite().all()):
-        raise ValueError(
-            f"{key}: the new statistics are beyond the range of {new.dtype}, the dtype of the old "
-            "ones in the checkpoint; save it in float32"
-        )
-    return new
+                if (old := self.values.get(key)) is None:
+                    continue
+                if (new := replaced.get((buffer, id(module)))) is None:
+                    new = getattr(module, buffer).detach().to(old, copy=True)
+                if not bool(new.isfinite().all()):
+                    raise ValueError(
+                        f"{key}: the new statistics are beyond the range of {new.dtype}, the dtype "
+                        "of the old ones in the checkpoint; save it in float32"
+                    )
+                self.values[key] = replaced[buffer, id(module)] = new
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -203,20 +188,20 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged pickles raise any exception
-        raise ValueError(_describe_load_error(path, str(error) or repr(error))) from None
+        # torch's message is long and advises running the code in the file.
+        reason = str(error) or repr(error)
+        if (match := re.search(r"GLOBAL (\S+)", reason)) is not None:
+            raise ValueError(
+                f"{path}: holds an object of class {match[1]} beside its tensors, which is not "
+                "loaded because that could run any code; save the state dict alone, or without "
+                "such objects"
+            ) from None
+        raise ValueError(
+            f"{path}: cannot be read as tensors and plain data ({reason.splitlines()[0]}); damaged?"
+        ) from None
     if not isinstance(content, MutableMapping):
         raise ValueError(f"{path}: got a {type(content).__name__}; expected a dict")
     return Checkpoint(path, content)
-
-
-def _describe_load_error(path: Path, reason: str) -> str:
-    # torch's message is long and advises running the code in the file; only the class is reported.
-    if (match := re.search(r"GLOBAL (\S+)", reason)) is not None:
-        return (
-            f"{path}: holds an object of class {match[1]} beside its tensors, which is not loaded "
-            "because that could run any code; save the state dict alone, or without such objects"
-        )
-    return f"{path}: cannot be read as tensors and plain data ({reason.splitlines()[0]}); damaged?"
 
 
 def require_output(source: Path, output: Path, overwrite: bool) -> None:

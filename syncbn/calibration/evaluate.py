@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -63,7 +64,7 @@ def evaluate(
     """
 
     def run() -> tuple[int, dict[str, float]]:
-        samples, sums = 0, dict[str, float]()
+        samples, sums = 0, defaultdict[str, float](float)
         for batch in Batches(batches, None, device):
             size = count_samples(batch)
             if size is None:
@@ -72,7 +73,7 @@ def evaluate(
                     "samples to count"
                 )
             for name, value in metric(model, batch).items() if size else ():
-                sums[name] = sums.get(name, 0.0) + float(value) * size
+                sums[name] += float(value) * size
             samples += size
         return samples, sums
 

@@ -1,23 +1,84 @@
-"""Ranks of a calibration: every step succeeds on all of them or fails on all of them."""
+"""Ranks of a calibration: every step succeeds on all of them or fails on all, Ctrl-C included."""
 
 from __future__ import annotations
 
 import hashlib
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import zip_longest
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn.calibration.sigint import DeferredSigint
 from syncbn.distributed.collectives import all_reduce
 from syncbn.distributed.objects import all_gather_objects
 
 T = TypeVar("T")
+
+
+class DeferredSigint:
+    """SIGINT handler that records the signal for later.
+
+    Args:
+        handler: previous handler of SIGINT; None if SIGINT is not deferred.
+    """
+
+    def __init__(self, handler: Any = None) -> None:
+        self.received: tuple[Any, ...] | None = None
+        self._handler = handler
+
+    def __call__(self, *arguments: Any) -> None:
+        """Record a signal."""
+        self.received = arguments
+
+    @contextmanager
+    def allow_sigint(self) -> Iterator[None]:
+        """Let SIGINT interrupt the body, including a signal recorded earlier."""
+        if self._handler is None:
+            yield
+            return
+        try:
+            signal.signal(signal.SIGINT, self._handler)
+            self.deliver()
+            yield
+        finally:
+            signal.signal(signal.SIGINT, self)
+
+    def deliver(self) -> None:
+        """Call the previous handler if a signal was recorded."""
+        received, self.received = self.received, None
+        if received is not None:
+            self._handler(*received)
+
+
+@contextmanager
+def defer_sigint(undo: Callable[[], None] = lambda: None) -> Iterator[DeferredSigint]:
+    """Defer Ctrl-C to the end of the body.
+
+    Args:
+        undo: function called before a deferred signal is delivered.
+
+    Yields:
+        The handler, whose ``allow_sigint`` ends the deferral for a nested block.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield DeferredSigint()
+        return
+    deferred = DeferredSigint(before)
+    signal.signal(signal.SIGINT, deferred)
+    try:
+        yield deferred
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if deferred.received is not None:
+            undo()
+            deferred.deliver()
 
 
 class Ranks:
@@ -80,14 +141,10 @@ class Ranks:
         return [result for _, result in results]
 
     def run_on_all_ranks(self, work: Callable[[], T], step: str = "the preparation") -> T:
-        """Call a function on every rank and return this rank's result if all ranks succeed.
-
-        Args:
-            work: function with any result.
-            step: name of the step in error messages.
+        """Call a function with any result on every rank; return the result of this rank.
 
         Raises:
-            RuntimeError: the function raised on another rank, or a rank cannot be reached.
+            RuntimeError: as in :meth:`all_gather_result`.
             BaseException: the function raised on this rank.
         """
         results: list[T] = []

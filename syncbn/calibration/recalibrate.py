@@ -11,31 +11,22 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.calibration.batches import Batches, Forward, default_forward
-from syncbn.calibration.context import CalibrationContext
+from syncbn.calibration.context import CalibrationContext, Results
 from syncbn.calibration.display import progress_bar
-from syncbn.calibration.input_stats import InputStats
-from syncbn.calibration.memory import free_bytes
-from syncbn.calibration.model_state import preserved_model_state
-from syncbn.calibration.ranks import Ranks
+from syncbn.calibration.model import Modules, preserved_model_state, select_layers
+from syncbn.calibration.ranks import Ranks, defer_sigint
 from syncbn.calibration.report import CalibrationReport
-from syncbn.calibration.selection import Modules, select_layers
 from syncbn.calibration.sequential import calibrate_sequential
-from syncbn.calibration.sigint import defer_sigint
 from syncbn.calibration.single_pass import calibrate_average, calibrate_ema, calibrate_pooled
 from syncbn.distributed import resolve_group
 from syncbn.distributed.collectives import active_group
-from syncbn.nn.bn_layers import (
-    BNLayer,
-    RunningStats,
-    clone_running_stats,
-    restore_running_stats,
-)
+from syncbn.nn.bn_layers import BNLayer, RunningStats, clone_running_stats, restore_running_stats
 
 #: Methods whose result does not depend on the batch size.
 ExactMethod = Literal["lockstep", "sequential"]
 Method = Literal[ExactMethod, "pooled", "average", "ema"]
 
-_Calibrate = Callable[[CalibrationContext], dict[BNLayer, InputStats]]
+_Calibrate = Callable[[CalibrationContext], Results]
 
 
 def _get_method(name: str) -> _Calibrate:
@@ -171,8 +162,7 @@ def recalibrate(
         undo = list(backup)
         ranks.require_same(_describe(method, num_samples, chosen, left_alone))
         with preserved_model_state(model, backup):
-            _broadcast_running_stats(chosen, ranks)
-            old = clone_running_stats(chosen)
+            old = _broadcast_running_stats(chosen, ranks)
             checks: list[str] = []
             with progress_bar(
                 progress if ranks.rank == 0 else False, f"recalibrating ({method})"
@@ -185,7 +175,7 @@ def recalibrate(
                         batches=Batches(batches, _share(num_samples, ranks), device),
                         forward=forward or default_forward,
                         ranks=ranks,
-                        max_bytes=_limit_memory(max_bytes, ranks, device),
+                        max_bytes=max_bytes,
                         report_progress=report_progress,
                         report_check=checks.append,
                     )
@@ -207,15 +197,13 @@ def _check_num_samples(num_samples: object) -> None:
         raise ValueError(f"got num_samples={num_samples!r}; expected 1 or more, or None for all")
 
 
-def _select_reached(
-    results: dict[BNLayer, InputStats], layers: list[BNLayer]
-) -> dict[BNLayer, InputStats]:
+def _select_reached(results: Results, layers: list[BNLayer]) -> Results:
     """Return the results of layers that got samples.
 
     Raises:
         ValueError: no layer got samples.
     """
-    reached = {k: stats for k, stats in results.items() if stats.scatter.samples > 0}
+    reached = {k: stats for k, stats in results.items() if stats.samples > 0}
     if not reached:
         raise ValueError(
             "no sample reached any of the batch-norm layers "
@@ -259,21 +247,16 @@ def _digest(buffer: Tensor | None) -> str:
     return hashlib.blake2b(content, digest_size=4).hexdigest()
 
 
-def _broadcast_running_stats(layers: list[BNLayer], ranks: Ranks) -> None:
-    """Set the old statistics of rank 0; ranks differ if training was not synchronized."""
+def _broadcast_running_stats(layers: list[BNLayer], ranks: Ranks) -> RunningStats:
+    """Set and return the old statistics of rank 0; local batch norm differs between ranks."""
     old = [part.double() for _, *parts in clone_running_stats(layers) for part in parts]
     parts = iter(ranks.broadcast_first(torch.cat(old)).split([len(part) for part in old]))
     for layer, mean, var in zip(layers, parts, parts, strict=True):
         layer.set_running_stats(mean, var)
+    return clone_running_stats(layers)
 
 
 def _share(num_samples: int | None, ranks: Ranks) -> int | None:
     if num_samples is None:
         return None
     return num_samples // ranks.size + (ranks.rank < num_samples % ranks.size)
-
-
-def _limit_memory(max_bytes: int | None, ranks: Ranks, device: torch.device) -> int | None:
-    sharing = ranks.ranks_per_device()  # a collective, so also with max_bytes
-    free = free_bytes(device) if max_bytes is None else None
-    return max_bytes if free is None else free // sharing

@@ -6,14 +6,14 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from syncbn.calibration.context import InputStats, Results
 from syncbn.calibration.display import draw_drift, render_table
-from syncbn.calibration.input_stats import InputStats, Population, estimate_population
-from syncbn.calibration.sigint import defer_sigint
+from syncbn.calibration.ranks import defer_sigint
 from syncbn.files import atomic_write
 from syncbn.nn.bn_layers import BNLayer, RunningStats, restore_running_stats
 
@@ -25,19 +25,19 @@ _MAX_NOISE_SHARE = 0.25
 _HEADINGS = ("layer", "samples", "values", "mean shift", "± error", "var ratio", "± error", "KL")
 
 
-@dataclass(frozen=True)
-class ChannelDrift:
-    """Statistics of a layer by channel, float64 ``[C]`` on the CPU.
+class ChannelDrift(NamedTuple):
+    """Statistics of a layer by channel, float64 ``[C]`` on the CPU; errors are NaN for one sample.
 
     Attributes:
         old_mean: mean before the calibration.
         old_var: variance before the calibration.
         new_mean: mean after the calibration.
         new_var: variance after the calibration.
-        mean_error: standard error of the new mean; NaN for one sample.
-        var_error: standard error of the new variance; NaN for one sample.
+        mean_error: standard error of the new mean.
+        var_error: standard error of the new variance.
         between: variance between the means of samples; NaN for one sample.
-        eps: epsilon of the layer, which divides by sqrt(var + eps).
+        shift: change of the mean, in new standard deviations.
+        log_ratio: logarithm of new over old variance.
     """
 
     old_mean: Tensor
@@ -47,38 +47,13 @@ class ChannelDrift:
     mean_error: Tensor
     var_error: Tensor
     between: Tensor
-    eps: float
-
-    def shift(self) -> Tensor:
-        """Return the change of the mean, in new standard deviations."""
-        return (self.new_mean - self.old_mean) / (self.new_var + self.eps).sqrt()
-
-    def log_ratio(self) -> Tensor:
-        """Return the logarithm of new over old variance."""
-        return torch.log((self.new_var + self.eps) / (self.old_var + self.eps))
-
-    def divergence(self) -> Tensor:
-        """Return KL(new || old) of the Gaussians with these statistics, in nats."""
-        log_ratio = self.log_ratio()
-        squares = (self.new_mean - self.old_mean).square() / (self.old_var + self.eps)
-        return (log_ratio.exp() - 1 - log_ratio + squares) / 2
-
-    def shift_error(self) -> Tensor:
-        """Return the standard error of the shift, from the error of the new mean."""
-        return self.mean_error / (self.new_var + self.eps).sqrt()
-
-    def log_ratio_error(self) -> Tensor:
-        """Return the standard error of the logarithm, from the error of the new variance."""
-        return self.var_error / (self.new_var + self.eps)
-
-    def noise(self) -> Tensor:
-        """Return the divergence expected from the standard errors alone, in nats."""
-        return self.shift_error().square() / 2 + self.log_ratio_error().square() / 4
+    shift: Tensor
+    log_ratio: Tensor
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Figures of one layer, over its channels.
+    """Figures of one layer, over its channels. The layer divides by sqrt(var + eps).
 
     Attributes:
         name: name in the plain model.
@@ -107,20 +82,37 @@ class LayerReport:
     channels: ChannelDrift = field(repr=False)
 
     @staticmethod
-    def from_channels(name: str, population: Population, channels: ChannelDrift) -> LayerReport:
-        """Return the figures of a layer."""
+    def from_stats(layer: BNLayer, stats: InputStats, *old_buffers: Tensor) -> LayerReport:
+        """Return the report on the current statistics of a layer.
+
+        Args:
+            layer: layer with its new statistics.
+            stats: statistics of its inputs.
+            old_buffers: mean and variance to compare with, shape ``[C]``.
+        """
+        buffers = (*old_buffers, layer.running_mean, layer.running_var)
+        old_mean, old_var, new_mean, new_var = (buffer.cpu().double() for buffer in buffers)
+        mean_error, var_error, between = _estimate_errors(stats)
+        old_square, new_square = old_var + layer.module.eps, new_var + layer.module.eps
+        shift = (new_mean - old_mean) / new_square.sqrt()
+        log_ratio = torch.log(new_square / old_square)
+        relative = (new_mean - old_mean).square() / old_square
+        shift_error, ratio_error = mean_error / new_square.sqrt(), var_error / new_square
         return LayerReport(
-            name=name,
-            samples=population.samples,
-            count=population.count,
-            mean_shift=_rms(channels.shift()),
-            var_ratio=math.exp(float(channels.log_ratio().mean())),
-            log_var_ratio=_rms(channels.log_ratio()),
-            kl=float(channels.divergence().mean()),
-            mean_error=_rms(channels.shift_error()),
-            var_error=_rms(channels.log_ratio_error()),
-            noise=float(channels.noise().mean()),
-            channels=channels,
+            name=layer.name,
+            samples=stats.samples,
+            count=int(stats.moments.count),
+            mean_shift=_rms(shift),
+            var_ratio=math.exp(float(log_ratio.mean())),
+            log_var_ratio=_rms(log_ratio),
+            kl=float((log_ratio.exp() - 1 - log_ratio + relative).mean() / 2),
+            mean_error=_rms(shift_error),
+            var_error=_rms(ratio_error),
+            noise=float((shift_error.square() / 2 + ratio_error.square() / 4).mean()),
+            channels=ChannelDrift(
+                *(old_mean, old_var, new_mean, new_var),
+                *(mean_error, var_error, between, shift, log_ratio),
+            ),
         )
 
     def figures(self) -> dict[str, Any]:
@@ -153,7 +145,7 @@ class CalibrationReport:
 
     @staticmethod
     def from_stats(
-        results: dict[BNLayer, InputStats],
+        results: Results,
         old: RunningStats,
         undo: RunningStats,
         left_alone: list[str],
@@ -168,23 +160,17 @@ class CalibrationReport:
             left_alone: names of the layers that were not to be calibrated.
             verification: sentence on the verification, or empty.
         """
-        reports = []
-        for layer, stats in results.items():
-            population = estimate_population(stats)
-            _, old_mean, old_var = old[layer.index]
-            channels = ChannelDrift(
-                old_mean=old_mean.cpu().double(),
-                old_var=old_var.cpu().double(),
-                new_mean=layer.running_mean.cpu().double(),
-                new_var=layer.running_var.cpu().double(),
-                mean_error=population.mean_error,
-                var_error=population.var_error,
-                between=population.between,
-                eps=layer.module.eps,
-            )
-            reports.append(LayerReport.from_channels(layer.name, population, channels))
-        not_reached = [layer.name for layer, _, _ in old if layer not in results]
-        return CalibrationReport(reports, not_reached, left_alone, verification, undo)
+        buffers = {layer: stats for layer, *stats in old}
+        return CalibrationReport(
+            [
+                LayerReport.from_stats(layer, found, *buffers[layer])
+                for layer, found in results.items()
+            ],
+            [layer.name for layer in buffers if layer not in results],
+            left_alone,
+            verification,
+            undo,
+        )
 
     def between(self) -> dict[str, Tensor]:
         """Return the variance between the means of samples, float64 ``[C]`` by layer name.
@@ -262,10 +248,9 @@ class CalibrationReport:
             ImportError: matplotlib is not installed.
         """
         layers = self.layers
-        channels = [layer.channels for layer in layers]
         # Old statistics relative to the new ones, which are the zero line.
-        means = [-c.shift() for c in channels], [layer.mean_error for layer in layers]
-        variances = [-c.log_ratio() for c in channels], [layer.var_error for layer in layers]
+        means = [-x.channels.shift for x in layers], [x.mean_error for x in layers]
+        variances = [-x.channels.log_ratio for x in layers], [x.var_error for x in layers]
         draw_drift(Path(path), [layer.name for layer in layers], means, variances)
 
     def undo(self) -> None:
@@ -276,3 +261,29 @@ class CalibrationReport:
 
 def _rms(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
+
+
+def _estimate_errors(stats: InputStats) -> Tensor:
+    """Return the standard errors of the mean and variance, and the variance between samples' means.
+
+    Samples are the independent draws, not the pixels of a sample: the error of a ratio estimator
+    (Cochran, Sampling Techniques, 3rd ed., 1977, section 2.11).
+
+    Returns:
+        Float64 ``[3, C]`` on the CPU; NaN for one sample.
+    """
+    moments, (samples, squares), sums = stats.moments, stats.scatter()[:2], stats.scatter()[2:]
+    m, mm, q, qq, mq = sums.chunk(5)
+    shift, var = moments.mean() - stats.pivot, moments.variance()
+    # With d_i = n_i (m_i - mean) and e_i = (sum of squares around the mean) - n_i var.
+    dd = mm - 2 * shift * m + shift.square() * squares
+    rest = shift.square() - var
+    ee = (
+        qq + 4 * shift.square() * mm + rest.square() * squares
+        - 4 * shift * mq + 2 * rest * q - 4 * shift * rest * m
+    )  # fmt: skip
+    dd, ee = dd.clamp(min=0), ee.clamp(min=0)
+    bessel = samples / (samples - 1)  # infinite or NaN for one sample
+    scale = bessel.sqrt() / moments.count
+    values = torch.stack([dd.sqrt() * scale, ee.sqrt() * scale, bessel * dd / squares])
+    return torch.where(values.isfinite(), values, torch.nan).cpu()

@@ -7,27 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from contextlib import suppress
-from functools import partial
+from dataclasses import dataclass, field
 from itertools import islice
 
 from torch import Tensor
 
-from syncbn.calibration.batches import Batches, count_samples
+from syncbn.calibration.batches import count_samples
 from syncbn.calibration.context import (
     CalibrationContext,
-    LayerInput,
-    LayerInputs,
+    InputStats,
+    Results,
+    StatsAccumulator,
     hook_inputs,
     solve_fixed_point,
 )
-from syncbn.calibration.input_stats import InputStats
-from syncbn.calibration.model_state import is_fully_sharded, preserve_rng_state
+from syncbn.calibration.model import is_fully_sharded, preserve_rng_state
 from syncbn.nn.bn_layers import BNLayer
 
 
-def calibrate_sequential(
-    context: CalibrationContext, whole_forwards: bool = False
-) -> dict[BNLayer, InputStats]:
+def calibrate_sequential(context: CalibrationContext, whole_forwards: bool = False) -> Results:
     """Return the input statistics of every layer that was reached; they are set in the layers.
 
     Args:
@@ -39,72 +37,84 @@ def calibrate_sequential(
         ValueError: one-shot batches, or batches that differ between passes; no batches;
             non-finite inputs; two layers without an order.
     """
-    context.ranks.run_on_all_ranks(partial(_refuse_one_shot, context.batches))
+
+    def refuse_one_shot() -> None:
+        if context.batches.is_one_shot:
+            raise ValueError(
+                f"method 'sequential' reads the batches once for every layer; got a one-shot "
+                f"{type(context.batches.source).__name__}; expected a list, a DataLoader or "
+                "another iterable that can be read again (method='lockstep' reads them once)"
+            )
+
+    context.ranks.run_on_all_ranks(refuse_one_shot)
     return solve_fixed_point(_Sequential(context, whole_forwards).run_pass)
 
 
-def _refuse_one_shot(batches: Batches) -> None:
-    if batches.is_one_shot:
-        raise ValueError(
-            f"method 'sequential' reads the batches once for every layer; got a one-shot "
-            f"{type(batches.source).__name__}; expected a list, a DataLoader or another "
-            "iterable that can be read again (method='lockstep' reads them once)"
-        )
+class _StopForward(BaseException):
+    """End of a forward at a layer; not an Exception, which the forward may handle."""
 
 
 class _Sequential:
     def __init__(self, context: CalibrationContext, whole_forwards: bool) -> None:
         self._context = context
-        self._whole_forwards = whole_forwards
-        self._data_size: list[tuple[int, int]] = []  # batches and samples of the first pass
+        # FSDP cannot resume after a forward that ends early.
+        sharded = any(is_fully_sharded(module) for module in context.model.modules())
+        self._whole_forwards = whole_forwards or sharded
+        self._data_size: tuple[int, int] | None = None  # batches and samples of the first pass
 
-    def run_pass(self, frozen: frozenset[BNLayer]) -> LayerInputs:
+    def run_pass(self, frozen: frozenset[BNLayer]) -> tuple[Results, set[BNLayer]]:
+        """Calibrate all layers except the frozen ones, in the order of the forward.
+
+        Forwards end at their first unknown layer. If it is the same one in all batches, its inputs
+        are complete. If not, whole forwards show the layers that follow another unknown layer.
+        """
         context = self._context
-        order, calls = self._first_order()
-        queue = [layer for layer in order if layer not in frozen]
-        postponed: set[BNLayer] = set()
-        inputs: LayerInputs = {}
-        while queue:
-            target = queue[0]
-            read = _DataPass(context, {target}, {*inputs, *frozen}, queue, postponed)
-            read.to_the_end = self._whole_forwards or len(queue) == 1 or calls[target.index] > 1
-            earlier, later, times = read.run(self._data_size)
-            if earlier is not None:
-                if earlier in postponed:
-                    raise ValueError(
-                        f"{earlier.name} and {target.name}: their order differs between batches; "
-                        "method 'sequential' needs an order of the layers"
-                    )
-                postponed.add(target)
-                queue = [earlier, *(layer for layer in queue if layer is not earlier)]
-                continue
-            stats = context.reduce_stats(target, read.accumulators[target])
-            inputs[target] = LayerInput(stats, times)
-            target.set_moments(stats.moments)
-            postponed.discard(target)
-            queue.remove(target)
-            if later is not None:
-                queue.append(later)
-            context.report_progress(len(inputs), len(inputs) + len(queue))
-        if frozen:
-            read = _DataPass(context, frozen, frozen.union(inputs))
-            read.run(self._data_size)
-            for layer in sorted(frozen, key=lambda layer: layer.index):
-                stats = context.reduce_stats(layer, read.accumulators[layer])
-                inputs[layer] = LayerInput(stats, calls[layer.index])
-        return inputs
+        expected, called_again = self._first_order()
+        results: Results = {}
+        repeated: set[BNLayer] = set()
+        while True:
+            unknown = [layer for layer in expected if layer not in frozen and layer not in results]
+            whole = self._whole_forwards or len(unknown) < 2 or unknown[0] in called_again
+            # The frozen layers are read last, with the new statistics of all others.
+            found = self._read(frozen.union(results), () if unknown else frozen, whole)
+            if not whole and len(found.first) != 1:
+                whole, found = True, self._read(frozen.union(results), (), True)
+            ready = [context.layers[index] for index in sorted(found.first - found.later)]
+            if found.first and not ready:
+                one, other, *_ = (context.layers[index].name for index in sorted(found.first))
+                raise ValueError(
+                    f"{one} and {other}: their order differs between batches; method "
+                    "'sequential' needs an order of the layers"
+                )
+            for layer in ready:
+                results[layer] = self._reduce(layer, found)
+                layer.set_moments(results[layer].moments)
+                if layer.index in found.repeated:
+                    repeated.add(layer)
+            left = sum(layer not in results for layer in unknown)
+            context.report_progress(len(results), len(results) + left)
+            if whole and not found.later and not (frozen and ready):
+                break
+        for layer in sorted(frozen, key=lambda layer: layer.index):
+            results[layer] = self._reduce(layer, found)
+        return results, repeated
 
-    def _first_order(self) -> tuple[list[BNLayer], list[int]]:
-        """Return the layers in the order of the first batch, and the calls of each layer."""
+    def _reduce(self, layer: BNLayer, found: _Found) -> InputStats:
+        context = self._context
+        accumulator = found.accumulators.get(layer) or context.make_accumulator(layer)
+        return context.reduce_stats(layer, accumulator)
+
+    def _first_order(self) -> tuple[list[BNLayer], set[BNLayer]]:
+        """Return the layers in the order of the first batch, and the layers that it calls again."""
         context = self._context
         indices: list[int] = []
 
-        def record(layer: BNLayer, x: Tensor) -> None:
-            indices.append(layer.index)
-
         def run() -> list[int] | None:
             has_batch = False
-            with preserve_rng_state(context.batches.source), hook_inputs(context.layers, record):
+            with (
+                preserve_rng_state(context.batches.source),
+                hook_inputs(context.layers, lambda layer, x: indices.append(layer.index)),
+            ):
                 for batch in islice(context.batches, 1):
                     context.run(batch)
                     has_batch = True
@@ -114,115 +124,84 @@ class _Sequential:
         first = next((result for result in results if result is not None), None)
         if first is None:
             raise ValueError("got no batches on any rank; expected at least one")
-        calls = [first.count(layer.index) for layer in context.layers]
-        return [context.layers[index] for index in dict.fromkeys(first)], calls
+        layers = [context.layers[index] for index in dict.fromkeys(first)]
+        return layers, {layer for layer in layers if first.count(layer.index) > 1}
 
-
-class _StopForward(BaseException):
-    """End of a forward at a layer; not an Exception, which the forward may handle."""
-
-
-class _DataPass:
-    """Pass over the data that accumulates the inputs of target layers.
-
-    Args:
-        context: inputs of the calibration.
-        targets: layers whose inputs are accumulated.
-        known: layers that have their population statistics.
-        queue: layers still to calibrate.
-        postponed: layers of the queue that follow the target wherever both are called.
-    """
-
-    def __init__(
-        self,
-        context: CalibrationContext,
-        targets: Collection[BNLayer],
-        known: Collection[BNLayer],
-        queue: Collection[BNLayer] = (),
-        postponed: Collection[BNLayer] = (),
-    ) -> None:
-        self.accumulators = {
-            layer: context.make_accumulator(layer, exact=False) for layer in targets
-        }
-        #: True to run whole forwards, which count calls and find layers after the target.
-        self.to_the_end = not queue
-        self._context = context
-        self._known = known
-        self._queue = queue
-        self._postponed = postponed
-        self._passed: BNLayer | None = None
-        self._earlier: BNLayer | None = None
-        self._later: BNLayer | None = None
-        self._calls = self._max_calls = 0
-
-    def run(self, data_size: list[tuple[int, int]]) -> tuple[BNLayer | None, BNLayer | None, int]:
-        """Run the pass on all ranks.
+    def _read(
+        self, known: Collection[BNLayer], targets: Collection[BNLayer], whole: bool
+    ) -> _Found:
+        """Accumulate the inputs of the first unknown layers, in a pass over the data of all ranks.
 
         Args:
-            data_size: batches and samples of the first pass; empty before.
-
-        Returns:
-            An unknown layer before the target; a layer after the target that is not in the queue;
-            the calls of the target in a forward.
-
-        Raises:
-            ValueError: this rank's data differs from the first pass.
+            known: layers that have their population statistics, and frozen layers.
+            targets: known layers whose inputs are accumulated, too.
+            whole: True to run forwards to their end.
         """
-        context = self._context
+        results: list[_Found] = []
 
-        def run() -> tuple[int, int, int]:
-            # FSDP cannot resume after a forward that ends early.
-            sharded = any(is_fully_sharded(module) for module in context.model.modules())
-            self.to_the_end = self.to_the_end or sharded
-            self._read_all(data_size)
-            if any(accumulator.has_lost_digits() for accumulator in self.accumulators.values()):
-                self.accumulators = {
-                    layer: context.make_accumulator(layer) for layer in self.accumulators
-                }
-                self._read_all(data_size)
-            earlier, later = (-1 if x is None else x.index for x in (self._earlier, self._later))
-            return earlier, later, self._max_calls
+        def run() -> tuple[set[int], set[int], set[int]]:
+            found = self._read_all(known, targets, whole, exact=False)
+            if any(accumulator.has_lost_digits() for accumulator in found.accumulators.values()):
+                found = self._read_all(known, targets, whole, exact=True)
+            results.append(found)
+            return found.first, found.later, found.repeated
 
-        results = zip(*context.ranks.all_gather_result(run), strict=True)
-        earlier, later, calls = (max(values) for values in results)
-        found = (context.layers[index] if index >= 0 else None for index in (earlier, later))
-        return (*found, calls)
+        parts = zip(*self._context.ranks.all_gather_result(run), strict=True)
+        first, later, repeated = (set().union(*sets) for sets in parts)
+        return _Found(first, later, repeated, results[0].accumulators)
 
-    def _read_all(self, data_size: list[tuple[int, int]]) -> None:
-        context = self._context
+    def _read_all(
+        self, known: Collection[BNLayer], targets: Collection[BNLayer], whole: bool, exact: bool
+    ) -> _Found:
+        context, found = self._context, _Found()
+        current: BNLayer | None = None  # the first unknown layer of the forward
+
+        def hook(layer: BNLayer, x: Tensor) -> None:
+            nonlocal current
+            if layer not in known:
+                if current not in (None, layer):
+                    found.later.add(layer.index)
+                    return
+                (found.first if current is None else found.repeated).add(layer.index)
+                current = layer
+            elif layer not in targets:
+                return
+            if layer not in found.accumulators:
+                found.accumulators[layer] = context.make_accumulator(layer, exact)
+            found.accumulators[layer].add(x)
+            if not whole:
+                raise _StopForward
+
         batches = samples = 0
-        with preserve_rng_state(context.batches.source), hook_inputs(context.layers, self._hook):
+        with preserve_rng_state(context.batches.source), hook_inputs(context.layers, hook):
             for batch in context.batches:
-                self._calls, self._passed = 0, None
+                current = None
                 with suppress(_StopForward):
                     context.run(batch)
-                if self._earlier is not None:
-                    return
                 batches += 1
                 samples += count_samples(batch) or 0
-        data_size[:] = data_size or [(batches, samples)]
-        if data_size != [(batches, samples)]:
+        self._data_size = self._data_size or (batches, samples)
+        if self._data_size != (batches, samples):
             raise ValueError(
-                f"method 'sequential' got {data_size[0]} batches and samples in a pass, and "
+                f"method 'sequential' got {self._data_size} batches and samples in a pass, and "
                 f"({batches}, {samples}) in a later one; expected the same data in every pass "
                 "(method='lockstep' reads it once)"
             )
+        return found
 
-    def _hook(self, layer: BNLayer, x: Tensor) -> None:
-        if layer in self.accumulators:
-            if self._passed is not None:
-                self._earlier = self._passed
-                raise _StopForward
-            self._calls += 1
-            self._max_calls = max(self._calls, self._max_calls)
-            self.accumulators[layer].add(x)
-            if not self.to_the_end:
-                raise _StopForward
-        elif layer not in self._known:
-            if layer in self._postponed and not self._calls:
-                self._passed = layer  # valid if the target is not called later in this forward
-            elif not self._calls and self._passed is None:
-                self._earlier = layer
-                raise _StopForward
-            elif self._calls and layer not in self._queue:
-                self._later = layer
+
+@dataclass
+class _Found:
+    """Layers that a pass has found, by index, and their inputs.
+
+    Attributes:
+        first: first unknown layer of each forward.
+        later: unknown layers that follow another unknown layer.
+        repeated: first unknown layers that a forward calls again.
+        accumulators: inputs of the first unknown layers and of the targets, on this rank.
+    """
+
+    first: set[int] = field(default_factory=set)
+    later: set[int] = field(default_factory=set)
+    repeated: set[int] = field(default_factory=set)
+    accumulators: dict[BNLayer, StatsAccumulator] = field(default_factory=dict)

@@ -10,14 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from syncbn.calibration.context import CalibrationContext, hook_inputs
-from syncbn.calibration.input_stats import InputStats
+from syncbn.calibration.context import CalibrationContext, Results, hook_inputs
 from syncbn.kernels import select_kernel
 from syncbn.moments import Moments
 from syncbn.nn.bn_layers import BNLayer, clone_running_stats
 
 
-def calibrate_pooled(context: CalibrationContext) -> dict[BNLayer, InputStats]:
+def calibrate_pooled(context: CalibrationContext) -> Results:
     """Pool the statistics of all batches of all ranks exactly (law of total variance).
 
     This is "precise BN" with exact pooling.
@@ -25,13 +24,13 @@ def calibrate_pooled(context: CalibrationContext) -> dict[BNLayer, InputStats]:
     Raises:
         ValueError: no batches; non-finite inputs.
     """
-    results = run_single_pass(context)
+    results = _run_batches(context, lambda layer, moments: None)
     for layer, stats in results.items():
         layer.set_moments(stats.moments)
     return results
 
 
-def calibrate_average(context: CalibrationContext) -> dict[BNLayer, InputStats]:
+def calibrate_average(context: CalibrationContext) -> Results:
     """Average the mean and the unbiased variance over batches.
 
     The formula of Ioffe and Szegedy (2015), algorithm 2: mean = E[mean_B], var = m/(m-1) E[var_B].
@@ -40,20 +39,10 @@ def calibrate_average(context: CalibrationContext) -> dict[BNLayer, InputStats]:
     Raises:
         ValueError: no batches; a batch with one value per channel; non-finite inputs.
     """
-    totals = [pivot.new_zeros(2 * len(pivot) + 1) for pivot in context.pivots]
-
-    def add_batch(layer: BNLayer, moments: Moments) -> None:
-        totals[layer.index][:-1] += _batch_stats(layer, moments).flatten()
-        totals[layer.index][-1] += 1
-
-    results = run_single_pass(context, add_batch)
-    for layer in results:
-        total = context.ranks.all_reduce(totals[layer.index], f"calibration of {layer.name}")
-        layer.set_running_stats(*(total[:-1] / total[-1]).chunk(2))
-    return results
+    return _average_batches(context, [None] * len(context.layers))
 
 
-def calibrate_ema(context: CalibrationContext) -> dict[BNLayer, InputStats]:
+def calibrate_ema(context: CalibrationContext) -> Results:
     """Update the old statistics by an exponential moving average, as in training.
 
     The momentum is the layer's; None averages all batches and drops the old statistics. Batches
@@ -62,52 +51,56 @@ def calibrate_ema(context: CalibrationContext) -> dict[BNLayer, InputStats]:
     Raises:
         ValueError: no batches; a batch with one value per channel; non-finite inputs.
     """
-    running = [
-        torch.stack([mean.double(), var.double()])
-        for _, mean, var in clone_running_stats(context.layers)
-    ]
-    updates = [_MovingAverage(layer.module.momentum) for layer in context.layers]
+    return _average_batches(context, [layer.module.momentum for layer in context.layers])
+
+
+def _average_batches(context: CalibrationContext, momenta: list[float | None]) -> Results:
+    """Set averages of the statistics of batches.
+
+    Args:
+        context: inputs of the calibration.
+        momenta: momentum of each layer; None for the average of all batches.
+    """
+    old = clone_running_stats(context.layers)
+    numbers = [0] * len(old)
+    # The batches of this rank as one step, running <- (1 - momentum)^number * running + update; a
+    # plain sum without a momentum.
+    updates = [pivot.new_zeros(2, len(pivot)) for pivot in context.pivots]
 
     def add_batch(layer: BNLayer, moments: Moments) -> None:
-        updates[layer.index].add(_batch_stats(layer, moments))
+        if bool(moments.count < 2):
+            raise ValueError(
+                f"{layer.name}: got a batch with one value per channel, which has no variance to "
+                "average; expected batches of two or more (method 'lockstep' accepts any)"
+            )
+        index, momentum = layer.index, momenta[layer.index]
+        stats = torch.stack([moments.mean(), moments.variance(unbiased=True)])
+        numbers[index] += 1
+        if momentum is None:
+            updates[index] += stats
+        else:
+            updates[index].lerp_(stats, momentum)
 
-    results = run_single_pass(context, add_batch)
-    ranks = context.ranks.all_gather_object([update.state() for update in updates])
+    results = _run_batches(context, add_batch)
+    local = numbers, [update.cpu() for update in updates]
+    ranks = context.ranks.all_gather_object(local)
     for layer in results:
-        stats, total = running[layer.index], 0
-        for number, decay, update in (states[layer.index] for states in ranks):
-            if number:
-                if layer.module.momentum is None:
-                    decay, update = total / (total + number), update * (number / (total + number))
-                stats = decay * stats + update.to(stats.device)
-                total += number
+        steps = [(n[layer.index], updates[layer.index]) for n, updates in ranks]
+        momentum = momenta[layer.index]
+        if momentum is None:
+            stats = sum((update for _, update in steps), torch.zeros(())) / sum(n for n, _ in steps)
+        else:
+            _, *parts = old[layer.index]
+            stats = torch.stack(parts).double().cpu()
+            for number, update in steps:
+                stats = (1 - momentum) ** number * stats + update
         layer.set_running_stats(*stats)
     return results
 
 
-class _MovingAverage:
-    """Batches of this rank as one step: ``running <- decay * running + update``."""
-
-    def __init__(self, momentum: float | None) -> None:
-        self._momentum = momentum
-        self._batches = 0
-        self._decay = 1.0
-        self._update = torch.zeros(())
-
-    def add(self, stats: Tensor) -> None:
-        self._batches += 1
-        momentum = 1 / self._batches if self._momentum is None else self._momentum
-        self._decay *= 1 - momentum
-        self._update = (1 - momentum) * self._update.to(stats) + momentum * stats
-
-    def state(self) -> tuple[int, float, Tensor]:
-        return self._batches, self._decay, self._update.cpu()
-
-
-def run_single_pass(
-    context: CalibrationContext,
-    add_batch: Callable[[BNLayer, Moments], None] = lambda layer, moments: None,
-) -> dict[BNLayer, InputStats]:
+def _run_batches(
+    context: CalibrationContext, add_batch: Callable[[BNLayer, Moments], None]
+) -> Results:
     """Return the input statistics of every layer that was reached on any rank.
 
     Layers normalize with the statistics of this rank's batch. No communication happens before the
@@ -143,18 +136,4 @@ def run_single_pass(
     results = {
         layer: context.reduce_stats(layer, accumulators[layer.index]) for layer in context.layers
     }
-    return {layer: stats for layer, stats in results.items() if stats.scatter.samples > 0}
-
-
-def _batch_stats(layer: BNLayer, moments: Moments) -> Tensor:
-    """Return the mean and the unbiased variance of a batch, shape ``[2, C]``.
-
-    Raises:
-        ValueError: the batch has one value per channel.
-    """
-    if bool(moments.count < 2):
-        raise ValueError(
-            f"{layer.name}: got a batch with one value per channel, which has no variance to "
-            "average; expected batches of two or more (method 'lockstep' accepts any)"
-        )
-    return torch.stack([moments.mean(), moments.variance(unbiased=True)])
+    return {layer: stats for layer, stats in results.items() if stats.samples > 0}

@@ -58,6 +58,17 @@ def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
     return net.to(dtype)
 
 
+FROZEN = ("1", "3.second.1")
+
+
+def partly_frozen() -> nn.Sequential:
+    """Return the network in training mode, with two layers in evaluation mode."""
+    net = network().train()
+    for name in FROZEN:
+        layers(net)[name].eval()
+    return net
+
+
 def images(number: int = 24, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return images ``[N, 3, 8, 8]`` that differ in brightness and contrast."""
     generator = torch.Generator().manual_seed(2)

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import syncbn
-from syncbn.calibration.memory import free_bytes, profile_forward
-from syncbn.nn.bn_layers import find_layers
-from tests.calibration.networks import METHODS, distance, images, layers, network, statistics
+from syncbn.calibration.checks import free_bytes
+from tests.calibration.networks import METHODS, distance, images, network, statistics
 
 
 class Promises:
@@ -151,32 +150,40 @@ def test_layer_in_another_thread() -> None:
     syncbn.recalibrate(Threaded(), images().float().split(6), method="pooled")
 
 
-def test_profiled_memory() -> None:
-    """The second layer's input and the shortcut are alive."""
+class Shortcut(nn.Module):
+    """The second layer's input, the shortcut and the batch are alive at the second layer."""
 
-    class Shortcut(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
 
-        def forward(self, x: Tensor) -> Tensor:
-            shortcut = x + 1
-            y: Tensor = shortcut + self.second(self.first(x) * 2)
-            return y
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x + 1
+        y: Tensor = shortcut + self.second(self.first(x) * 2)
+        return y
 
-    net, x = Shortcut().eval(), torch.zeros(5, 3, 8, 8)
-    with torch.no_grad():
-        held = profile_forward(lambda: net(x), find_layers(net)).bytes
-    assert held == 2 * x.nbytes
-    free = free_bytes(torch.device("cpu"))
-    assert free is not None
-    assert free > 1 << 20
+
+@pytest.mark.parametrize("stream", [False, True], ids=["list", "stream"])
+def test_memory_limit(stream: bool) -> None:
+    """A list is refused before its first pass, a stream during the passes."""
+    x = images(64, torch.float32)
+    calls: list[int] = []
+    net, limit = Shortcut(), 3 * x.nbytes
+    net.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+
+    def batches() -> Any:
+        return iter(x.split(32)) if stream else x.split(32)
+
+    with pytest.raises(MemoryError, match="for 64 samples on this rank"):
+        syncbn.recalibrate(net, batches(), max_bytes=limit - 1)
+    assert calls == [2, 32][: 1 + stream]  # two samples are profiled
+    syncbn.recalibrate(net, batches(), max_bytes=limit)
 
 
 def test_page_cache_counts_as_free_in_container(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("syncbn.calibration.memory._CGROUP", tmp_path)
+    monkeypatch.setattr("syncbn.calibration.checks._CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("900\n")
     (tmp_path / "memory.stat").write_text("anon 200\ninactive_file 600\nactive_file 100\n")
@@ -185,21 +192,3 @@ def test_page_cache_counts_as_free_in_container(
     free = free_bytes(torch.device("cpu"))
     assert free is not None
     assert free > 1 << 20
-
-
-def test_memory_checked_before_work() -> None:
-    net = network()
-    calls: list[int] = []
-    layers(net)["1"].register_forward_hook(lambda module, args, output: calls.append(len(output)))
-    with pytest.raises(MemoryError):
-        syncbn.recalibrate(net, images().split(12), max_bytes=100_000)
-    assert calls == [1]  # the profiled sample
-
-
-def test_memory_checked_during_stream() -> None:
-    net, sample = network().eval(), images(1)
-    with torch.no_grad():
-        held = profile_forward(lambda: net(sample), find_layers(net)).bytes + sample.nbytes
-    with pytest.raises(MemoryError, match="for 24 samples on this rank"):
-        syncbn.recalibrate(net, iter(images().split(6)), max_bytes=15 * held)
-    syncbn.recalibrate(net, iter(images().split(6)), max_bytes=24 * held)

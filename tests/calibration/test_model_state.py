@@ -18,8 +18,7 @@ from torch import Tensor, nn
 import syncbn
 from syncbn.calibration import CalibrationReport
 from syncbn.calibration.context import CalibrationContext
-from syncbn.calibration.ranks import Ranks
-from syncbn.calibration.sigint import defer_sigint
+from syncbn.calibration.ranks import Ranks, defer_sigint
 from tests.calibration.networks import (
     METHODS,
     distance,

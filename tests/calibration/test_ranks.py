@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -20,10 +22,138 @@ from torch import Tensor, nn
 import syncbn
 from syncbn.calibration import CalibrationReport
 from syncbn.calibration import ranks as calibration_ranks
-from tests.calibration.networks import distance, images, layers, network, statistics
+from tests.calibration.networks import (
+    EXACT,
+    METHODS,
+    distance,
+    images,
+    layers,
+    network,
+    run_batch,
+    statistics,
+)
 from tests.ranks import Ranks
 
 _DIED = 3
+Outcome = tuple[str, bool, float]
+
+
+def _interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1e-3)  # Python calls the handler within some instructions
+
+
+def _recalibrate(net: nn.Module, batches: Any, **arguments: Any) -> Outcome:
+    """Return the error, whether the statistics are unchanged, and the sum of a later all-reduce."""
+    before, message = statistics(net), ""
+    try:
+        syncbn.recalibrate(net, batches, **arguments)
+    except BaseException as error:
+        message = f"{type(error).__name__}: {error}"
+    value = torch.ones(1)
+    dist.all_reduce(value)  # no rank remains in a collective
+    return message, distance(statistics(net), before) == 0.0, value.item()
+
+
+class Loader:
+    """Batches whose third one fails."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield from images().split(4)[:2]
+        raise OSError("the disk is gone")
+
+
+def _fail_in_model(net: Any, fail: Callable[[], object]) -> None:
+    calls: list[Any] = []
+
+    def hook(module: Any, args: Any) -> None:
+        calls.append(args)
+        if len(calls) >= 4:
+            fail()
+
+    layers(net)["3.second.1"].register_forward_pre_hook(hook)
+
+
+def _raise() -> None:
+    raise ArithmeticError("no such number")
+
+
+def _fail(rank: int, case: str, method: Any) -> Outcome:
+    net: Any = network()
+    batches: Any = images().split(4)
+    arguments: dict[str, Any] = {"method": method, "forward": run_batch}
+    match case if rank == 1 else "":
+        case "loader":
+            batches = iter(Loader()) if method == "lockstep" else Loader()
+        case "model":
+            _fail_in_model(net, _raise)
+        case "Ctrl-C":
+            _fail_in_model(net, _interrupt)
+        case "one-shot":
+            batches = iter(batches)
+        case "name":
+            arguments["layers"] = "backbone"
+    return _recalibrate(net, batches, **arguments)
+
+
+ERRORS = {
+    "loader": "OSError: the disk is gone",
+    "model": "ArithmeticError: no such number",
+    "Ctrl-C": "KeyboardInterrupt: ",
+    "one-shot": "ValueError: method 'sequential' reads .* got a one-shot tuple_?iterator",
+    "name": "ValueError: layers: got 'backbone'",
+}
+FAILURES = [
+    *(("loader", method) for method in METHODS),
+    *(("model", method) for method in EXACT),
+    *(("Ctrl-C", method) for method in [*EXACT, "pooled"]),
+    *(("one-shot", "sequential"), ("name", "lockstep")),
+]
+
+
+@pytest.mark.parametrize(("case", "method"), FAILURES)
+def test_error_on_one_rank_ends_all(job: Ranks, case: str, method: str) -> None:
+    """The other ranks waited for the timeout of the process group."""
+    first, second, *rest = job.run(_fail, case, method)
+    other = "RuntimeError: calibration was ended by an error on rank 1; see the output there"
+    assert [first, *rest] == [(other, True, job.size)] * (job.size - 1)
+    assert re.match(ERRORS[case], second[0])
+    assert second[1:] == (True, job.size)
+
+
+class Slow:
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for x in images().split(12):
+            time.sleep(self.seconds)
+            yield x
+
+
+def _interrupt_during_wait(rank: int, method: Any) -> Outcome:
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    if rank == 0:
+        timer.start()
+    return _recalibrate(network(), Slow(0.2 * rank), method=method)
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_interrupt_during_wait_ends_all(pair: Ranks, method: Any) -> None:
+    first, second = pair.run(_interrupt_during_wait, method)
+    assert first == ("KeyboardInterrupt: ", True, 2.0)
+    assert second[0].startswith("RuntimeError: calibration was ended by an error on rank 0")
+    assert second[1:] == (True, 2.0)
+
+
+def _calibrate_without_data(rank: int, method: Any) -> Outcome:
+    return _recalibrate(network(), [], method=method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_data_on_any_rank(pair: Ranks, method: str) -> None:
+    message = "ValueError: got no batches on any rank; expected at least one"
+    assert pair.run(_calibrate_without_data, method) == [(message, True, 2.0)] * 2
 
 
 def _other_epsilon(net: Any) -> dict[str, Any]:
@@ -46,55 +176,54 @@ def _other_frozen_statistics(net: Any) -> dict[str, Any]:
     return {}
 
 
-def _no_change(net: Any) -> dict[str, Any]:
+def _skipped_layers(net: Any) -> dict[str, Any]:
+    net[3].forward = lambda x: x
     return {}
 
 
-DIFFERENCES: dict[str, tuple[Callable[[Any], dict[str, Any]], dict[str, Any], str]] = {
+def _arguments(**arguments: Any) -> Callable[[Any], dict[str, Any]]:
+    return lambda net: arguments
+
+
+DIFFERENCES: dict[str, tuple[Callable[[Any], dict[str, Any]], str]] = {
     "a method": (
-        _no_change,
-        {"method": "pooled"},
+        _arguments(method="pooled"),
         "rank 0 has method 'lockstep', but rank 1 has method 'pooled'",
     ),
     "a number of samples": (
-        _no_change,
-        {"num_samples": 10},
+        _arguments(num_samples=10),
         "rank 0 has num_samples None, but rank 1 has num_samples 10",
     ),
     "a choice": (
-        _no_change,
-        {"skip": "1"},
+        _arguments(skip="1"),
         "rank 0 has layer '1' with 6 channels, .*, but rank 1 has layer '3.first.1' with",
     ),
-    "an epsilon": (_other_epsilon, {}, "rank 0 has layer '6' .* eps 1e-05, .* eps 0.5"),
-    "a name": (_other_name, {}, "rank 0 has layer '6' .*, but rank 1 has layer '11'"),
-    "a layer": (_another_layer, {}, "rank 0 has no more layers, but rank 1 has layer '13' with"),
+    "an epsilon": (_other_epsilon, "rank 0 has layer '6' .* eps 1e-05, .* eps 0.5"),
+    "a name": (_other_name, "rank 0 has layer '6' .*, but rank 1 has layer '11'"),
+    "a layer": (_another_layer, "rank 0 has no more layers, but rank 1 has layer '13' with"),
     "frozen statistics": (
         _other_frozen_statistics,
-        {},
         "rank 0 has '3.second.1' left alone with statistics .*, but rank 1 has '3.second.1' left",
     ),
+    "a forward": (_skipped_layers, "reach different layers: some '3.first.1', and some '6'"),
 }
 
 
-def _calibrate_differently(rank: int, case: str) -> tuple[bool, bool]:
-    change, arguments, message = DIFFERENCES[case]
+def _calibrate_differently(rank: int, case: str) -> Outcome:
     net = network().train()
     if case == "frozen statistics":
         layers(net)["3.second.1"].eval()
-    arguments = {**change(net), **arguments} if rank == 1 else {}
-    before = statistics(net)
-    with pytest.raises(ValueError, match=f"^the ranks differ: {message}"):
-        syncbn.recalibrate(net, images().split(6), **arguments)
-    value = torch.ones(1)
-    dist.all_reduce(value)
-    return distance(statistics(net), before) == 0.0, value.item() == dist.get_world_size()
+    arguments = DIFFERENCES[case][0](net) if rank == 1 else {}
+    return _recalibrate(net, images().split(6), **arguments)
 
 
 @pytest.mark.parametrize("case", DIFFERENCES)
-def test_different_arguments_raise(two_ranks: Ranks, case: str) -> None:
+def test_differences_raise(pair: Ranks, case: str) -> None:
     """One rank returned with new statistics while the other one failed, or both were wrong."""
-    assert two_ranks.run(_calibrate_differently, case) == [(True, True)] * 2
+    first, second = pair.run(_calibrate_differently, case)
+    assert first == second
+    assert re.match(f"ValueError: the ranks (differ: )?{DIFFERENCES[case][1]}", first[0])
+    assert first[1:] == (True, 2.0)
 
 
 def _run_forked(folder: Path, work: Callable[[int], Any]) -> list[Any]:
@@ -141,25 +270,24 @@ def _die_before(exchange: int) -> None:
         setattr(calibration_ranks.Ranks, name, counted(getattr(calibration_ranks.Ranks, name)))
 
 
-def _calibrate_until_death(rank: int, exchange: int, method: Any) -> tuple[str, bool]:
+def _calibrate_until_death(rank: int, exchange: int) -> tuple[str, bool]:
     if rank == 1:
         _die_before(exchange)
     net = _small()
     before = statistics(net)
     message = ""
     try:
-        syncbn.recalibrate(net, images(dtype=torch.float32).split(8), method=method)
+        syncbn.recalibrate(net, images(dtype=torch.float32).split(8))
     except RuntimeError as error:
         message = str(error)
     return message, distance(statistics(net), before) == 0.0
 
 
-@pytest.mark.parametrize("method", ["lockstep", "average"])
-def test_rank_death_before_each_exchange(method: str, tmp_path: Path) -> None:
+def test_rank_death_before_each_exchange(tmp_path: Path) -> None:
     """The other rank raised Gloo's message, or returned with new statistics."""
     steps = []
     for exchange in range(1, 30):
-        work = partial(_calibrate_until_death, exchange=exchange, method=method)
+        work = partial(_calibrate_until_death, exchange=exchange)
         results = _run_forked(tmp_path / str(exchange), work)
         message, unchanged = results[0]
         if results[1] is not None:
@@ -201,38 +329,31 @@ def test_rank_death_does_not_hide_error(tmp_path: Path) -> None:
     assert found == ["LookupError('the disk is gone')", None]
 
 
-def _interrupt_on_rank_1(rank: int, owner: Any, name: str, when: str) -> tuple[str, bool, float]:
+def _interrupt_on_rank_1(rank: int, owner: Any, name: str, when: str) -> Outcome:
     real = getattr(owner, name)
 
     def interrupt(*args: Any, **kwargs: Any) -> Any:
         result = real(*args, **kwargs)
         if rank == 1 and when in ("", args[-1]):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1e-3)
+            _interrupt()
         return result
 
-    net = network()
-    before = statistics(net)
-    error_type = ""
     setattr(owner, name, staticmethod(interrupt) if owner is CalibrationReport else interrupt)
     try:
-        syncbn.recalibrate(net, images().split(6))
-    except BaseException as error:
-        error_type = type(error).__name__
+        return _recalibrate(network(), images().split(6))
     finally:
         setattr(owner, name, staticmethod(real) if owner is CalibrationReport else real)
-    value = torch.ones(1)
-    dist.all_reduce(value)
-    return error_type, distance(statistics(net), before) == 0.0, value.item()
 
 
-def test_interrupt_before_last_exchange_restores_all(two_ranks: Ranks) -> None:
+def test_interrupt_before_last_exchange_restores_all(pair: Ranks) -> None:
     """The interrupted rank had its old statistics, and the other one the new ones."""
-    results = two_ranks.run(_interrupt_on_rank_1, CalibrationReport, "from_stats", "")
-    assert results == [("RuntimeError", True, 2.0), ("KeyboardInterrupt", True, 2.0)]
+    first, second = pair.run(_interrupt_on_rank_1, CalibrationReport, "from_stats", "")
+    assert first[0].startswith("RuntimeError: calibration was ended by an error on rank 1")
+    assert second[0] == "KeyboardInterrupt: "
+    assert first[1:] == second[1:] == (True, 2.0)
 
 
-def test_interrupt_after_last_exchange_restores_none(two_ranks: Ranks) -> None:
+def test_interrupt_after_last_exchange_restores_none(pair: Ranks) -> None:
     last = "the last exchange"
-    results = two_ranks.run(_interrupt_on_rank_1, calibration_ranks.Ranks, "run_on_all_ranks", last)
-    assert results == [("", False, 2.0), ("KeyboardInterrupt", False, 2.0)]
+    results = pair.run(_interrupt_on_rank_1, calibration_ranks.Ranks, "run_on_all_ranks", last)
+    assert results == [("", False, 2.0), ("KeyboardInterrupt: ", False, 2.0)]

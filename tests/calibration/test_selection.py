@@ -10,24 +10,22 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import syncbn
 from syncbn.inference import example_weighted
 from tests.calibration.networks import (
     EXACT,
+    FROZEN,
     METHODS,
     distance,
     images,
     layers,
     network,
+    partly_frozen,
     run_batch,
     set_population_stats,
     statistics,
 )
-from tests.ranks import Ranks
-
-FROZEN = ("1", "3.second.1")
 
 
 class Affine(nn.Module):
@@ -45,13 +43,6 @@ class Affine(nn.Module):
         )
         y: Tensor = (x - mean) / (var + norm.eps).sqrt() * weight + bias
         return y
-
-
-def partly_frozen() -> nn.Sequential:
-    net = network().train()
-    for name in FROZEN:
-        layers(net)[name].eval()
-    return net
 
 
 def with_affine_layers() -> nn.Sequential:
@@ -174,39 +165,6 @@ def test_invalid_names(case: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         syncbn.recalibrate(net, Unread(), **arguments)
     assert distance(statistics(net), before) == 0.0
-
-
-def _pass_invalid_name(rank: int) -> str:
-    with pytest.raises((ValueError, RuntimeError)) as caught:
-        syncbn.recalibrate(network(), Unread(), layers="6" if rank == 0 else "backbone")
-    return str(caught.value)
-
-
-def test_invalid_name_on_one_rank_ends_all(two_ranks: Ranks) -> None:
-    """The other rank waited for the timeout of the process group."""
-    first, second = two_ranks.run(_pass_invalid_name)
-    assert first == "calibration was ended by an error on rank 1; see the output there"
-    assert second.startswith("layers: got 'backbone'")
-
-
-def _distributed(rank: int, method: Any) -> tuple[dict[str, tuple[Tensor, Tensor]], list[str]]:
-    net: Any = partly_frozen()
-    net[6] = nn.BatchNorm2d(5).double()  # DDP rejects torch.nn.SyncBatchNorm on CPU
-    model = DistributedDataParallel(net)
-    mine = list(images()[rank::2].split(4))
-    report = syncbn.recalibrate(model, mine, method=method, layers=["3", "6"], skip=[net[3].second])
-    return statistics(net), report.left_alone
-
-
-@pytest.mark.parametrize("method", EXACT)
-def test_ddp(two_ranks: Ranks, method: str) -> None:
-    results = two_ranks.run(_distributed, method)
-    net = partly_frozen()
-    net[6] = nn.BatchNorm2d(5).double()
-    syncbn.recalibrate(net, [images()], layers=["3.first", "6"])
-    for found, left_alone in results:
-        assert distance(found, statistics(net)) < 1e-12
-        assert left_alone == ["1", "3.second.1", "11"]
 
 
 @pytest.mark.parametrize("method", EXACT)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import syncbn
 from syncbn.bench.networks import resnet20
-from syncbn.calibration.verification import Trace
+from syncbn.calibration.checks import Trace
 from syncbn.nn.bn_layers import find_layers
 from tests.calibration.networks import (
     distance,
@@ -192,7 +192,7 @@ def test_failed_fallback_raises() -> None:
 
 def test_trace_size_is_bounded() -> None:
     layer = find_layers(nn.BatchNorm1d(4))[0]
-    trace = Trace(None, 0, 500, 1000)
+    trace = Trace(None, (0, 500, 1000))
     trace.add(layer, torch.arange(1000.0)[:, None].expand(1000, 4))
     rows = trace.entries[0][1].mean[:, 0]
     assert len(rows) <= 32
