@@ -39,9 +39,9 @@ def use_impl(impl: str) -> None:
     select_fastest = kernels._select_fastest
     kernel = kernels.select_kernel(impl, torch.empty(1, 1))
 
-    def select(x: Tensor, others: tuple[Tensor | None, ...]) -> Kernel:
+    def select(x: Tensor, tensors: tuple[Tensor | None, ...]) -> Kernel:
         # Compilers and tensor subclasses get the reference.
-        is_default = isinstance(select_fastest(x, others), type(kernels.REFERENCE))
+        is_default = isinstance(select_fastest(x, tensors), type(kernels.REFERENCE))
         is_supported = kernel.unsupported_reason(x) is None
         return kernel if is_supported and not is_default else kernels.REFERENCE
 

@@ -10,7 +10,7 @@ import torch
 
 
 def begin() -> None:
-    """Interpret kernels if there is no GPU; call this before they are imported."""
+    """Interpret kernels on machines without a GPU; call this before the import of kernels."""
     if torch.cuda.is_available():
         return
     os.environ["TRITON_INTERPRET"] = "1"

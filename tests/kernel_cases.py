@@ -1,4 +1,4 @@
-"""The kernels every test of the layer runs on: one row each."""
+"""The kernels that the layer tests run on, one row each, and calls of their methods."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from syncbn import kernels
 from syncbn.kernels import REFERENCE, cpu
 from syncbn.kernels.base import Kernel, NormalizeArgs, OutputMask, Reduced, Saved
 from syncbn.kernels.coefficients import split_statistics
@@ -35,9 +34,10 @@ KERNELS = [
 ]
 
 
-def dtypes_of(kernel: str) -> list[torch.dtype]:
+def dtypes_of(kernel: str | Kernel) -> list[torch.dtype]:
     """Return the input dtypes that a kernel serves."""
-    return DTYPES[1:] if kernel == "triton" else DTYPES
+    is_triton = kernel == "triton" or type(kernel).__name__ == "TritonKernel"
+    return DTYPES[1:] if is_triton else DTYPES
 
 
 #: Every kernel with every input dtype that it serves.
@@ -59,11 +59,6 @@ def levels() -> list[cpu.CPUKernel]:
     """Return the C++ kernel for each instruction set of this processor."""
     best = cpp()
     return [cpu.CPUKernel(best.library, level) for level in range(best.level + 1)]
-
-
-def select_on_device(name: str) -> Kernel:
-    """Return the kernel of a name, on the device it is tested on."""
-    return kernels.select_kernel(name, torch.empty(0, device=device_of(name)))
 
 
 def normalize(kernel: Kernel, x: Tensor, saved: Saved, residual: Tensor | None = None) -> Tensor:
@@ -106,24 +101,16 @@ def saved_for(x: Tensor, relu: bool = False) -> Saved:
 
 def compute_all(kernel: Kernel, x: Tensor, dy: Tensor, saved: Saved) -> list[Tensor]:
     """Return the results of every method, where rounding cannot move a value through a ReLU."""
-    moments = totals(kernel.moments(x), x.shape[1])
     sums = backward_reduce(kernel, dy, x, saved).sums
-    ones = torch.ones_like(sums)
     y, local = kernel.forward_local(x, NormalizeArgs(EPS, saved.weight, saved.bias, saved.relu))
-    dx, dweight, dbias, _ = kernel.backward_local(
-        dy, saved._replace(x=x), (True, True, True, False)
-    )
-    assert dx is not None
-    assert dweight is not None
-    assert dbias is not None
+    mask = True, True, True, False
+    dx, dweight, dbias, _ = kernel.backward_local(dy, saved._replace(x=x), mask)
     results = [
-        moments,
-        sums,
-        normalize(kernel, x, saved),
-        backward_elemt(kernel, dy, x, saved, ones),
+        *(totals(kernel.moments(x), x.shape[1]), sums, normalize(kernel, x, saved)),
+        *(backward_elemt(kernel, dy, x, saved, torch.ones_like(sums)), y, local.statistics),
+        *(dbias, dweight, dx),
     ]
-    results += [y, local.statistics, dbias, dweight, dx]
-    return [t.double().flatten() for t in results]
+    return [t.double().flatten() for t in results if t is not None]
 
 
 def is_equal_in_place(kernel: Kernel, x: Tensor, dy: Tensor, saved: Saved) -> bool:
@@ -133,10 +120,13 @@ def is_equal_in_place(kernel: Kernel, x: Tensor, dy: Tensor, saved: Saved) -> bo
     return torch.equal(inplace, backward_elemt(kernel, dy, x, saved, sums))
 
 
-def device_of(kernel: str) -> torch.device:
-    """Return the device a kernel is tested on."""
-    on_gpu = kernel == "aten_cuda" or (kernel == "triton" and torch.cuda.is_available())
-    return torch.device("cuda" if on_gpu else "cpu")
+def device_of(kernel: str | Kernel) -> torch.device:
+    """Return the device that a kernel is tested on."""
+    if isinstance(kernel, Kernel):
+        on_gpu = kernel.unsupported_reason(torch.empty(1, 1)) is not None
+    else:
+        on_gpu = kernel in ("aten_cuda", "triton")
+    return torch.device("cuda" if on_gpu and torch.cuda.is_available() else "cpu")
 
 
 def tolerance(dtype: torch.dtype) -> float:

@@ -33,14 +33,14 @@ REFERENCE, _ATEN_CUDA = ReferenceKernel(), AtenCudaKernel()
 _PLAIN = {Tensor, Parameter, type(None)}
 
 
-def select_kernel(impl: str, x: Tensor, *others: Tensor | None) -> Kernel:
+def select_kernel(impl: str, x: Tensor, *tensors: Tensor | None) -> Kernel:
     """Return the kernel for x.
 
     Args:
         impl: "auto" for the fastest kernel that supports x, or the name of a kernel, which is never
             replaced by another.
         x: input, shape ``[N, C, *]``.
-        others: weight, bias, running statistics and residual on x's device, or None.
+        tensors: weight, bias, running statistics and residual on x's device, or None.
 
     Raises:
         ValueError: the name is unknown, or the named kernel does not support x.
@@ -52,7 +52,7 @@ def select_kernel(impl: str, x: Tensor, *others: Tensor | None) -> Kernel:
     if torch.compiler.is_compiling() and impl == "auto":
         return REFERENCE
     if impl == "auto":
-        return _select_fastest(x, others)
+        return _select_fastest(x, tensors)
     if impl not in IMPLS:
         raise ValueError(f"unknown impl {impl!r}; expected one of {', '.join(IMPLS)}")
     kernel = _ATEN_CUDA if impl == "aten_cuda" else _load_kernel(impl)
@@ -61,10 +61,10 @@ def select_kernel(impl: str, x: Tensor, *others: Tensor | None) -> Kernel:
     return kernel
 
 
-def _select_fastest(x: Tensor, others: tuple[Tensor | None, ...]) -> Kernel:
+def _select_fastest(x: Tensor, tensors: tuple[Tensor | None, ...]) -> Kernel:
     # Tensor subclasses and dispatch modes see operations of torch alone.
     is_plain = (
-        type(x) in _PLAIN and _PLAIN.issuperset(map(type, others)) and not num_dispatch_modes()
+        type(x) in _PLAIN and _PLAIN.issuperset(map(type, tensors)) and not num_dispatch_modes()
     )
     match x.device.type:
         case "cpu" if is_plain and not isinstance(library := cpu.load(), str):

@@ -24,6 +24,7 @@ from syncbn.kernels.coefficients import (
     compute_dtype,
     forward_coefficients,
     per_channel,
+    reduced_dims,
     split_mean,
     split_statistics,
 )
@@ -40,7 +41,7 @@ class AtenCudaKernel(Kernel):
 
     def moments(self, x: Tensor) -> Tensor:
         """See :meth:`Kernel.moments`."""
-        channels = x.shape[1]
+        channels, dims = x.shape[1], reduced_dims(x)
         count = x.numel() // channels
         if count == 0:
             size = get_packed_size(channels, x.dtype)
@@ -57,7 +58,8 @@ class AtenCudaKernel(Kernel):
         # for one whose variance is infinite.
         mean, invstd = torch.batch_norm_stats(values, 0.0)
         rest = mean.double()
-        low, high = torch.aminmax(values.movedim(1, 0).reshape(channels, -1), dim=1)
+        # Not aminmax, which takes one dimension: its input would be a copy.
+        low, high = values.amin(dims), values.amax(dims)
         variance = torch.where(low == high, 0.0, invstd.double().square().reciprocal())
         first, second = rest * count, (variance + rest.square()) * count
         two_parts = has_two_parts(x.dtype)

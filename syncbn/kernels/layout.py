@@ -64,7 +64,7 @@ def with_key(x: Tensor, key: tuple[int, int, int] | None) -> tuple[Tensor, NCSLa
         return x, layout
     batch, channels, space = key
     stride = channels * space
-    # Not from the strides of the copy: those of a single channel fit two keys.
+    # Not from the strides of the copy: a single channel's strides fit two keys.
     layout = NCSLayout(batch, channels, space, stride, stride)
     return _new_empty(x, layout, x.dtype).copy_(x), layout
 
@@ -78,11 +78,11 @@ def match_layout(t: Tensor, x: Tensor, layout: NCSLayout) -> tuple[Tensor, int]:
     if found == layout:
         return t, layout.stride
     if found is None or found.key != layout.key:
-        return empty_like(x, layout).copy_(t), layout.dense_stride
+        return empty_dense(x, layout).copy_(t), layout.dense_stride
     return t, found.stride
 
 
-def empty_like(x: Tensor, layout: NCSLayout) -> Tensor:
+def empty_dense(x: Tensor, layout: NCSLayout) -> Tensor:
     """Return an uninitialized tensor of x's dtype and layout, without gaps."""
     if layout.stride == layout.dense_stride:
         return torch.empty_like(x)

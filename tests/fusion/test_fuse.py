@@ -17,7 +17,7 @@ from syncbn.bench.networks import resnet20, resnet50
 from tests.fusion import models
 from tests.fusion.checks import check_fused, train_on_rank
 from tests.fusion.models import Methods, Plain, Residuals
-from tests.nn.test_third_party import network
+from tests.nn.test_conversion import resnet as network
 from tests.ranks import Ranks
 
 pytestmark = pytest.mark.layers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -47,62 +47,75 @@ def largest(t: Tensor) -> Tensor:
     return t.abs().max() if t.numel() else t.new_zeros(())
 
 
-# Which of everything are sums over a channel, and which are float64.
+# Positions of results that are sums over a channel, and of float64 ones.
 SUMS = (0, 1, 6, 7)
-C_NUMBERS = (*SUMS, 5)
+FLOAT64 = (*SUMS, 5)
 
 
 class Near:
     """Return whether all results are within their bounds."""
 
-    def __init__(self, wanted: list[Tensor], bounds: list[Tensor]) -> None:
-        pairs = zip(wanted, bounds, strict=True)
+    def __init__(self, expected: list[Tensor], bounds: list[Tensor]) -> None:
+        pairs = zip(expected, bounds, strict=True)
         self.limits = torch.cat([bound.expand_as(t) for t, bound in pairs])
-        self.wanted = torch.cat(wanted)
+        self.expected = torch.cat(expected)
 
-    def __call__(self, found: list[Tensor]) -> bool:
-        return bool(((torch.cat(found) - self.wanted).abs() <= self.limits).all())
+    def __call__(self, actual: list[Tensor]) -> bool:
+        return bool(((torch.cat(actual) - self.expected).abs() <= self.limits).all())
 
 
-def bounds(wanted: list[Tensor], how: Saved, dy: Tensor) -> list[Tensor]:
-    """Return 1e-6 of the largest value of each kind, or of the sum of its terms' magnitudes."""
-    # Sums of random numbers grow as their square root, and now and then all but vanish.
+def bounds(expected: list[Tensor], saved: Saved, dy: Tensor) -> list[Tensor]:
+    """Return the rounding of the largest value of each kind, or of the sum of its terms."""
+    # Sums of random values grow as their square root, and now and then all but vanish.
     typical = max(1.0, (dy.numel() / dy.shape[1]) ** 0.5)
-    least = [typical if i in SUMS else 1.0 for i in range(len(wanted))]
-    found = [1e-6 * largest(t).clamp(min=m) for t, m in zip(wanted, least, strict=True)]
+    least = [typical if i in SUMS else 1.0 for i in range(len(expected))]
+    precision = [1e-6 if i in FLOAT64 else tolerance(dy.dtype) for i in range(len(expected))]
+    sizes = [largest(t).clamp(min=m) for t, m in zip(expected, least, strict=True)]
     # Of few values a channel, dx is a difference of these that all but vanishes.
-    found[-1] = 1e-6 * largest_invstd(how) * 1.5 * largest(dy)
-    return found
-
-
-@pytest.mark.parametrize("channels", range(1, LONGEST + 1))
-def test_every_small_size(channels: int) -> None:
-    """Vectors that are full, begun, or less than one; rows, lines of several samples, rests."""
-    generator = torch.Generator().manual_seed(channels)
-    memory = torch.randn(2, 3 * channels * LONGEST + 16, generator=generator)
-    for samples, space in itertools.product((0, 1, 3), range(1, LONGEST + 1)):
-        numel = samples * channels * space
-        # Not aligned to anything but its own size.
-        x, dy = memory[:, space % 16 :][:, :numel].view(2, samples, channels, space)
-        how = saved_for(x)
-        wanted = compute_all(REFERENCE, x.double(), dy.double(), how)
-        near = Near(wanted, bounds(wanted, how, dy))
-        for kernel, values in itertools.product(levels(), (x, last_channels(x))):
-            assert near(compute_all(kernel, values, dy, how)), (samples, space, kernel)
+    sizes[-1] = largest_invstd(saved) * 1.5 * largest(dy).double()
+    return [p * size for p, size in zip(precision, sizes, strict=True)]
 
 
 # Around the sizes of vectors.
 EDGES = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 64, 70)
+FEW = (1, 2, 3)
+
+
+def choose_spaces(channels: int) -> Iterable[int]:
+    """Return spatial sizes: every one for few channels, few for every number of channels.
+
+    Loops run along one dimension, or over the product of both: each tail occurs with few sizes of
+    the other dimension.
+    """
+    if channels in FEW:
+        return range(1, LONGEST + 1)
+    return EDGES if channels in EDGES else FEW
+
+
+@pytest.mark.parametrize("channels", range(1, LONGEST + 1))
+def test_every_small_size(channels: int) -> None:
+    """Vectors that are full, begun, or less than one; rows, several samples per row, remainders."""
+    generator = torch.Generator().manual_seed(channels)
+    memory = torch.randn(2, 3 * channels * LONGEST + 16, generator=generator)
+    for samples, space in itertools.product((0, 1, 3), choose_spaces(channels)):
+        numel = samples * channels * space
+        # Not aligned to anything but its own size.
+        x, dy = memory[:, space % 16 :][:, :numel].view(2, samples, channels, space)
+        saved = saved_for(x)
+        expected = compute_all(REFERENCE, x.double(), dy.double(), saved)
+        near = Near(expected, bounds(expected, saved, dy))
+        for kernel, values in itertools.product(levels(), (x, last_channels(x))):
+            assert near(compute_all(kernel, values, dy, saved)), (samples, space, kernel)
 
 
 @pytest.mark.parametrize("channels", EDGES)
 def test_dx_over_dy(channels: int) -> None:
-    for samples, space in itertools.product(range(1, 4), EDGES):
+    for samples, space in ((1, 1), (2, 3), (3, 8), (1, 17), (2, 33), (1, 70)):
         x, dy = torch.randn(2, samples, channels, space)
-        how = saved_for(x, relu=space % 2 == 0)
-        for kernel, columns in itertools.product(levels(), (False, True)):
-            a, b = (last_channels(x), last_channels(dy)) if columns else (x, dy)
-            assert is_equal_in_place(kernel, a, b, how), (samples, space, kernel)
+        saved = saved_for(x, relu=samples == 2)
+        pairs = (x, dy), (last_channels(x), last_channels(dy))
+        for kernel, (a, b) in itertools.product(levels(), pairs):
+            assert is_equal_in_place(kernel, a, b, saved), (space, kernel)
 
 
 # More columns than a unit of work has values, and every order of magnitude.
@@ -120,29 +133,27 @@ LARGE = [
 def test_large_sizes(shape: tuple[int, ...]) -> None:
     """More than 65,536 columns were a division by zero."""
     x, dy = torch.randn(2, *shape)
-    how = saved_for(x)
-    wanted = compute_all(REFERENCE, x.double(), dy.double(), how)
-    near = Near(wanted, bounds(wanted, how, dy))
+    saved = saved_for(x)
+    expected = compute_all(REFERENCE, x.double(), dy.double(), saved)
+    near = Near(expected, bounds(expected, saved, dy))
     for kernel, values in itertools.product(levels(), (x, last_channels(x))):
-        assert near(compute_all(kernel, values, dy, how)), kernel
+        assert near(compute_all(kernel, values, dy, saved)), kernel
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("space", [1, 2, 67])
-def test_every_width_of_halves(dtype: torch.dtype, space: int) -> None:
+@pytest.mark.parametrize("samples", [1, 9])
+def test_every_width_of_halves(dtype: torch.dtype, samples: int) -> None:
     """Two vectors at once, with interleaved values, and the remainder."""
-    for channels, samples in itertools.product(range(1, 2 * LONGEST), (1, 9)):
+    widths = [(channels, 1) for channels in range(1, 2 * LONGEST)]
+    widths += [(channels, space) for channels in FEW for space in range(2, 2 * LONGEST)]
+    for channels, space in widths:
         x, dy = torch.randn(2, samples, channels, space).to(dtype)
-        how = saved_for(x.float())
-        wanted = compute_all(REFERENCE, x.double(), dy.double(), how)
-        # Of few values a channel, dx is a difference of these that all but vanishes.
-        terms = largest_invstd(how) * 1.5 * largest(dy).double()
-        sizes = [*(largest(t).clamp(min=1) for t in wanted[:-1]), terms]
-        precision = [1e-6 if i in C_NUMBERS else tolerance(dtype) for i in range(len(sizes))]
-        near = Near(wanted, [size * most for size, most in zip(sizes, precision, strict=True)])
+        saved = saved_for(x.float())
+        expected = compute_all(REFERENCE, x.double(), dy.double(), saved)
+        near = Near(expected, bounds(expected, saved, dy))
         for kernel in levels():
-            assert near(compute_all(kernel, x, dy, how)), (channels, samples, kernel)
-        assert is_equal_in_place(cpp(), last_channels(x), last_channels(dy), how)
+            assert near(compute_all(kernel, x, dy, saved)), (channels, space, kernel)
+        assert is_equal_in_place(cpp(), last_channels(x), last_channels(dy), saved)
 
 
 VIEWS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
@@ -159,8 +170,8 @@ VIEWS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "a window": (lambda t: t[..., 1:4, 2:5], False),
     "transposed": (lambda t: t.transpose(2, 3), False),
     "every second channel": (lambda t: t[:, ::2], False),
-    "one number": (lambda t: t[:1, :1, :1, :1].expand_as(t), False),
-    "negated, not yet": (lambda t: torch._neg_view(t), True),
+    "one value": (lambda t: t[:1, :1, :1, :1].expand_as(t), False),
+    "a negated view": (lambda t: torch._neg_view(t), True),
 }
 
 
@@ -169,73 +180,71 @@ def test_any_strides(kernel: cpu.CPUKernel, view: str) -> None:
     make, readable = VIEWS[view]
     x, dy, residual = (make(torch.randn(4, 24, 6, 9)) for _ in range(3))
     assert (as_dense(x)[0] is x or x.is_neg()) == readable
-    how = saved_for(x.contiguous())
+    saved = saved_for(x.contiguous())
     # Of equal values dx is a difference that vanishes, times 1/sqrt(eps).
-    bound = 1e-6 * max(10.0, largest_invstd(how))
-    # Gradients and residuals need not lie as the input does.
+    bound = 1e-6 * max(10.0, largest_invstd(saved))
+    # Gradients and residuals may have another layout than the input.
     other = dy.contiguous(memory_format=torch.channels_last) if dy.dim() == 4 else dy.contiguous()
     for gradient in (dy, other):
-        found, wanted = (compute_all(k, x, gradient, how) for k in (kernel, REFERENCE))
-        for a, b in zip(found, wanted, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=bound)
-        assert is_equal_in_place(kernel, x, gradient, how)
-    mine, theirs = (normalize(k, x, how, residual) for k in (kernel, REFERENCE))
-    torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=bound)
+        actual, expected = (compute_all(k, x, gradient, saved) for k in (kernel, REFERENCE))
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=bound)
+        assert is_equal_in_place(kernel, x, gradient, saved)
+    y, expected_y = (normalize(k, x, saved, residual) for k in (kernel, REFERENCE))
+    torch.testing.assert_close(y, expected_y, rtol=1e-6, atol=bound)
 
 
-@pytest.mark.parametrize("shape", [(16, 3, 100, 100), (1, 1, 500_001), (64, 300, 4, 4)])
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_threads_change_nothing(shape: tuple[int, ...], layout: str) -> None:
+@pytest.mark.parametrize("shape", [(16, 3, 100, 100), (1, 1, 500_001), (64, 300, 4, 4)], ids=str)
+@pytest.mark.parametrize("lay_out", [Tensor.contiguous, last_channels])
+def test_threads_change_nothing(
+    shape: tuple[int, ...], lay_out: Callable[[Tensor], Tensor]
+) -> None:
     """Results are bitwise equal: partial sums depend on sizes alone."""
-    x, dy = torch.randn(2, *shape)
-    if layout == "channels_last":
-        x, dy = last_channels(x), last_channels(dy)
-    how = saved_for(x)
+    x, dy = map(lay_out, torch.randn(2, *shape))
+    saved = saved_for(x)
     before = torch.get_num_threads()
-    found = []
+    results = []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            found.append(compute_all(cpp(), x, dy, how))
+            results.append(compute_all(cpp(), x, dy, saved))
     finally:
         torch.set_num_threads(before)
-    for other in found[1:]:
-        assert all(map(torch.equal, found[0], other))
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
 
 
-# Of more than 4 MiB, also as halves: rows and lines that are whole cache lines, or begin and end in
-# one; rows and lines that are longer than one staging buffer; lines of several samples.
+# More than 4 MiB, also as halves: rows and planes that are whole cache lines, or begin and end in
+# one; rows and planes that are longer than one staging buffer; rows of several samples.
 STREAMED = [
-    (3, 33, 181, 179),
-    (2, 40, 192, 160),
-    (1, 1, 2_500_001),
-    (75_001, 33),
-    (30_001, 80),
-    (25_000, 96),
-    (401, 6007),
-    (800_001, 3),
+    *((3, 33, 181, 179), (2, 40, 192, 160), (1, 1, 2_500_001), (75_001, 33)),
+    *((30_001, 80), (25_000, 96), (401, 6007), (800_001, 3)),
+]
+# The loops of wide types and of halves are the same but for conversions: other types take a shape
+# of planes and of rows, whole cache lines and staged ones.
+STREAMED_TYPES = [
+    *((shape, dtype) for shape in STREAMED for dtype in (torch.float32, torch.bfloat16)),
+    *((STREAMED[i], dtype) for i in (0, 1, 3, 5) for dtype in (torch.float64, torch.float16)),
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", STREAMED, ids=str)
-@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize(("shape", "dtype"), STREAMED_TYPES, ids=str)
 def test_streaming_stores(
-    kernel: cpu.CPUKernel, dtype: torch.dtype, shape: tuple[int, ...], offset: int
+    kernel: cpu.CPUKernel, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
     memory = torch.randn(math.prod(shape) + 1, dtype=dtype)
     assert memory.nbytes > 1 << 22
-    x = memory[offset:][: math.prod(shape)].view(shape)
+    # Not aligned to vectors.
+    x = memory[1:].view(shape)
     dim = 2 if len(shape) > 2 else 0
     # Parts of it are written by way of the caches.
     parts = x.split(shape[dim] // 10, dim)
-    dy, how = x.flip(0), saved_for(parts[0].double())
+    dy, saved = x.flip(0), saved_for(parts[0].double())
     gradients, sums = dy.split(shape[dim] // 10, dim), torch.ones(2 * shape[1]).double()
-    y = [normalize(kernel, part, how) for part in parts]
-    assert torch.equal(normalize(kernel, x, how), torch.cat(y, dim))
-    dx = [backward_elemt(kernel, g, x, how, sums) for g, x in zip(gradients, parts, strict=True)]
-    assert torch.equal(backward_elemt(kernel, dy, x, how, sums), torch.cat(dx, dim))
-    assert is_equal_in_place(kernel, x, dy, how)
-    alone_y, _ = kernel.forward_local(x, NormalizeArgs(EPS))
-    apart, _ = kernel.normalize(x, kernel.moments(x), NormalizeArgs(EPS))
-    assert torch.equal(alone_y, apart)
+    y = [normalize(kernel, part, saved) for part in parts]
+    assert torch.equal(normalize(kernel, x, saved), torch.cat(y, dim))
+    dx = [backward_elemt(kernel, g, x, saved, sums) for g, x in zip(gradients, parts, strict=True)]
+    assert torch.equal(backward_elemt(kernel, dy, x, saved, sums), torch.cat(dx, dim))
+    assert is_equal_in_place(kernel, x, dy, saved)
+    local, _ = kernel.forward_local(x, NormalizeArgs(EPS))
+    separate, _ = kernel.normalize(x, kernel.moments(x), NormalizeArgs(EPS))
+    assert torch.equal(local, separate)

@@ -24,27 +24,30 @@ def _micro_batches(rank: int, step: int) -> list[Tensor]:
     return [torch.randn(n, 3, 4, generator=generator, dtype=torch.float64) + n for n in sizes]
 
 
-def _step(rank: int, momentum: float | None) -> dict[str, Tensor]:
-    layer = syncbn.SyncBatchNorm1d(3, momentum=momentum, dtype=torch.float64)
-    for step in range(2):
-        with syncbn.accumulate_statistics(nn.Sequential(layer)):
-            for x in _micro_batches(rank, step):
-                layer(x).sum().backward()
-            if step == 0:
-                assert layer.num_batches_tracked == 0
-    return dict(layer.named_buffers())
+def _train(rank: int) -> list[dict[str, Tensor]]:
+    results = []
+    for momentum in (0.3, None):
+        layer = syncbn.SyncBatchNorm1d(3, momentum=momentum, dtype=torch.float64)
+        for step in range(2):
+            with syncbn.accumulate_statistics(nn.Sequential(layer)):
+                for x in _micro_batches(rank, step):
+                    layer(x).sum().backward()
+                if step == 0:
+                    assert layer.num_batches_tracked == 0
+        results.append(dict(layer.named_buffers()))
+    return results
 
 
-@pytest.mark.parametrize("momentum", [0.3, None])
-def test_running_statistics_match_the_union_of_micro_batches(
-    ranks: Ranks, momentum: float | None
-) -> None:
-    whole = nn.BatchNorm1d(3, momentum=momentum, dtype=torch.float64)
-    for step in range(2):
-        parts = [x for rank in range(ranks.size) for x in _micro_batches(rank, step)]
-        whole(torch.cat(parts))
-    for buffers in ranks.run(_step, momentum):
-        torch.testing.assert_close(buffers, dict(whole.named_buffers()))
+def test_running_statistics_match_the_union_of_micro_batches(two_ranks: Ranks) -> None:
+    expected = []
+    for momentum in (0.3, None):
+        whole = nn.BatchNorm1d(3, momentum=momentum, dtype=torch.float64)
+        for step in range(2):
+            parts = [x for rank in range(2) for x in _micro_batches(rank, step)]
+            whole(torch.cat(parts))
+        expected.append(dict(whole.named_buffers()))
+    for actual in two_ranks.run(_train):
+        torch.testing.assert_close(actual, expected)
 
 
 def test_outputs_and_gradients_are_unchanged() -> None:
@@ -83,8 +86,7 @@ def test_frozen_and_untracked_layers_are_unchanged() -> None:
     assert frozen.num_batches_tracked == 0
 
 
-@pytest.mark.parametrize("flag", [False, True])
-@pytest.mark.parametrize("extra", [False, True])
+@pytest.mark.parametrize(("flag", "extra"), [(False, True), (True, False)])
 def test_layers_without_buffers_are_skipped(flag: bool, extra: bool) -> None:
     """torch.func.replace_all_batch_norm_modules_ removes the buffers; the flag may stay."""
     torch.manual_seed(0)
@@ -141,12 +143,14 @@ def test_nested_accumulation_raises() -> None:
     assert layer.num_batches_tracked == 1
 
 
-@pytest.mark.parametrize("made", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
-def test_copies_do_not_accumulate(made: Any) -> None:
+@pytest.mark.parametrize(
+    "make_copy", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))]
+)
+def test_copies_do_not_accumulate(make_copy: Any) -> None:
     layer = syncbn.SyncBatchNorm(3)
     with syncbn.accumulate_statistics(layer):
         layer(torch.randn(4, 3))
-        clone = made(layer)
+        clone = make_copy(layer)
     clone(torch.randn(4, 3))
     assert clone.num_batches_tracked == 1
     with syncbn.accumulate_statistics(clone):

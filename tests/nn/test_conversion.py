@@ -1,3 +1,5 @@
+"""Conversion and reversion of models."""
+
 from __future__ import annotations
 
 import copy
@@ -10,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+from transformers import ResNetConfig, ResNetForImageClassification
 
 import syncbn
 
@@ -81,26 +84,35 @@ def test_convert_and_revert_are_inverse_on_a_nested_model() -> None:
     assert [set(module.__dict__) for module in model.modules()] == attributes
 
 
-def test_outputs_and_state_are_unchanged() -> None:
-    model = nested()
-    model(torch.randn(4, 3, 6, 6))
+def resnet() -> Any:
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 2, 1, 1])
+    config.num_labels = 5
+    return ResNetForImageClassification(config)
+
+
+@pytest.mark.parametrize("make", [nested, resnet])
+def test_outputs_and_state_are_unchanged(make: Callable[[], Any]) -> None:
+    model, x = make(), torch.randn(2, 3, 64, 64)
+    model(x)
     model.eval()
-    x = torch.randn(2, 3, 6, 6)
-    expected, state = model(x), copy.deepcopy(model.state_dict())
+    expected, state, before = model(x), copy.deepcopy(model.state_dict()), classes(model)
     for change in (syncbn.convert_sync_batchnorm, syncbn.revert_sync_batchnorm):
         change(model)
-        assert torch.equal(model(x), expected)
-        assert list(model.state_dict()) == list(state)
-        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        torch.testing.assert_close(model(x), expected, rtol=0, atol=0)
+        torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+        assert (classes(model) == before) == (change is syncbn.revert_sync_batchnorm)
+        assert (nn.BatchNorm2d in classes(model)) == (change is syncbn.revert_sync_batchnorm)
 
 
 def test_training_after_conversion_equals_training_before() -> None:
-    original = nested().double()
+    original = resnet().double()
     converted = syncbn.convert_sync_batchnorm(copy.deepcopy(original))
-    x = torch.randn(4, 3, 6, 6).double()
-    torch.testing.assert_close(converted(x), original(x))
-    for actual, expected in zip(converted.buffers(), original.buffers(), strict=True):
-        torch.testing.assert_close(actual, expected)
+    x, labels = torch.randn(3, 3, 64, 64).double(), torch.tensor([0, 1, 2])
+    for model in (original, converted):
+        model(x, labels=labels).loss.backward()
+    actual, expected = ([p.grad for p in model.parameters()] for model in (converted, original))
+    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(converted.state_dict(), original.state_dict())
 
 
 def test_hooks_survive_conversion_and_reversion() -> None:
@@ -154,13 +166,12 @@ def test_overridden_forward_is_skipped_with_a_warning(override: str) -> None:
 
 
 def test_torch_sync_batch_norm_round_trip() -> None:
-    model: Any = nn.Sequential(nn.SyncBatchNorm(4))
-    syncbn.convert_sync_batchnorm(model)
-    assert classes(model)[1:] == [syncbn.SyncBatchNorm]
-    model(torch.randn(2, 4, 5))
-    syncbn.revert_sync_batchnorm(model)
-    assert classes(model)[1:] == [nn.SyncBatchNorm]
-    assert set(model[0].__dict__) == set(nn.SyncBatchNorm(4).__dict__)
+    layer: Any = syncbn.convert_sync_batchnorm(nn.SyncBatchNorm(4))
+    assert type(layer) is syncbn.SyncBatchNorm
+    layer(torch.randn(2, 4, 5))
+    syncbn.revert_sync_batchnorm(layer)
+    assert classes(layer) == [nn.SyncBatchNorm]
+    assert set(layer.__dict__) == set(nn.SyncBatchNorm(4).__dict__)
 
 
 LAZY: list[tuple[Callable[..., nn.Module], type[nn.Module], int]] = [
@@ -187,21 +198,14 @@ def test_lazy_layers_convert_before_the_first_input(
     untouched(x)
 
 
-def test_parametrized_layers_stay_parametrized() -> None:
-    layer = parametrizations.weight_norm(nn.BatchNorm2d(4), dim=0)
-    syncbn.convert_sync_batchnorm(layer)
-    assert isinstance(layer, syncbn.SyncBatchNorm)
-    assert parametrize.is_parametrized(layer, "weight")
-    for module in (layer, copy.deepcopy(layer)):
-        module(torch.randn(2, 4, 3, 3)).sum().backward()
-    syncbn.revert_sync_batchnorm(layer)
-    assert parametrize.is_parametrized(layer, "weight")
-    assert not isinstance(layer, syncbn.SyncBatchNorm)
-    copy.deepcopy(layer)(torch.randn(2, 4, 3, 3))
-
-
-def test_parametrizations_added_and_removed_while_converted() -> None:
+def test_parametrizations_survive_and_change_while_converted() -> None:
     layer: Any = parametrizations.weight_norm(nn.BatchNorm2d(4), dim=0)
+    for change in (syncbn.convert_sync_batchnorm, syncbn.revert_sync_batchnorm):
+        change(layer)
+        assert isinstance(layer, syncbn.SyncBatchNorm) == (change is syncbn.convert_sync_batchnorm)
+        assert parametrize.is_parametrized(layer, "weight")
+        for module in (layer, copy.deepcopy(layer)):
+            module(torch.randn(2, 4, 3, 3)).sum().backward()
     syncbn.convert_sync_batchnorm(layer)
     parametrize.remove_parametrizations(layer, "weight")
     assert type(layer) is syncbn.SyncBatchNorm2d
@@ -262,23 +266,16 @@ def test_other_norm_layers_are_not_converted() -> None:
     assert classes(syncbn.convert_sync_batchnorm(model)) == before
 
 
-def test_layers_built_by_hand_revert_to_torch() -> None:
-    model = nn.Sequential(syncbn.SyncBatchNorm1d(2), syncbn.SyncBatchNorm3d(2))
-    syncbn.revert_sync_batchnorm(model)
-    assert classes(model)[1:] == [nn.BatchNorm1d, nn.BatchNorm3d]
-
-
-def test_convert_is_a_classmethod_as_in_torch() -> None:
-    model = syncbn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(2)))
-    assert isinstance(model[0], syncbn.SyncBatchNorm1d)
-
-
-def test_subclasses_of_sync_batch_norm_keep_their_class() -> None:
-    class Mine(syncbn.SyncBatchNorm2d):
+def test_classes_of_library_layers() -> None:
+    class Subclass(syncbn.SyncBatchNorm2d):
         pass
 
-    layer = syncbn.revert_sync_batchnorm(syncbn.convert_sync_batchnorm(Mine(3)))
-    assert type(layer) is Mine
+    model = nn.Sequential(syncbn.SyncBatchNorm1d(2), syncbn.SyncBatchNorm3d(2), Subclass(3))
+    syncbn.revert_sync_batchnorm(syncbn.convert_sync_batchnorm(model))
+    assert classes(model)[1:] == [nn.BatchNorm1d, nn.BatchNorm3d, Subclass]
+    # A classmethod, as in torch.
+    model = syncbn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(2)))
+    assert isinstance(model[0], syncbn.SyncBatchNorm1d)
 
 
 def test_groups_need_an_initialized_process_group() -> None:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import syncbn
-from tests.ranks import Ranks
+from tests.ranks import Pool, Ranks
 
 STEPS, SAMPLES = 3, 12
 
@@ -46,7 +46,7 @@ def batch(step: int) -> Tensor:
 
 
 def train(model: nn.Module, micro_batches: int = 1) -> None:
-    """Take some steps on this rank's share of each batch, or on the whole if it is alone."""
+    """Take some steps on this rank's share of each batch, or on the whole in one process."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for step in range(STEPS):
@@ -70,32 +70,33 @@ def state(net: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _data_parallel(rank: int, options: dict[str, Any], micro_batches: int) -> dict[str, Tensor]:
-    net = syncbn.convert_sync_batchnorm(Net().double())
-    if options.get("find_unused_parameters"):
-        net.unused = nn.Linear(2, 2)
-    # no_sync() must be around forward passes, too, for DDP to leave buffers alone; here it is not.
-    train(DistributedDataParallel(net, **options), micro_batches)
-    return state(net)
+# Options of DDP, and micro-batches per step.
+DDP_OPTIONS: list[tuple[dict[str, Any], int]] = [
+    *(({"broadcast_buffers": True}, 1), ({"static_graph": True}, 1)),
+    *(({"find_unused_parameters": True}, 1), ({"broadcast_buffers": False}, 2)),
+    ({"gradient_as_bucket_view": True, "bucket_cap_mb": 1e-5}, 1),
+]
 
 
-@pytest.mark.parametrize(
-    ("options", "micro_batches"),
-    [
-        ({"broadcast_buffers": True}, 1),
-        ({"broadcast_buffers": False}, 1),
-        ({"static_graph": True}, 1),
-        ({"find_unused_parameters": True}, 1),
-        ({"broadcast_buffers": False}, 2),
-        ({"gradient_as_bucket_view": True, "bucket_cap_mb": 1e-5}, 1),
-    ],
-    ids=str,
-)
-def test_data_parallel(ranks: Ranks, options: dict[str, Any], micro_batches: int) -> None:
-    alone = Net().double()
-    train(alone, micro_batches)
-    for found in ranks.run(_data_parallel, options, micro_batches):
-        torch.testing.assert_close(found, state(alone), rtol=1e-10, atol=1e-12)
+def _data_parallel(rank: int) -> list[dict[str, Tensor]]:
+    states = []
+    for options, micro_batches in DDP_OPTIONS:
+        net = syncbn.convert_sync_batchnorm(Net().double())
+        if options.get("find_unused_parameters"):
+            net.unused = nn.Linear(2, 2)
+        # DDP leaves buffers unchanged only if no_sync() is around forward passes, too; it is not.
+        train(DistributedDataParallel(net, **options), micro_batches)
+        states.append(state(net))
+    return states
+
+
+def test_data_parallel(two_ranks: Ranks) -> None:
+    answers = two_ranks.run(_data_parallel)
+    for i, (_, micro_batches) in enumerate(DDP_OPTIONS):
+        single = Net().double()
+        train(single, micro_batches)
+        for states in answers:
+            torch.testing.assert_close(states[i], state(single), rtol=1e-10, atol=1e-12)
 
 
 def _sharded(rank: int) -> dict[str, Tensor]:
@@ -107,37 +108,35 @@ def _sharded(rank: int) -> dict[str, Tensor]:
     return state(net)
 
 
-def test_fully_sharded(ranks: Ranks) -> None:
-    alone = Net().double()
-    train(alone)
-    for found in ranks.run(_sharded):
-        torch.testing.assert_close(found, state(alone), rtol=1e-10, atol=1e-12)
+def test_fully_sharded(three_ranks: Ranks) -> None:
+    single = Net().double()
+    train(single)
+    for actual in three_ranks.run(_sharded):
+        torch.testing.assert_close(actual, state(single), rtol=1e-10, atol=1e-12)
 
 
 def _mixed_precision(rank: int) -> tuple[list[torch.dtype], dict[str, Tensor], Tensor]:
     net = syncbn.convert_sync_batchnorm(Net())
-    seen: list[torch.dtype] = []
+    dtypes: list[torch.dtype] = []
     net.body[1].register_forward_pre_hook(
-        lambda layer, args: seen.extend([args[0].dtype, layer.weight.dtype])
+        lambda layer, args: dtypes.extend([args[0].dtype, layer.weight.dtype])
     )
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, output_dtype=torch.float32)
     fully_shard(net, mesh=init_device_mesh("cpu", (2,)), mp_policy=policy)
     y = net(batch(0).float().chunk(2)[rank])
     y.square().mean().backward()
-    return seen, state(net), y.detach()
+    return dtypes, state(net), y.detach()
 
 
-def test_fully_sharded_in_mixed_precision(two_ranks: Ranks) -> None:
-    """The layers compute in the half type, and keep float32 averages of the whole batch."""
-    alone = Net()
-    wanted = alone(batch(0).float())
-    answers = two_ranks.run(_mixed_precision)
-    assert all(seen == [torch.bfloat16, torch.bfloat16] for seen, _, _ in answers)
-    found = torch.cat([y for _, _, y in answers])
-    torch.testing.assert_close(found, wanted, rtol=0, atol=0.05)
-    first, second = (content for _, content, _ in answers)
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
-    torch.testing.assert_close(first, state(alone), rtol=0.02, atol=0.02)
+def test_fully_sharded_in_mixed_precision(pool: Pool) -> None:
+    """The layers compute in the half type, with float32 running statistics of the whole batch."""
+    single = Net()
+    expected = single(batch(0).float())
+    dtypes, states, outputs = zip(*pool(2, "gloo").run(_mixed_precision), strict=True)
+    assert dtypes == ([torch.bfloat16, torch.bfloat16],) * 2
+    torch.testing.assert_close(torch.cat(outputs), expected, rtol=0, atol=0.05)
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    torch.testing.assert_close(states[0], state(single), rtol=0.02, atol=0.02)
 
 
 def _distributed_tensors(rank: int) -> list[str]:
@@ -164,8 +163,8 @@ def _distributed_tensors(rank: int) -> list[str]:
     return messages
 
 
-def test_distributed_tensors_are_refused(two_ranks: Ranks) -> None:
-    for *inputs, weight in two_ranks.run(_distributed_tensors):
+def test_distributed_tensors_are_refused(pool: Pool) -> None:
+    for *inputs, weight in pool(2, "gloo").run(_distributed_tensors):
         assert all("pass x.to_local()" in message for message in inputs)
         assert "as running_mean; expected a plain tensor with all channels on every rank" in weight
 
@@ -186,7 +185,7 @@ def averaged(net: nn.Module) -> list[dict[str, Tensor]]:
 
 
 def reduce_gradients(net: nn.Module) -> None:
-    """Let ranks average their gradients: a module that is copied cannot be one of DDP."""
+    """Average gradients over ranks: DDP modules cannot be copied."""
     if dist.is_initialized():
         for parameter in net.parameters():
             parameter.register_hook(_mean)
@@ -198,10 +197,10 @@ def _mean(gradient: Tensor) -> Tensor:
     return mean / dist.get_world_size()
 
 
-def test_averaged_models_train_in_the_group(two_ranks: Ranks) -> None:
-    wanted = averaged(Net().double())
-    for found in two_ranks.run(_averaged):
-        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+def test_averaged_models_train_in_the_group(pool: Pool) -> None:
+    expected = averaged(Net().double())
+    for actual in pool(2, "gloo").run(_averaged):
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 def _saved(rank: int, path: str) -> bool:
@@ -221,8 +220,8 @@ def _saved(rank: int, path: str) -> bool:
     return same and loaded.body[1].process_group is group
 
 
-def test_whole_modules_are_saved(two_ranks: Ranks, tmp_path: Path) -> None:
-    assert all(two_ranks.run(_saved, str(tmp_path / "net.pt")))
+def test_whole_modules_are_saved(pool: Pool, tmp_path: Path) -> None:
+    assert all(pool(2, "gloo").run(_saved, str(tmp_path / "net.pt")))
     loaded = torch.load(tmp_path / "net.pt", weights_only=False)
     assert isinstance(loaded.body[1], syncbn.SyncBatchNorm1d)
     loaded.eval()(torch.randn(2, 5))
@@ -240,7 +239,7 @@ def test_export_of_a_model_in_evaluation(fused: bool) -> None:
     torch.testing.assert_close(program.module()(x), net(x))
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of torch, to itself
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch warns about its own calls
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_onnx_of_a_reverted_model() -> None:
     net = syncbn.convert_sync_batchnorm(Net())
@@ -250,7 +249,7 @@ def test_onnx_of_a_reverted_model() -> None:
     program = torch.onnx.export(net, (x,), dynamo=True, verbose=False)
     assert program is not None
     model = program.model_proto
-    (found,) = onnx.reference.ReferenceEvaluator(model).run(
+    (y,) = onnx.reference.ReferenceEvaluator(model).run(
         None, {model.graph.input[0].name: x.numpy()}
     )
-    torch.testing.assert_close(torch.from_numpy(found), net(x))
+    torch.testing.assert_close(torch.from_numpy(y), net(x))

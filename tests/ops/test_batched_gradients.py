@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ import syncbn
 from tests.device import seeded
 from tests.formula import Formula
 from tests.kernel_cases import KERNELS, device_of
-from tests.ranks import Ranks
+from tests.ranks import Pool, Ranks
 
 ROWS, SIZES = 5, [1, 2, 3]
 
@@ -50,50 +52,47 @@ def _by_flag(y: Tensor, inputs: list[Tensor], rows: Tensor) -> list[Tensor]:
 
 
 def _one_by_one(y: Tensor, inputs: list[Tensor], rows: Tensor) -> list[Tensor]:
-    found = zip(*(grad(y, inputs, row, retain_graph=True) for row in rows), strict=True)
-    return [torch.stack(parts) for parts in found]
+    gradients = zip(*(grad(y, inputs, row, retain_graph=True) for row in rows), strict=True)
+    return [torch.stack(parts) for parts in gradients]
 
 
 WAYS = {"vmap": _by_vmap, "flag": _by_flag}
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("activation", [None, "relu"])
-@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("way", WAYS)
-def test_rows_of_one_rank(kernel: str, activation: str, residual: bool, way: str) -> None:
+def test_rows_of_one_rank(kernel: str, way: str) -> None:
     """Kernels read the memory of dy, and batched tensors have none."""
     device, dtype = device_of(kernel), torch.float32 if kernel == "triton" else torch.float64
-    layer = _layer(activation, kernel, dtype)
-    x, rows = _batch(dtype).to(device).requires_grad_(), _rows(dtype).to(device)
-    added = (x.detach() * 2).cos().requires_grad_() if residual else None
-    y = layer(x, added)
-    inputs = [x, layer.weight, layer.bias] + ([] if added is None else [added])
-    found = WAYS[way](y, inputs, rows)
-    tolerance = 1e-5 if dtype is torch.float32 else 1e-10
-    expected = _one_by_one(y, inputs, rows)
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-    assert layer.num_batches_tracked == 1
+    for activation, has_residual in product((None, "relu"), (False, True)):
+        layer = _layer(activation, kernel, dtype)
+        x, rows = _batch(dtype).to(device).requires_grad_(), _rows(dtype).to(device)
+        residual = (x.detach() * 2).cos().requires_grad_() if has_residual else None
+        y = layer(x, residual)
+        inputs = [x, layer.weight, layer.bias] + ([] if residual is None else [residual])
+        bound = 1e-5 if dtype is torch.float32 else 1e-10
+        expected = _one_by_one(y, inputs, rows)
+        torch.testing.assert_close(WAYS[way](y, inputs, rows), expected, rtol=bound, atol=bound)
+        assert layer.num_batches_tracked == 1
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_parts_without_a_gradient(way: str) -> None:
+def test_frozen_inputs(way: str) -> None:
     layer, x = _layer(), _batch()
     layer.bias.requires_grad_(False)
     y = layer(x)
-    found = WAYS[way](y, [layer.weight], _rows())
-    torch.testing.assert_close(found, _one_by_one(y, [layer.weight], _rows()))
+    actual = WAYS[way](y, [layer.weight], _rows())
+    torch.testing.assert_close(actual, _one_by_one(y, [layer.weight], _rows()))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("way", WAYS)
-def test_rows_keep_the_dtype(way: str, dtype: torch.dtype) -> None:
+def test_rows_keep_the_dtype(way: str, dtype: torch.dtype, bound: float) -> None:
     layer, x = _layer().float(), _batch().to(dtype).requires_grad_()
     y, inputs = layer(x), [x, layer.weight, layer.bias]
     rows = _rows().to(dtype)
-    found, wanted = WAYS[way](y, inputs, rows), _one_by_one(y, inputs, rows)
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+    actual, expected = WAYS[way](y, inputs, rows), _one_by_one(y, inputs, rows)
+    torch.testing.assert_close(actual, expected, rtol=bound, atol=bound)
 
 
 def _totals(net: nn.Module, x: Tensor) -> Tensor:
@@ -120,40 +119,30 @@ def test_whole_jacobians(call: str, activation: str | None) -> None:
     torch.testing.assert_close(CALLS[call](layer, x), CALLS[call](formula, x))
 
 
-def _on_a_rank(rank: int, way: str, activation: str | None) -> tuple[list[Tensor], int]:
-    calls = 0
-    real = dist.all_reduce
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        return real(*args, **kwargs)
-
-    layer, x = _layer(activation), _batch().split(SIZES)[rank].requires_grad_()
-    y = layer(x)
-    rows = _rows().split(SIZES, dim=1)[rank]
-    dist.all_reduce = counted
-    try:
-        found = WAYS[way](y, [x, layer.weight, layer.bias], rows)
-    finally:
-        dist.all_reduce = real
-    return found, calls
+COMBINATIONS = list(product(WAYS, (None, "relu")))
 
 
-@pytest.mark.parametrize("activation", [None, "relu"])
-@pytest.mark.parametrize("way", WAYS)
-def test_rows_over_ranks_take_one_all_reduce(
-    three_ranks: Ranks, way: str, activation: str | None
-) -> None:
-    layer, x = _layer(activation), _batch().requires_grad_()
-    wanted = _one_by_one(layer(x), [x, layer.weight, layer.bias], _rows())
-    answers = three_ranks.run(_on_a_rank, way, activation)
-    assert [calls for _, calls in answers] == [1, 1, 1]
-    dx = torch.cat([found[0] for found, _ in answers], dim=1)
-    torch.testing.assert_close(dx, wanted[0], rtol=1e-10, atol=1e-12)
-    for i in (1, 2):
-        total = torch.stack([found[i] for found, _ in answers]).sum(0)
-        torch.testing.assert_close(total, wanted[i], rtol=1e-10, atol=1e-12)
+def _over_ranks(rank: int) -> list[tuple[list[Tensor], int]]:
+    results = []
+    for way, activation in COMBINATIONS:
+        layer, x = _layer(activation), _batch().split(SIZES)[rank].requires_grad_()
+        y, rows = layer(x), _rows().split(SIZES, dim=1)[rank]
+        with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+            gradients = WAYS[way](y, [x, layer.weight, layer.bias], rows)
+        results.append((gradients, all_reduce.call_count))
+    return results
+
+
+def test_rows_over_ranks_take_one_all_reduce(three_ranks: Ranks) -> None:
+    answers = three_ranks.run(_over_ranks)
+    for i, (_, activation) in enumerate(COMBINATIONS):
+        layer, x = _layer(activation), _batch().requires_grad_()
+        expected = _one_by_one(layer(x), [x, layer.weight, layer.bias], _rows())
+        gradients, counts = zip(*(results[i] for results in answers), strict=True)
+        assert counts == (1, 1, 1)
+        dx, *parameters = zip(*gradients, strict=True)
+        actual = [torch.cat(dx, dim=1), *(torch.stack(parts).sum(0) for parts in parameters)]
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 def _second_on_a_rank(rank: int) -> Tensor:
@@ -161,16 +150,14 @@ def _second_on_a_rank(rank: int) -> Tensor:
     layer = _layer()
     (dx,) = grad(layer(x).pow(3).sum(), x, create_graph=True)
     rows = _rows().split(SIZES, dim=1)[rank]
-    found: Tensor = grad(dx, x, rows, is_grads_batched=True)[0]
-    return found
+    second: Tensor = grad(dx, x, rows, is_grads_batched=True)[0]
+    return second
 
 
-def test_second_order_over_ranks(three_ranks: Ranks) -> None:
+def test_second_order_over_ranks(pool: Pool) -> None:
     x, layer = _batch().requires_grad_(), Formula(3).double()
-    layer.load_state_dict(
-        {k: v for k, v in _layer().state_dict().items() if k in ("weight", "bias")}
-    )
+    state = _layer().state_dict()
+    layer.load_state_dict({name: state[name] for name in ("weight", "bias")})
     (dx,) = grad(layer(x).pow(3).sum(), x, create_graph=True)
-    (wanted,) = _one_by_one(dx, [x], _rows())
-    found = torch.cat(three_ranks.run(_second_on_a_rank), dim=1)
-    torch.testing.assert_close(found, wanted)
+    actual = torch.cat(pool(3, "gloo").run(_second_on_a_rank), dim=1)
+    torch.testing.assert_close(actual, _one_by_one(dx, [x], _rows())[0])

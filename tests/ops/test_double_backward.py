@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import product
 from typing import Any
 
 import pytest
@@ -15,13 +14,13 @@ from torch.autograd import grad, gradgradcheck
 import syncbn
 from tests.device import seeded
 from tests.formula import Formula
-from tests.ranks import Ranks
+from tests.ranks import Pool, Ranks
 from tests.sharded import gather, replicate, scatter
 
 pytestmark = pytest.mark.layers
 
-# Samples on each of three ranks; two ranks take the last two.
-SPLITS = {"uneven": (1, 1, 2), "an empty rank": (1, 0, 3)}
+# Samples on each of three ranks.
+UNEVEN, EMPTY = (1, 1, 2), (1, 0, 3)
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "without a weight": {"affine": False},
@@ -30,10 +29,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "relu of a residual": {"activation": "relu", "residual": True},
     "mask": {"mask": True, "activation": "relu", "residual": True},
 }
-
-
-def _samples(split: str, ranks: int) -> tuple[int, ...]:
-    return SPLITS[split][-ranks:]
 
 
 def _gradgradcheck(rank: int, sizes: tuple[int, ...], options: dict[str, Any]) -> bool:
@@ -58,7 +53,7 @@ def _gradgradcheck(rank: int, sizes: tuple[int, ...], options: dict[str, Any]) -
             activation=options.get("activation"),
             mask=None if mask is None else mask.split(sizes)[rank],
         )
-        # So that second derivatives by all inputs are not zero.
+        # Otherwise second derivatives by some inputs would be zero.
         whole: Tensor = gather(y, sizes)
         return whole * whole
 
@@ -66,10 +61,9 @@ def _gradgradcheck(rank: int, sizes: tuple[int, ...], options: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("split", SPLITS)
-def test_gradgradcheck(ranks: Ranks, split: str, options: str) -> None:
-    sizes = _samples(split, ranks.size)
-    assert all(ranks.run(_gradgradcheck, sizes, OPTIONS[options]))
+def test_gradgradcheck(pool: Pool, options: str) -> None:
+    sizes = EMPTY if options in ("plain", "mask") else UNEVEN
+    assert all(pool(3, "gloo").run(_gradgradcheck, sizes, OPTIONS[options]))
 
 
 class Critic(nn.Module):
@@ -89,62 +83,53 @@ class Critic(nn.Module):
 
 def _penalty(critic: nn.Module, x: Tensor) -> list[Tensor]:
     """The gradient penalty of WGAN-GP, summed over samples, and its gradients."""
-    x = x.clone().requires_grad_()
     (dx,) = grad(critic(x).sum(), x, create_graph=True)
     penalty = (dx.flatten(1).norm(dim=1) - 1).square().sum()
-    parameters = list(critic.parameters())
-    found = grad(penalty, [x, *parameters], allow_unused=True)
-    return [
-        torch.zeros_like(p) if g is None else g
-        for p, g in zip([x, *parameters], found, strict=True)
-    ]
+    inputs = [x, *critic.parameters()]
+    gradients = grad(penalty, inputs, allow_unused=True)
+    pairs = zip(inputs, gradients, strict=True)
+    return [torch.zeros_like(t) if g is None else g for t, g in pairs]
 
 
 def _hessian_vector(critic: nn.Module, x: Tensor) -> list[Tensor]:
     """The Hessian of a loss by the parameters, times a vector."""
     parameters = list(critic.parameters())
     vector = [torch.cos(torch.arange(p.numel()).double()).view_as(p) for p in parameters]
-    x = x.clone().requires_grad_()
     first = grad(critic(x).square().sum(), parameters, create_graph=True)
-    along = torch.stack([(g * v).sum() for g, v in zip(first, vector, strict=True)]).sum()
-    return list(grad(along, [x, *parameters]))
+    product = torch.stack([(g * v).sum() for g, v in zip(first, vector, strict=True)]).sum()
+    return list(grad(product, [x, *parameters]))
 
 
-def _third(critic: nn.Module, x: Tensor) -> list[Tensor]:
-    """Gradients of something of second derivatives."""
-    parameters = list(critic.parameters())
-    x = x.clone().requires_grad_()
+def _third_order(critic: nn.Module, x: Tensor) -> list[Tensor]:
+    """Gradients of a function of second derivatives."""
     (dx,) = grad(critic(x).square().sum(), x, create_graph=True)
     (ddx,) = grad(dx.square().sum(), x, create_graph=True)
-    return list(grad(ddx.square().sum(), [x, *parameters]))
+    return list(grad(ddx.square().sum(), [x, *critic.parameters()]))
 
 
-MEASURES: dict[str, Callable[[nn.Module, Tensor], list[Tensor]]] = {
-    "penalty": _penalty,
-    "hessian times a vector": _hessian_vector,
-    "third order": _third,
-}
+# Of third order, an empty rank has another graph: torch's convolution has no second derivative of
+# an empty batch, and the layers of the ranks do not match.
+MEASURES: list[tuple[Callable[[nn.Module, Tensor], list[Tensor]], tuple[int, ...]]] = [
+    *((_penalty, UNEVEN), (_penalty, EMPTY), (_hessian_vector, UNEVEN), (_hessian_vector, EMPTY)),
+    (_third_order, UNEVEN),
+]
 
 
 def _batch(sizes: tuple[int, ...]) -> Tensor:
-    generator = seeded(1)
-    return torch.randn(sum(sizes), 1, 6, 6, dtype=torch.float64, generator=generator)
+    return torch.randn(sum(sizes), 1, 6, 6, dtype=torch.float64, generator=seeded(1))
 
 
-def _measure(rank: int, measure: str, sizes: tuple[int, ...]) -> list[Tensor]:
-    return MEASURES[measure](Critic(syncbn.SyncBatchNorm2d), _batch(sizes).split(sizes)[rank])
+def _measure_all(rank: int) -> list[list[Tensor]]:
+    return [
+        measure(Critic(syncbn.SyncBatchNorm2d), _batch(sizes).split(sizes)[rank].requires_grad_())
+        for measure, sizes in MEASURES
+    ]
 
 
-@pytest.mark.parametrize(
-    ("measure", "split"),
-    # Of third order, an empty rank has another graph: torch's convolution has no second derivative
-    # of an empty batch, and the layers of the ranks do not meet.
-    [pair for pair in product(MEASURES, SPLITS) if pair != ("third order", "an empty rank")],
-)
-def test_equals_one_process(ranks: Ranks, measure: str, split: str) -> None:
-    sizes = _samples(split, ranks.size)
-    wanted = MEASURES[measure](Critic(Formula), _batch(sizes))
-    found = ranks.run(_measure, measure, sizes)
-    torch.testing.assert_close(torch.cat([of_rank[0] for of_rank in found]), wanted[0])
-    for number, gradient in enumerate(wanted[1:], start=1):
-        torch.testing.assert_close(sum(of_rank[number] for of_rank in found), gradient)
+def test_equals_one_process(three_ranks: Ranks) -> None:
+    answers = three_ranks.run(_measure_all)
+    for i, (measure, sizes) in enumerate(MEASURES):
+        expected = measure(Critic(Formula), _batch(sizes).requires_grad_())
+        dx, *parameters = zip(*(answer[i] for answer in answers), strict=True)
+        actual = [torch.cat(dx), *(torch.stack(shares).sum(0) for shares in parameters)]
+        torch.testing.assert_close(actual, expected)

@@ -16,7 +16,7 @@ import syncbn
 from syncbn.inference import example_weighted, prior_mix
 from tests.device import seeded
 from tests.kernel_cases import KERNELS, device_of, dtypes_of
-from tests.ranks import Ranks
+from tests.ranks import Pool
 
 EPS, MOMENTUM = 1e-3, 0.25
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -50,12 +50,16 @@ def _case(dtypes: tuple[torch.dtype, ...], device: torch.device) -> Case:
 
 
 def _mixes() -> list[tuple[torch.dtype, ...]]:
-    """Return every combination of an input, parameters and statistics; and pairs that differ."""
-    same: list[tuple[torch.dtype, ...]] = [
-        (x, p, p, s, s) for x, p, s in itertools.product(DTYPES, repeat=3)
+    """Return every pair of an input, parameters and statistics; and weight, bias that differ."""
+    size = len(DTYPES)
+    pairs = itertools.product(range(size), repeat=2)
+    same = [(DTYPES[i], DTYPES[j], DTYPES[(i + j) % size]) for i, j in pairs]
+    previous = {dtype: DTYPES[i - 1] for i, dtype in enumerate(DTYPES)}
+    mixed = same[:: size + 1]
+    return [
+        *((x, p, p, s, s) for x, p, s in same),
+        *((x, p, previous[p], s, previous[s]) for x, p, s in mixed),
     ]
-    rotated = {dtype: DTYPES[i - 1] for i, dtype in enumerate(DTYPES)}
-    return same + [(x, p, rotated[p], s, rotated[s]) for x, p, _, s, _ in same[:: len(DTYPES) + 1]]
 
 
 def _formula(case: Case, training: bool) -> list[Tensor]:
@@ -73,14 +77,12 @@ def _formula(case: Case, training: bool) -> list[Tensor]:
     return [y, *torch.autograd.grad(y, leaves, dy), *moved]
 
 
-def _compare(case: Case, found: list[Tensor], wanted: list[Tensor]) -> None:
-    kinds = case.x.dtype, case.x.dtype, case.weight.dtype, case.bias.dtype
-    for value, expected, kind in zip(
-        found, wanted, (*kinds, case.mean.dtype, case.var.dtype), strict=True
-    ):
-        assert value.dtype == kind
-        error = max(ERROR[kind], ERROR[case.x.dtype])
-        torch.testing.assert_close(value.double().cpu(), expected, rtol=error, atol=error)
+def _compare(case: Case, actual: list[Tensor], expected: list[Tensor]) -> None:
+    dtypes = [t.dtype for t in (case.x, case.x, case.weight, case.bias, case.mean, case.var)]
+    for value, limit, dtype in zip(actual, expected, dtypes, strict=True):
+        assert value.dtype == dtype
+        error = max(ERROR[dtype], ERROR[case.x.dtype])
+        torch.testing.assert_close(value.double().cpu(), limit, rtol=error, atol=error)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -91,18 +93,16 @@ def test_the_functional_form(kernel: str, training: bool) -> None:
         case = _case(dtypes, device_of(kernel))
         if training and case.x.dtype not in dtypes_of(kernel):
             continue
-        wanted = _formula(case, training)
+        expected = _formula(case, training)
         leaves = [t.requires_grad_() for t in (case.x, case.weight, case.bias)]
         x, dy, weight, bias, mean, var = case
         arguments = x, mean, var, weight, bias, training, MOMENTUM, EPS
         y = syncbn.sync_batch_norm(*arguments, impl=kernel)
-        found = [y, *torch.autograd.grad(y, leaves, dy), mean, var]
-        _compare(case, found, wanted)
+        _compare(case, [y, *torch.autograd.grad(y, leaves, dy), mean, var], expected)
 
 
-def _layer(case: Case, kernel: str = "auto") -> Any:
+def _layer(case: Case) -> Any:
     layer: Any = syncbn.SyncBatchNorm2d(4, EPS, MOMENTUM)
-    layer.impl = kernel
     layer.weight, layer.bias = nn.Parameter(case.weight), nn.Parameter(case.bias)
     layer.running_mean, layer.running_var = case.mean.clone(), case.var.clone()
     return layer.to(case.x.device)
@@ -116,25 +116,11 @@ def test_the_layer(training: bool) -> None:
         x = case.x.clone().requires_grad_()
         y = layer(x)
         gradients = torch.autograd.grad(y, [x, layer.weight, layer.bias], case.dy)
-        found = [y, *gradients, layer.running_mean, layer.running_var]
-        _compare(case, found, _formula(case, training))
+        actual = [y, *gradients, layer.running_mean, layer.running_var]
+        _compare(case, actual, _formula(case, training))
 
 
-def test_second_order_in_training() -> None:
-    for dtypes in _mixes():
-        case = _case(dtypes, torch.device("cpu"))
-        x, weight = (t.clone().requires_grad_() for t in (case.x, case.weight))
-        wide, wide_weight = (t.detach().double().requires_grad_() for t in (x, weight))
-        found, wanted = (
-            _second(x, weight, case) for x, weight in ((x, weight), (wide, wide_weight))
-        )
-        for value, expected, kind in zip(found, wanted, (x.dtype, weight.dtype), strict=True):
-            assert value.dtype == kind
-            error = 4 * max(ERROR[kind], ERROR[x.dtype])
-            torch.testing.assert_close(value.double(), expected, rtol=error, atol=error)
-
-
-def _second(x: Tensor, weight: Tensor, case: Case) -> tuple[Tensor, ...]:
+def _second_order(x: Tensor, weight: Tensor, case: Case) -> tuple[Tensor, ...]:
     bias = case.bias.to(weight.dtype) if x.dtype == torch.float64 else case.bias
     y = syncbn.sync_batch_norm(x, None, None, weight, bias, True, 0.1, EPS)
     dy = case.dy.to(x.dtype)
@@ -142,22 +128,33 @@ def _second(x: Tensor, weight: Tensor, case: Case) -> tuple[Tensor, ...]:
     return torch.autograd.grad(dx, [x, weight], dy.flip(0))
 
 
-def test_rules_of_inference_and_calibration() -> None:
+def test_second_order_in_training() -> None:
+    for dtypes in _mixes():
+        case = _case(dtypes, torch.device("cpu"))
+        x, weight = (t.clone().requires_grad_() for t in (case.x, case.weight))
+        wide, wide_weight = (t.detach().double().requires_grad_() for t in (x, weight))
+        actual, expected = _second_order(x, weight, case), _second_order(wide, wide_weight, case)
+        for value, limit, leaf in zip(actual, expected, (x, weight), strict=True):
+            assert value.dtype == leaf.dtype
+            error = 4 * max(ERROR[leaf.dtype], ERROR[x.dtype])
+            torch.testing.assert_close(value.double(), limit, rtol=error, atol=error)
+
+
+def test_inference_rules_and_calibration() -> None:
     for dtypes in _mixes():
         case = _case(dtypes, torch.device("cpu"))
         wide = case.wide()
-        net, alone = nn.Sequential(_layer(case)).eval(), nn.Sequential(_layer(wide)).eval()
-        error = max(ERROR[kind] for kind in dtypes)
+        net, exact = nn.Sequential(_layer(case)).eval(), nn.Sequential(_layer(wide)).eval()
+        error = max(ERROR[dtype] for dtype in dtypes)
         for rule in RULES:
-            with rule(net), rule(alone):
-                y, wanted = net(case.x), alone(wide.x)
+            with rule(net), rule(exact):
+                y, expected = net(case.x), exact(wide.x)
             assert y.dtype == case.x.dtype
-            torch.testing.assert_close(y.double(), wanted, rtol=error, atol=error)
-        for model, x in ((net, case.x), (alone, wide.x)):
+            torch.testing.assert_close(y.double(), expected, rtol=error, atol=error)
+        for model, x in ((net, case.x), (exact, wide.x)):
             syncbn.recalibrate(model, [x[:2], x[2:]])
         for name in ("running_mean", "running_var"):
-            value = net.get_buffer(f"0.{name}")
-            expected = alone.get_buffer(f"0.{name}")
+            value, expected = (model.get_buffer(f"0.{name}") for model in (net, exact))
             torch.testing.assert_close(value.double(), expected, rtol=error, atol=error)
 
 
@@ -187,48 +184,38 @@ def _batches() -> list[Tensor]:
     return list(torch.randn(3, 12, 5, generator=seeded(2)))
 
 
-def _sharded(rank: int, kind: torch.dtype, parts: bool) -> tuple[list[Tensor], dict[str, Tensor]]:
-    net = syncbn.convert_sync_batchnorm(Net())
-    policy = MixedPrecisionPolicy(kind, torch.float32, output_dtype=torch.float32)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for module in (net.body, net.head, net) if parts else (net,):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-    batches = [x.chunk(2)[rank] for x in _batches()]
-    outputs = []
+def _evaluate(net: nn.Module, batches: list[Tensor]) -> list[Tensor]:
+    """Train, and return outputs in evaluation, with an inference rule, and after recalibration."""
     for x in batches:
         net(x).square().mean().backward()
     net.eval()
     with torch.no_grad():
-        outputs.append(net(batches[0]))
-    with prior_mix(net, 4), torch.no_grad():
-        outputs.append(net(batches[0]))
+        outputs = [net(batches[0])]
+        with prior_mix(net, 4):
+            outputs.append(net(batches[0]))
     syncbn.recalibrate(net, batches)
     with torch.no_grad():
-        outputs.append(net(batches[0]))
-    buffers = {name: t.clone() for name, t in net.named_buffers()}
-    return outputs, buffers
+        return [*outputs, net(batches[0])]
 
 
-@pytest.mark.parametrize("parts", [False, True])
-@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
-def test_fully_sharded_models_validate_and_recalibrate(
-    two_ranks: Ranks, kind: torch.dtype, parts: bool
-) -> None:
+def _sharded(rank: int, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
+    net = syncbn.convert_sync_batchnorm(Net())
+    policy = MixedPrecisionPolicy(dtype, torch.float32, output_dtype=torch.float32)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for module in (net.body, net.head, net) if dtype is torch.bfloat16 else (net,):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    outputs = _evaluate(net, [x.chunk(2)[rank] for x in _batches()])
+    return outputs, {name: t.clone() for name, t in net.named_buffers()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fully_sharded_models_validate_and_recalibrate(pool: Pool, dtype: torch.dtype) -> None:
     """Weights of the half type and float32 statistics trained, and raised in evaluation."""
-    alone, batches = Net(), _batches()
-    for x in batches:
-        alone(x)
-    alone.eval()
-    wanted = [alone(batches[0])]
-    with prior_mix(alone, 4):
-        wanted.append(alone(batches[0]))
-    syncbn.recalibrate(alone, batches)
-    wanted.append(alone(batches[0]))
-    answers = two_ranks.run(_sharded, kind, parts)
-    for i, expected in enumerate(wanted):
-        found = torch.cat([outputs[i] for outputs, _ in answers])
-        torch.testing.assert_close(found, expected, rtol=0, atol=0.06)
+    single = Net()
+    expected = _evaluate(single, _batches())
+    answers = pool(2, "gloo").run(_sharded, dtype)
+    actual = [torch.cat(parts) for parts in zip(*(outputs for outputs, _ in answers), strict=True)]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0.06)
     for _, buffers in answers:
         assert all(t.dtype in (torch.float32, torch.int64) for t in buffers.values())
-        expected_buffers = dict(alone.named_buffers())
-        torch.testing.assert_close(buffers, expected_buffers, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(buffers, dict(single.named_buffers()), rtol=0.02, atol=0.02)

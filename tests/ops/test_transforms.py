@@ -1,4 +1,4 @@
-"""Forward-mode derivatives and the transforms of torch.func, alone and over ranks."""
+"""Forward-mode derivatives and the transforms of torch.func, on one rank and over ranks."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_flatten
 import syncbn
 from tests.device import seeded
 from tests.formula import Formula
-from tests.ranks import Ranks
+from tests.ranks import Pool, Ranks
 
-# torch's own, when it makes its formulas of forward mode.
+# Torch warns when it makes its formulas of forward mode.
 pytestmark = [
     pytest.mark.layers,
     pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
@@ -41,11 +41,11 @@ def _measures(net: nn.Module, x: Tensor) -> dict[str, Any]:
     def loss(parameters: dict[str, Tensor]) -> Tensor:
         return _loss(net, parameters, x)
 
-    found: Any = vjp(lambda x: _loss(net, parameters, x), x)
+    _, pull_back = vjp(lambda x: _loss(net, parameters, x), x)  # type: ignore[misc]
     return {
         "grad": grad(loss)(parameters),
         "jvp": jvp(loss, (parameters,), (tangents,))[1],
-        "vjp": found[1](torch.ones((), dtype=x.dtype))[0],
+        "vjp": pull_back(torch.ones((), dtype=x.dtype))[0],
         "hessian": hessian(loss)(parameters),
         "jacrev twice": jacrev(jacrev(loss))(parameters),
     }
@@ -59,28 +59,28 @@ def _batch() -> Tensor:
     return torch.randn(6, 2, dtype=torch.float64, generator=seeded(1))
 
 
-def test_alone() -> None:
+def test_a_single_rank() -> None:
     x = _batch()
-    found = _measures(_net(syncbn.SyncBatchNorm1d), x)
-    torch.testing.assert_close(found, _measures(_net(Formula), x))
+    actual = _measures(_net(syncbn.SyncBatchNorm1d), x)
+    torch.testing.assert_close(actual, _measures(_net(Formula), x))
 
 
 def test_over_ranks(three_ranks: Ranks) -> None:
     """A rank's derivatives are its share: over all ranks they sum to one process's derivatives."""
-    found = three_ranks.run(_on_a_rank)
-    wanted = _measures(_net(Formula), _batch())
-    torch.testing.assert_close(torch.cat([of_rank["vjp"] for of_rank in found]), wanted["vjp"])
+    answers = three_ranks.run(_on_a_rank)
+    expected = _measures(_net(Formula), _batch())
+    torch.testing.assert_close(torch.cat([of_rank["vjp"] for of_rank in answers]), expected["vjp"])
     for measure in ("grad", "jvp", "hessian", "jacrev twice"):
-        shares = [tree_flatten(of_rank[measure])[0] for of_rank in found]
+        shares = [tree_flatten(of_rank[measure])[0] for of_rank in answers]
         totals = [torch.stack(parts).sum(0) for parts in zip(*shares, strict=True)]
-        torch.testing.assert_close(totals, tree_flatten(wanted[measure])[0])
+        torch.testing.assert_close(totals, tree_flatten(expected[measure])[0])
 
 
 def test_each_sample_of_an_ensemble_is_a_batch() -> None:
     x = torch.randn(4, 6, 3).double()
     layer = syncbn.SyncBatchNorm1d(3, track_running_stats=False).double()
-    wanted = torch.stack([layer(part) for part in x])
-    torch.testing.assert_close(vmap(layer)(x), wanted)
+    expected = torch.stack([layer(part) for part in x])
+    torch.testing.assert_close(vmap(layer)(x), expected)
 
 
 @pytest.mark.parametrize("transform", ["grad", "jvp", "vmap"])
@@ -108,19 +108,19 @@ def _forward_mode(rank: int) -> tuple[Tensor, Tensor]:
     return tangent, layer.get_buffer("running_mean")
 
 
-def test_forward_mode(three_ranks: Ranks) -> None:
+def test_forward_mode(pool: Pool) -> None:
     x = _batch()
     mean, var = torch.zeros(2).double(), torch.ones(2).double()
 
     def norm(x: Tensor) -> Tensor:
         return F.batch_norm(x, mean, var, training=True)
 
-    wanted = torch.autograd.functional.jvp(norm, x, x.cos(), strict=True)[1]
+    expected = torch.autograd.functional.jvp(norm, x, x.cos(), strict=True)[1]
     mean.zero_(), var.fill_(1)
     norm(x)
-    found = three_ranks.run(_forward_mode)
-    torch.testing.assert_close(torch.cat([tangent for tangent, _ in found]), wanted)
-    for _, running_mean in found:
+    answers = pool(3, "gloo").run(_forward_mode)
+    torch.testing.assert_close(torch.cat([tangent for tangent, _ in answers]), expected)
+    for _, running_mean in answers:
         torch.testing.assert_close(running_mean, mean)
 
 
@@ -133,6 +133,6 @@ def test_forward_mode_over_backward(impl: str) -> None:
     with fwad.dual_level():
         dual = fwad.make_dual(dy, tangent)
         (dx,) = torch.autograd.grad(y, x, dual, retain_graph=True)
-        found = fwad.unpack_dual(dx).tangent
+        actual = fwad.unpack_dual(dx).tangent
     (expected,) = torch.autograd.grad(y, x, tangent)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(actual, expected)

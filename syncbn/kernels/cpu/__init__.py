@@ -28,7 +28,7 @@ from syncbn.kernels.base import (
 )
 from syncbn.kernels.cpu import abi
 from syncbn.kernels.cpu.source_hash import checksum_path, find_sources, hash_sources, is_intact
-from syncbn.kernels.layout import as_dense, empty_like, match_layout
+from syncbn.kernels.layout import as_dense, empty_dense, match_layout
 from syncbn.kernels.reference import update_running_stats
 from syncbn.moments import Moments, get_packed_size
 
@@ -127,7 +127,7 @@ class CPUKernel(Kernel):
         statistics = x.new_empty(2 * layout.channels + 1, dtype=torch.float64)
         weight, bias, dtype = _readable_parameters(args.weight, args.bias)
         affine = abi.pack_affine(statistics, weight, bias, args.relu, dtype)
-        y = empty_like(source, layout)
+        y = empty_dense(source, layout)
         operand, stride = (None, 0) if residual is None else match_layout(residual, source, layout)
         self._run(
             function,
@@ -174,7 +174,7 @@ class CPUKernel(Kernel):
         relu = saved.relu and saved.relu_values is None
         dx = None
         if writes_dx:
-            dx = dy if inplace_ok and stride == layout.dense_stride else empty_like(x, layout)
+            dx = dy if inplace_ok and stride == layout.dense_stride else empty_dense(x, layout)
         # The library writes gradients of the dtype it reads.
         is_read = weight is saved.weight and bias is saved.bias
         dweight = torch.empty_like(weight) if output_mask[1] and weight is not None else None

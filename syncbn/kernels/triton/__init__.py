@@ -18,10 +18,10 @@ from torch.autograd.graph import increment_version
 from triton.runtime.interpreter import InterpretedFunction
 
 from syncbn.kernels.base import Kernel, NormalizeArgs, OutputMask, Reduced, RunningStats, Saved
-from syncbn.kernels.layout import NCSLayout, as_dense, empty_like, match_layout, with_key
+from syncbn.kernels.layout import NCSLayout, as_dense, empty_dense, match_layout, with_key
 from syncbn.kernels.reference import update_running_stats
-from syncbn.kernels.triton import device, plans
-from syncbn.kernels.triton.launcher import capability
+from syncbn.kernels.triton import device
+from syncbn.kernels.triton.plans import plan_launch
 from syncbn.kernels.triton.tiling import COMPUTE, relu_mask_bytes
 from syncbn.moments import Moments
 
@@ -45,8 +45,7 @@ class TritonKernel(Kernel):
         """See :meth:`Kernel.moments`."""
         x, layout = as_dense(x)
         moments = x.new_empty(2 * layout.channels + 1, dtype=torch.float64)
-        plan = plans.plan_moments(layout, x.device, x.dtype)
-        plan(x, *plan.new_workspace(), moments)
+        _launch("moments", layout, x, {"moments_ptr": moments})
         return moments
 
     def normalize(
@@ -58,17 +57,17 @@ class TritonKernel(Kernel):
         if cumulative := momentum is None and counter is not None:
             # Apart: all programs read the counter that one of them would update.
             counter.add_(moments[-1] > 1)
-        weight, bias = _contiguous(args.weight), _contiguous(args.bias)
         added = None if residual is None else _without_gaps(residual, source, layout)
         statistics = x.new_empty(2 * layout.channels + 1, dtype=torch.float64)
-        y, mask = empty_like(source, layout), None
+        y, mask = empty_dense(source, layout), None
         if args.relu and residual is not None:
             size = relu_mask_bytes(layout, x.dtype)
             mask = torch.empty(size, dtype=torch.uint8, device=x.device)
-        tensors = source, moments, added, y, mask, statistics, weight, bias, mean, var, counter
-        dtypes = _dtypes(*tensors)
-        plan = plans.plan_normalize(layout, x.device, dtypes, args.relu, cumulative)
-        plan(*tensors, args.eps, momentum or 0.0)
+        tensors = {"moments_ptr": moments, "residual_ptr": added, "y_ptr": y, "relu_mask_ptr": mask}
+        tensors |= _affine_pointers(statistics, args.weight, args.bias)
+        tensors |= {"running_mean_ptr": mean, "running_var_ptr": var, "num_batches_ptr": counter}
+        scalars = {"eps": args.eps, "momentum": momentum or 0.0}
+        _launch("normalize", layout, source, tensors, None, args.relu, cumulative, **scalars)
         # As an operation of torch would: autograd must notice if it still needs the old values.
         increment_version([t for t in running[:3] if t is not None])
         key = None if mask is None else layout.key
@@ -80,16 +79,15 @@ class TritonKernel(Kernel):
         dy, stride = match_layout(dy, x, layout)
         mask, masked_dy = saved.relu_values, None
         if mask is not None and (output_mask[0] or output_mask[3]):
-            masked_dy = empty_like(x, layout)
+            masked_dy = empty_dense(x, layout)
         sums = x.new_empty(2 * layout.channels, dtype=torch.float64)
-        weight, bias = _contiguous(saved.weight), _contiguous(saved.bias)
+        tensors = _affine_pointers(saved.statistics, saved.weight, saved.bias)
+        weight, bias = tensors["weight_ptr"], tensors["bias_ptr"]
         dweight = torch.empty_like(weight) if output_mask[1] and weight is not None else None
         dbias = torch.empty_like(bias) if output_mask[2] and bias is not None else None
-        relu = saved.relu and mask is None
-        dtypes = _dtypes(x, dy, mask, masked_dy, weight, bias, dweight, dbias)
-        plan = plans.plan_backward_reduce(layout, x.device, dtypes, stride, relu)
-        operands = x, dy, mask, masked_dy, *plan.new_workspace(), sums
-        plan(*operands, saved.statistics, weight, bias, dweight, dbias)
+        tensors |= {"dy_ptr": dy, "relu_mask_ptr": mask, "masked_dy_ptr": masked_dy}
+        tensors |= {"sums_ptr": sums, "dweight_ptr": dweight, "dbias_ptr": dbias}
+        _launch("backward_reduce", layout, x, tensors, stride, saved.relu and mask is None)
         dy = dy if masked_dy is None else masked_dy
         dresidual = dy if output_mask[3] else None
         inplace_ok = masked_dy is not None and dresidual is None
@@ -99,12 +97,11 @@ class TritonKernel(Kernel):
         """See :meth:`Kernel.backward_elemt`."""
         x, layout = with_key(saved.x, saved.layout)
         dy, stride = match_layout(reduced.dy, x, layout)
-        dx = dy if reduced.inplace_ok else empty_like(x, layout)
-        weight, bias = _contiguous(saved.weight), _contiguous(saved.bias)
-        tensors = x, dy, dx, sums, saved.statistics, weight, bias
+        dx = dy if reduced.inplace_ok else empty_dense(x, layout)
+        tensors = _affine_pointers(saved.statistics, saved.weight, saved.bias)
+        tensors |= {"dy_ptr": dy, "dx_ptr": dx, "sums_ptr": sums}
         relu = saved.relu and saved.relu_values is None
-        plan = plans.plan_backward_elemt(layout, x.device, _dtypes(*tensors), stride, relu)
-        plan(*tensors)
+        _launch("backward_elemt", layout, x, tensors, stride, relu)
         return dx
 
     def relu_mask(self, saved: Saved) -> Tensor:
@@ -125,7 +122,7 @@ def _unsupported_reason(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"does not support {dtype}"
     if torch.version.hip is not None:
         return "does not support AMD GPUs"
-    if device.type == "cuda" and capability(device) < _LEAST_CAPABILITY:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
         return f"does not support GPUs with a compute capability below {_LEAST_CAPABILITY}"
     return None
 
@@ -144,16 +141,31 @@ def _updatable(running: RunningStats | None, moments: Tensor, x: Tensor) -> Runn
     return RunningStats()
 
 
-def _dtypes(*tensors: Tensor | None) -> plans.DTypes:
-    return tuple([None if t is None else t.dtype for t in tensors])
+def _affine_pointers(
+    statistics: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> dict[str, Tensor | None]:
+    """Return per-channel arguments; weight and bias as the kernels read them."""
+    weight, bias = (None if t is None else t.resolve_neg().contiguous() for t in (weight, bias))
+    return {"statistics_ptr": statistics, "weight_ptr": weight, "bias_ptr": bias}
 
 
-def _contiguous(t: Tensor | None) -> Tensor | None:
-    """Return a per-channel tensor as the kernels read it."""
-    return None if t is None else t.resolve_neg().contiguous()
+def _launch(
+    name: str,
+    layout: NCSLayout,
+    x: Tensor,
+    tensors: dict[str, Tensor | None],
+    dy_stride: int | None = None,
+    relu: bool = False,
+    cumulative: bool = False,
+    **scalars: float,
+) -> None:
+    """Launch a kernel; arguments as for :func:`.plans.plan_launch`."""
+    dtypes = (x.dtype, *[None if t is None else t.dtype for t in tensors.values()])
+    plan = plan_launch(name, layout, x.device, dtypes, dy_stride, relu, cumulative)
+    plan(x_ptr=x, **tensors, **plan.new_workspace(), **scalars)
 
 
 def _without_gaps(t: Tensor, x: Tensor, layout: NCSLayout) -> Tensor:
     """Return t with x's layout, without gaps between samples."""
     t, stride = match_layout(t, x, layout)
-    return t if stride == layout.dense_stride else empty_like(x, layout).copy_(t)
+    return t if stride == layout.dense_stride else empty_dense(x, layout).copy_(t)

@@ -34,12 +34,10 @@ import triton
 import triton.language as tl
 
 from syncbn.kernels.triton.indexing import (
-    assume_dense_divisible,
     assume_divisible,
     channel_block,
     load,
-    offsets_in_tile,
-    offsets_with_stride,
+    operand_offsets,
     reversed_tile,
     store,
     tile_offset,
@@ -48,7 +46,7 @@ from syncbn.kernels.triton.indexing import (
     wait_for_previous_launch,
 )
 from syncbn.kernels.triton.per_channel import (
-    affine,
+    load_affine,
     load_per_channel,
     load_statistics,
     threshold_backward,
@@ -83,8 +81,9 @@ def moments(
     values are summed again around a pivot. Loading a pivot first would stall every program.
     """
     wait_for_previous_launch(PDL)
-    channels, space = assume_dense_divisible(channels, space, DIVISIBILITY, CHANNELS_LAST)
-    x_stride = assume_divisible(x_stride, DIVISIBILITY)
+    channels, space, x_stride, _, _ = assume_divisible(
+        channels, space, x_stride, x_stride, x_stride, DIVISIBILITY, CHANNELS_LAST
+    )
     first_c, c, split = channel_block(channels, BLOCK_C)
     mask_c = c < channels
     pivot = tl.zeros([BLOCK_C], COMPUTE)
@@ -127,10 +126,10 @@ def normalize(
 ):
     """Store y of some tiles; the first program of a block also updates the statistics."""
     wait_for_previous_launch(PDL)
-    channels, space = assume_dense_divisible(channels, space, DIVISIBILITY, CHANNELS_LAST)
-    x_stride = assume_divisible(x_stride, DIVISIBILITY)
-    stride = assume_divisible(stride, DIVISIBILITY)
-    first_c, c, group = channel_block(channels, BLOCK_C)
+    channels, space, stride, x_stride, _ = assume_divisible(
+        channels, space, stride, x_stride, x_stride, DIVISIBILITY, CHANNELS_LAST
+    )
+    first_c, c, program = channel_block(channels, BLOCK_C)
     mask_c = c < channels
     count = tl.load(moments_ptr + 2 * channels)
     total = load_per_channel(moments_ptr + c, mask_c, REPLICAS)
@@ -141,7 +140,7 @@ def normalize(
     # A product, which keeps NaN.
     squares *= (squares > total_sq * _ROUNDING).to(tl.float64)
     invstd = tl.rsqrt(squares * share_of_one + eps)
-    if group == 0:
+    if program == 0:
         tl.store(statistics_ptr + c, mean, mask_c)
         tl.store(statistics_ptr + channels + c, invstd, mask_c)
         tl.store(statistics_ptr + 2 * channels, count)
@@ -151,16 +150,13 @@ def normalize(
                 momentum, c, mask_c, CUMULATIVE,
             )
 
-    pivot, _, scale, shift = affine(mean, invstd, weight_ptr, bias_ptr, c, mask_c, COMPUTE)
-    offsets = offsets_in_tile(
-        stride, space, CHANNELS_LAST, INT64_OFFSETS, BLOCK_N, BLOCK_S, BLOCK_C
-    )
-    offsets_x = offsets_with_stride(
-        offsets, x_stride, space, SAME_STRIDES, CHANNELS_LAST, INT64_OFFSETS,
+    pivot, _, scale, shift = load_affine(mean, invstd, weight_ptr, bias_ptr, c, mask_c, COMPUTE)
+    offsets, offsets_x, _ = operand_offsets(
+        stride, x_stride, x_stride, space, SAME_STRIDES, CHANNELS_LAST, INT64_OFFSETS,
         BLOCK_N, BLOCK_S, BLOCK_C,
     )
     for i in range(TILES):
-        t = reversed_tile(group * TILES + i, tiles, TILES)
+        t = reversed_tile(program * TILES + i, tiles, TILES)
         n, s = tile_start(t, tiles_per_sample, CHANNELS_LAST, BLOCK_N, BLOCK_S)
         mask = valid_mask(n, s, c, samples, channels, space, BLOCK_N, BLOCK_S)
         offset = tile_offset(n, s, first_c, stride, space, CHANNELS_LAST)
@@ -195,25 +191,17 @@ def backward_reduce(
     With a ReLU mask, dy is masked first, and stored to masked_dy unless that is None.
     """
     wait_for_previous_launch(PDL)
-    channels, space = assume_dense_divisible(channels, space, DIVISIBILITY, CHANNELS_LAST)
-    dy_stride = assume_divisible(dy_stride, DIVISIBILITY)
-    x_stride = assume_divisible(x_stride, DIVISIBILITY)
-    stride = assume_divisible(stride, DIVISIBILITY)
+    channels, space, stride, x_stride, dy_stride = assume_divisible(
+        channels, space, stride, x_stride, dy_stride, DIVISIBILITY, CHANNELS_LAST
+    )
     first_c, c, split = channel_block(channels, BLOCK_C)
     mask_c = c < channels
     mean, invstd = load_statistics(statistics_ptr, channels, c, mask_c)
-    pivot, _, scale, shift = affine(mean, invstd, weight_ptr, bias_ptr, c, mask_c, COMPUTE)
+    pivot, _, scale, shift = load_affine(mean, invstd, weight_ptr, bias_ptr, c, mask_c, COMPUTE)
     sum_dy = tl.zeros([BLOCK_N * BLOCK_S, BLOCK_C], COMPUTE)
     sum_dy_xmu = tl.zeros([BLOCK_N * BLOCK_S, BLOCK_C], COMPUTE)
-    offsets = offsets_in_tile(
-        stride, space, CHANNELS_LAST, INT64_OFFSETS, BLOCK_N, BLOCK_S, BLOCK_C
-    )
-    offsets_x = offsets_with_stride(
-        offsets, x_stride, space, SAME_STRIDES, CHANNELS_LAST, INT64_OFFSETS,
-        BLOCK_N, BLOCK_S, BLOCK_C,
-    )
-    offsets_dy = offsets_with_stride(
-        offsets, dy_stride, space, SAME_STRIDES, CHANNELS_LAST, INT64_OFFSETS,
+    offsets, offsets_x, offsets_dy = operand_offsets(
+        stride, x_stride, dy_stride, space, SAME_STRIDES, CHANNELS_LAST, INT64_OFFSETS,
         BLOCK_N, BLOCK_S, BLOCK_C,
     )
     for t in tl.range(split, tiles, splits, num_stages=NUM_STAGES):
@@ -259,32 +247,24 @@ def backward_elemt(
 ):
     """Store dx of some tiles; dx may be dy."""
     wait_for_previous_launch(PDL)
-    channels, space = assume_dense_divisible(channels, space, DIVISIBILITY, CHANNELS_LAST)
-    dy_stride = assume_divisible(dy_stride, DIVISIBILITY)
-    x_stride = assume_divisible(x_stride, DIVISIBILITY)
-    stride = assume_divisible(stride, DIVISIBILITY)
-    first_c, c, group = channel_block(channels, BLOCK_C)
+    channels, space, stride, x_stride, dy_stride = assume_divisible(
+        channels, space, stride, x_stride, dy_stride, DIVISIBILITY, CHANNELS_LAST
+    )
+    first_c, c, program = channel_block(channels, BLOCK_C)
     mask_c = c < channels
     mean = load_per_channel(statistics_ptr + c, mask_c, REPLICAS)
     invstd = load_per_channel(statistics_ptr + channels + c, mask_c, REPLICAS)
-    pivot, rest, scale, shift = affine(mean, invstd, weight_ptr, bias_ptr, c, mask_c, COMPUTE)
+    pivot, rest, scale, shift = load_affine(mean, invstd, weight_ptr, bias_ptr, c, mask_c, COMPUTE)
     share = 1.0 / tl.maximum(tl.load(statistics_ptr + 2 * channels), 1.0)
     slope = invstd * load_per_channel(sums_ptr + channels + c, mask_c, REPLICAS) * share
     intercept = load_per_channel(sums_ptr + c, mask_c, REPLICAS) * share - rest * slope
     slope, intercept = slope.to(COMPUTE), intercept.to(COMPUTE)
-    offsets = offsets_in_tile(
-        stride, space, CHANNELS_LAST, INT64_OFFSETS, BLOCK_N, BLOCK_S, BLOCK_C
-    )
-    offsets_x = offsets_with_stride(
-        offsets, x_stride, space, SAME_STRIDES, CHANNELS_LAST, INT64_OFFSETS,
-        BLOCK_N, BLOCK_S, BLOCK_C,
-    )
-    offsets_dy = offsets_with_stride(
-        offsets, dy_stride, space, SAME_STRIDES, CHANNELS_LAST, INT64_OFFSETS,
+    offsets, offsets_x, offsets_dy = operand_offsets(
+        stride, x_stride, dy_stride, space, SAME_STRIDES, CHANNELS_LAST, INT64_OFFSETS,
         BLOCK_N, BLOCK_S, BLOCK_C,
     )
     for i in range(TILES):
-        t = reversed_tile(group * TILES + i, tiles, TILES)
+        t = reversed_tile(program * TILES + i, tiles, TILES)
         n, s = tile_start(t, tiles_per_sample, CHANNELS_LAST, BLOCK_N, BLOCK_S)
         mask = valid_mask(n, s, c, samples, channels, space, BLOCK_N, BLOCK_S)
         x_offset = tile_offset(n, s, first_c, x_stride, space, CHANNELS_LAST)

@@ -69,20 +69,22 @@ def tile_size(n, s, samples, space, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr
 
 
 @triton.jit
-def assume_divisible(x, DIVISIBILITY: tl.constexpr):
-    """Return x, so that the compiler treats it as a multiple of DIVISIBILITY and loads vectors."""
-    return x // DIVISIBILITY * DIVISIBILITY
+def assume_divisible(
+    channels, space, stride, x_stride, dy_stride, DIVISIBILITY: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+):
+    """Return sizes and strides so that the compiler treats them as multiples and loads vectors.
 
-
-@triton.jit
-def assume_dense_divisible(channels, space, DIVISIBILITY: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr):
-    """Return channels and space; the dense one is marked as a multiple of DIVISIBILITY."""
+    Strides and the dense size are multiples of DIVISIBILITY.
+    """
     if CHANNELS_LAST:
-        channels = assume_divisible(channels, DIVISIBILITY)
+        channels = channels // DIVISIBILITY * DIVISIBILITY
     else:
-        space = assume_divisible(space, DIVISIBILITY)
-    return channels, space
+        space = space // DIVISIBILITY * DIVISIBILITY
+    stride = stride // DIVISIBILITY * DIVISIBILITY
+    x_stride = x_stride // DIVISIBILITY * DIVISIBILITY
+    dy_stride = dy_stride // DIVISIBILITY * DIVISIBILITY
+    return channels, space, stride, x_stride, dy_stride
 
 
 @triton.jit
@@ -109,17 +111,24 @@ def offsets_in_tile(
 
 
 @triton.jit
-def offsets_with_stride(
-    offsets, stride, space, SAME_STRIDES: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    INT64_OFFSETS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+def operand_offsets(
+    stride, x_stride, dy_stride, space, SAME_STRIDES: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    INT64_OFFSETS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    """Return offsets in a tile of an operand; the given ones if all strides are equal."""
+    """Return offsets in a tile for three strides; the same ones if all strides are equal."""
+    offsets = offsets_in_tile(
+        stride, space, CHANNELS_LAST, INT64_OFFSETS, BLOCK_N, BLOCK_S, BLOCK_C
+    )
+    x_offsets, dy_offsets = offsets, offsets
     if not SAME_STRIDES:
-        offsets = offsets_in_tile(
-            stride, space, CHANNELS_LAST, INT64_OFFSETS, BLOCK_N, BLOCK_S, BLOCK_C
+        x_offsets = offsets_in_tile(
+            x_stride, space, CHANNELS_LAST, INT64_OFFSETS, BLOCK_N, BLOCK_S, BLOCK_C
         )
-    return offsets
+        dy_offsets = offsets_in_tile(
+            dy_stride, space, CHANNELS_LAST, INT64_OFFSETS, BLOCK_N, BLOCK_S, BLOCK_C
+        )
+    return offsets, x_offsets, dy_offsets
 
 
 @triton.jit

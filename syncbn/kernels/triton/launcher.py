@@ -7,7 +7,6 @@ launches directly to Triton's launcher.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any
 
@@ -35,9 +34,8 @@ class LaunchPlan:
         kernel: function of :mod:`syncbn.kernels.triton.device`.
         num_programs: size of the grid.
         device: device of the tensors.
-        arguments: names of the arguments that a call passes, in its order.
-        constants: values of the other arguments by name, and options of Triton. Names that the
-            kernel does not have are ignored.
+        constants: values of arguments by name, and options of Triton. Names that the kernel does
+            not have are ignored.
         workspace: sizes of partial sums and counters, or None.
     """
 
@@ -46,45 +44,43 @@ class LaunchPlan:
         kernel: Any,
         num_programs: int,
         device: torch.device,
-        arguments: Sequence[str],
         constants: dict[str, Any],
         workspace: tuple[int, int] | None = None,
     ) -> None:
         constants = constants | _pdl_options(device)
-        names: list[str] = kernel.arg_names
         self._kernel, self._device, self._grid = kernel, device, (num_programs, 1, 1)
-        self._template = [constants.get(name) for name in names]
-        self._slots = [names.index(name) for name in arguments]
+        # In the order of the kernel's arguments, which a union of dictionaries keeps.
+        self._template: dict[str, Any] = {name: constants.get(name) for name in kernel.arg_names}
         self._options = {k: v for k, v in constants.items() if k in _OPTIONS}
         self._compiled: dict[tuple[bool, ...], Any] = {}
         self._workspace = workspace
 
-    def new_workspace(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return partial sums, uninitialized, and counters, zero; None without a workspace."""
+    def new_workspace(self) -> dict[str, Tensor]:
+        """Return partial sums, uninitialized, and counters, zero; nothing without a workspace."""
         if self._workspace is None:
-            return None, None
+            return {}
         num_partials, num_counters = self._workspace
         partials = torch.empty(num_partials, dtype=torch.float64, device=self._device)
-        return partials, _counters(num_counters, self._device)
+        return {"partials_ptr": partials, "counters_ptr": _counters(num_counters, self._device)}
 
-    def __call__(self, *values: Tensor | float | None) -> None:
+    def __call__(self, **values: Tensor | float | None) -> None:
         """Launch on the current stream of the device.
 
         Args:
-            values: tensors, None or floats, in the order of ``arguments``; a plan always gets the
-                same dtypes, and None in the same places.
+            values: tensors, None or floats by the names of arguments. The calls of a plan pass
+                the same names in the same order, with the same dtypes.
         """
-        arguments = self._template.copy()
-        for slot, value in zip(self._slots, values, strict=True):
-            arguments[slot] = value
+        arguments = (self._template | values).values()
         if isinstance(self._kernel, InterpretedFunction):
             self._kernel[self._grid](*arguments, **self._options)
             return
         if self._device.index != torch.cuda.current_device():
             with torch.cuda.device(self._device):
-                self(*values)
+                self(**values)
             return
-        key = tuple([v.data_ptr() % _ALIGNMENT == 0 for v in values if isinstance(v, Tensor)])
+        key = tuple(
+            [t.data_ptr() % _ALIGNMENT == 0 for t in values.values() if isinstance(t, Tensor)]
+        )
         if compiled := self._compiled.get(key):
             compiled[self._grid](*arguments)
         else:
@@ -114,13 +110,6 @@ def _stream_counters(size: int, device: torch.device, stream: int) -> Tensor:
     return torch.zeros(size, dtype=torch.int32, device=device)
 
 
-@cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """Return the compute capability of a GPU."""
-    return torch.cuda.get_device_capability(device)
-
-
-@cache
 def num_multiprocessors(device: torch.device) -> int:
     """Return the number of multiprocessors of a GPU."""
     if device.type == "cpu":
@@ -131,7 +120,8 @@ def num_multiprocessors(device: torch.device) -> int:
 @cache
 def _pdl_options(device: torch.device) -> dict[str, bool]:
     """Return the options of programmatic dependent launch, where GPU and driver support it."""
-    is_new = device.type == "cuda" and capability(device) >= _PDL_CAPABILITY
+    is_cuda = device.type == "cuda"
+    is_new = is_cuda and torch.cuda.get_device_capability(device) >= _PDL_CAPABILITY
     # CPU builds of torch lack the function.
     get_driver_version: Any = getattr(torch._C, "_cuda_getDriverVersion", None)
     if is_new and get_driver_version() >= _PDL_DRIVER:

@@ -36,7 +36,7 @@ def load_statistics(statistics_ptr, channels, c, mask_c, AGAIN: tl.constexpr = F
 
 
 @triton.jit
-def affine(mean, invstd, weight_ptr, bias_ptr, c, mask_c, COMPUTE: tl.constexpr):
+def load_affine(mean, invstd, weight_ptr, bias_ptr, c, mask_c, COMPUTE: tl.constexpr):
     """Return pivot, rest (float64), scale and shift: y = (x - pivot) * scale + shift."""
     pivot = mean.to(COMPUTE)
     rest = mean - pivot.to(tl.float64)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -40,8 +40,7 @@ _REGISTERS_PER_SM, _REGISTERS_PER_THREAD = 65536, 255
 _INT32_LIMIT = 2**31
 
 
-@dataclass(frozen=True)
-class TileShape:
+class TileShape(NamedTuple):
     """Shape of the tiles of a pass.
 
     Attributes:
@@ -64,114 +63,72 @@ _REDUCTION_CHANNELS_LAST = TileShape(4096, 32, programs_per_sm=2)
 _REDUCTION = TileShape(1024, programs_per_sm=8)
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """Tiles of a tensor and their programs; see :mod:`syncbn.kernels.triton.device`.
+class Tiling(NamedTuple):
+    """Tiles of a tensor and the programs of a kernel; see :mod:`syncbn.kernels.triton.device`.
 
     Attributes:
-        size: samples, channels and space.
-        constants: constants of every kernel.
-        blocks: blocks of channels.
-        tiles: tiles per channel.
-        tiles_per_sample: tiles per channel and sample.
-        vector: values per vector load.
-        tiles_per_program: tiles of a program of an elementwise pass.
-        splits: programs that share a channel in a reduction.
-        programs_per_sm: resident programs per multiprocessor.
+        programs: grid.
+        constants: sizes and constants of the kernel, and options of Triton.
+        workspace: sizes of partial sums and of counters; None if no programs share a channel.
     """
 
-    size: tuple[int, int, int]
+    programs: int
     constants: dict[str, Any]
-    blocks: int
-    tiles: int
-    tiles_per_sample: int
-    vector: int
-    tiles_per_program: int = 1
-    splits: int = 1
-    programs_per_sm: int = 1
-
-    @property
-    def workspace(self) -> tuple[int, int] | None:
-        """Sizes of partial sums and of counters; None if no programs share a channel."""
-        if self.splits == 1:
-            return None
-        partials = self.reduction_programs * 2 * int(self.constants["BLOCK_C"])
-        return partials, max(next_power_of_2(self.blocks), _LEAST_COUNTERS)
-
-    @property
-    def reduction_programs(self) -> int:
-        """Grid of a reduction."""
-        return self.blocks * self.splits
-
-    @property
-    def programs(self) -> int:
-        """Grid of an elementwise pass."""
-        return self.blocks * cdiv(self.tiles, self.tiles_per_program)
-
-    @property
-    def is_even(self) -> bool:
-        """True if no tile reaches past the end of the tensor."""
-        blocks = (self.constants[name] for name in ("BLOCK_N", "BLOCK_C", "BLOCK_S"))
-        full = (size % block == 0 for size, block in zip(self.size, blocks, strict=True))
-        return self.size[0] > 0 and all(full)
+    workspace: tuple[int, int] | None = None
 
 
-def tile_elementwise(layout: NCSLayout, dtype: torch.dtype) -> Tiling:
-    """Return the tiling of an elementwise pass over a tensor."""
+def tile_elementwise(layout: NCSLayout, dtype: torch.dtype, strides: Sequence[int]) -> Tiling:
+    """Return the tiling of an elementwise pass; strides between the samples of its operands."""
     shape = _ELEMENTWISE_CHANNELS_LAST if layout.space == 1 else _ELEMENTWISE
-    tiling = _tile(layout, dtype, shape)
-    if tiling.blocks * tiling.tiles <= _MANY_TILES:
-        return tiling
-    # An even tiling stays even.
-    each = math.gcd(shape.tiles, tiling.tiles) if tiling.is_even else shape.tiles
-    return replace(tiling, tiles_per_program=each)
+    blocks, constants = _tile(layout, dtype, shape, strides)
+    tiles, each = constants["tiles"], 1
+    if blocks * tiles > _MANY_TILES:
+        # An even tiling stays even.
+        each = math.gcd(shape.tiles, tiles) if constants["EVEN"] else shape.tiles
+    return Tiling(blocks * cdiv(tiles, each), constants | {"TILES": each})
 
 
-def tile_reduction(layout: NCSLayout, dtype: torch.dtype, multiprocessors: int) -> Tiling:
-    """Return the tiling of a reduction over a tensor."""
-    shape = _REDUCTION_CHANNELS_LAST if layout.space == 1 else _REDUCTION
-    tiling = _tile(layout, dtype, shape)
-    # More of the smaller programs fit on a multiprocessor.
-    slots = shape.programs_per_sm * multiprocessors * shape.tile
-    slots //= _VALUES_PER_WARP * tiling.constants["num_warps"]
-    at_once = _COMBINE_SIZE // tiling.constants["BLOCK_C"]
-    splits = _best_splits(tiling.blocks, tiling.tiles, slots, at_once)
-    return replace(tiling, splits=splits, programs_per_sm=shape.programs_per_sm)
-
-
-def elementwise_constants(tiles: Tiling, *strides: int) -> dict[str, Any]:
-    """Return the constants of an elementwise kernel.
+def tile_reduction(
+    layout: NCSLayout,
+    dtype: torch.dtype,
+    strides: Sequence[int],
+    itemsize: int,
+    multiprocessors: int,
+) -> Tiling:
+    """Return the tiling of a reduction.
 
     Args:
-        tiles: result of :func:`tile_elementwise`.
-        strides: strides between samples of its operands.
-    """
-    return {"TILES": tiles.tiles_per_program, **_common(tiles, strides)}
-
-
-def reduction_constants(tiles: Tiling, itemsize: int, *strides: int) -> dict[str, Any]:
-    """Return the constants of a reduction kernel.
-
-    Args:
-        tiles: result of :func:`tile_reduction`.
+        layout: layout of x.
+        dtype: dtype of x.
+        strides: strides between the samples of its operands.
         itemsize: bytes per position, summed over its operands.
-        strides: strides between samples of its operands.
+        multiprocessors: number of multiprocessors.
     """
-    tiling = _common(tiles, strides)
+    shape = _REDUCTION_CHANNELS_LAST if layout.space == 1 else _REDUCTION
+    blocks, constants = _tile(layout, dtype, shape, strides)
+    tiles, warps, block_c = (constants[name] for name in ("tiles", "num_warps", "BLOCK_C"))
+    # More of the smaller programs fit on a multiprocessor.
+    slots = shape.programs_per_sm * multiprocessors * shape.tile // (_VALUES_PER_WARP * warps)
+    at_once = _COMBINE_SIZE // block_c
+    splits = _best_splits(blocks, tiles, slots, at_once)
     # Scalar loads keep enough bytes in flight without prefetching.
-    ahead, block_c = 0, tiling["BLOCK_C"]
-    if tiling["DIVISIBILITY"] > 1:
-        tile = itemsize * tiling["BLOCK_N"] * tiling["BLOCK_S"] * block_c
-        ahead = max(_PREFETCHED_BYTES // (tiles.programs_per_sm * tile), 1)
+    ahead = 0
+    if constants["DIVISIBILITY"] > 1:
+        tile = itemsize * constants["BLOCK_N"] * constants["BLOCK_S"] * block_c
+        ahead = max(_PREFETCHED_BYTES // (shape.programs_per_sm * tile), 1)
         # No more stages than tiles of a program: each stage is compiled.
-        ahead = min(ahead, cdiv(tiles.tiles, tiles.splits) - 1)
-    threads = tiles.programs_per_sm * 32 * tiling["num_warps"]
-    return {
+        ahead = min(ahead, cdiv(tiles, splits) - 1)
+    registers = _REGISTERS_PER_SM // (shape.programs_per_sm * 32 * warps)
+    constants |= {
+        "splits": splits,
         "NUM_STAGES": ahead + 1,
-        "BLOCK_K": max(min(next_power_of_2(tiles.splits), _COMBINE_SIZE // block_c), 1),
-        "maxnreg": min(_REGISTERS_PER_SM // threads, _REGISTERS_PER_THREAD),
-        **tiling,
+        "BLOCK_K": max(min(next_power_of_2(splits), at_once), 1),
+        "maxnreg": min(registers, _REGISTERS_PER_THREAD),
     }
+    programs = blocks * splits
+    counters = max(next_power_of_2(blocks), _LEAST_COUNTERS)
+    workspace = None if splits == 1 else (programs * 2 * block_c, counters)
+    return Tiling(programs, constants, workspace)
 
 
 @lru_cache(maxsize=1024)
@@ -189,13 +146,15 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _tile(layout: NCSLayout, dtype: torch.dtype, shape: TileShape) -> Tiling:
-    """Return the tiling for a tile shape.
+def _tile(
+    layout: NCSLayout, dtype: torch.dtype, shape: TileShape, strides: Sequence[int]
+) -> tuple[int, dict[str, Any]]:
+    """Return the number of blocks of channels, and the constants of every kernel.
 
     Contiguous: spatial blocks with little padding, of as many samples as fit. Channels_last: rows
     of ``max_channels`` for consecutive positions.
     """
-    channels = layout.channels
+    channels, furthest = layout.channels, max(strides)
     # An empty tensor gets one tile of no samples.
     some = layout.batch * layout.space > 0
     batch, space = (layout.batch, layout.space) if some else (1, 1)
@@ -209,40 +168,35 @@ def _tile(layout: NCSLayout, dtype: torch.dtype, shape: TileShape) -> Tiling:
         block_s = min(_spatial_block(space, longest), shape.tile)
         block_n = min(shape.tile // block_s, next_power_of_2(batch))
     block_c = min(shape.tile // (block_n * block_s), all_channels)
-    values = block_n * block_s * block_c
-    warps = max(values // _VALUES_PER_WARP, 1)
-    constants = {
+    warps = max(block_n * block_s * block_c // _VALUES_PER_WARP, 1)
+    tiles_per_sample = cdiv(space, block_s)
+    dense = channels if last else space
+    extent = (
+        block_s * furthest + block_c if last else block_n * furthest + block_c * space + block_s
+    )
+    sizes = ((batch, block_n), (channels, block_c), (space, block_s))
+    return cdiv(channels, block_c), {
+        "samples": batch if some else 0,
+        "channels": channels,
+        "space": space,
+        "tiles": cdiv(batch, block_n) * tiles_per_sample,
+        "tiles_per_sample": tiles_per_sample,
         "CHANNELS_LAST": last,
-        "PACK": _pack(channels if last else space, dtype),
+        "PACK": _pack(dense, dtype),
         "REPLICAS": max(32 * warps // block_c, 1) if last else 1,
         "BLOCK_N": block_n,
         "BLOCK_S": block_s,
         "BLOCK_C": block_c,
         "COMPUTE": COMPUTE[dtype],
+        # Power of two, up to 16 bytes, that all dense rows are multiples of.
+        "DIVISIBILITY": math.gcd(_VECTOR_BYTES // dtype.itemsize, dense, *strides),
+        "SAME_STRIDES": len({*strides}) == 1,
+        # No tile reaches past the end of the tensor.
+        "EVEN": some and all(size % block == 0 for size, block in sizes),
+        "INT64_OFFSETS": extent >= _INT32_LIMIT,
         # Explicit: Triton warns that its default will change.
         "enable_fp_fusion": True,
         "num_warps": warps,
-    }
-    tiles_per_sample = cdiv(space, block_s)
-    size = (batch if some else 0, channels, space)
-    tiles, blocks = cdiv(batch, block_n) * tiles_per_sample, cdiv(channels, block_c)
-    return Tiling(size, constants, blocks, tiles, tiles_per_sample, _VECTOR_BYTES // dtype.itemsize)
-
-
-def _common(tiles: Tiling, strides: tuple[int, ...]) -> dict[str, Any]:
-    _, channels, space = tiles.size
-    of, furthest = tiles.constants, max(strides)
-    # DIVISIBILITY: power of two, up to 16 bytes, that all dense rows are multiples of.
-    if of["CHANNELS_LAST"]:
-        vector, extent = channels, of["BLOCK_S"] * furthest + of["BLOCK_C"]
-    else:
-        vector, extent = space, of["BLOCK_N"] * furthest + of["BLOCK_C"] * space + of["BLOCK_S"]
-    return {
-        "DIVISIBILITY": math.gcd(tiles.vector, vector, *strides),
-        "SAME_STRIDES": len({*strides}) == 1,
-        "EVEN": tiles.is_even,
-        "INT64_OFFSETS": extent >= _INT32_LIMIT,
-        **of,
     }
 
 

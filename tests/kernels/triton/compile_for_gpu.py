@@ -1,6 +1,6 @@
-"""Compile all launches of the Triton kernel for a GPU that is not here; print facts as JSON.
+"""Compile the launches of the Triton kernel for a GPU that is not here; print facts as JSON.
 
-``python -m tests.kernels.triton.compile_for_gpu 80`` calls the kernel on CPU tensors with the
+``python -m tests.kernels.triton.compile_for_gpu 90 all`` calls the kernel on CPU tensors with the
 driver of :mod:`tests.kernels.triton.absent_gpu`: Triton compiles, and launches nothing.
 """
 
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from itertools import product
 from typing import Any, TypeAlias
 from unittest.mock import patch
 
@@ -40,6 +41,15 @@ CASES = {
     "no values": ((0, 32, 9, 7), False),
     "one value a sample": ((2, 1), False),
 }
+RESNET = [name for name in CASES if name.startswith("ResNet")]
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+ALL_DTYPES = list(product((BF16, F32, F16), CASES))
+# Each kind of memory access, offset and dtype once: a kernel takes a third of a second.
+REPRESENTATIVE = [
+    *product([BF16], [*RESNET, "odd NCHW", "odd NHWC", "small NHWC", "wide NCHW", "wide NHWC"]),
+    *((F32, "ResNet-50 NHWC"), (F32, "a multiple of four NCHW")),
+    *((F16, "no values"), (F16, "one value a sample")),
+]
 
 
 def describe(binary: Any) -> Facts:
@@ -60,49 +70,49 @@ def describe(binary: Any) -> Facts:
     return {"accesses": Counter(accesses), "registers": registers, "spilled": stack + local}
 
 
-def run_layers(shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype) -> None:
-    """Call the kernel as layers do: plain, with a ReLU, and with a residual and a ReLU."""
+def run_layers(
+    shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype, variants: bool
+) -> None:
+    """Call the kernel as layers do: with a residual and a ReLU; as variants, also without."""
     kernel, x = TritonKernel(), torch.empty(shape, dtype=dtype)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
     weight, bias, mean, var = torch.empty(4, shape[1])
     running = RunningStats(mean, var, torch.tensor(0), 0.1)
     moments = kernel.moments(x)
-    for relu, residual in ((False, None), (True, None), (True, x)):
+    for relu, residual in ((True, x), (True, None), (False, None))[: 3 if variants else 1]:
         args = NormalizeArgs(1e-5, weight, bias, relu, running)
         _, saved = kernel.normalize(x, moments, args, residual)
-        # Frozen inputs need no dy behind the mask; x alone takes its memory for dx.
-        for needs_dx, needs_dresidual in ((True, True), (False, False)):
-            output_mask = needs_dx, True, True, needs_dresidual
-            reduced = kernel.backward_reduce(x, saved, output_mask)
-            if needs_dx:
-                kernel.backward_elemt(saved, reduced, reduced.sums)
+        reduced = kernel.backward_reduce(x, saved, (True,) * 4)
+        kernel.backward_elemt(saved, reduced, reduced.sums)
+        if variants:
+            # Frozen inputs need no dy behind the mask.
+            kernel.backward_reduce(x, saved, (False, True, True, False))
 
 
-def main() -> None:
-    """Compile for the architecture of the command line: all cases for 90, two for the rest."""
-    architecture = int(sys.argv[1])
-    cases = [(torch.bfloat16, name) for name in CASES]
-    others = [(torch.float32, name) for name in CASES if name.startswith(("ResNet", "odd"))]
-    others += [(torch.float16, "one value a sample")]
+def main(architecture: str, which: str = "representative") -> None:
+    """Compile for an architecture: "ResNet", "representative" or "all" cases."""
+    cases = {"ResNet": list(product([BF16], RESNET)), "representative": REPRESENTATIVE}
     results: dict[str, list[Facts]] = {}
     launch = LaunchPlan.__call__
-    for dtype, name in [*cases, *others] if architecture == 90 else cases[:2]:
+    for dtype, name in cases.get(which, ALL_DTYPES):
         binaries: dict[int, tuple[str, Any]] = {}
 
-        def record(plan: LaunchPlan, *values: Any, _found: Any = binaries) -> None:
-            launch(plan, *values)
+        def record(plan: LaunchPlan, _binaries: Any = binaries, **values: Any) -> None:
+            launch(plan, **values)
             for binary in plan._compiled.values():
-                _found[id(binary)] = plan._kernel.__name__, binary
+                _binaries[id(binary)] = plan._kernel.__name__, binary
 
         # These shapes occur in no other case, since plans are cached.
         limit = 0 if name.startswith("wide") else tiling._INT32_LIMIT
+        # Without a residual or a ReLU, the code is a part of the same code.
+        variants = which == "all" or (which != "ResNet" and (dtype, name) == cases["ResNet"][0])
         with (
-            compile_for(architecture),
+            compile_for(int(architecture)),
             patch.object(tiling, "_INT32_LIMIT", limit),
             patch.object(LaunchPlan, "__call__", record),
         ):
-            run_layers(*CASES[name], dtype)
+            run_layers(*CASES[name], dtype, variants)
         results[f"{name}, {dtype}"] = [
             {"kernel": kernel, **describe(binary)} for kernel, binary in binaries.values()
         ]
@@ -110,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -40,11 +40,11 @@ def repeats_launches(launches: list[Launch], call: Callable[[], None]) -> bool:
     """Return whether every plan's cached kernel gets the arguments that Triton's JIT passed."""
     launch, is_equal = LaunchPlan.__call__, list[bool]()
 
-    def launch_twice(plan: LaunchPlan, *values: Any) -> None:
+    def launch_twice(plan: LaunchPlan, **values: Any) -> None:
         plan._compiled.clear()
         start = len(launches)
-        launch(plan, *values)
-        launch(plan, *values)
+        launch(plan, **values)
+        launch(plan, **values)
         first, second = launches[start:]
         same = [a is b or a == b for a, b in zip(first.arguments, second.arguments, strict=True)]
         is_equal.append(first[:3] == second[:3] and all(same) and len(plan._compiled) == 1)
@@ -62,11 +62,11 @@ def compare_alignments() -> dict[str, bool]:
     flat = torch.randn(16 * 64 * 14 * 14 + 1)
     aligned, unaligned = flat[:-1], flat[1:]
     layout = NCSLayout.contiguous((16, 64, 196))
-    plan = plans.plan_moments(layout, flat.device, flat.dtype)
+    plan = plans.plan_launch("moments", layout, flat.device, (flat.dtype, torch.float64))
     moments = torch.empty(129, dtype=torch.float64)
     counts = []
     for x in (aligned, aligned.clone(), unaligned, unaligned, aligned):
-        plan(x, *plan.new_workspace(), moments)
+        plan(x_ptr=x, moments_ptr=moments, **plan.new_workspace())
         counts.append(len(plan._compiled))
     vector, scalar = (describe(kernel)["accesses"] for kernel in plan._compiled.values())
     return {
@@ -99,8 +99,10 @@ def main() -> None:
     large, weight = torch.randn(16, 64, 14, 14), torch.ones(64)
     cases = {
         "contiguous": (large, weight),
-        "channels_last": (large.to(memory_format=torch.channels_last), weight),
-        "bfloat16": (large.bfloat16(), weight.bfloat16()),
+        "channels_last": (
+            large.bfloat16().to(memory_format=torch.channels_last),
+            weight.bfloat16(),
+        ),
         "odd sizes": (torch.randn(3, 5, 7, 7), torch.ones(5)),
         "no values": (torch.randn(0, 5, 7, 7), torch.ones(5)),
         "shared channels": (torch.randn(64, 4, 32, 32), torch.ones(4)),

@@ -26,8 +26,8 @@ def test_programs_share_channels() -> None:
     from syncbn.kernels.triton import plans
 
     _, x, _ = make_layer(64)
-    plan = plans.plan_moments(NCSLayout.contiguous(x.shape), x.device, x.dtype)
-    assert plan.new_workspace()[1] is not None
+    plan = plans.plan_launch("moments", NCSLayout.contiguous(x.shape), x.device, (x.dtype,))
+    assert "counters_ptr" in plan.new_workspace()
 
 
 def test_auto_selects_triton() -> None:
@@ -56,11 +56,11 @@ def test_results_do_not_depend_on_the_stream() -> None:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            found = run()
+            actual = run()
             # Reuses memory that was freed too early.
             noise = [torch.randn_like(t) for t in (x, dy)]
         torch.cuda.current_stream().wait_stream(side)
-        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+        assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
         del noise
 
 
@@ -71,12 +71,12 @@ def test_concurrent_streams_do_not_interfere() -> None:
     sides = [torch.cuda.Stream() for _ in runs]
     torch.cuda.synchronize()
     for _ in range(50):
-        found = []
+        actual = []
         for side, run in zip(sides, runs, strict=True):
             with torch.cuda.stream(side):
-                found.append(run())
+                actual.append(run())
         torch.cuda.synchronize()
-        for one, other in zip(found, expected, strict=True):
+        for one, other in zip(actual, expected, strict=True):
             assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
 
 
@@ -86,8 +86,8 @@ def test_threads_may_share_a_stream() -> None:
     expected = [run() for run in runs]
 
     def again(i: int) -> bool:
-        found = [runs[i]() for _ in range(50)]
-        return all(torch.equal(*pair) for y in found for pair in zip(y, expected[i], strict=True))
+        actual = [runs[i]() for _ in range(50)]
+        return all(torch.equal(*pair) for y in actual for pair in zip(y, expected[i], strict=True))
 
     with ThreadPoolExecutor(len(runs)) as pool:
         assert all(pool.map(again, range(len(runs))))
@@ -101,8 +101,8 @@ def test_unaligned_tensors(dtype: torch.dtype) -> None:
     expected = make_step(layer, x, dy)()
     moved = torch.empty(x.numel() + 1, dtype=dtype, device=CUDA)[1:].view_as(x)
     moved.copy_(x.detach())
-    found = make_step(layer, moved.detach().requires_grad_(), dy)()
-    for one, other in zip(found, expected, strict=True):
+    actual = make_step(layer, moved.detach().requires_grad_(), dy)()
+    for one, other in zip(actual, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
@@ -119,10 +119,10 @@ def test_two_launches_forward_and_two_backward(
     for _ in range(3):
         run()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
         run()
         torch.cuda.synchronize()
-    kernels = [e.name for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [e.name for e in trace.events() if e.device_type == torch.autograd.DeviceType.CUDA]
     assert len(kernels) == 4, kernels
 
 
@@ -133,8 +133,8 @@ def test_launches_are_on_the_device_of_the_tensor() -> None:
     layer, x, dy = make_layer()
     expected = make_step(layer, x, dy)()
     moved = x.detach().to(other).requires_grad_()
-    for found, y in zip(make_step(layer.to(other), moved, dy.to(other))(), expected, strict=True):
-        assert torch.equal(found.to(CUDA), y)
+    for actual, y in zip(make_step(layer.to(other), moved, dy.to(other))(), expected, strict=True):
+        assert torch.equal(actual.to(CUDA), y)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)

@@ -48,8 +48,8 @@ def test_all_reduces_do_not_synchronize(group: dist.ProcessGroup, residual: bool
 def test_all_reduces_over_one_rank_change_nothing(group: dist.ProcessGroup, residual: bool) -> None:
     layer, x, dy = make_layer()
     expected = make_step(layer, x, dy, residual)()
-    found = make_step(layer, x, dy, residual, communicate(layer, group))()
-    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    actual = make_step(layer, x, dy, residual, communicate(layer, group))()
+    assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -91,8 +91,8 @@ def replay_and_compare(
         replayed = [t.clone() for t in outputs]
         statistics = {name: value.clone() for name, value in layer.state_dict().items()}
         layer.load_state_dict(before)
-        for found, expected in zip(replayed, run(), strict=True):
-            assert torch.equal(found, expected)
+        for actual, expected in zip(replayed, run(), strict=True):
+            assert torch.equal(actual, expected)
         for name, expected in layer.state_dict().items():
             assert torch.equal(statistics[name], expected)
 
@@ -113,5 +113,5 @@ def test_training_steps_are_captured_and_replayed() -> None:
 
     expected = train(lambda step: step, 5)
     # Capturing runs two warm-up steps, and does not run the captured one.
-    for found, value in zip(train(capture_graph, 3), expected, strict=True):
-        torch.testing.assert_close(found, value, rtol=1e-3, atol=1e-3)
+    for actual, value in zip(train(capture_graph, 3), expected, strict=True):
+        torch.testing.assert_close(actual, value, rtol=1e-3, atol=1e-3)
