@@ -67,11 +67,11 @@ class Setup:
             subprocess.Popen(command, env=environment, stdout=output, stderr=output) as job,
         ):
             while job.poll() is None:
-                with suppress(subprocess.TimeoutExpired):
-                    job.wait(PROGRESS_SECONDS)
                 print(
                     f"{self.title}, {experiment}: {time.perf_counter() - start:.0f} s", flush=True
                 )
+                with suppress(subprocess.TimeoutExpired):
+                    job.wait(PROGRESS_SECONDS)
             if job.returncode != 0:
                 output.seek(0)
                 sys.exit(f"{' '.join(command)}\n{output.read()}")

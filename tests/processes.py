@@ -8,6 +8,8 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import traceback
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -69,10 +71,15 @@ def run_forked(
                 sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
                 os.chdir(cwd)
                 sys.argv = [module, *arguments]
+                # As in a new process; runpy warns if a test has imported the module.
+                warnings.resetwarnings()
+                sys.modules.pop(module, None)
                 runpy.run_module(module, run_name="__main__", alter_sys=True)
                 status = 0
             except SystemExit as end:
                 status = end.code if isinstance(end.code, int) else 1
+            except BaseException:
+                traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()

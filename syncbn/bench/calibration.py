@@ -58,10 +58,10 @@ class Calibration(Benchmark):
             raise ValueError(f"ranks: got {self.ranks}; expected 1, it measures one process")
         if len(self.samples) != len(self.sizes):
             raise ValueError(f"samples: got {self.samples}; expected as many as sizes {self.sizes}")
-        self.check_at_least(4, sizes=min(self.sizes, default=4))
-        self.check_at_least(2, samples=min(self.samples, default=2))
-        self.check_at_least(1, batches=min(self.batches, default=1))
-        self.check_at_least(1, repeats=self.repeats, sequential_batch=self.sequential_batch)
+        self.check_at_least(4, sizes=self.sizes)
+        self.check_at_least(2, samples=self.samples)
+        self.check_at_least(1, batches=self.batches, repeats=self.repeats)
+        self.check_at_least(1, sequential_batch=self.sequential_batch)
         self.check_at_least(1, sequential_repeats=self.sequential_repeats)
 
     def run(self) -> Report:

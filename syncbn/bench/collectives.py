@@ -58,8 +58,8 @@ class Collectives(Benchmark):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_at_least(2, ranks=self.ranks)
-        self.check_at_least(1, sizes=min(self.sizes, default=1))
-        self.check_at_least(1, repeats=self.repeats, batch=self.batch, steps=self.steps)
+        self.check_at_least(1, sizes=self.sizes, repeats=self.repeats)
+        self.check_at_least(1, batch=self.batch, steps=self.steps)
 
     def run(self) -> Report:
         """Measure, on every rank.

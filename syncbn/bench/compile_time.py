@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
 from typing import cast
 
 import torch
@@ -58,16 +57,17 @@ class CompileTime(Benchmark):
         firsts: dict[str, list[float]] = {norm: [] for norm in makers}
         steps: dict[str, list[float]] = {norm: [] for norm in makers}
         with inductor.patch(force_disable_caches=True):
-            for _, (norm, make) in product(range(1 + self.rounds), makers.items()):
+            # One more of the baseline, as the first compilation imports the compiler.
+            for norm in [_BASELINE, *list(makers) * self.rounds]:
                 torch._dynamo.reset()
-                step = self._prepare_step(make(), world.device)
+                step = self._prepare_step(makers[norm](), world.device)
                 firsts[norm].append(cpu_clock(step))
                 steps[norm] += [cpu_clock(step) for _ in range(_STEPS)]
-        # The first round warms up.
-        first = {norm: torch.tensor(times[1:]).double() for norm, times in firsts.items()}
         costs = []
-        for norm, times in steps.items():
-            seconds = first[norm], first[norm] / first[_BASELINE], torch.tensor(times[_STEPS:])
+        baseline = torch.tensor(firsts[_BASELINE][1:])
+        for norm in makers:
+            first = torch.tensor(firsts[norm][-self.rounds :])
+            seconds = first, first / baseline, torch.tensor(steps[norm][-self.rounds * _STEPS :])
             costs.append(CompileCost(norm, *(Percentiles.of(t.double()) for t in seconds)))
         return Report(world.facts, [self._table(costs)], {"costs": costs})
 

@@ -54,11 +54,12 @@ class Benchmark(ABC):
         """Measure, on every rank; the report of rank 0 counts."""
 
     @staticmethod
-    def check_at_least(low: int, **settings: int) -> None:
-        """Raise ValueError if a setting is below its lowest value."""
-        for name, value in settings.items():
-            if value < low:
-                raise ValueError(f"{name}: got {value}; expected at least {low}")
+    def check_at_least(low: int, **settings: int | list[int]) -> None:
+        """Raise ValueError if a setting, or a number in a list, is below its lowest value."""
+        for name, setting in settings.items():
+            for value in setting if isinstance(setting, list) else [setting]:
+                if value < low:
+                    raise ValueError(f"{name}: got {value}; expected at least {low}")
 
     @staticmethod
     def check_one_of(name: str, values: Iterable[object], known: Iterable[object]) -> None:

@@ -80,8 +80,9 @@ def _prevents_move(root: nn.Module, node: Node) -> bool:
         modules = list(callee(root, node).modules())
         return any(isinstance(m, SyncBatchNorm) or getattr(m, "inplace", False) for m in modules)
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    flags = node.kwargs.get("inplace"), "out" in node.kwargs, *(arg is True for arg in node.args)
-    return name in INPLACE_OPERATORS or name.endswith("_") or any(flags)
+    # torch.fx records the arguments of functionals by name.
+    has_flag = node.kwargs.get("inplace") or "out" in node.kwargs
+    return name in INPLACE_OPERATORS or name.endswith("_") or bool(has_flag)
 
 
 def _is_relu(root: nn.Module, node: Node) -> bool:

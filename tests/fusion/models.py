@@ -74,9 +74,10 @@ class Unfusable(Net):
     """Layers that are called twice, used twice, scaled and added to themselves."""
 
     def forward(self, x: Tensor) -> Any:
-        y, z = self.other(x), self.last(x)
-        scaled = torch.add(self.body(x), x, alpha=2)
-        return F.relu(self.bn(x)) + self.bn(x + 1) + F.relu(y) - y + F.relu(scaled) + F.relu(z + z)
+        y = self.other(x)
+        y = F.relu(y) - y + F.relu(torch.add(self.body(x), x, alpha=2))
+        z = self.last(x)
+        return F.relu(z + z) + F.relu(self.bn(x)) + self.bn(x + 1) + y
 
 
 class CalledFromAbove(nn.Module):
