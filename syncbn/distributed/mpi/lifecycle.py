@@ -79,22 +79,22 @@ class GroupLifecycle(dist.ProcessGroup):
         calls: Iterable[Iterable[Any]],
         results: Iterable[Tensor],
         opts: Any,
+        *options: str,
     ) -> MPIWork:
+        # Options are the fields of torch's opts that the collective takes.
         self._collectives += 1
         name, results = collective.__name__, list(results)
-        # One access: the conversion of a reduceOp takes 2 us.
-        options = [getattr(opts, key, None) for key in ("reduceOp", "rootRank")]
-        arguments = [option for option in options if option is not None]
+        arguments = [getattr(opts, option) for option in options]
         if self._debug:
             self._compare_labels(name, _label(name, results, opts))
         from_root = name in _SENT_BY_ROOT and opts.rootRank != self._rank
-        timeout = opts.timeout.total_seconds() if opts.timeout > timedelta(0) else None
         ranks = (opts.rootRank,) if from_root else ()
-        dependencies = Dependencies(self._collectives, ranks, timeout)
+        dependencies = Dependencies(self._collectives, ranks, opts.timeout)
         requests = (collective(self._comm, *call, *arguments) for call in calls)
         numbered = f"{name} #{self._collectives}"
-        work = self._start(numbered, requests, results, dependencies, blocking=not opts.asyncOp)
-        if opts.asyncOp:
+        async_op = opts.asyncOp
+        work = self._start(numbered, requests, results, dependencies, blocking=not async_op)
+        if async_op:
             self._progress.add(work)
         return work
 

@@ -46,19 +46,20 @@ class MPIProcessGroup(GroupLifecycle):
     def allreduce(self, tensors: list[Tensor], opts: Any = None) -> MPIWork:
         """Reduce over all ranks, in place."""
         opts = opts or dist.AllreduceOptions()
-        return self._collect(collectives.all_reduce, zip(tensors), tensors, opts)
+        return self._collect(collectives.all_reduce, zip(tensors), tensors, opts, "reduceOp")
 
     allreduce_coalesced = allreduce
 
     def broadcast(self, tensors: list[Tensor], opts: Any = None) -> MPIWork:
         """Copy from one rank to all."""
         opts = opts or dist.BroadcastOptions()
-        return self._collect(collectives.broadcast, zip(tensors), tensors, opts)
+        return self._collect(collectives.broadcast, zip(tensors), tensors, opts, "rootRank")
 
     def reduce(self, tensors: list[Tensor], opts: Any = None) -> MPIWork:
         """Reduce to one rank; the tensors of other ranks keep their values."""
+        opts = opts or dist.ReduceOptions()
         return self._collect(
-            collectives.reduce, zip(tensors), tensors, opts or dist.ReduceOptions()
+            collectives.reduce, zip(tensors), tensors, opts, "reduceOp", "rootRank"
         )
 
     def allgather(self, outputs: Lists, tensors: list[Tensor], opts: Any = None) -> MPIWork:
@@ -88,7 +89,7 @@ class MPIProcessGroup(GroupLifecycle):
     def reduce_scatter(self, outputs: list[Tensor], inputs: Lists, opts: Any = None) -> MPIWork:
         """Reduce a list of tensors; rank i receives the i-th sum. Sizes may differ."""
         calls, opts = zip(outputs, inputs, strict=True), opts or dist.ReduceScatterOptions()
-        return self._collect(collectives.reduce_scatter, calls, outputs, opts)
+        return self._collect(collectives.reduce_scatter, calls, outputs, opts, "reduceOp")
 
     def reduce_scatter_single(self, output: Tensor, tensor: Tensor, opts: Any = None) -> MPIWork:
         """Reduce one tensor; each rank receives an equal part of the sum."""
@@ -99,19 +100,19 @@ class MPIProcessGroup(GroupLifecycle):
     ) -> MPIWork:
         """Reduce several tensors; each rank receives an equal part of each sum."""
         calls, opts = zip(outputs, tensors, strict=True), opts or dist.ReduceScatterOptions()
-        return self._collect(collectives.reduce_scatter_single, calls, outputs, opts)
+        return self._collect(collectives.reduce_scatter_single, calls, outputs, opts, "reduceOp")
 
     def gather(self, outputs: Lists, tensors: list[Tensor], opts: Any = None) -> MPIWork:
         """Gather on one rank; other ranks pass no outputs."""
         calls = zip(outputs or [[] for _ in tensors], tensors, strict=True)
-        return self._collect(
-            collectives.gather, calls, chain(*outputs), opts or dist.GatherOptions()
-        )
+        opts = opts or dist.GatherOptions()
+        return self._collect(collectives.gather, calls, chain(*outputs), opts, "rootRank")
 
     def scatter(self, outputs: list[Tensor], inputs: Lists, opts: Any = None) -> MPIWork:
         """Scatter one rank's tensors; other ranks pass no inputs."""
         calls = zip(outputs, inputs or [[] for _ in outputs], strict=True)
-        return self._collect(collectives.scatter, calls, outputs, opts or dist.ScatterOptions())
+        opts = opts or dist.ScatterOptions()
+        return self._collect(collectives.scatter, calls, outputs, opts, "rootRank")
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None) -> MPIWork:
         """Exchange one tensor with every rank; sizes may differ."""

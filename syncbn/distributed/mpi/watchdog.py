@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from functools import cached_property
 from typing import NamedTuple
 
@@ -39,12 +40,12 @@ class Dependencies(NamedTuple):
     Attributes:
         seq: sequence number of a collective in its group, from 1; 0 for point to point.
         ranks: ranks that must take part; () for all, None for any one other rank.
-        timeout: time limit in seconds; None for the group's timeout.
+        timeout: time limit; zero or negative for the group's timeout.
     """
 
     seq: int = 0
     ranks: Sequence[int] | None = ()
-    timeout: float | None = None
+    timeout: timedelta = timedelta(0)
 
 
 class Watchdog:
@@ -140,7 +141,8 @@ class Watchdog:
             )
 
     def _failure_reason(self, dependencies: Dependencies, waited: float) -> str:
-        timeout = self.timeout if dependencies.timeout is None else dependencies.timeout
+        timeout = dependencies.timeout.total_seconds()
+        timeout = timeout if timeout > 0 else self.timeout
         if waited >= timeout:
             return f"is not done after {waited:.1f} s (timeout {timeout:g} s)"
         if self._peer_failed:
