@@ -19,7 +19,7 @@ from syncbn.calibration.report import CalibrationReport
 from syncbn.calibration.sequential import calibrate_sequential
 from syncbn.calibration.single_pass import calibrate_average, calibrate_ema, calibrate_pooled
 from syncbn.distributed import resolve_group
-from syncbn.distributed.collectives import active_group
+from syncbn.distributed.groups import active_group
 from syncbn.nn.bn_layers import BNLayer, RunningStats, clone_running_stats, restore_running_stats
 
 #: Methods whose result does not depend on the batch size.

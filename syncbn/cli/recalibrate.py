@@ -29,7 +29,7 @@ from syncbn.calibration.evaluate import evaluate
 from syncbn.calibration.ranks import Ranks
 from syncbn.cli import config_path
 from syncbn.cli.signals import deferred_termination
-from syncbn.distributed.collectives import active_group
+from syncbn.distributed.groups import active_group
 from syncbn.files import atomic_write, require_file
 
 _EXIT_CODE = 2

@@ -16,42 +16,9 @@ from torch.autograd import Function
 
 from syncbn import modes
 from syncbn.distributed import fingerprint
-from syncbn.distributed.groups import group_of_all_ranks
 
 # The integer value: comparing the enum takes a microsecond.
 _DETAIL = dist.DebugLevel.DETAIL.value if dist.is_available() else None
-
-
-def active_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """Return the group to communicate in, or None if its world size is 1.
-
-    Args:
-        process_group: group that contains this rank; None for all ranks.
-
-    Raises:
-        ValueError: this rank is not a member of the group, or it is not a process group.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        if process_group is not None:
-            raise ValueError(
-                "got a process group, but torch.distributed is not initialized; "
-                "call syncbn.init_process_group() first"
-            )
-        return None
-    if process_group is None:
-        process_group = group_of_all_ranks()
-    not_a_member: object = dist.GroupMember.NON_GROUP_MEMBER  # an int
-    if process_group == not_a_member:
-        raise ValueError(
-            f"rank {dist.get_rank()} is not in the process group that it passed; every rank must "
-            "pass a group that it is a member of"
-        )
-    if not isinstance(process_group, dist.ProcessGroup):
-        raise ValueError(
-            f"got process group {process_group!r}; expected a torch.distributed.ProcessGroup or "
-            "None (syncbn.distributed.resolve_group makes one from a description)"
-        )
-    return process_group if process_group.size() > 1 else None
 
 
 def all_reduce(vector: Tensor, group: dist.ProcessGroup | None, label: str) -> Tensor:
@@ -63,7 +30,7 @@ def all_reduce(vector: Tensor, group: dist.ProcessGroup | None, label: str) -> T
 
     Args:
         vector: float64, contiguous, the same shape on every rank; may be overwritten.
-        group: return value of :func:`active_group`; None returns the vector unchanged.
+        group: process group, or None for a single rank, which returns the vector unchanged.
         label: summed quantity, for fingerprint and error messages: layer, direction, input dtype.
             Empty if the layer is unknown.
 
@@ -93,7 +60,7 @@ def differentiable_all_reduce(
 
     Args:
         vector: the same shape and dtype on every rank.
-        group: return value of :func:`active_group`; None for a single rank.
+        group: process group, or None for a single rank.
         label: label of the all-reduce; see :func:`all_reduce`, also for the errors.
     """
     return vector if group is None else _DifferentiableAllReduce.apply(vector, group, label)

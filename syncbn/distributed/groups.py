@@ -1,4 +1,4 @@
-"""Process groups from short descriptions."""
+"""Process groups of layers: the group to communicate in, and groups from descriptions."""
 
 from __future__ import annotations
 
@@ -38,12 +38,44 @@ def create_layers_group(timeout: timedelta | None) -> None:
     _layers_groups[default] = ref(group)
 
 
-def group_of_all_ranks() -> dist.ProcessGroup:
+def _group_of_all_ranks() -> dist.ProcessGroup:
     """Return the layers' group of all ranks, or the default group if no such group was created."""
     default = dist.group.WORLD
     assert default is not None
     layers_group = _layers_groups.get(default)
     return default if layers_group is None else layers_group() or default
+
+
+def active_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """Return the group to communicate in, or None if its world size is 1.
+
+    Args:
+        process_group: group that contains this rank; None for all ranks.
+
+    Raises:
+        ValueError: this rank is not a member of the group, or it is not a process group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        if process_group is not None:
+            raise ValueError(
+                "got a process group, but torch.distributed is not initialized; "
+                "call syncbn.init_process_group() first"
+            )
+        return None
+    if process_group is None:
+        process_group = _group_of_all_ranks()
+    not_a_member: object = dist.GroupMember.NON_GROUP_MEMBER  # an int
+    if process_group == not_a_member:
+        raise ValueError(
+            f"rank {dist.get_rank()} is not in the process group that it passed; every rank must "
+            "pass a group that it is a member of"
+        )
+    if not isinstance(process_group, dist.ProcessGroup):
+        raise ValueError(
+            f"got process group {process_group!r}; expected a torch.distributed.ProcessGroup or "
+            "None (syncbn.distributed.resolve_group makes one from a description)"
+        )
+    return process_group if process_group.size() > 1 else None
 
 
 def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.distributed.collectives import active_group, differentiable_all_reduce
+from syncbn.distributed.collectives import differentiable_all_reduce
+from syncbn.distributed.groups import active_group
 from syncbn.inference.convert import convert_inference, revert_inference
 from syncbn.inference.rule import EvalStatistics
 from syncbn.moments import Moments, get_packed_size

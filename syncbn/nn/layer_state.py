@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncbn.distributed.collectives import active_group
+from syncbn.distributed.groups import active_group
 from syncbn.ops.validation import Activation, check_activation
 
 # Public attributes and the private attributes that the library reads. A converted layer may carry

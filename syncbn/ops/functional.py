@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from syncbn import modes
-from syncbn.distributed.collectives import active_group
+from syncbn.distributed.groups import active_group
 from syncbn.kernels import select_kernel
 from syncbn.kernels.base import RunningStats
 from syncbn.ops.composite import composite_batch_norm

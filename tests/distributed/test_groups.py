@@ -21,8 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import syncbn
 from syncbn.distributed import resolve_group
-from syncbn.distributed.collectives import active_group
-from syncbn.distributed.groups import create_layers_group
+from syncbn.distributed.groups import active_group, create_layers_group
 from syncbn.nn.module import DetachedGroup
 from tests import processes
 from tests.ranks import Pool, Ranks
