@@ -71,7 +71,8 @@ def composite_batch_norm(
 
 def _record_moments(moments: Tensor, x: Tensor, params: BatchNormParams) -> None:
     """Update the running statistics, except in the recomputation of a checkpointed region."""
-    check_value_count(x, moments[-1], params)
+    if params.mask_fill is not None or x.numel() <= x.shape[1]:
+        check_value_count(x, moments[-1], params)
     phase = activation_checkpoint.current()
     # A recomputation needs moments with a graph: those of the forward pass are only counted off.
     is_new = phase is None or phase.moments_for(lambda: moments, x, params.label)[1]

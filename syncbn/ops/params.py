@@ -75,9 +75,6 @@ def check_value_count(x: Tensor, count: Tensor, params: BatchNormParams) -> None
     """
     if torch.compiler.is_compiling() or not x.is_cpu or modes.num_dispatch_modes():
         return
-    # Two unmasked values here are two in the group.
-    if params.mask_fill is None and x.numel() > x.shape[1]:
-        return
     if count.item() == 1:
         raise ValueError(
             f"{params.label}: got a single value per channel in the whole group (input of shape "
