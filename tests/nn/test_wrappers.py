@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import onnx.reference
@@ -222,30 +221,6 @@ def test_averaged_models_train_in_the_group(pool: Pool) -> None:
     expected = averaged(Net().double())
     for actual in pool(2, "gloo").run(_averaged):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
-
-
-def _saved(rank: int, path: str) -> bool:
-    net = syncbn.convert_sync_batchnorm(Net())
-    group = dist.new_group([0, 1])
-    syncbn.convert_sync_batchnorm(net, group)
-    net(torch.randn(3, 5))
-    if rank == 0:
-        torch.save(net, path)
-    dist.barrier()
-    loaded = torch.load(path, weights_only=False)
-    x = torch.randn(2, 5)
-    with pytest.raises(RuntimeError, match="lost its process group of the ranks"):
-        loaded(x)
-    same = torch.equal(loaded.eval()(x), net.eval()(x)) or rank > 0
-    syncbn.convert_sync_batchnorm(loaded, group).train()(x)
-    return same and loaded.body[1].process_group is group
-
-
-def test_whole_modules_are_saved(pool: Pool, tmp_path: Path) -> None:
-    assert all(pool(2, "gloo").run(_saved, str(tmp_path / "net.pt")))
-    loaded = torch.load(tmp_path / "net.pt", weights_only=False)
-    assert isinstance(loaded.body[1], syncbn.SyncBatchNorm1d)
-    loaded.eval()(torch.randn(2, 5))
 
 
 @pytest.mark.parametrize("fused", [False, True])
