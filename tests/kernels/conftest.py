@@ -20,7 +20,9 @@ _HAS_GPU = torch.cuda.is_available()
         "reference",
         *(pytest.param(level, id=cpu.LEVELS[level.level]) for level in _LEVELS),
         "triton",
-        pytest.param("aten_cuda", marks=[pytest.mark.gpu] if _HAS_GPU else []),
+        pytest.param("aten_cuda", marks=pytest.mark.gpu)
+        if _HAS_GPU
+        else pytest.param("aten_cuda", id="aten_cuda on reference functions"),
     ]
 )
 def any_kernel(request: pytest.FixtureRequest) -> Iterator[Kernel]:

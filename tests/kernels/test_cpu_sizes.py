@@ -219,8 +219,8 @@ STREAMED = [
     *((3, 33, 181, 179), (2, 40, 192, 160), (1, 1, 2_500_001), (75_001, 33)),
     *((30_001, 80), (25_000, 96), (401, 6007), (800_001, 3)),
 ]
-# The loops of wide types and of halves are the same but for conversions: other types take a shape
-# of planes and of rows, whole cache lines and staged ones.
+# Loops of float64 and float16 differ from these by conversions only. They take planes and rows,
+# whole cache lines and staged ones.
 STREAMED_TYPES = [
     *((shape, dtype) for shape in STREAMED for dtype in (torch.float32, torch.bfloat16)),
     *((STREAMED[i], dtype) for i in (0, 1, 3, 5) for dtype in (torch.float64, torch.float16)),

@@ -19,7 +19,7 @@ from syncbn.inference import prior_mix
 NAMES = (
     *("activation", "process_group", "impl", "fqn", "sync_name", "sync_kernel"),
     *("pending_moments", "inference_rule", "original_class", "cls_to_become"),
-    *("active_group", "_label", "_tensors", "relu", "residual", "mask", "kernel"),
+    *("active_group", "_label", "_tensors", "relu", "residual", "mask", "kernel", "layer_name"),
 )
 
 

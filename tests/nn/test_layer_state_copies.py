@@ -30,12 +30,13 @@ def _attributes(layer: nn.Module) -> Any:
     return clone
 
 
-def _saved(layer: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    loaded: nn.Module = torch.load(file, weights_only=False)
-    return loaded
+def _save(layer: nn.Module) -> bytes:
+    torch.save(layer, file := io.BytesIO())
+    return file.getvalue()
+
+
+def _load(content: bytes) -> Any:
+    return torch.load(io.BytesIO(content), weights_only=False)
 
 
 #: Copy functions, and whether the copy keeps the live group; another process may load a pickle.
@@ -48,7 +49,7 @@ COPIES: dict[str, tuple[Callable[[nn.Module], Any], bool]] = {
     "share_memory": (lambda layer: copy.deepcopy(layer).share_memory(), True),
     "to": (lambda layer: copy.deepcopy(layer).to(torch.float64), True),
     "pickle": (lambda layer: pickle.loads(pickle.dumps(layer)), False),
-    "torch.save": (_saved, False),
+    "torch.save": (lambda layer: _load(_save(layer)), False),
 }
 
 
@@ -63,7 +64,7 @@ def _own_group(rank: int) -> Any:
     return single if rank == 2 else pair
 
 
-def _check_copies(rank: int) -> list[str]:
+def _check_copies(rank: int) -> tuple[list[str], bytes]:
     group, x, names = _own_group(rank), _whole(), []
     for kind, parametrized in ((nn.BatchNorm1d, False), (Subclass, True)):
         layer: Any = kind(4).double()
@@ -83,13 +84,16 @@ def _check_copies(rank: int) -> list[str]:
                 syncbn.convert_sync_batchnorm(clone, group).train()
             torch.testing.assert_close(clone(part), expected, rtol=1e-10, atol=1e-12)
             names.append(name)
-    return names
+    return names, _save(nn.Sequential(syncbn.convert_sync_batchnorm(nn.BatchNorm1d(4), group)))
 
 
 def test_copies_synchronize_with_the_same_ranks(three_ranks: Ranks) -> None:
     """Regression: a shallow copy lost its group, like a pickle from another process."""
-    for names in three_ranks.run(_check_copies):
+    for names, content in three_ranks.run(_check_copies):
         assert len(names) == 2 * len(COPIES) - 3
+        loaded, x = _load(content), torch.randn(2, 4)
+        assert isinstance(loaded[0], syncbn.SyncBatchNorm1d)
+        torch.testing.assert_close(loaded.eval()(x), nn.BatchNorm1d(4).eval()(x))
 
 
 def test_a_shallow_copy_shares_tensors_as_in_torch() -> None:

@@ -86,19 +86,6 @@ def test_classes_are_found_as_batch_norm_but_not_as_torch_sync_batch_norm() -> N
     assert not isinstance(layer, nn.SyncBatchNorm)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_float32_parameters_take_half_input(dtype: torch.dtype) -> None:
-    layer = syncbn.SyncBatchNorm2d(3)
-    x = torch.randn(4, 3, 5, 5).to(dtype).requires_grad_()
-    y = layer(x)
-    y.sum().backward()
-    assert y.dtype == dtype
-    assert x.grad is not None
-    assert x.grad.dtype == dtype
-    assert layer.weight.grad is not None
-    assert layer.weight.grad.dtype == torch.float32
-
-
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
 def test_an_inplace_relu_may_follow(kernel: str, layout: str) -> None:

@@ -162,23 +162,22 @@ def test_accumulated_statistics() -> None:
 
 
 class Checkpointed(nn.Module):
-    """A region that is recomputed, with or without syncbn's contexts."""
+    """A region that is recomputed."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.region: Any = Block()
-        self.options = options
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = checkpoint(self.region, x, use_reentrant=False, **self.options)
+        contexts: Any = {"use_reentrant": False, "context_fn": syncbn.checkpoint_contexts}
+        y: Tensor = checkpoint(self.region, x, **contexts)
         return y.square()
 
 
 def _recomputed(rank: int) -> None:
     """Compile the caller and the callee of checkpoint()."""
     for compiles_region in (False, True):
-        eager: Any = Checkpointed(context_fn=syncbn.checkpoint_contexts)
-        other: Any = copy.deepcopy(eager)
+        eager, other = Checkpointed(), Checkpointed()
         compiled = other.region if compiles_region else other
         compiled.compile(fullgraph=True, backend="aot_eager")
         for x in _batches(rank)[:2]:

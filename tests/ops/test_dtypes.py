@@ -7,16 +7,12 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import syncbn
 from syncbn.inference import example_weighted, prior_mix
 from tests.device import seeded
 from tests.kernel_cases import KERNELS, device_of, dtypes_of
-from tests.ranks import Pool
 
 EPS, MOMENTUM = 1e-3, 0.25
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -164,58 +160,3 @@ def test_dtypes_that_are_not_floating_are_refused(kind: torch.dtype, training: b
     x, mean, var = torch.randn(3, 4), torch.zeros(4), torch.ones(4)
     with pytest.raises(ValueError, match=f"got a weight of dtype {kind}; expected float16"):
         syncbn.sync_batch_norm(x, mean, var, torch.ones(4, dtype=kind), training=training)
-
-
-class Net(nn.Module):
-    """Two layers with batch norm, for 2-D inputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU())
-        self.head = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.head(self.body(x))
-        return y
-
-
-def _batches() -> list[Tensor]:
-    return list(torch.randn(3, 12, 5, generator=seeded(2)))
-
-
-def _evaluate(net: nn.Module, batches: list[Tensor]) -> list[Tensor]:
-    """Train, and return outputs in evaluation, with an inference rule, and after recalibration."""
-    for x in batches:
-        net(x).square().mean().backward()
-    net.eval()
-    with torch.no_grad():
-        outputs = [net(batches[0])]
-        with prior_mix(net, 4):
-            outputs.append(net(batches[0]))
-    syncbn.recalibrate(net, batches)
-    with torch.no_grad():
-        return [*outputs, net(batches[0])]
-
-
-def _sharded(rank: int, dtype: torch.dtype) -> tuple[list[Tensor], dict[str, Tensor]]:
-    net = syncbn.convert_sync_batchnorm(Net())
-    policy = MixedPrecisionPolicy(dtype, torch.float32, output_dtype=torch.float32)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for module in (net.body, net.head, net) if dtype is torch.bfloat16 else (net,):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-    outputs = _evaluate(net, [x.chunk(2)[rank] for x in _batches()])
-    return outputs, {name: t.clone() for name, t in net.named_buffers()}
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_fully_sharded_models_validate_and_recalibrate(pool: Pool, dtype: torch.dtype) -> None:
-    """Weights of the half type and float32 statistics trained, and raised in evaluation."""
-    single = Net()
-    expected = _evaluate(single, _batches())
-    answers = pool(2, "gloo").run(_sharded, dtype)
-    actual = [torch.cat(parts) for parts in zip(*(outputs for outputs, _ in answers), strict=True)]
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0.06)
-    for _, buffers in answers:
-        assert all(t.dtype in (torch.float32, torch.int64) for t in buffers.values())
-        torch.testing.assert_close(buffers, dict(single.named_buffers()), rtol=0.02, atol=0.02)

@@ -25,8 +25,8 @@ Running: TypeAlias = tuple[int, int, int, int, float]
 NO_AFFINE = 0, 0, 0, 0, False
 NO_RUNNING = 0, 0, 0, 0, 0.0
 NO_OPERAND = 0, 0
-# `Call` in cpu.cpp.
-_CALL = struct.Struct("=24q2d")
+# `Call` in kernels.h.
+_CALL = struct.Struct("=25q2d")
 
 
 def pack(
@@ -56,7 +56,8 @@ def pack(
         eps: constant added to the variance.
     """
     batch, channels, space, stride, _ = layout
-    head = level, torch.get_num_threads(), DTYPES[x.dtype], batch, channels, space
+    shape = batch, channels, space, batch * channels * space
+    head = level, torch.get_num_threads(), DTYPES[x.dtype], *shape
     source = address(x), stride
     return _CALL.pack(*head, *source, *affine, *gradients, sums, *operand, *output, *running, eps)
 

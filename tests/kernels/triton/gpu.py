@@ -72,6 +72,16 @@ def make_step(
     return step
 
 
+def check_synchronization(run: Callable[[], object]) -> None:
+    """Raise an error if the second call of a step synchronizes with the device."""
+    run()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def make_layer(samples: int = 4) -> tuple[syncbn.SyncBatchNorm, Tensor, Tensor]:
     """Return a layer, its input and the gradient of its output."""
     layer = syncbn.SyncBatchNorm2d(64, activation="relu").to(CUDA)

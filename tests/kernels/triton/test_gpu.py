@@ -10,13 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import syncbn
 from syncbn.kernels import select_kernel
 from syncbn.kernels.layout import NCSLayout
-from tests.kernels.triton.gpu import CUDA, MARKS, make_layer, make_step
+from tests.kernels.triton.gpu import CUDA, MARKS, check_synchronization, make_layer, make_step
 
 pytestmark = MARKS
 
@@ -39,18 +39,16 @@ def test_auto_selects_triton() -> None:
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("samples", [4, 0])
 def test_a_step_does_not_synchronize(samples: int, residual: bool) -> None:
-    run = make_step(*make_layer(samples), residual)
-    run()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    check_synchronization(make_step(*make_layer(samples), residual))
+
+
+def all_equal(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
 
 
 def test_results_do_not_depend_on_the_stream() -> None:
     layer, x, dy = make_layer(64)
-    run = make_step(layer, x, dy)
+    run = make_step(layer, x, dy, residual=True)
     expected = run()
     for _ in range(20):
         side = torch.cuda.Stream()
@@ -60,7 +58,7 @@ def test_results_do_not_depend_on_the_stream() -> None:
             # Reuses memory that was freed too early.
             noise = [torch.randn_like(t) for t in (x, dy)]
         torch.cuda.current_stream().wait_stream(side)
-        assert all(torch.equal(*pair) for pair in zip(actual, expected, strict=True))
+        assert all_equal(actual, expected)
         del noise
 
 
@@ -71,13 +69,12 @@ def test_concurrent_streams_do_not_interfere() -> None:
     sides = [torch.cuda.Stream() for _ in runs]
     torch.cuda.synchronize()
     for _ in range(50):
-        actual = []
+        results = []
         for side, run in zip(sides, runs, strict=True):
             with torch.cuda.stream(side):
-                actual.append(run())
+                results.append(run())
         torch.cuda.synchronize()
-        for one, other in zip(actual, expected, strict=True):
-            assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+        assert all(map(all_equal, results, expected))
 
 
 def test_threads_may_share_a_stream() -> None:
@@ -85,12 +82,11 @@ def test_threads_may_share_a_stream() -> None:
     runs = [make_step(*make_layer(64)) for _ in range(2)]
     expected = [run() for run in runs]
 
-    def again(i: int) -> bool:
-        actual = [runs[i]() for _ in range(50)]
-        return all(torch.equal(*pair) for y in actual for pair in zip(y, expected[i], strict=True))
+    def repeat(i: int) -> bool:
+        return all(all_equal(runs[i](), expected[i]) for _ in range(50))
 
     with ThreadPoolExecutor(len(runs)) as pool:
-        assert all(pool.map(again, range(len(runs))))
+        assert all(pool.map(repeat, range(len(runs))))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -160,13 +156,6 @@ def test_more_than_2_to_the_31_elements(layout: torch.memory_format) -> None:
     mean, slope = last.sum() / part.numel(), (last * xhat[-1]).sum() / part.numel()
     expected = (last - mean - xhat[-1] * slope) * invstd
     assert ((dx[-1, 5].double() - expected).abs() <= 2**-7 * expected.abs().clamp(min=1)).all()
-
-
-def test_results_are_deterministic() -> None:
-    run = make_step(*make_layer(64), residual=True)
-    expected = run()
-    for _ in range(10):
-        assert all(torch.equal(*pair) for pair in zip(run(), expected, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

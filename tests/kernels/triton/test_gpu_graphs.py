@@ -14,7 +14,15 @@ from torch import Tensor
 import syncbn
 from syncbn.bench.networks import resnet20, training_step
 from syncbn.bench.timing import capture_graph
-from tests.kernels.triton.gpu import CUDA, MARKS, Layer, communicate, make_layer, make_step
+from tests.kernels.triton.gpu import (
+    CUDA,
+    MARKS,
+    Layer,
+    check_synchronization,
+    communicate,
+    make_layer,
+    make_step,
+)
 
 pytestmark = MARKS
 BACKENDS = ["nccl", "gloo"]
@@ -35,13 +43,7 @@ def group(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[dist.Proce
 @pytest.mark.parametrize("residual", [False, True])
 def test_all_reduces_do_not_synchronize(group: dist.ProcessGroup, residual: bool) -> None:
     layer, x, dy = make_layer()
-    run = make_step(layer, x, dy, residual, communicate(layer, group))
-    run()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    check_synchronization(make_step(layer, x, dy, residual, communicate(layer, group)))
 
 
 @pytest.mark.parametrize("residual", [False, True])

@@ -142,10 +142,10 @@ def test_running_statistics(triton: Kernel, momentum: float | None) -> None:
     """Several blocks of channels: the program of only one of them counts the batch."""
     dtypes = {0: torch.float32, 1: torch.float64, 5: torch.float32, 6: torch.bfloat16}
     for samples, dtype in dtypes.items():
-        x = torch.randn(samples, 200, device=DEVICE)
+        x = torch.randn(samples, 700, device=DEVICE)
         moments, results = triton.moments(x), []
         for kernel in (triton, REFERENCE):
-            mean = torch.linspace(-1, 1, 200, device=DEVICE).to(dtype)
+            mean = torch.linspace(-1, 1, 700, device=DEVICE).to(dtype)
             tensors = [mean, mean.exp(), torch.tensor(3, device=DEVICE)]
             versions = [t._version for t in tensors]
             running = RunningStats(tensors[0], tensors[1], tensors[2], momentum)

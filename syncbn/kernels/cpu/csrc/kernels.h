@@ -2,7 +2,7 @@
 #pragma once
 #include "parallel.h"
 
-enum class Dtype : int { float32, float64, bfloat16, float16 };
+enum class Dtype : int64_t { float32, float64, bfloat16, float16 };
 
 // C values, one per channel, or null.
 struct ChannelValues {
@@ -16,53 +16,49 @@ struct Operand {
   int64_t stride;
 };
 
+// The arguments of every function, packed by abi.py. Missing tensors are null.
+struct Call {
+  // The result of syncbn_level(), or a lower level.
+  int64_t level;
+  int64_t threads;
+  Dtype dtype;
+  Shape shape;
+  // Elements of the whole tensor; shape may be a slice of its channels.
+  int64_t whole_numel;
+  Operand x;
+  // [mean (C) | invstd (C) | count]
+  double* statistics;
+  // Dtype of weight, bias and their gradients.
+  Dtype parameter_dtype;
+  void *weight, *bias;
+  int64_t relu;
+  void *dweight, *dbias;
+  // Packed moments, or the sums of the backward pass.
+  double* packed;
+  // residual or dy
+  Operand other;
+  // y or dx
+  Operand out;
+  Dtype running_dtype;
+  void *running_mean, *running_var;
+  int64_t* num_batches_tracked;
+  // NaN means 1 / num_batches_tracked.
+  double momentum, eps;
+};
+
+static_assert(sizeof(Call) == 27 * 8, "abi.py packs 27 numbers of eight bytes");
+
 // Length of packed moments (moments.py): float64 inputs have two-part sums.
 static constexpr bool has_two_parts(Dtype dtype) { return dtype == Dtype::float64; }
 static constexpr int64_t packed_size(int64_t channels, Dtype dtype) {
   return (has_two_parts(dtype) ? 4 : 2) * channels + 1;
 }
 
-// An input, and the number of threads to process it with.
-struct Input {
-  Shape shape;
-  Dtype dtype;
-  int threads;
-  Operand x;
-  // Elements of the whole tensor; shape may be a slice of its channels.
-  int64_t whole_numel;
-};
-
-// Saved for the backward pass: statistics [mean (C) | invstd (C) | count], weight, bias, relu.
-struct SavedStats {
-  double* statistics;
-  ChannelValues weight, bias;
-  bool relu;
-};
-
-// Running statistics to update, or null. A momentum of NaN means 1 / num_batches_tracked.
-struct RunningStats {
-  ChannelValues mean, var;
-  int64_t* num_batches_tracked;
-  double momentum;
-};
-
-// Gradients of weight and bias to write, or null.
-struct ParameterGradients {
-  ChannelValues weight, bias;
-};
-
-// The functions of reference.py. They throw std::bad_alloc.
+// The functions of reference.py. They throw std::bad_alloc. normalize also writes the statistics.
+// The last two are for a single rank: pairs of functions without an all-reduce between them.
 struct Kernels {
-  void (*moments)(Input, double* packed);
-  // Also writes the statistics of SavedStats.
-  void (*normalize)(Input, double* packed, double eps, SavedStats, Operand residual, Operand y,
-                    RunningStats);
-  void (*backward_reduce)(Input, SavedStats, Operand dy, double* sums, ParameterGradients);
-  void (*backward_elemt)(Input, SavedStats, const double* sums, Operand dy, Operand dx);
-  // Pairs of the functions above, for a single rank: no all-reduce separates them.
-  void (*forward_local)(Input, double eps, SavedStats, Operand residual, Operand y, RunningStats);
-  void (*backward_local)(Input, SavedStats, Operand dy, double* sums, ParameterGradients,
-                         Operand dx);
+  using Function = void (*)(const Call&);
+  Function moments, normalize, backward_reduce, backward_elemt, forward_local, backward_local;
 };
 
 extern const Kernels kernels_baseline;

@@ -40,7 +40,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t at_least(int64_t a, int64_t low) { return a < low ? low : a; }
 inline int64_t at_most(int64_t a, int64_t high) { return a > high ? high : a; }
 
-inline int choose_threads(int threads, int64_t numel) {
+inline int choose_threads(int64_t threads, int64_t numel) {
   return static_cast<int>(at_least(at_most(threads, numel / GRAIN_SIZE), 1));
 }
 

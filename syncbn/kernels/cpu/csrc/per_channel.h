@@ -42,7 +42,9 @@ inline void read_doubles(ChannelValues from, double fallback, int64_t size, doub
   });
 }
 
+// Converts float64 to values of a storage type, unless they are null.
 inline void write_doubles(const double* from, int64_t size, ChannelValues to) {
+  if (to.data == nullptr) return;
   with_type(to.dtype, [&](auto t) {
     using T = decltype(t);
     auto data = static_cast<T*>(to.data);
@@ -155,12 +157,12 @@ inline void write_statistics(PackedMoments packed, double eps, double* out) {
 
 // Counts the batch if it has a variance; running += (batch - running) * momentum, with the unbiased
 // variance. A momentum of NaN means 1 / num_batches_tracked, after counting.
-inline void update_running_stats(PackedMoments packed, const RunningStats& running) {
-  int64_t channels = packed.channels, *tracked = running.num_batches_tracked;
+inline void update_running_stats(PackedMoments packed, const Call& call) {
+  int64_t channels = packed.channels, *tracked = call.num_batches_tracked;
   if (!(packed.count() > 1)) return;
   if (tracked != nullptr) ++*tracked;
-  if (running.mean.data == nullptr && running.var.data == nullptr) return;
-  double momentum = running.momentum;
+  if (call.running_mean == nullptr && call.running_var == nullptr) return;
+  double momentum = call.momentum;
   if (momentum != momentum)
     momentum = tracked == nullptr ? 0 : 1 / at_least_one(static_cast<double>(*tracked));
   Scratch<double> scratch(3 * channels);
@@ -168,27 +170,29 @@ inline void update_running_stats(PackedMoments packed, const RunningStats& runni
   mean_and_m2(packed, means, vars);
   double degrees = at_least_one(packed.count() - 1);
   for (int64_t c = 0; c < channels; ++c) vars[c] /= degrees;
-  auto update = [&](const double* batch, ChannelValues stored) {
-    if (stored.data == nullptr) return;
+  auto update = [&](const double* batch, void* data) {
+    if (data == nullptr) return;
+    ChannelValues stored{data, call.running_dtype};
     read_doubles(stored, 0, channels, updated);
     for (int64_t c = 0; c < channels; ++c) updated[c] += (batch[c] - updated[c]) * momentum;
     write_doubles(updated, channels, stored);
   };
-  update(means, running.mean);
-  update(vars, running.var);
+  update(means, call.running_mean);
+  update(vars, call.running_var);
 }
 
 // The coefficients of the loops over elements: [5][C], named in functors.h.
 template <class A>
 class Coefficients {
  public:
-  Coefficients(const double* statistics, int64_t channels, ChannelValues weight, ChannelValues bias)
-      : channels_(channels), channel_values_(3 * channels), values_(5 * channels) {
+  explicit Coefficients(const Call& call)
+      : channels_(call.shape.channels), channel_values_(3 * channels_), values_(5 * channels_) {
+    int64_t channels = channels_;
     double *weights = channel_values_.data(), *biases = weights + channels,
            *errors = biases + channels;
-    read_doubles(weight, 1, channels, weights);
-    read_doubles(bias, 0, channels, biases);
-    const double *mean = statistics, *invstd = mean + channels;
+    read_doubles({call.weight, call.parameter_dtype}, 1, channels, weights);
+    read_doubles({call.bias, call.parameter_dtype}, 0, channels, biases);
+    const double *mean = call.statistics, *invstd = mean + channels;
     for (int64_t c = 0; c < channels; ++c) {
       auto pivot = static_cast<A>(mean[c]);
       double scale = invstd[c] * weights[c];
