@@ -91,12 +91,13 @@ class DataDependent(nn.Module):
         self.first = nn.BatchNorm1d(3)
         self.dark = nn.BatchNorm1d(3)
         self.unused = nn.BatchNorm1d(3)
+        self.end = nn.BatchNorm1d(3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
         if x.sum() < 0:
             x = self.dark(x.exp())
-        y: Tensor = self.last(x * x)
+        y: Tensor = self.end(self.last(x * x))
         return y
 
 
@@ -117,7 +118,7 @@ def test_sequential_with_data_dependent_layers() -> None:
     last = torch.cat([(net.dark(x.exp()) if x.sum() < 0 else x).square() for x in after])
     torch.testing.assert_close(net.last.running_mean, last.mean(0))
     samples = {layer.name: layer.samples for layer in report.layers}
-    assert samples == {"first": 40, "dark": 16, "last": 40}
+    assert samples == {"first": 40, "dark": 16, "last": 40, "end": 40}
     assert report.not_reached == ["unused"]
     assert net.unused.running_var.tolist() == [1, 1, 1]  # type: ignore[union-attr]
 
