@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,7 +87,7 @@ def profile_batch(context: CalibrationContext, batch: Any) -> ForwardProfile:
 
 def _profile_pass(context: CalibrationContext, batch: Any, samples: int) -> ForwardProfile:
     batch = copy_batch(batch)
-    locks = LockDetector(context.model, partial(context.run, batch))
+    locks = LockDetector(context.model)
     peak, states = 0, get_rng_states()
     with MemoryTracker() as tracker:
 
@@ -98,7 +97,7 @@ def _profile_pass(context: CalibrationContext, batch: Any, samples: int) -> Forw
             locks.record_permits(layer)
 
         with hook_inputs(context.layers, measure):
-            locks.run()
+            context.run(batch)
     peak += sum(tensor.nbytes for tensor in find_tensors(batch))
     draws = get_rng_states() != states
     lock = locks.describe_held_lock()

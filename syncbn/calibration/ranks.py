@@ -144,7 +144,7 @@ class Ranks:
         """Call a function with any result on every rank; return the result of this rank.
 
         Raises:
-            RuntimeError: as in :meth:`all_gather_result`.
+            RuntimeError: the function raised on another rank, or a rank cannot be reached.
             BaseException: the function raised on this rank.
         """
         results: list[T] = []

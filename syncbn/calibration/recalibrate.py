@@ -15,7 +15,7 @@ from syncbn.calibration.context import CalibrationContext, Results
 from syncbn.calibration.display import progress_bar
 from syncbn.calibration.model import Modules, preserved_model_state, select_layers
 from syncbn.calibration.ranks import Ranks, defer_sigint
-from syncbn.calibration.report import CalibrationReport
+from syncbn.calibration.report import CalibrationReport, LayerReport
 from syncbn.calibration.sequential import calibrate_sequential
 from syncbn.calibration.single_pass import calibrate_average, calibrate_ema, calibrate_pooled
 from syncbn.distributed import resolve_group
@@ -153,7 +153,10 @@ def recalibrate(
         ranks = Ranks(group, device, sigint)
 
         def prepare() -> tuple[_Calibrate, list[BNLayer], dict[str, _BatchNorm]]:
-            _check_num_samples(num_samples)
+            if num_samples is not None and not (isinstance(num_samples, int) and num_samples > 0):
+                raise ValueError(
+                    f"got num_samples={num_samples!r}; expected 1 or more, or None for all"
+                )
             chosen, left_alone = select_layers(model, layers, skip)
             return _get_method(method), chosen, left_alone
 
@@ -182,35 +185,25 @@ def recalibrate(
                 )
 
             def make_report() -> CalibrationReport:
-                reached = _select_reached(results, chosen)
-                names, verification = list(left_alone), "".join(checks[-1:])
-                return CalibrationReport.from_stats(reached, old, undo, names, verification)
+                reached = [layer for layer, stats in results.items() if stats.samples > 0]
+                if not reached:
+                    raise ValueError(
+                        "no sample reached any of the batch-norm layers "
+                        f"({', '.join(layer.name for layer in chosen)}); expected batches with "
+                        "samples and a forward that calls these layers"
+                    )
+                return CalibrationReport(
+                    [LayerReport.from_stats(x, results[x], *old[x.index][1:]) for x in reached],
+                    [layer.name for layer in chosen if layer not in reached],
+                    list(left_alone),
+                    "".join(checks[-1:]),
+                    undo,
+                )
 
             report = ranks.run_on_all_ranks(make_report, "the last exchange")
             if ranks.size > 1:
                 backup.clear()  # the other ranks keep the new statistics after this exchange
         return report
-
-
-def _check_num_samples(num_samples: object) -> None:
-    if num_samples is not None and not (isinstance(num_samples, int) and num_samples >= 1):
-        raise ValueError(f"got num_samples={num_samples!r}; expected 1 or more, or None for all")
-
-
-def _select_reached(results: Results, layers: list[BNLayer]) -> Results:
-    """Return the results of layers that got samples.
-
-    Raises:
-        ValueError: no layer got samples.
-    """
-    reached = {k: stats for k, stats in results.items() if stats.samples > 0}
-    if not reached:
-        raise ValueError(
-            "no sample reached any of the batch-norm layers "
-            f"({', '.join(layer.name for layer in layers)}); expected batches with samples and a "
-            "forward that calls these layers"
-        )
-    return reached
 
 
 def _find_device(model: nn.Module) -> torch.device:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from syncbn.calibration.context import InputStats, Results
+from syncbn.calibration.context import InputStats
 from syncbn.calibration.display import draw_drift, render_table
 from syncbn.calibration.ranks import defer_sigint
 from syncbn.files import atomic_write
@@ -142,35 +142,6 @@ class CalibrationReport:
     left_alone: list[str]
     verification: str
     _undo: RunningStats = field(repr=False)
-
-    @staticmethod
-    def from_stats(
-        results: Results,
-        old: RunningStats,
-        undo: RunningStats,
-        left_alone: list[str],
-        verification: str,
-    ) -> CalibrationReport:
-        """Return the report on the current statistics of layers.
-
-        Args:
-            results: statistics of the inputs of the layers that were reached.
-            old: statistics to compare with, the same on every rank, for all layers.
-            undo: old statistics of this rank.
-            left_alone: names of the layers that were not to be calibrated.
-            verification: sentence on the verification, or empty.
-        """
-        buffers = {layer: stats for layer, *stats in old}
-        return CalibrationReport(
-            [
-                LayerReport.from_stats(layer, found, *buffers[layer])
-                for layer, found in results.items()
-            ],
-            [layer.name for layer in buffers if layer not in results],
-            left_alone,
-            verification,
-            undo,
-        )
 
     def between(self) -> dict[str, Tensor]:
         """Return the variance between the means of samples, float64 ``[C]`` by layer name.

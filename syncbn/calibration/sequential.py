@@ -75,7 +75,7 @@ class _Sequential:
         while True:
             unknown = [layer for layer in expected if layer not in frozen and layer not in results]
             whole = self._whole_forwards or len(unknown) < 2 or unknown[0] in called_again
-            # The frozen layers are read last, with the new statistics of all others.
+            # The frozen layers are read last, with the new statistics of the remaining layers.
             found = self._read(frozen.union(results), () if unknown else frozen, whole)
             if not whole and len(found.first) != 1:
                 whole, found = True, self._read(frozen.union(results), (), True)

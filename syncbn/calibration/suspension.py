@@ -188,27 +188,19 @@ class LockDetector:
     run at the layer: locals, closures and globals. Queues, files and locks within compiled
     extensions are not found.
 
+    The function that makes the detector runs the pass; frames of its callers are not searched.
+
     Args:
         model: root of the modules whose attributes are searched.
-        forward: forward pass; the frames of its callers are not searched.
     """
 
-    def __init__(self, model: nn.Module, forward: Callable[[], object]) -> None:
-        self._forward = forward
+    def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self._module_locks = list(_find_locks(modules))
         self._searched = {id(module) for module in modules}
-        self._outer_frame: types.FrameType | None = None
+        self._outer_frame = id(sys._getframe(1))  # a reference would keep its variables alive
         self._thread = threading.get_ident()
         self._least_permits: dict[int, tuple[Any, int, str]] = {}
-
-    def run(self) -> None:
-        """Run the pass, with calls of :meth:`record_permits` at its layers."""
-        self._outer_frame = sys._getframe()
-        try:
-            self._forward()
-        finally:
-            self._outer_frame = None
 
     def record_permits(self, layer: BNLayer) -> None:
         """Record the free permits of all locks at a layer."""
@@ -228,7 +220,7 @@ class LockDetector:
 
     def _variables(self) -> Iterator[Any]:
         frame: types.FrameType | None = sys._getframe(1)
-        while frame is not None and frame is not self._outer_frame:
+        while frame is not None and id(frame) != self._outer_frame:
             if not _is_library(frame.f_globals.get("__name__")):
                 yield from frame.f_locals.values()
                 yield from _globals_of(frame.f_code, frame.f_globals)

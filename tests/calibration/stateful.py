@@ -11,7 +11,7 @@ from torch import Tensor, nn
 EQUAL = "match single passes"
 REPLACED = "sequential replaced it"
 #: Sizes of batches. Lockstep coalesces the first two.
-EVEN, UNEVEN, LARGE = (6,) * 5, (6, 6, 6, 6, 5), (40, 33)
+SIZES = EVEN, UNEVEN, LARGE = (6,) * 5, (6, 6, 6, 6, 5), (40, 33)
 
 
 def features(sizes: tuple[int, ...] = (6,) * 5) -> list[Tensor]:

@@ -38,6 +38,9 @@ NESTINGS: dict[str, Any] = {
         "model": weights(),
         "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": [{}]},
     },
+    "without counters": lambda: {
+        name: value for name, value in weights().items() if not name.endswith("num_batches_tracked")
+    },
 }
 
 
@@ -109,11 +112,14 @@ def test_safetensors(tmp_path: Path) -> None:
 
 
 def test_plain_weights_preferred_to_averages(tmp_path: Path) -> None:
-    content = {"ema": weights(), "model": weights(), "step": 1}
+    """The file holds one state dict under two keys."""
+    shared = weights()
+    content = {"ema": weights(), "model": shared, "all": {"best": shared}, "step": 1}
     torch.save(content, tmp_path / "in.pt")
     checkpoint = read_checkpoint(tmp_path / "in.pt")
-    assert checkpoint.find(network()).where == "model"
-    assert checkpoint.find(network(), "ema").where == "ema"
+    assert checkpoint.content["model"] is checkpoint.content["all"]["best"]
+    for where in (None, "model", "all.best", "ema"):
+        assert checkpoint.find(network(), where).where == (where or "model")
     recalibrate(tmp_path / "in.pt", tmp_path / "out.pt", "ema")
     new = torch.load(tmp_path / "out.pt", weights_only=True)
     assert not torch.equal(new["ema"]["1.running_mean"], content["ema"]["1.running_mean"])  # type: ignore[index]
@@ -147,15 +153,6 @@ def test_search_memory_is_bounded(case: str, tmp_path: Path) -> None:
     assert peak < limit
 
 
-def test_state_dict_under_two_keys(tmp_path: Path) -> None:
-    shared = weights()
-    torch.save({"model": shared, "all": {"best": shared}}, tmp_path / "in.pt")
-    checkpoint = read_checkpoint(tmp_path / "in.pt")
-    assert checkpoint.content["model"] is checkpoint.content["all"]["best"]
-    for where in (None, "model", "all.best"):
-        assert checkpoint.find(network(), where).where == (where or "model")
-
-
 def test_entries_sharing_memory(tmp_path: Path) -> None:
     """A layer under two names, with half-precision buffers in a slice of a larger tensor."""
     net: Any = nn.Module()
@@ -185,13 +182,6 @@ def test_statistics_overflow_checkpoint_dtype(tmp_path: Path) -> None:
     layers(net)["6"].running_var.fill_(1e6)
     with pytest.raises(ValueError, match=r"6\.running_var: .* beyond the range of torch\.float16"):
         state.replace_running_stats(net)
-
-
-def test_missing_num_batches_tracked(tmp_path: Path) -> None:
-    content = {k: v for k, v in weights().items() if not k.endswith("num_batches_tracked")}
-    torch.save(content, tmp_path / "in.pt")
-    recalibrate(tmp_path / "in.pt", tmp_path / "out.pt")
-    assert list(torch.load(tmp_path / "out.pt", weights_only=True)) == list(content)
 
 
 def test_submodule_checkpoint(tmp_path: Path) -> None:

@@ -158,23 +158,24 @@ def _run_on_rank(rank: int, settings: list[str]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "failed", "message"),
     [
-        (["checkpoint={folder}/${{rank}}.pt"], "1.pt: no such file"),
-        (["+data.rank='${{rank}}'", "+data.world_size=0"], "slice step cannot be zero"),
+        (["checkpoint={folder}/${{rank}}.pt"], 1, "1.pt: no such file"),
+        (["+data.rank=0", "+data.world_size='${{rank}}'"], 0, "slice step cannot be zero"),
     ],
     ids=["the checkpoint", "the data"],
 )
 def test_missing_input_on_one_rank_ends_all(
-    settings: list[str], message: str, source: Path, pair: Ranks
+    settings: list[str], failed: int, message: str, source: Path, pair: Ranks
 ) -> None:
     source.rename(source.with_name("0.pt"))
     targets = [f"+model._target_={NETWORKS}.network", f"+data._target_={NETWORKS}.batches"]
     common = [f"checkpoint={source.with_name('0.pt')}", "+data.batch_size=4", "dry_run=true"]
     added = [setting.format(folder=source.parent) for setting in settings]
-    first, second = pair.run(_run_on_rank, [*targets, *common, *added])
-    assert message in second
-    assert first in (second, "calibration was ended by an error on rank 1; see the output there")
+    results = pair.run(_run_on_rank, [*targets, *common, *added])
+    other = f"calibration was ended by an error on rank {failed}; see the output there"
+    assert message in results[failed]
+    assert results[1 - failed] == other
 
 
 def test_dry_run_writes_nothing(source: Path) -> None:

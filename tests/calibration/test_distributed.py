@@ -19,6 +19,7 @@ from tests.calibration.networks import (
     layers,
     network,
     partly_frozen,
+    run_batch,
     statistics,
 )
 from tests.calibration.test_exact import BOUND
@@ -38,7 +39,7 @@ CASES = [
     for shares in SHARES
     if method not in ("average", "ema") or shares in ("equal", "no data on one")
 ]
-UNEVEN = [(18, 3), (6, 6), (0, 1)]
+UNEVEN = [(6, 6), (18, 3), (0, 1)]
 Buffers = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -92,8 +93,11 @@ def _wrapped(rank: int, method: Any) -> tuple[Buffers, list[str], Tensor]:
     net[6] = torch.nn.BatchNorm2d(5).double()  # DDP rejects torch.nn.SyncBatchNorm on CPU
     model = DistributedDataParallel(net)
     mine = _batches(rank, UNEVEN, torch.float64)
-    report = syncbn.recalibrate(model, mine, method=method, layers=["3", "6"], skip=[net[3].second])
+    report = syncbn.recalibrate(
+        model, mine, method=method, layers=["3", "6"], skip=[net[3].second], forward=run_batch
+    )
     found = statistics(net)
+    assert model.require_forward_param_sync
     model.train()
     model(images()[rank : rank + 4]).sum().backward()  # still synchronizes
     return found, report.left_alone, net[0].weight.grad
@@ -101,6 +105,7 @@ def _wrapped(rank: int, method: Any) -> tuple[Buffers, list[str], Tensor]:
 
 @pytest.mark.parametrize("method", EXACT)
 def test_ddp(job: Ranks, method: str) -> None:
+    """Rank 1 runs more forwards than rank 0, which broadcasts the buffers in each of DDP's."""
     results = job.run(_wrapped, method)
     net = partly_frozen()
     net[6] = torch.nn.BatchNorm2d(5).double()

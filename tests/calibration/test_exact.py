@@ -22,9 +22,10 @@ from tests.calibration.networks import (
 BOUND = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
-@pytest.mark.parametrize("forward", [None, run_batch])
-@pytest.mark.parametrize("dtype", BOUND)
-@pytest.mark.parametrize("batch_size", [1, 2, 4, 5, 16, 24])
+@pytest.mark.parametrize(
+    ("forward", "dtype"), [(None, torch.float64), (None, torch.float32), (run_batch, torch.float64)]
+)
+@pytest.mark.parametrize("batch_size", [1, 5, 16, 24])
 @pytest.mark.parametrize("method", EXACT)
 def test_independent_of_batch_size(
     method: Any, batch_size: int, dtype: torch.dtype, forward: Any
@@ -65,8 +66,8 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("pixels", [1, 8, 70])
-@pytest.mark.parametrize("mean_over_std", [0, 5, 20, 1e2, 1e4])
-@pytest.mark.parametrize("method", [*EXACT, "pooled"])
+@pytest.mark.parametrize("mean_over_std", [0, 20, 1e2, 1e4])
+@pytest.mark.parametrize("method", EXACT)
 def test_large_mean(method: Any, mean_over_std: float, pixels: int, layout: Any) -> None:
     """Float32 data with float64 buffers, which show more digits."""
     net = nn.Sequential(nn.BatchNorm2d(2)).double()

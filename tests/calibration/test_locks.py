@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, wraps
+from itertools import chain, islice
 from typing import Any
 
 import pytest
@@ -200,34 +201,35 @@ def test_lock_search_runs_no_model_code() -> None:
     assert EQUAL in syncbn.recalibrate(net, features(), forward=run_batch).verification
 
 
-def _calibrate_on_ranks(rank: int, name: str, sizes: list[tuple[int, ...]]) -> Any:
-    kinds: dict[str, Any] = {"skip": SkipOnTheModule, "clean": Layers, **BLOCKING}
-    net = kinds[name]()
-    start = sum(sum(part) for part in sizes[:rank])
-    mine = torch.cat(features((30, 30, 30)))[start:].split(
-        [*sizes[rank], 90 - start - sum(sizes[rank])]
-    )
+KINDS: dict[str, Any] = {"skip": SkipOnTheModule, "clean": Layers, "lock": BLOCKING["lock"]}
+# Batch sizes of each rank.
+SIZES = {"one batch": [(5, 7, 6), (9,), (3,)], "none": [(), (4, 4, 4), ()]}
+
+
+def _calibrate_on_ranks(rank: int, name: str, parts: list[tuple[Tensor, ...]]) -> Any:
+    net = KINDS[name]()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        report = syncbn.recalibrate(net, list(mine[:-1]), forward=run_batch)
+        report = syncbn.recalibrate(net, parts[rank], forward=run_batch)
     return statistics(net), report.verification, [REPLACED in str(w.message) for w in caught]
 
 
-@pytest.mark.parametrize("sizes", [[(5, 7, 6), (9,)], [(), (4, 4, 4)], [(3, 8), (8, 3)]], ids=str)
-@pytest.mark.parametrize("name", ["skip", "lock", "clean"])
-def test_ranks_choose_same_method(
-    two_ranks: Ranks, name: str, sizes: list[tuple[int, ...]]
-) -> None:
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("name", KINDS)
+def test_ranks_choose_same_method(job: Ranks, name: str, sizes: str) -> None:
     """A rank with one batch, or none, finds no difference; other ranks must not hang."""
-    results = two_ranks.run(_calibrate_on_ranks, name, sizes)
-    assert results[0][1] == results[1][1]
-    assert (REPLACED in results[0][1]) is (name != "clean")
-    assert [result[2] for result in results] == [[True] if name != "clean" else [], []]
-    assert distance(results[0][0], results[1][0]) == 0.0
-    expected = BLOCKING[name]() if name == "lock" else SkipOnTheModule()
-    if name == "clean":
-        expected = Layers()
-    values = torch.cat(features((30, 30, 30)))
-    parts = [size for part in sizes for size in part]
-    set_population_stats(expected, *values[: sum(parts)].split(parts))
-    assert distance(results[0][0], statistics(expected)) < 1e-9
+    values = iter(torch.cat(features((30, 30, 30))).split(1))
+    parts = [
+        tuple(torch.cat([*islice(values, size)]) for size in rank)
+        for rank in SIZES[sizes][: job.size]
+    ]
+    results = job.run(_calibrate_on_ranks, name, parts)
+    expected = KINDS[name]()
+    set_population_stats(expected, *chain(*parts))
+    replaced = name != "clean"
+    for rank, (found, verification, warned) in enumerate(results):
+        assert distance(found, statistics(expected)) < 1e-9
+        assert distance(found, results[0][0]) == 0.0
+        assert verification == results[0][1]
+        assert (REPLACED in verification) is replaced
+        assert warned == ([True] if replaced and rank == 0 else [])

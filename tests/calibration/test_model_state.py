@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import syncbn
-from syncbn.calibration import CalibrationReport
 from syncbn.calibration.context import CalibrationContext
 from syncbn.calibration.ranks import Ranks, defer_sigint
+from syncbn.calibration.report import LayerReport
 from tests.calibration.networks import (
     METHODS,
     distance,
@@ -50,8 +50,12 @@ def test_only_running_statistics_change(method: Any) -> None:
     net = network().train()
     net[3].first.eval()  # type: ignore[union-attr]
     net[0].weight.requires_grad_(False)
-    before = model_state(net)
-    syncbn.recalibrate(net, images().split(4), method=method)
+    before, old = model_state(net), statistics(net)
+    report = syncbn.recalibrate(net, images().split(4), method=method)
+    assert model_state(net) == before
+    assert distance(statistics(net), old) > 0.1
+    report.undo()
+    assert distance(statistics(net), old) == 0.0
     assert model_state(net) == before
 
 
@@ -110,7 +114,7 @@ def test_failure_restores_model(method: Any, fail: Any) -> None:
     counted = Failing(net := network(), -1, _raise)
     syncbn.recalibrate(net, counted, method=method, forward=run_batch)
     assert counted.events >= 18
-    for event in range(1, counted.events + 1):
+    for event in range(1, counted.events + 1, 1 + counted.events // 20):
         net = network().train()
         source = Failing(net, event, fail)
         before, everything_before = statistics(net), model_state(net)
@@ -123,7 +127,7 @@ def test_failure_restores_model(method: Any, fail: Any) -> None:
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (CalibrationReport, "from_stats"),
+        (LayerReport, "from_stats"),
         (Ranks, "all_gather_object"),
         (CalibrationContext, "reduce_stats"),
         (nn.Module, "register_forward_pre_hook"),
@@ -131,7 +135,7 @@ def test_failure_restores_model(method: Any, fail: Any) -> None:
     ],
     ids=lambda part: getattr(part, "__name__", part),
 )
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["lockstep", "average"])
 def test_interrupt_restores_model(
     owner: Any, name: str, method: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,13 +211,3 @@ def test_calibration_in_thread() -> None:
     thread.join()
     assert len(results) == 1
     assert distance(statistics(net), statistics(expected)) == 0.0
-
-
-def test_undo() -> None:
-    net = network()
-    before, addresses = statistics(net), model_state(net)["memory"]
-    report = syncbn.recalibrate(net, images().split(4))
-    assert distance(statistics(net), before) > 0.1
-    report.undo()
-    assert distance(statistics(net), before) == 0.0
-    assert model_state(net)["memory"] == addresses

@@ -82,26 +82,20 @@ class FixedBatchSize(Layers):
         return super().forward(x.reshape(6, 4) if len(x) > 1 else x)
 
 
+@pytest.mark.parametrize("equal", [False, True])
 @pytest.mark.parametrize("kind", [TimeMajor, Halves, SpreadOverTheBatch, FixedBatchSize])
-def test_coalescing_only_without_effect(kind: Callable[[], Any]) -> None:
-    """Small batches were coalesced, which is another input for these networks."""
+def test_coalescing_only_without_effect(kind: Callable[[], Any], equal: bool) -> None:
+    """Small batches were coalesced, which is another input for these networks.
+
+    Two equal batches have the spread of one; coalesced batches have another spread.
+    """
     expected, net, batches = kind(), kind(), features()
+    batches[1] = batches[0] if equal else batches[1]
     set_population_stats(expected, *batches)
     report = syncbn.recalibrate(net, batches)
     assert distance(statistics(net), statistics(expected)) < 1e-9
     number = len(find_layers(net))
     assert report.verification.startswith(f"inputs of {number} layers for 2 batches {EQUAL}")
-
-
-def test_equal_first_batches_are_not_coalesced() -> None:
-    """Two equal batches have the spread of one; coalesced batches have another spread."""
-    first, _, *rest = features()
-    batches = [first, first, *rest]
-    expected, net = SpreadOverTheBatch(), SpreadOverTheBatch()
-    set_population_stats(expected, *batches)
-    report = syncbn.recalibrate(net, batches)
-    assert distance(statistics(net), statistics(expected)) < 1e-9
-    assert EQUAL in report.verification
 
 
 class CalledTwice(Layers):
@@ -134,8 +128,9 @@ class NotReentrant(Layers):
         return y
 
 
-@pytest.mark.parametrize("forward", [None, run_batch], ids=["default", "own"])
-@pytest.mark.parametrize("sizes", [EVEN, LARGE, (20, 20, 20)])
+@pytest.mark.parametrize(
+    ("sizes", "forward"), [(EVEN, None), (LARGE, None), ((20, 20, 20), None), (EVEN, run_batch)]
+)
 def test_non_reentrant_forward(sizes: tuple[int, ...], forward: Any) -> None:
     """Calibration ended with the AssertionError of the second forward."""
     expected, net, batches = NotReentrant(), NotReentrant(), features(sizes)

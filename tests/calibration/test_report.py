@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -34,8 +33,8 @@ def test_standard_errors_match_scatter() -> None:
     generator = np.random.default_rng(0)
     means, variances, errors = [], [], []
     for _ in range(300):
-        net = _one_layer()
-        report = syncbn.recalibrate(net, _draw(60, generator).split(7))
+        # One batch and one layer: all methods have the same result, and this one takes least time.
+        report = syncbn.recalibrate(_one_layer(), [_draw(60, generator)], method="pooled")
         channels = report.layers[0].channels
         means.append(channels.new_mean)
         variances.append(channels.new_var)
@@ -99,10 +98,16 @@ def test_standard_error_of_one_sample_is_nan(tmp_path: Path) -> None:
     report = syncbn.recalibrate(_one_layer(), [_draw(1, np.random.default_rng(0))])
     assert math.isnan(report.layers[0].mean_error)
     assert "1 samples are few" in report.verdict()
-    report.save(tmp_path / "report.json")
-    found = json.loads((tmp_path / "report.json").read_text())
-    assert found["layers"][0]["mean_error"] is None
     report.plot(tmp_path / "report.png")
+    path = tmp_path / "report.json"
+    report.save(path)
+    assert json.loads(path.read_text())["layers"][0]["mean_error"] is None
+    # A failed save leaves the old file.
+    object.__setattr__(report.layers[0], "name", object())
+    with pytest.raises(TypeError):
+        report.save(path)
+    assert json.loads(path.read_text())["layers"][0]["name"] == "0"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["report.json", "report.png"]
 
 
 def test_table_json_and_picture(tmp_path: Path) -> None:
@@ -141,18 +146,6 @@ def test_table_escapes_names() -> None:
         assert shown in table
     shown = render_metrics({"loss\x1b[31m": 1.0}, {"loss\x1b[31m": 0.5})
     assert r"loss\x1b[31m   1.0000   0.5000" in shown
-
-
-def test_failed_save_preserves_old_file(tmp_path: Path) -> None:
-    report = syncbn.recalibrate(_one_layer(), [_draw(5, np.random.default_rng(0))])
-    path = tmp_path / "report.json"
-    path.write_text("old")
-    broken: Any = report.layers[0]
-    object.__setattr__(broken, "name", object())
-    with pytest.raises(TypeError):
-        report.save(path)
-    assert path.read_text() == "old"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["report.json"]
 
 
 @pytest.mark.parametrize("shown", [True, False, None])

@@ -76,19 +76,6 @@ def test_frozen_layers_are_left_alone(method: Any) -> None:
     assert distance(statistics(net), before) == 0.0
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_uniform_mode_calibrates_all(training: bool) -> None:
-    net, expected = network().train(training), network()
-    report = syncbn.recalibrate(net, images().split(4))
-    set_population_stats(expected, images())
-    assert distance(statistics(net), statistics(expected)) < 1e-12
-    assert report.left_alone == []
-
-
-def _compiled(net: nn.Module) -> Any:
-    return torch.compile(net, backend="eager")
-
-
 CHOICES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a layer": ({"layers": "6"}, ["6"]),
     "a module above": ({"layers": "3"}, ["3.first.1", "3.second.1"]),
@@ -100,32 +87,29 @@ CHOICES: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
-@pytest.mark.parametrize("wrap", [lambda net: net, _compiled], ids=["plain", "compiled"])
 @pytest.mark.parametrize("choice", CHOICES)
-def test_select_by_name(choice: str, wrap: Any) -> None:
+def test_select_by_name(choice: str) -> None:
+    """In a model whose layers are all in the same mode, the default is every layer."""
     arguments, chosen = CHOICES[choice]
-    net = network()
+    net = network().train("layers" in arguments)
     before = statistics(net)
-    report = syncbn.recalibrate(wrap(net), images().split(4), **arguments)
+    model: Any = torch.compile(net, backend="eager") if choice == "both" else net
+    report = syncbn.recalibrate(model, images().split(4), **arguments)
     assert [layer.name for layer in report.layers] == chosen
     assert report.left_alone == [name for name in before if name not in chosen]
     for name, pair in before.items():
         assert (distance({name: pair}, only([name], net)) == 0.0) is (name not in chosen)
 
 
-def test_names_override_frozen_mode() -> None:
-    choices: Any = [({"layers": ["1", "6"]}, ["1", "6"]), ({"skip": "11"}, ["3.first.1", "6"])]
-    for arguments, names in choices:
-        report = syncbn.recalibrate(partly_frozen(), images().split(4), **arguments)
-        assert [layer.name for layer in report.layers] == names
-
-
-def test_select_by_module() -> None:
-    net, named = network(), network()
-    syncbn.recalibrate(named, images().split(4), layers=["3", "6"], skip="3.first")
-    block: Any = net[3]
-    syncbn.recalibrate(net, images().split(4), layers=[block, net[6]], skip=block.first)
-    assert distance(statistics(net), statistics(named)) == 0.0
+@pytest.mark.parametrize("by_module", [False, True])
+def test_names_and_modules_override_frozen_mode(by_module: bool) -> None:
+    net: Any = partly_frozen()
+    layers = [net[1], net[3]] if by_module else ["1", "3"]
+    skip = net[3].first if by_module else "3.first"
+    report = syncbn.recalibrate(net, images().split(4), layers=layers, skip=skip)
+    assert [layer.name for layer in report.layers] == ["1", "3.second.1"]
+    report = syncbn.recalibrate(partly_frozen(), images().split(4), skip="11")
+    assert [layer.name for layer in report.layers] == ["3.first.1", "6"]
 
 
 def test_shared_module_has_all_names() -> None:
@@ -186,25 +170,16 @@ def test_skip_layer_without_statistics(method: Any) -> None:
     torch.testing.assert_close(net[2].running_var, inputs.var(1))
 
 
-def test_example_weighted_skips_frozen_layers() -> None:
+def test_report_of_frozen_layers(tmp_path: Path) -> None:
     net = partly_frozen()
     report = syncbn.recalibrate(net, images().split(4))
-    with example_weighted(net, 4, report):
-        weighted = [
-            name for name, layer in layers(net).items() if "EvalStatistics" in type(layer).__name__
-        ]
-    assert weighted == ["3.first.1", "6", "11"]
-
-
-def test_report_names_left_alone(tmp_path: Path) -> None:
-    report = syncbn.recalibrate(partly_frozen(), images().split(4))
-    table = " ".join(report.table().split())
-    assert (
-        "left alone (frozen in evaluation mode, or excluded by layers= or skip=): 1, 3.second.1"
-        in table
-    )
+    shown = "left alone (frozen in evaluation mode, or excluded by layers= or skip=): 1, 3.second.1"
+    assert shown in " ".join(report.table().split())
     report.save(tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text())["left_alone"] == list(FROZEN)
+    with example_weighted(net, 4, report):
+        weighted = [n for n, x in layers(net).items() if "EvalStatistics" in type(x).__name__]
+    assert weighted == ["3.first.1", "6", "11"]
 
 
 def _integers(net: Any) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import syncbn
 from tests.calibration.networks import (
@@ -20,25 +22,31 @@ from tests.calibration.networks import (
 BATCHES = [images(24)[:3], images(24)[3:10], images(24)[10:12], images(24)[12:]]
 
 
-def test_pooled_matches_statistics_of_all_inputs() -> None:
+def _collect_training_inputs(batches: list[Tensor]) -> dict[str, list[Any]]:
+    inputs = collect_training_inputs(network(), batches)
+    return {name: [x.numpy() for x in values] for name, values in inputs.items()}
+
+
+@pytest.mark.parametrize("batches", [BATCHES, list(images(4).split(1))], ids=["pairs", "single"])
+def test_pooled_matches_statistics_of_all_inputs(batches: list[Tensor]) -> None:
+    """A batch of one value per channel is accepted."""
     net = network()
-    report = syncbn.recalibrate(net, BATCHES, method="pooled")
-    inputs = collect_training_inputs(network(), BATCHES)
-    for name, (mean, var) in statistics(net).items():
-        values = np.concatenate([x.numpy() for x in inputs[name]], axis=1)
-        np.testing.assert_allclose(mean.numpy(), values.mean(1), rtol=1e-12, atol=1e-12)
-        np.testing.assert_allclose(var.numpy(), values.var(1, ddof=1), rtol=1e-12)
-    assert [layer.samples for layer in report.layers] == [24] * 5
+    report = syncbn.recalibrate(net, batches, method="pooled")
+    for name, values in _collect_training_inputs(batches).items():
+        mean, var = statistics(net)[name]
+        joined = np.concatenate(values, axis=1)
+        np.testing.assert_allclose(mean.numpy(), joined.mean(1), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(var.numpy(), joined.var(1, ddof=1), rtol=1e-9)
+    assert [layer.samples for layer in report.layers] == [sum(map(len, batches))] * 5
 
 
 def test_average_matches_ioffe_and_szegedy() -> None:
     net = network()
     syncbn.recalibrate(net, BATCHES, method="average")
-    inputs = collect_training_inputs(network(), BATCHES)
-    for name, (mean, var) in statistics(net).items():
-        batches = [x.numpy() for x in inputs[name]]
-        means = np.mean([x.mean(1) for x in batches], axis=0)
-        corrected = [x.shape[1] / (x.shape[1] - 1) * x.var(1) for x in batches]
+    for name, values in _collect_training_inputs(BATCHES).items():
+        mean, var = statistics(net)[name]
+        means = np.mean([x.mean(1) for x in values], axis=0)
+        corrected = [x.shape[1] / (x.shape[1] - 1) * x.var(1) for x in values]
         np.testing.assert_allclose(mean.numpy(), means, rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(var.numpy(), np.mean(corrected, axis=0), rtol=1e-12)
 
@@ -68,11 +76,3 @@ def test_single_value_batch_raises(method: str) -> None:
     with pytest.raises(ValueError, match=r"11: got a batch with one value per channel.*lockstep"):
         syncbn.recalibrate(net, images(4).split(1), method=method)  # type: ignore[arg-type]
     assert distance(statistics(net), before) == 0.0
-
-
-def test_pooled_accepts_single_value_batches() -> None:
-    net = network()
-    syncbn.recalibrate(net, images(4).split(1), method="pooled")
-    inputs = collect_training_inputs(network(), list(images(4).split(1)))
-    values = np.concatenate([x.numpy() for x in inputs["11"]], axis=1)
-    np.testing.assert_allclose(statistics(net)["11"][0].numpy(), values.mean(1), rtol=1e-9)
