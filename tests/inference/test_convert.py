@@ -118,7 +118,7 @@ def test_hooks_shared_and_parametrized_layers(rule: str) -> None:
 
 def test_layer_overriding_forward_is_left_alone() -> None:
     net = nn.Sequential(single(3), Activated(3).double().eval())
-    with pytest.warns(UserWarning, match=r"override forward, so they are left alone: 1 \(Activated"):
+    with pytest.warns(UserWarning, match=r"so they are left alone: 1 \(Activated"):
         convert_prior_mix(net, 16)
     assert type(net[0]) is not nn.BatchNorm2d
     assert type(net[1]) is Activated
