@@ -8,6 +8,7 @@ the ranks compare the labels themselves.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import math
 import zlib
@@ -71,15 +72,20 @@ def append(vector: Tensor, value: float | None) -> Tensor:
     """
     if value is None:
         return vector
-    return torch.constant_pad_nd(vector, (0, 2 - vector.shape[-1] % 2), value)
+    size = vector.shape[-1]
+    if not _is_plain(vector):
+        return torch.constant_pad_nd(vector, (0, 2 - size % 2), value)
+    payload = vector.new_empty(size + 2 - size % 2)
+    ctypes.memmove(payload.data_ptr(), vector.data_ptr(), size * vector.element_size())
+    _last_element(payload).value = value
+    return payload
 
 
 def strip(payload: Tensor, value: float | None, size: int) -> Tensor:
     """Return the vector in a payload, shape ``[*, size]``."""
     if value is None:
         return payload
-    # An ellipsis takes 0.6 us more.
-    return payload[:size] if payload.dim() == 1 else payload[..., :size]
+    return payload.resize_(size) if _is_plain(payload) else payload[..., :size]
 
 
 def check(payload: Tensor, value: float | None, group: dist.ProcessGroup, label: str) -> None:
@@ -101,8 +107,9 @@ def check(payload: Tensor, value: float | None, group: dist.ProcessGroup, label:
         if type(payload) is Tensor:
             _checked[group] = count(group) + 1
         return
-    last = payload[-1] if payload.dim() == 1 else payload.flatten()[-1]
-    ranks, total = group.size(), float(last.item())
+    is_plain = _is_plain(payload)
+    total = _last_element(payload).value if is_plain else float(payload.flatten()[-1].item())
+    ranks = group.size()
     if total == ranks * value:
         _checked[group] = count(group) + 1
         return
@@ -117,6 +124,22 @@ def check(payload: Tensor, value: float | None, group: dist.ProcessGroup, label:
         "the same order on every rank, forward and backward (TORCH_DISTRIBUTED_DEBUG=DETAIL names "
         "the layer of every rank), or give the layers a separate group (process_group='own')."
     )
+
+
+def _is_plain(vector: Tensor) -> bool:
+    """Return whether the values of a vector may be read and written at their address.
+
+    After a kernel has emptied the caches, each operation of torch takes tens of microseconds: with
+    operations instead of addresses a layer of a ResNet-50 takes 5 % longer over two ranks.
+    """
+    if torch.compiler.is_compiling() or modes.num_dispatch_modes():
+        return False
+    return type(vector) is Tensor and vector.is_cpu and vector.dim() == 1 and vector.is_contiguous()
+
+
+def _last_element(vector: Tensor) -> ctypes.c_double:
+    last = vector.data_ptr() + (vector.shape[0] - 1) * vector.element_size()
+    return ctypes.c_double.from_address(last)
 
 
 def encode_label(label: str) -> Tensor:
