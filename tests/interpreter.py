@@ -23,7 +23,7 @@ def begin() -> None:
     # A small tile takes as long as a large one.
     triton_tiles._REDUCTION = triton_tiles.TileShape(4096, programs_per_sm=2)
     triton_tiles._ELEMENTWISE_CHANNELS_LAST = triton_tiles.TileShape(4096, 64, tiles=4)
-    ready = {"syncbn.kernels.triton.device", "syncbn.kernels.triton.indexing"}
+    ready = {"syncbn.kernels.triton.kernels", "syncbn.kernels.triton.indexing"}
     convert, call = InterpreterBuilder.cast_impl, InterpretedFunction.__call__
     look_up, types = interpreter._get_np_dtype, {}
 

@@ -7,7 +7,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 # Polling ranks are slow on busy cores, so one worker runs all of these files.
 _POLLING = {
-    "tests/distributed/test_environment.py",
+    "tests/distributed/test_initialization.py",
     "tests/example/test_launch.py",
     "tests/bench/test_benchmarks.py",
     "tests/cli/test_doctor.py",

@@ -13,12 +13,12 @@ import syncbn
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "syncbn"
 # Rows of the table in ARCHITECTURE.md, from the ground up.
-ROOMS = [
+PACKAGES = [
     tuple(re.findall(r"`(\w+)`", line.split("|")[1]))
     for line in (ROOT / "ARCHITECTURE.md").read_text().split("## Path")[0].splitlines()
     if line.startswith("| `")
 ]
-FLOORS = {name: floor for floor, names in enumerate(ROOMS) for name in names}
+LEVELS = {name: level for level, names in enumerate(PACKAGES) for name in names}
 
 
 def parse_imports(path: Path) -> set[str]:
@@ -43,16 +43,16 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 IMPORTS = {module_name(path): parse_imports(path) for path in FILES}
 
 
-def room(module: str) -> str | None:
-    """Return the room of a module; None for the package itself, the public face of all rooms."""
-    package, _, rest = module.partition(".")
+def package_of(module: str) -> str | None:
+    """Return the package of a module; None for `syncbn` itself, which imports the public names."""
+    root, _, rest = module.partition(".")
     name = rest.split(".")[0]
-    return name if package == "syncbn" and name in FLOORS else None
+    return name if root == "syncbn" and name in LEVELS else None
 
 
-def test_every_room_has_its_floor() -> None:
-    rooms = {module.split(".")[1] for module in IMPORTS if "." in module}
-    assert rooms == {*FLOORS}
+def test_the_table_lists_every_package() -> None:
+    packages = {module.split(".")[1] for module in IMPORTS if "." in module}
+    assert packages == {*LEVELS}
 
 
 def test_imports_point_down() -> None:
@@ -60,8 +60,8 @@ def test_imports_point_down() -> None:
         f"{module} imports {name}"
         for module, names in IMPORTS.items()
         for name in names
-        if (here := room(module)) and (there := room(name)) and here != there
-        if FLOORS[there] >= FLOORS[here]
+        if (here := package_of(module)) and (there := package_of(name)) and here != there
+        if LEVELS[there] >= LEVELS[here]
     ]
     assert wrong == []
 
@@ -89,7 +89,7 @@ def test_hydra_stays_in_the_command_line() -> None:
     allowed = {"cli": {"hydra", "omegaconf", "rich"}, "calibration": {"rich"}}
     for module, names in IMPORTS.items():
         used = {name.split(".")[0] for name in names} & allowed["cli"]
-        assert used <= allowed.get(room(module) or "", set()), module
+        assert used <= allowed.get(package_of(module) or "", set()), module
 
 
 def test_a_file_is_at_most_300_lines() -> None:

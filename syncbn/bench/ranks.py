@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncbn.distributed.environment import init_process_group
+from syncbn.distributed.initialization import init_process_group
 from syncbn.distributed.launchers import detect_launcher
 
 # By environment variables, since mpirun of other MPIs rejects options of Open MPI. A root user, as

@@ -81,7 +81,7 @@ class _DifferentiableAllReduce(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, ctx.group, label = inputs
         # The call number distinguishes two calls of one layer in the backward pass.
-        ctx.label = f"{label}, call {fingerprint.count(ctx.group)}" if label else ""
+        ctx.label = f"{label}, call {fingerprint.count_checked(ctx.group)}" if label else ""
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:

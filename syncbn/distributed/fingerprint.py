@@ -31,7 +31,7 @@ _DIGEST_BYTES = 8
 _checked: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
 
-def count(group: dist.ProcessGroup | None) -> int:
+def count_checked(group: dist.ProcessGroup | None) -> int:
     """Return the number of all-reduces of a group that passed the check; 0 under compilation."""
     if group is None or torch.compiler.is_compiling():
         return 0
@@ -77,7 +77,8 @@ def append(vector: Tensor, value: float | None) -> Tensor:
         return torch.constant_pad_nd(vector, (0, 2 - size % 2), value)
     payload = vector.new_empty(size + 2 - size % 2)
     ctypes.memmove(payload.data_ptr(), vector.data_ptr(), size * vector.element_size())
-    _last_element(payload).value = value
+    for i in range(size, payload.shape[0]):
+        _element(payload, i).value = value
     return payload
 
 
@@ -105,20 +106,21 @@ def check(payload: Tensor, value: float | None, group: dist.ProcessGroup, label:
     if modes.num_dispatch_modes():
         # Tracers have no value to compare, but the other ranks count a real all-reduce.
         if type(payload) is Tensor:
-            _checked[group] = count(group) + 1
+            _checked[group] = count_checked(group) + 1
         return
-    is_plain = _is_plain(payload)
-    total = _last_element(payload).value if is_plain else float(payload.flatten()[-1].item())
-    ranks = group.size()
-    if total == ranks * value:
-        _checked[group] = count(group) + 1
+    if _is_plain(payload):
+        total = _element(payload, payload.shape[0] - 1).value
+    else:
+        total = float(payload.flatten()[-1].item())
+    if total == group.size() * value:
+        _checked[group] = count_checked(group) + 1
         return
     # NaN comes from a compiled rank. Torch's "fake" backend, for dry runs, sums nothing.
     if math.isnan(total) or dist.get_backend(group) == "fake":
         return
     raise RuntimeError(
-        f"{label}: this was all-reduce {count(group) + 1} of the layers in their group on rank "
-        f"{dist.get_rank()} of {dist.get_world_size()}, but at least one other rank was in another "
+        f"{label}: this was all-reduce {count_checked(group) + 1} of the layers in their group on "
+        f"rank {dist.get_rank()} of {dist.get_world_size()}, but at least one other rank was in another "
         "layer, direction, call or input dtype, or in another operation of this group, such as a "
         "gradient bucket of DistributedDataParallel. The sum is discarded. Run the same layers in "
         "the same order on every rank, forward and backward (TORCH_DISTRIBUTED_DEBUG=DETAIL names "
@@ -137,9 +139,8 @@ def _is_plain(vector: Tensor) -> bool:
     return type(vector) is Tensor and vector.is_cpu and vector.dim() == 1 and vector.is_contiguous()
 
 
-def _last_element(vector: Tensor) -> ctypes.c_double:
-    last = vector.data_ptr() + (vector.shape[0] - 1) * vector.element_size()
-    return ctypes.c_double.from_address(last)
+def _element(vector: Tensor, index: int) -> ctypes.c_double:
+    return ctypes.c_double.from_address(vector.data_ptr() + index * vector.element_size())
 
 
 def encode_label(label: str) -> Tensor:

@@ -111,7 +111,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
             check_value_count(x, saved.statistics[-1], params)
         ctx.save_for_backward(*saved[:5])
         ctx.saved_constants = saved[5:]
-        number = 0 if params.group is None else fingerprint.count(params.group)
+        number = 0 if params.group is None else fingerprint.count_checked(params.group)
         ctx.params = params._replace(call_number=number) if number else params
         return y
 

@@ -20,12 +20,12 @@ from triton.runtime.interpreter import InterpretedFunction
 from syncbn.kernels.base import Kernel, NormalizeArgs, OutputMask, Reduced, RunningStats, Saved
 from syncbn.kernels.layout import NCSLayout, as_dense, empty_dense, match_layout, with_key
 from syncbn.kernels.reference import update_running_stats
-from syncbn.kernels.triton import device
+from syncbn.kernels.triton import kernels
 from syncbn.kernels.triton.plans import plan_launch
 from syncbn.kernels.triton.tiling import COMPUTE, relu_mask_bytes
 from syncbn.moments import Moments
 
-IS_INTERPRETED = isinstance(device.moments, InterpretedFunction)
+IS_INTERPRETED = isinstance(kernels.moments, InterpretedFunction)
 # Values per channel: the size of a row of the packed ReLU mask is rounded up in int32.
 _VALUES_LIMIT = 2**31 - 16
 # The least compute capability that Triton compiles for.
@@ -33,7 +33,7 @@ _LEAST_CAPABILITY = (8, 0)
 
 
 class TritonKernel(Kernel):
-    """Launches of :mod:`syncbn.kernels.triton.device`."""
+    """Launches of :mod:`syncbn.kernels.triton.kernels`."""
 
     def unsupported_reason(self, x: Tensor) -> str | None:
         """See :meth:`Kernel.unsupported_reason`."""

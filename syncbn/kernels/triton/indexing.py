@@ -1,4 +1,4 @@
-"""Offsets and masks of the tiles of :mod:`syncbn.kernels.triton.device`.
+"""Offsets and masks of the tiles of :mod:`syncbn.kernels.triton.kernels`.
 
 A 64-bit scalar changes from tile to tile; the offsets within a tile are small and the same for all
 tiles. So a loop needs one 64-bit addition per 16 bytes.

@@ -31,7 +31,7 @@ class LaunchPlan:
     """A kernel with its grid, its constant arguments and its compiled forms.
 
     Args:
-        kernel: function of :mod:`syncbn.kernels.triton.device`.
+        kernel: function of :mod:`syncbn.kernels.triton.kernels`.
         num_programs: size of the grid.
         device: device of the tensors.
         constants: values of arguments by name, and options of Triton. Names that the kernel does

@@ -1,4 +1,4 @@
-"""Per-channel arithmetic of :mod:`syncbn.kernels.triton.device`, in float64."""
+"""Per-channel arithmetic of :mod:`syncbn.kernels.triton.kernels`, in float64."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 # fmt: off

@@ -7,7 +7,7 @@ from functools import lru_cache
 import torch
 
 from syncbn.kernels.layout import NCSLayout
-from syncbn.kernels.triton import device as kernels
+from syncbn.kernels.triton import kernels
 from syncbn.kernels.triton.launcher import LaunchPlan, num_multiprocessors
 from syncbn.kernels.triton.tiling import tile_elementwise, tile_reduction
 
@@ -23,7 +23,7 @@ def plan_launch(
     relu: bool = False,
     cumulative: bool = False,
 ) -> LaunchPlan:
-    """Return the plan of a kernel of :mod:`syncbn.kernels.triton.device`.
+    """Return the plan of a kernel of :mod:`syncbn.kernels.triton.kernels`.
 
     Args:
         name: name of the kernel.

@@ -64,7 +64,7 @@ _REDUCTION = TileShape(1024, programs_per_sm=8)
 
 
 class Tiling(NamedTuple):
-    """Tiles of a tensor and the programs of a kernel; see :mod:`syncbn.kernels.triton.device`.
+    """Tiles of a tensor and the programs of a kernel; see :mod:`syncbn.kernels.triton.kernels`.
 
     Attributes:
         programs: grid.
