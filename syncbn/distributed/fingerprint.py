@@ -120,8 +120,8 @@ def check(payload: Tensor, value: float | None, group: dist.ProcessGroup, label:
         return
     raise RuntimeError(
         f"{label}: this was all-reduce {count_checked(group) + 1} of the layers in their group on "
-        f"rank {dist.get_rank()} of {dist.get_world_size()}, but at least one other rank was in another "
-        "layer, direction, call or input dtype, or in another operation of this group, such as a "
+        f"rank {dist.get_rank()} of {dist.get_world_size()}, but at least one other rank was in "
+        "another layer, direction, call or input dtype, or in another operation of this group, such as a "
         "gradient bucket of DistributedDataParallel. The sum is discarded. Run the same layers in "
         "the same order on every rank, forward and backward (TORCH_DISTRIBUTED_DEBUG=DETAIL names "
         "the layer of every rank), or give the layers a separate group (process_group='own')."
