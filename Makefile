@@ -4,7 +4,7 @@
 # make test-triton  the tests of layers again, with the Triton kernels: on the GPU, if there is one
 # make sanitize  the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 # make check   formatters, linter, spelling, type checkers
-# Each makes and fills .venv itself; nothing but Python and make is needed.
+# Each makes and fills .venv itself; Python, make and g++ are needed.
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python

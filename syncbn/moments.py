@@ -58,7 +58,7 @@ class Moments:
 
     @staticmethod
     def unpack(vector: Tensor, channels: int) -> Moments:
-        """Read the message format of :meth:`pack`; its length decides between one part and two."""
+        """Read the format of :meth:`pack`; its length decides between one part and two."""
         parts = vector[:-1].view(-1, channels).unbind()
         return Moments(vector[-1], *parts)
 
@@ -90,7 +90,7 @@ class Moments:
         return Moments(count, high, high_sq, (total - high) + low, (total_sq - high_sq) + low_sq)
 
     def pack(self) -> Tensor:
-        """Return the message, float64.
+        """Return the all-reduce payload, float64.
 
         One part: ``[sum (C) | sum_sq (C) | count (1)]``, shape ``[2C + 1]``.
         Two parts: ``[sum (C) | sum_sq (C) | sum_low (C) | sum_sq_low (C) | count (1)]``, shape
@@ -147,21 +147,21 @@ class Moments:
         return self.mean_and_m2()[1] / (self.count - 1 if unbiased else self.count).clamp(min=1)
 
 
-def add_packed(total: Tensor, message: Tensor, channels: int) -> None:
+def add_packed(total: Tensor, packed: Tensor, channels: int) -> None:
     """Add packed moments to a total in place; the total keeps its number of parts.
 
     Args:
         total: ``[2C + 1]`` or ``[4C + 1]``.
-        message: ``[2C + 1]`` or ``[4C + 1]``.
+        packed: ``[2C + 1]`` or ``[4C + 1]``.
         channels: C.
     """
-    if message.numel() != total.numel():
-        found = Moments.unpack(message, channels)
-        sums = found.round_sums()
-        two_parts = total.numel() > message.numel()
-        pivot = torch.zeros_like(found.sum)
-        message = Moments.from_pivot(found.count, pivot, *sums, two_parts).pack()
-    total.add_(message)
+    if packed.numel() != total.numel():
+        moments = Moments.unpack(packed, channels)
+        sums = moments.round_sums()
+        two_parts = total.numel() > packed.numel()
+        pivot = torch.zeros_like(moments.sum)
+        packed = Moments.from_pivot(moments.count, pivot, *sums, two_parts).pack()
+    total.add_(packed)
 
 
 def _above(rounding: float, squares: Tensor, sum_sq: Tensor) -> Tensor:

@@ -66,13 +66,22 @@ def test_imports_point_down() -> None:
     assert wrong == []
 
 
+def parse_needed_modules(path: Path) -> set[str]:
+    """Return the modules of the package that a file imports: `from package import module`, too."""
+    needed = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            needed |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            needed |= names & IMPORTS.keys()
+            # A name of the package's own file needs that file.
+            needed |= {str(node.module)} if names - IMPORTS.keys() else set()
+    return needed & IMPORTS.keys()
+
+
 def test_no_import_circles() -> None:
-    graph = {}
-    for module, names in IMPORTS.items():
-        found = names & IMPORTS.keys() - {module}
-        # `from package import module` needs the module alone.
-        prefixes = {name for name in found if any(o.startswith(f"{name}.") for o in found)}
-        graph[module] = found - prefixes
+    graph = {module_name(path): parse_needed_modules(path) - {module_name(path)} for path in FILES}
     while leaves := [name for name, needed in graph.items() if not needed & graph.keys()]:
         for name in leaves:
             del graph[name]

@@ -76,32 +76,34 @@ class _Sequential:
             unknown = [layer for layer in expected if layer not in frozen and layer not in results]
             whole = self._whole_forwards or len(unknown) < 2 or unknown[0] in called_again
             # The frozen layers are read last, with the new statistics of the remaining layers.
-            found = self._read(frozen.union(results), () if unknown else frozen, whole)
-            if not whole and len(found.first) != 1:
-                whole, found = True, self._read(frozen.union(results), (), True)
-            ready = [context.layers[index] for index in sorted(found.first - found.later)]
-            if found.first and not ready:
-                one, other, *_ = (context.layers[index].name for index in sorted(found.first))
+            result = self._read(frozen.union(results), () if unknown else frozen, whole)
+            if not whole and len(result.first) != 1:
+                whole, result = True, self._read(frozen.union(results), (), True)
+            ready = [context.layers[index] for index in sorted(result.first - result.later)]
+            if result.first and not ready:
+                one, other, *_ = (context.layers[index].name for index in sorted(result.first))
                 raise ValueError(
                     f"{one} and {other}: their order differs between batches; method "
                     "'sequential' needs an order of the layers"
                 )
             for layer in ready:
-                results[layer] = self._reduce(layer, found)
+                results[layer] = self._reduce(layer, result)
                 layer.set_moments(results[layer].moments)
-                if layer.index in found.repeated:
-                    repeated.add(layer)
+            # Only whole forwards show all calls; the last pass runs whole forwards.
+            repeated.update(layer for layer in results if layer.index in result.repeated)
             left = sum(layer not in results for layer in unknown)
             context.report_progress(len(results), len(results) + left)
-            if whole and not found.later and not (frozen and ready):
+            if whole and not result.later and not (frozen and ready):
                 break
+        if frozen and unknown:  # the last pass has read unknown layers instead
+            result = self._read(frozen.union(results), frozen, True)
         for layer in sorted(frozen, key=lambda layer: layer.index):
-            results[layer] = self._reduce(layer, found)
+            results[layer] = self._reduce(layer, result)
         return results, repeated
 
-    def _reduce(self, layer: BNLayer, found: _Found) -> InputStats:
+    def _reduce(self, layer: BNLayer, result: _PassResult) -> InputStats:
         context = self._context
-        accumulator = found.accumulators.get(layer) or context.make_accumulator(layer)
+        accumulator = result.accumulators.get(layer) or context.make_accumulator(layer)
         return context.reduce_stats(layer, accumulator)
 
     def _first_order(self) -> tuple[list[BNLayer], set[BNLayer]]:
@@ -129,7 +131,7 @@ class _Sequential:
 
     def _read(
         self, known: Collection[BNLayer], targets: Collection[BNLayer], whole: bool
-    ) -> _Found:
+    ) -> _PassResult:
         """Accumulate the inputs of the first unknown layers, in a pass over the data of all ranks.
 
         Args:
@@ -137,38 +139,42 @@ class _Sequential:
             targets: known layers whose inputs are accumulated, too.
             whole: True to run forwards to their end.
         """
-        results: list[_Found] = []
+        local: list[_PassResult] = []
 
         def run() -> tuple[set[int], set[int], set[int]]:
-            found = self._read_all(known, targets, whole, exact=False)
-            if any(accumulator.has_lost_digits() for accumulator in found.accumulators.values()):
-                found = self._read_all(known, targets, whole, exact=True)
-            results.append(found)
-            return found.first, found.later, found.repeated
+            result = self._read_all(known, targets, whole, exact=False)
+            if any(accumulator.has_lost_digits() for accumulator in result.accumulators.values()):
+                result = self._read_all(known, targets, whole, exact=True)
+            local.append(result)
+            return result.first, result.later, result.repeated
 
         parts = zip(*self._context.ranks.all_gather_result(run), strict=True)
         first, later, repeated = (set().union(*sets) for sets in parts)
-        return _Found(first, later, repeated, results[0].accumulators)
+        return _PassResult(first, later, repeated, local[0].accumulators)
 
     def _read_all(
         self, known: Collection[BNLayer], targets: Collection[BNLayer], whole: bool, exact: bool
-    ) -> _Found:
-        context, found = self._context, _Found()
+    ) -> _PassResult:
+        context, result = self._context, _PassResult()
         current: BNLayer | None = None  # the first unknown layer of the forward
+        called: set[int] = set()
 
         def hook(layer: BNLayer, x: Tensor) -> None:
             nonlocal current
+            if layer.index in called:
+                result.repeated.add(layer.index)
+            called.add(layer.index)
             if layer not in known:
                 if current not in (None, layer):
-                    found.later.add(layer.index)
+                    result.later.add(layer.index)
                     return
-                (found.first if current is None else found.repeated).add(layer.index)
+                result.first.add(layer.index)
                 current = layer
             elif layer not in targets:
                 return
-            if layer not in found.accumulators:
-                found.accumulators[layer] = context.make_accumulator(layer, exact)
-            found.accumulators[layer].add(x)
+            if layer not in result.accumulators:
+                result.accumulators[layer] = context.make_accumulator(layer, exact)
+            result.accumulators[layer].add(x)
             if not whole:
                 raise _StopForward
 
@@ -176,6 +182,7 @@ class _Sequential:
         with preserve_rng_state(context.batches.source), hook_inputs(context.layers, hook):
             for batch in context.batches:
                 current = None
+                called.clear()
                 with suppress(_StopForward):
                     context.run(batch)
                 batches += 1
@@ -187,17 +194,17 @@ class _Sequential:
                 f"({batches}, {samples}) in a later one; expected the same data in every pass "
                 "(method='lockstep' reads it once)"
             )
-        return found
+        return result
 
 
 @dataclass
-class _Found:
-    """Layers that a pass has found, by index, and their inputs.
+class _PassResult:
+    """Layers of a pass, by index, and their inputs.
 
     Attributes:
         first: first unknown layer of each forward.
         later: unknown layers that follow another unknown layer.
-        repeated: first unknown layers that a forward calls again.
+        repeated: layers that a forward calls again.
         accumulators: inputs of the first unknown layers and of the targets, on this rank.
     """
 

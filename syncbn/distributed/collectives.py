@@ -59,7 +59,7 @@ def differentiable_all_reduce(
     pass.
 
     Args:
-        vector: the same shape and dtype on every rank.
+        vector: float64, the same shape on every rank.
         group: process group, or None for a single rank.
         label: label of the all-reduce; see :func:`all_reduce`, also for the errors.
     """

@@ -74,12 +74,12 @@ def match_layout(t: Tensor, x: Tensor, layout: NCSLayout) -> tuple[Tensor, int]:
     t = t.resolve_neg() if t.is_neg() else t
     if t._is_zerotensor():
         t = torch.zeros_like(x)
-    found = _find_layout(t.shape, t.stride())
-    if found == layout:
+    actual = _find_layout(t.shape, t.stride())
+    if actual == layout:
         return t, layout.stride
-    if found is None or found.key != layout.key:
+    if actual is None or actual.key != layout.key:
         return empty_dense(x, layout).copy_(t), layout.dense_stride
-    return t, found.stride
+    return t, actual.stride
 
 
 def empty_dense(x: Tensor, layout: NCSLayout) -> Tensor:

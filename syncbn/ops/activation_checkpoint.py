@@ -43,12 +43,12 @@ class _ForwardPhase(CheckpointPhase):
         self, compute: Callable[[], Tensor], x: Tensor, label: str
     ) -> tuple[Tensor, bool]:
         if self._outer is None:
-            found = compute(), True
+            result = compute(), True
         else:
             # Nested regions: the outer one may be recomputing.
-            found = self._outer.moments_for(compute, x, label)
-        self._saved.append((found[0], _describe(x)))
-        return found
+            result = self._outer.moments_for(compute, x, label)
+        self._saved.append((result[0], _describe(x)))
+        return result
 
 
 class _RecomputePhase(CheckpointPhase):
@@ -124,8 +124,8 @@ def checkpoint_contexts(context_fn: Callable[[], Contexts] | None = None) -> Con
 
 def _recompute_everything() -> Contexts:
     recompute = CheckpointPolicy.PREFER_RECOMPUTE
-    found: Contexts = create_selective_checkpoint_contexts(lambda *_, **__: recompute)
-    return found
+    contexts: Contexts = create_selective_checkpoint_contexts(lambda *_, **__: recompute)
+    return contexts
 
 
 class _PhaseContext(AbstractContextManager[None]):

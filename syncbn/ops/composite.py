@@ -113,8 +113,8 @@ def composite_backward(
     with _without_saved_tensor_hooks():
         vjp_function: Any = torch.func.vjp(forward, saved.x, parameters)[1]
         dx, gradients = vjp_function(masked_dy)
-    found = dx, gradients.get("weight"), gradients.get("bias"), masked_dy
-    needed = [t if need else None for t, need in zip(found, output_mask, strict=True)]
+    computed = dx, gradients.get("weight"), gradients.get("bias"), masked_dy
+    needed = [t if need else None for t, need in zip(computed, output_mask, strict=True)]
     return needed[0], needed[1], needed[2], needed[3]
 
 
@@ -164,5 +164,5 @@ def vmap_rows(function: Callable[[Tensor], Gradients], dy: Tensor) -> Gradients:
 
     batched: Any = torch.func.vmap(without_none)(rows)
     results = iter(batched)
-    found = [torch._add_batch_dim(next(results), 0, level) if p else None for p in present]
-    return found[0], found[1], found[2], found[3]
+    gradients = [torch._add_batch_dim(next(results), 0, level) if p else None for p in present]
+    return gradients[0], gradients[1], gradients[2], gradients[3]

@@ -289,3 +289,46 @@ def test_fused_models(method: Any) -> None:
 def test_name_of_a_compiled_layer() -> None:
     alone: Any = torch.compile(nn.BatchNorm2d(3).double(), backend="eager")
     assert list(syncbn.recalibrate(alone, [images()]).between()) == [""]
+
+
+def test_sequential_counts_calls_that_the_first_batch_lacks() -> None:
+    """Regression: repeated layers were looked for in the first batch, and later calls ignored."""
+
+    class Recursive(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.step, self.norm, self.last = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Any:
+            for _ in range(3 if x[0, 0] > 0 else 1):
+                x = x + 0.2 * torch.relu(self.norm(self.step(x)))
+            return self.last(x)
+
+    batches = list(torch.randn(6, 16, 4, dtype=torch.float64))
+    for batch in batches:
+        batch[0, 0] = -1.0 if batch is batches[0] else 1.0
+    means = []
+    for data in (batches, batches[1:] + batches[:1]):
+        torch.manual_seed(1)
+        net = Recursive().double()
+        report = syncbn.recalibrate(net, data, method="sequential")
+        counts = [(layer.name, layer.samples) for layer in report.layers]
+        assert counts == [("norm", 16 * (1 + 5 * 3)), ("last", 16 * 6)]
+        means.append(net.norm.running_mean)
+    torch.testing.assert_close(means[0], means[1], rtol=1e-10, atol=1e-10)
+
+
+def test_sequential_counts_calls_after_a_layer_that_only_the_first_forward_reaches() -> None:
+    class Stateful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.step = nn.BatchNorm1d(4), nn.BatchNorm1d(4), nn.Linear(4, 4)
+            self.calls = 0
+
+        def forward(self, x: Tensor) -> Any:
+            self.calls += 1
+            x = self.first(x) if self.calls == 1 else x
+            return self.norm(x + 0.2 * self.step(self.norm(x)))
+
+    report = syncbn.recalibrate(Stateful(), list(torch.randn(4, 16, 4)), method="sequential")
+    assert [(layer.name, layer.samples) for layer in report.layers] == [("norm", 2 * 4 * 16)]

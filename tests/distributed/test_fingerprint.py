@@ -19,12 +19,47 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import syncbn
+from syncbn.distributed import collectives, fingerprint
+from syncbn.distributed.groups import active_group
 from tests.ranks import Pool, Ranks
 
 
 @pytest.fixture(params=[(2, "openmpi"), (3, "gloo")], ids=["two of openmpi", "three of gloo"])
 def cpu_ranks(request: pytest.FixtureRequest, pool: Pool) -> Ranks:
     return pool(*request.param)
+
+
+@pytest.mark.parametrize("size", [4, 5])
+def test_append_and_strip(size: int) -> None:
+    vector = torch.arange(1.0, size + 1, dtype=torch.float64)
+    payload = fingerprint.append(vector, 7.0)
+    tail = [7.0] * (2 - size % 2)
+    torch.testing.assert_close(payload, torch.cat([vector, payload.new_tensor(tail)]))
+    torch.testing.assert_close(fingerprint.strip(payload, 7.0, size), vector)
+
+
+def _sum_of(rank: int, name: str) -> Tensor:
+    ones = torch.ones(2, 4, dtype=torch.float64)
+    vectors = {
+        "negative view": torch._neg_view(ones[0]),
+        "zero tensor": torch._efficientzerotensor(4, dtype=torch.float64),
+        "strided": torch.arange(8.0, dtype=torch.float64)[::2],
+        "rows": ones,
+    }
+    return collectives.all_reduce(vectors[name], active_group(None), "a label").clone()
+
+
+def test_vectors_without_plain_memory(two_ranks: Ranks) -> None:
+    """Regression: values were copied from the address, whatever the address meant."""
+    expected = {
+        "negative view": [-2.0] * 4,
+        "zero tensor": [0.0] * 4,
+        "strided": [0.0, 4.0, 8.0, 12.0],
+        "rows": [[2.0] * 4] * 2,
+    }
+    for name, values in expected.items():
+        for total in two_ranks.run(_sum_of, name):
+            assert total.tolist() == values, name
 
 
 def _model() -> nn.Sequential:

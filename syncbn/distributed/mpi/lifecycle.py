@@ -149,8 +149,10 @@ class GroupLifecycle(dist.ProcessGroup):
         except BaseException as error:
             # The started requests continue: the other ranks may take part in them.
             self._progress.add(self._work(name, started, results, dependencies))
-            if isinstance(error, (TypeError, ValueError)):
-                raise type(error)(f"{name}: {error}") from error
+            if isinstance(error, TypeError):
+                raise TypeError(f"{name}: {error}") from error
+            if isinstance(error, ValueError):
+                raise ValueError(f"{name}: {error}") from error
             raise
         return self._work(name, started, results, dependencies)
 

@@ -239,5 +239,5 @@ def _read_mark(library: ctypes.CDLL) -> str:
 
 def describe() -> str:
     """Return the name of the instruction set in use, or the reason why the library is missing."""
-    found = load()
-    return found if isinstance(found, str) else LEVELS[found.level]
+    kernel = load()
+    return kernel if isinstance(kernel, str) else LEVELS[kernel.level]

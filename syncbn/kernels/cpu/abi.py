@@ -70,13 +70,13 @@ def address(t: Tensor | None) -> int:
     """
     if t is None:
         return 0
-    found = t.data_ptr()
-    if found == 0 and t.numel() > 0:
+    pointer = t.data_ptr()
+    if pointer == 0 and t.numel() > 0:
         raise RuntimeError(
             f"got a {type(t).__name__} without memory; the kernel 'cpu' takes plain tensors "
             "(impl='reference' takes any)"
         )
-    return found
+    return pointer
 
 
 def common_dtype(a: Tensor | None, b: Tensor | None) -> torch.dtype | None:
