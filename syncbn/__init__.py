@@ -9,6 +9,8 @@ from syncbn.distributed import RankInfo as RankInfo
 from syncbn.distributed import init_process_group as init_process_group
 from syncbn.fusion import Fusion as Fusion
 from syncbn.fusion import fuse as fuse
+from syncbn.inference import example_weighted as example_weighted
+from syncbn.inference import prior_mix as prior_mix
 from syncbn.nn.accumulation import accumulate_statistics as accumulate_statistics
 from syncbn.nn.module import SyncBatchNorm as SyncBatchNorm
 from syncbn.nn.module import SyncBatchNorm1d as SyncBatchNorm1d
@@ -32,8 +34,10 @@ __all__ = [
     "accumulate_statistics",
     "checkpoint_contexts",
     "convert_sync_batchnorm",
+    "example_weighted",
     "fuse",
     "init_process_group",
+    "prior_mix",
     "recalibrate",
     "revert_sync_batchnorm",
     "sync_batch_norm",
