@@ -86,7 +86,9 @@ def strip(payload: Tensor, value: float | None, size: int) -> Tensor:
     """Return the vector in a payload, shape ``[*, size]``."""
     if value is None:
         return payload
-    return payload.resize_(size) if _is_plain(payload) else payload[..., :size]
+    if payload.dim() > 1 or torch.compiler.is_compiling() or modes.num_dispatch_modes():
+        return payload[..., :size]
+    return payload.resize_(size)  # in half the time of a slice
 
 
 def check(payload: Tensor, value: float | None, group: dist.ProcessGroup, label: str) -> None:
@@ -108,7 +110,7 @@ def check(payload: Tensor, value: float | None, group: dist.ProcessGroup, label:
         if type(payload) is Tensor:
             _checked[group] = count_checked(group) + 1
         return
-    if _is_plain(payload):
+    if payload.is_cpu and payload.dtype is torch.float64 and payload.dim() == 1:
         total = _element(payload, payload.shape[0] - 1).value
     else:
         total = float(payload.flatten()[-1].item())
@@ -135,7 +137,7 @@ def _is_plain(vector: Tensor) -> bool:
     After a kernel has emptied the caches, each operation of torch takes tens of microseconds: with
     operations instead of addresses a layer of a ResNet-50 takes 5 % longer over two ranks.
     """
-    if torch.compiler.is_compiling() or modes.num_dispatch_modes() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or modes.num_dispatch_modes():
         return False
     is_row = type(vector) is Tensor and vector.dim() == 1 and vector.is_contiguous()
     has_values = vector.dtype is torch.float64 and vector.is_cpu and not vector.is_neg()
