@@ -12,6 +12,7 @@ from syncbn.fusion import fuse as fuse
 from syncbn.inference import example_weighted as example_weighted
 from syncbn.inference import prior_mix as prior_mix
 from syncbn.nn.accumulation import accumulate_statistics as accumulate_statistics
+from syncbn.nn.frozen_statistics import frozen_statistics as frozen_statistics
 from syncbn.nn.module import SyncBatchNorm as SyncBatchNorm
 from syncbn.nn.module import SyncBatchNorm1d as SyncBatchNorm1d
 from syncbn.nn.module import SyncBatchNorm2d as SyncBatchNorm2d
@@ -35,6 +36,7 @@ __all__ = [
     "checkpoint_contexts",
     "convert_sync_batchnorm",
     "example_weighted",
+    "frozen_statistics",
     "fuse",
     "init_process_group",
     "prior_mix",

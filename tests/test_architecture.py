@@ -115,8 +115,9 @@ def test_public_names() -> None:
     classes = "CalibrationReport Fusion RankInfo SyncBatchNorm"
     layers = "SyncBatchNorm1d SyncBatchNorm2d SyncBatchNorm3d"
     functions = (
-        "accumulate_statistics checkpoint_contexts convert_sync_batchnorm example_weighted fuse "
-        "init_process_group prior_mix recalibrate revert_sync_batchnorm sync_batch_norm"
+        "accumulate_statistics checkpoint_contexts convert_sync_batchnorm example_weighted "
+        "frozen_statistics fuse init_process_group prior_mix recalibrate revert_sync_batchnorm "
+        "sync_batch_norm"
     )
     assert syncbn.__all__ == f"{classes} {layers} {functions}".split()
     assert all(hasattr(syncbn, name) for name in syncbn.__all__)
