@@ -13,6 +13,7 @@ from syncbn.inference import example_weighted as example_weighted
 from syncbn.inference import prior_mix as prior_mix
 from syncbn.nn.accumulation import accumulate_statistics as accumulate_statistics
 from syncbn.nn.frozen_statistics import frozen_statistics as frozen_statistics
+from syncbn.nn.merging import merge_statistics as merge_statistics
 from syncbn.nn.module import SyncBatchNorm as SyncBatchNorm
 from syncbn.nn.module import SyncBatchNorm1d as SyncBatchNorm1d
 from syncbn.nn.module import SyncBatchNorm2d as SyncBatchNorm2d
@@ -39,6 +40,7 @@ __all__ = [
     "frozen_statistics",
     "fuse",
     "init_process_group",
+    "merge_statistics",
     "prior_mix",
     "recalibrate",
     "revert_sync_batchnorm",

@@ -116,8 +116,8 @@ def test_public_names() -> None:
     layers = "SyncBatchNorm1d SyncBatchNorm2d SyncBatchNorm3d"
     functions = (
         "accumulate_statistics checkpoint_contexts convert_sync_batchnorm example_weighted "
-        "frozen_statistics fuse init_process_group prior_mix recalibrate revert_sync_batchnorm "
-        "sync_batch_norm"
+        "frozen_statistics fuse init_process_group merge_statistics prior_mix recalibrate "
+        "revert_sync_batchnorm sync_batch_norm"
     )
     assert syncbn.__all__ == f"{classes} {layers} {functions}".split()
     assert all(hasattr(syncbn, name) for name in syncbn.__all__)
