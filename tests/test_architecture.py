@@ -21,17 +21,17 @@ PACKAGES = [
 LEVELS = {name: level for level, names in enumerate(PACKAGES) for name in names}
 
 
-def parse_imports(path: Path) -> set[str]:
-    """Return the names that a file imports, also inside of functions."""
-    names = set()
+def parse_imports(path: Path) -> list[tuple[str, list[str]]]:
+    """Return the imports of a file, also inside of functions: modules, and the names from each."""
+    statements: list[tuple[str, list[str]]] = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            statements += [(alias.name, []) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             assert node.module is not None
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names
+            statements.append((node.module, [alias.name for alias in node.names]))
+    return statements
 
 
 def module_name(path: Path) -> str:
@@ -39,8 +39,17 @@ def module_name(path: Path) -> str:
     return ".".join(parts).removesuffix(".__init__")
 
 
+def _full_names(module: str, names: list[str]) -> set[str]:
+    return {module, *(f"{module}.{name}" for name in names)}
+
+
 FILES = sorted(PACKAGE.rglob("*.py"))
-IMPORTS = {module_name(path): parse_imports(path) for path in FILES}
+STATEMENTS = {module_name(path): parse_imports(path) for path in FILES}
+#: Names that each module imports: modules, and `module.name`.
+IMPORTS = {
+    importer: {full for module, names in statements for full in _full_names(module, names)}
+    for importer, statements in STATEMENTS.items()
+}
 
 
 def package_of(module: str) -> str | None:
@@ -66,22 +75,19 @@ def test_imports_point_down() -> None:
     assert wrong == []
 
 
-def parse_needed_modules(path: Path) -> set[str]:
-    """Return the modules of the package that a file imports: `from package import module`, too."""
+def needed_modules(importer: str) -> set[str]:
+    """Return the modules that a module needs: `from package import module` needs that module."""
     needed = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            needed |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
-            needed |= names & IMPORTS.keys()
-            # A name of the package's own file needs that file.
-            needed |= {str(node.module)} if names - IMPORTS.keys() else set()
-    return needed & IMPORTS.keys()
+    for module, names in STATEMENTS[importer]:
+        submodules = {f"{module}.{name}" for name in names} & STATEMENTS.keys()
+        needed |= submodules
+        if len(submodules) < max(len(names), 1):
+            needed.add(module)
+    return needed & STATEMENTS.keys() - {importer}
 
 
 def test_no_import_circles() -> None:
-    graph = {module_name(path): parse_needed_modules(path) - {module_name(path)} for path in FILES}
+    graph = {module: needed_modules(module) for module in STATEMENTS}
     while leaves := [name for name, needed in graph.items() if not needed & graph.keys()]:
         for name in leaves:
             del graph[name]

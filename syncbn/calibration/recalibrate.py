@@ -151,16 +151,9 @@ def recalibrate(
         group = active_group(resolve_group(process_group))
         device = _find_device(model)
         ranks = Ranks(group, device, sigint)
-
-        def prepare() -> tuple[_Calibrate, list[BNLayer], dict[str, _BatchNorm]]:
-            if num_samples is not None and not (isinstance(num_samples, int) and num_samples > 0):
-                raise ValueError(
-                    f"got num_samples={num_samples!r}; expected 1 or more, or None for all"
-                )
-            chosen, left_alone = select_layers(model, layers, skip)
-            return _get_method(method), chosen, left_alone
-
-        calibrate, chosen, left_alone = ranks.run_on_all_ranks(prepare)
+        calibrate, chosen, left_alone = ranks.run_on_all_ranks(
+            lambda: _check_arguments(model, method, layers, skip, num_samples)
+        )
         backup += clone_running_stats(chosen)
         undo = list(backup)
         ranks.require_same(_describe(method, num_samples, chosen, left_alone))
@@ -183,27 +176,63 @@ def recalibrate(
                         report_check=checks.append,
                     )
                 )
-
-            def make_report() -> CalibrationReport:
-                reached = [layer for layer, stats in results.items() if stats.samples > 0]
-                if not reached:
-                    raise ValueError(
-                        "no sample reached any of the batch-norm layers "
-                        f"({', '.join(layer.name for layer in chosen)}); expected batches with "
-                        "samples and a forward that calls these layers"
-                    )
-                return CalibrationReport(
-                    [LayerReport.from_stats(x, results[x], *old[x.index][1:]) for x in reached],
-                    [layer.name for layer in chosen if layer not in reached],
-                    list(left_alone),
-                    "".join(checks[-1:]),
-                    undo,
-                )
-
-            report = ranks.run_on_all_ranks(make_report, "the last exchange")
+            names, verification = list(left_alone), "".join(checks[-1:])
+            report = ranks.run_on_all_ranks(
+                lambda: _make_report(results, old, undo, names, verification), "the last exchange"
+            )
             if ranks.size > 1:
                 backup.clear()  # the other ranks keep the new statistics after this exchange
         return report
+
+
+def _check_arguments(
+    model: nn.Module,
+    method: str,
+    layers: Modules | None,
+    skip: Modules | None,
+    num_samples: object,
+) -> tuple[_Calibrate, list[BNLayer], dict[str, _BatchNorm]]:
+    """Return the function of a method, the layers to calibrate, and the layers left alone."""
+    if num_samples is not None and not (isinstance(num_samples, int) and num_samples > 0):
+        raise ValueError(f"got num_samples={num_samples!r}; expected 1 or more, or None for all")
+    chosen, left_alone = select_layers(model, layers, skip)
+    return _get_method(method), chosen, left_alone
+
+
+def _make_report(
+    results: Results,
+    old: RunningStats,
+    undo: RunningStats,
+    left_alone: list[str],
+    verification: str,
+) -> CalibrationReport:
+    """Return the report of a calibration.
+
+    Args:
+        results: input statistics of the layers that batches reached.
+        old: statistics before the calibration, the same on every rank, of all chosen layers.
+        undo: statistics of this rank before the calibration.
+        left_alone: names of layers that were not chosen.
+        verification: result of the check of the method, or "".
+
+    Raises:
+        ValueError: no layer got samples.
+    """
+    chosen = [layer for layer, *_ in old]
+    reached = [layer for layer, stats in results.items() if stats.samples > 0]
+    if not reached:
+        raise ValueError(
+            "no sample reached any of the batch-norm layers "
+            f"({', '.join(layer.name for layer in chosen)}); expected batches with samples and a "
+            "forward that calls these layers"
+        )
+    return CalibrationReport(
+        [LayerReport.from_stats(x, results[x], *old[x.index][1:]) for x in reached],
+        [layer.name for layer in chosen if layer not in reached],
+        left_alone,
+        verification,
+        undo,
+    )
 
 
 def _find_device(model: nn.Module) -> torch.device:

@@ -33,6 +33,9 @@ _ALLOWED_NAMES = {
 class Conversion:
     """Conversion between batch-norm classes and their synchronized forms.
 
+    The classes are arguments: `nn/module.py` defines them and imports this file, since
+    ``SyncBatchNorm.convert_sync_batchnorm`` is a method, as in torch.
+
     Args:
         sync_classes: synchronized form of each class of torch. The form of ``nn.SyncBatchNorm``
             becomes the first base of the form of a user's subclass.
