@@ -26,8 +26,8 @@ LIBRARY = KERNELS / "libsyncbn_cpu.so"
 # The reason for a missing library.
 REASON = LIBRARY.with_suffix(".txt")
 # Not imported: the package needs torch, which may be missing during a build.
-SOURCE_HASH = runpy.run_path(str(KERNELS / "source_hash.py"))
-CHECKSUM = SOURCE_HASH["checksum_path"](LIBRARY)
+LIBRARY_FILES = runpy.run_path(str(KERNELS / "library.py"))
+CHECKSUM = LIBRARY_FILES["checksum_path"](LIBRARY)
 
 # No flag that changes results for NaN, infinities or subnormals, or that targets this machine only.
 FLAGS = "-std=c++17 -O3 -fPIC -fvisibility=hidden -ffp-contract=fast -fno-math-errno"
@@ -97,7 +97,7 @@ def build_if_changed(library: Path) -> str | None:
 def is_built(library: Path, mark: str) -> bool:
     """Return whether a library contains a mark and is not damaged."""
     try:
-        return mark.encode() in library.read_bytes() and bool(SOURCE_HASH["is_intact"](library))
+        return mark.encode() in library.read_bytes() and bool(LIBRARY_FILES["is_intact"](library))
     except (OSError, ValueError):  # ValueError: the checksum file is no text
         return False
 
@@ -119,7 +119,7 @@ def build_mark(compiler: list[str]) -> str:
     """Return hashes of the sources and of the build settings; the library contains this text."""
     settings = repr([*compiler, os.environ.get("CXXFLAGS", ""), Path(__file__).read_text()])
     return (
-        f"{SOURCE_HASH['hash_sources'](KERNELS)}, "
+        f"{LIBRARY_FILES['hash_sources'](KERNELS)}, "
         f"built as {hashlib.sha256(settings.encode()).hexdigest()}"
     )
 
@@ -152,11 +152,11 @@ def build(library: Path, compiler: list[str], mark: str = "") -> None:
         linked = Path(folder) / library.name
         _run([*compiler, "-shared", *openmp, *extra, *objects, "-o", str(linked)])
         checksum = Path(folder) / "checksum"
-        checksum.write_text(SOURCE_HASH["checksum"](linked))
+        checksum.write_text(LIBRARY_FILES["checksum"](linked))
         # Processes that have loaded the old library keep it.
         linked.replace(library)
         # A process that starts between these two lines uses the reference kernels.
-        checksum.replace(SOURCE_HASH["checksum_path"](library))
+        checksum.replace(LIBRARY_FILES["checksum_path"](library))
 
 
 def _accepts(compiler: list[str], flag: str) -> bool:

@@ -96,14 +96,12 @@ class _MethodChecker:
         """Check a method of the module, and the methods that it calls."""
         self._name = getattr(method, "__name__", "forward")
         nested = getattr(method, "__closure__", None) or hasattr(method, "__wrapped__")
-        if nested or not inspect.isfunction(method):
-            raise ValueError(f"its {self._name} is decorated, or defined in another function")
         try:
             tree: Any = ast.parse(textwrap.dedent(inspect.getsource(method))).body[0]
-        except (OSError, SyntaxError) as error:
+        except (OSError, SyntaxError, TypeError) as error:
             raise ValueError(f"the source of its {self._name} cannot be read: {error}") from error
-        if tree.decorator_list:
-            raise ValueError(f"its {self._name} is decorated")
+        if nested or not inspect.isfunction(method) or tree.decorator_list:
+            raise ValueError(f"its {self._name} is decorated, or defined in another function")
         this, *arguments = (argument.arg for argument in tree.args.args)
         names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
         self._locals = {*arguments, *(n.id for n in names if isinstance(n.ctx, ast.Store))}

@@ -18,11 +18,11 @@ import torch
 import hatch_build
 from syncbn import kernels
 from syncbn.kernels import cpu
-from syncbn.kernels.cpu.source_hash import checksum
+from syncbn.kernels.cpu.library import PATH, checksum
 from tests.kernel_cases import needs_cpp
 from tests.transports import ROOT
 
-BUILT = cpu.PATH
+BUILT = PATH
 # Prints the properties of an installation without C++ kernels.
 PROGRAM = """
 import json, torch, syncbn
@@ -99,7 +99,7 @@ def test_library_matches_the_sources() -> None:
     if (compiler := hatch_build.find_compiler()) is None:
         assert "no C++ compiler" in cpu.describe()
         return
-    assert hatch_build.build_mark(compiler).encode() in cpu.PATH.read_bytes()
+    assert hatch_build.build_mark(compiler).encode() in BUILT.read_bytes()
     assert cpu.describe() in cpu.LEVELS
 
 
@@ -164,7 +164,7 @@ def test_command_of_an_installed_wheel_runs_in_an_empty_folder(tmp_path: Path) -
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Return the path from which the library is loaded."""
     path = tmp_path / "libsyncbn_cpu.so"
-    monkeypatch.setattr(cpu, "PATH", path)
+    monkeypatch.setattr("syncbn.kernels.cpu.library.PATH", path)
     cpu.load.cache_clear()
     yield path
     cpu.load.cache_clear()

@@ -7,10 +7,11 @@ and a nanobind module for each version of Python; a plain C library serves all o
 from __future__ import annotations
 
 import ctypes
+import math
+import struct
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,26 +23,29 @@ from syncbn.kernels.base import (
     NormalizeArgs,
     OutputMask,
     Reduced,
+    RunningStats,
     Saved,
     apply_relu_mask,
     parameter_gradients,
 )
-from syncbn.kernels.cpu import abi
-from syncbn.kernels.cpu.source_hash import checksum_path, find_sources, hash_sources, is_intact
-from syncbn.kernels.layout import as_dense, empty_dense, match_layout
+from syncbn.kernels.cpu.library import load_library
+from syncbn.kernels.layout import NCSLayout, as_dense, empty_dense, match_layout
 from syncbn.kernels.reference import update_running_stats
 from syncbn.moments import Moments, get_packed_size
 
-# Built by hatch_build.py.
-PATH = Path(__file__).with_name("libsyncbn_cpu.so")
-_REASON = PATH.with_suffix(".txt")
 # The instruction sets of syncbn_level().
 LEVELS = ("baseline", "AVX2", "AVX-512")
-
-_FUNCTIONS = (
-    *("moments", "normalize", "backward_reduce", "backward_elemt"),
-    *("forward_local", "backward_local"),
-)
+# Values of the enum DType in kernels.h.
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+# Address of the statistics; dtype of weight and bias, and their addresses; True for a ReLU.
+_Affine: TypeAlias = tuple[int, int, int, int, bool]
+# Dtype and addresses of the running statistics; address of the counter; momentum.
+_Running: TypeAlias = tuple[int, int, int, int, float]
+_NO_AFFINE = 0, 0, 0, 0, False
+_NO_RUNNING = 0, 0, 0, 0, 0.0
+_NO_OPERAND = 0, 0
+# `Call` in kernels.h.
+_CALL = struct.Struct("=25q2d")
 
 
 class CPUKernel(Kernel):
@@ -110,15 +114,8 @@ class CPUKernel(Kernel):
     def _forward(
         self, x: Tensor, moments: Tensor | None, args: NormalizeArgs, residual: Tensor | None
     ) -> tuple[Tensor, Saved]:
-        """Return the output and the saved values.
-
-        Args:
-            x: input, shape ``[N, C, *]``.
-            moments: moments of the whole group, packed; None to compute the moments of x.
-            args: arguments of the forward pass.
-            residual: tensor of x's shape and dtype, or None.
-        """
-        running = None if args.running is None else abi.pack_running(args.running)
+        """Return the output and the saved values; without moments, use the moments of x."""
+        running = None if args.running is None else _pack_running(args.running)
         if args.running is not None and running is None:
             moments = self.moments(x) if moments is None else moments
             update_running_stats(Moments.unpack(moments, x.shape[1]), args.running)
@@ -126,19 +123,19 @@ class CPUKernel(Kernel):
         source, layout = as_dense(x)
         statistics = x.new_empty(2 * layout.channels + 1, dtype=torch.float64)
         weight, bias, dtype = _readable_parameters(args.weight, args.bias)
-        affine = abi.pack_affine(statistics, weight, bias, args.relu, dtype)
+        affine = _pack_affine(statistics, weight, bias, args.relu, dtype)
         y = empty_dense(source, layout)
         operand, stride = (None, 0) if residual is None else match_layout(residual, source, layout)
         self._run(
             function,
             source,
             layout,
-            abi.address(moments),
+            _address(moments),
             affine,
-            abi.NO_OPERAND,
-            (abi.address(operand), stride),
+            _NO_OPERAND,
+            (_address(operand), stride),
             (y.data_ptr(), layout.dense_stride),
-            running or abi.NO_RUNNING,
+            running or _NO_RUNNING,
             args.eps,
         )
         if running is not None and args.running is not None:
@@ -184,17 +181,52 @@ class CPUKernel(Kernel):
             x,
             layout,
             sums.data_ptr(),
-            abi.pack_affine(saved.statistics, weight, bias, relu, dtype),
-            (abi.address(dweight), abi.address(dbias)) if is_read else abi.NO_OPERAND,
-            (abi.address(dy), stride),
-            (abi.address(dx), layout.dense_stride),
+            _pack_affine(saved.statistics, weight, bias, relu, dtype),
+            (_address(dweight), _address(dbias)) if is_read else _NO_OPERAND,
+            (_address(dy), stride),
+            (_address(dx), layout.dense_stride),
         )
         if not is_read:
             dweight, dbias = parameter_gradients(sums, saved, output_mask)
         return dx, dweight, dbias
 
-    def _run(self, function: Callable[[bytes], int], x: Tensor, *arguments: Any) -> None:
-        if function(abi.pack(self.level, x, *arguments)):
+    def _run(
+        self,
+        function: Callable[[bytes], int],
+        x: Tensor,
+        layout: NCSLayout,
+        sums: int,
+        affine: _Affine = _NO_AFFINE,
+        gradients: tuple[int, int] = _NO_OPERAND,
+        operand: tuple[int, int] = _NO_OPERAND,
+        output: tuple[int, int] = _NO_OPERAND,
+        running: _Running = _NO_RUNNING,
+        eps: float = 0.0,
+    ) -> None:
+        """Call a function of the library.
+
+        One block of bytes: converting two dozen ctypes arguments takes longer than a small tensor.
+
+        Args:
+            function: function of the library.
+            x: input.
+            layout: layout of x.
+            sums: address of moments or gradient sums.
+            affine: result of :func:`_pack_affine`.
+            gradients: addresses of dweight and dbias, of the dtype of weight and bias.
+            operand: address and stride of a residual or of dy.
+            output: address and stride of the output.
+            running: result of :func:`_pack_running`.
+            eps: constant added to the variance.
+        """
+        batch, channels, space, stride, _ = layout
+        shape = batch, channels, space, batch * channels * space
+        head = self.level, torch.get_num_threads(), _DTYPES[x.dtype], *shape
+        source = _address(x), stride
+        call = _CALL.pack(
+            *head, *source, *affine, *gradients, sums, *operand, *output, *running, eps
+        )
+        if function(call):
             raise MemoryError("no memory for the sums of the C++ kernels")
 
 
@@ -202,7 +234,7 @@ def _readable_parameters(
     weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None, torch.dtype]:
     """Return weight and bias, or float64 copies, that one call can read; and their dtype."""
-    if dtype := abi.common_dtype(weight, bias):
+    if dtype := _common_dtype(weight, bias):
         return weight, bias, dtype
     weight, bias = (
         None if t is None else t.resolve_neg().double().contiguous() for t in (weight, bias)
@@ -210,31 +242,55 @@ def _readable_parameters(
     return weight, bias, torch.float64
 
 
+def _address(t: Tensor | None) -> int:
+    """Return the address of a tensor's values; 0 for None."""
+    if t is None:
+        return 0
+    pointer = t.data_ptr()
+    if pointer == 0 and t.numel() > 0:
+        raise RuntimeError(
+            f"got a {type(t).__name__} without memory; the kernel 'cpu' takes plain tensors "
+            "(impl='reference' takes any)"
+        )
+    return pointer
+
+
+def _common_dtype(a: Tensor | None, b: Tensor | None) -> torch.dtype | None:
+    """Return the dtype of two per-channel tensors; None if one call cannot read both."""
+    if a is None or b is None:
+        a = b = b if a is None else a
+        if a is None or b is None:
+            return torch.float32
+    dtype = a.dtype
+    is_plain = dtype is b.dtype and a.is_contiguous() and b.is_contiguous()
+    return dtype if is_plain and not a.is_neg() and not b.is_neg() else None
+
+
+def _pack_affine(
+    statistics: Tensor, weight: Tensor | None, bias: Tensor | None, relu: bool, dtype: torch.dtype
+) -> _Affine:
+    """Return the per-channel arguments of a call; relu: computed, or recomputed from x."""
+    return statistics.data_ptr(), _DTYPES[dtype], _address(weight), _address(bias), relu
+
+
+def _pack_running(running: RunningStats) -> _Running | None:
+    """Return the running statistics of a call; None if the library cannot update them."""
+    mean, var, counter, momentum = running
+    dtype = _common_dtype(mean, var)
+    if dtype is None or momentum != momentum:
+        return None
+    if counter is not None and (counter.dtype is not torch.int64 or not counter.is_cpu):
+        return None
+    # NaN stands for None in the library; a momentum that is NaN was refused above.
+    share = math.nan if momentum is None else momentum
+    return _DTYPES[dtype], _address(mean), _address(var), _address(counter), share
+
+
 @cache
 def load() -> CPUKernel | str:
     """Return the kernel for the best instruction set of this processor, or why it is missing."""
-    if not PATH.exists():
-        reason = _REASON.read_text().strip() if _REASON.exists() else "it has not been built"
-        return f"there is no {PATH}: {reason}; fix this and install syncbn again"
-    try:
-        # Before it is mapped: a page that is missing from the file ends the process by SIGBUS.
-        if not is_intact(PATH):
-            return f"{PATH} is damaged: not as in {checksum_path(PATH)}; install syncbn again"
-        library = ctypes.CDLL(str(PATH))
-        for name in _FUNCTIONS:
-            function = getattr(library, f"syncbn_{name}")
-            function.argtypes = (ctypes.c_char_p,)
-            setattr(library, name, function)
-        if find_sources(PATH.parent) and _read_mark(library) != hash_sources(PATH.parent):
-            return f"{PATH} was built from other sources than those beside it; install syncbn again"
-        return CPUKernel(library, library.syncbn_level())
-    except (OSError, AttributeError, ValueError) as error:
-        return f"{PATH} cannot be used: {error}; install syncbn again"
-
-
-def _read_mark(library: ctypes.CDLL) -> str:
-    mark = (ctypes.c_char * 256).in_dll(library, "syncbn_mark").value.decode()
-    return mark.partition(",")[0]
+    library = load_library()
+    return library if isinstance(library, str) else CPUKernel(library, library.syncbn_level())
 
 
 def describe() -> str:

@@ -21,7 +21,7 @@ from syncbn.kernels.base import Kernel, NormalizeArgs, OutputMask, Reduced, Runn
 from syncbn.kernels.layout import NCSLayout, as_dense, empty_dense, match_layout, with_key
 from syncbn.kernels.reference import update_running_stats
 from syncbn.kernels.triton import kernels
-from syncbn.kernels.triton.plans import plan_launch
+from syncbn.kernels.triton.launcher import plan_launch
 from syncbn.kernels.triton.tiling import COMPUTE, relu_mask_bytes
 from syncbn.moments import Moments
 
@@ -159,7 +159,7 @@ def _launch(
     cumulative: bool = False,
     **scalars: float,
 ) -> None:
-    """Launch a kernel; arguments as for :func:`.plans.plan_launch`."""
+    """Launch a kernel; arguments as for :func:`.plan_launch`."""
     dtypes = (x.dtype, *[None if t is None else t.dtype for t in tensors.values()])
     plan = plan_launch(name, layout, x.device, dtypes, dy_stride, relu, cumulative)
     plan(x_ptr=x, **tensors, **plan.new_workspace(), **scalars)

@@ -1,8 +1,7 @@
 """Launches of the Triton kernels, compiled once per layout, dtype and pointer alignment.
 
-``kernel[grid](...)`` inspects every argument of every launch, which takes 15 us of CPU time. Here a
-:class:`LaunchPlan` keeps the ``CompiledKernel`` that it returns, and passes the arguments of later
-launches directly to Triton's launcher.
+``kernel[grid](...)`` inspects every argument of every launch: 15 us of CPU time. A
+:class:`LaunchPlan` passes the arguments of later launches directly to Triton's launcher.
 """
 
 from __future__ import annotations
@@ -14,10 +13,13 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from syncbn.kernels.layout import NCSLayout
+from syncbn.kernels.triton import kernels
+from syncbn.kernels.triton.tiling import tile_elementwise, tile_reduction
+
 # Bytes: Triton compiles for pointers that are multiples, or for any.
 _ALIGNMENT = 16
-# Compute capability and driver version from which a launch may begin while the kernel before it
-# ends (programmatic dependent launch), also when captured in a CUDA graph.
+# Least compute capability and driver version for programmatic dependent launch in CUDA graphs.
 _PDL_CAPABILITY, _PDL_DRIVER = (9, 0), 12030
 # Handle of cudaStreamPerThread: one handle, but a stream per thread.
 _STREAM_PER_THREAD = 2
@@ -87,15 +89,51 @@ class LaunchPlan:
             self._compiled[key] = self._kernel[self._grid](*arguments, **self._options)
 
 
+# Layers see the same few shapes again and again.
+@lru_cache(maxsize=4096)
+def plan_launch(
+    name: str,
+    layout: NCSLayout,
+    device: torch.device,
+    dtypes: tuple[torch.dtype | None, ...],
+    dy_stride: int | None = None,
+    relu: bool = False,
+    cumulative: bool = False,
+) -> LaunchPlan:
+    """Return the plan of a kernel of :mod:`syncbn.kernels.triton.kernels`.
+
+    Args:
+        name: name of the kernel.
+        layout: layout of x.
+        device: device of the tensors.
+        dtypes: dtypes of the tensors, x's first; None for an argument that is None.
+        dy_stride: stride between the samples of dy; None for a kernel without dy.
+        relu: True for a ReLU that is computed, or recomputed from x.
+        cumulative: True for running statistics with ``momentum=None``.
+    """
+    kernel, dtype = getattr(kernels, name), dtypes[0]
+    assert dtype is not None
+    strides = {"x_stride": layout.stride, "stride": layout.dense_stride}
+    if dy_stride is not None:
+        strides["dy_stride"] = dy_stride
+    if "splits" in kernel.arg_names:
+        itemsize = dtype.itemsize * (1 if dy_stride is None else 2)
+        multiprocessors = _INTERPRETED_MULTIPROCESSORS
+        if device.type == "cuda":
+            multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        tiling = tile_reduction(layout, dtype, [*strides.values()], itemsize, multiprocessors)
+    else:
+        tiling = tile_elementwise(layout, dtype, [*strides.values()])
+    flags = {"RELU": relu, "CUMULATIVE": cumulative, "count": layout.batch * layout.space}
+    constants = tiling.constants | strides | flags
+    return LaunchPlan(kernel, tiling.programs, device, constants, tiling.workspace)
+
+
 def _counters(size: int, device: torch.device) -> Tensor:
-    """Return counters that are zero when a kernel starts: int32, shape ``[size]``.
+    """Return counters, one per block of channels, that are zero when a kernel starts: int32.
 
     Kernels reset them, so that the launches of a stream share one tensor and none needs a memset.
     A CUDA graph may be replayed beside other work and gets its own.
-
-    Args:
-        size: number of blocks of channels.
-        device: device of the launch.
     """
     if device.type != "cuda":
         return torch.zeros(size, dtype=torch.int32, device=device)
@@ -108,13 +146,6 @@ def _counters(size: int, device: torch.device) -> Tensor:
 @lru_cache(maxsize=1024)
 def _stream_counters(size: int, device: torch.device, stream: int) -> Tensor:
     return torch.zeros(size, dtype=torch.int32, device=device)
-
-
-def num_multiprocessors(device: torch.device) -> int:
-    """Return the number of multiprocessors of a GPU."""
-    if device.type == "cpu":
-        return _INTERPRETED_MULTIPROCESSORS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @cache

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from syncbn.kernels.base import NormalizeArgs, RunningStats
 from syncbn.kernels.layout import NCSLayout
-from syncbn.kernels.triton import TritonKernel, plans
+from syncbn.kernels.triton import TritonKernel, launcher
 from syncbn.kernels.triton.launcher import LaunchPlan
 from tests.kernels.triton.absent_gpu import Launch, compile_for
 from tests.kernels.triton.compile_for_gpu import describe
@@ -62,7 +62,7 @@ def compare_alignments() -> dict[str, bool]:
     flat = torch.randn(16 * 64 * 14 * 14 + 1)
     aligned, unaligned = flat[:-1], flat[1:]
     layout = NCSLayout.contiguous((16, 64, 196))
-    plan = plans.plan_launch("moments", layout, flat.device, (flat.dtype, torch.float64))
+    plan = launcher.plan_launch("moments", layout, flat.device, (flat.dtype, torch.float64))
     moments = torch.empty(129, dtype=torch.float64)
     counts = []
     for x in (aligned, aligned.clone(), unaligned, unaligned, aligned):

@@ -23,10 +23,10 @@ pytestmark = MARKS
 
 def test_programs_share_channels() -> None:
     """64 samples, also in the tests below: programs combine their partial sums."""
-    from syncbn.kernels.triton import plans
+    from syncbn.kernels.triton import launcher
 
     _, x, _ = make_layer(64)
-    plan = plans.plan_launch("moments", NCSLayout.contiguous(x.shape), x.device, (x.dtype,))
+    plan = launcher.plan_launch("moments", NCSLayout.contiguous(x.shape), x.device, (x.dtype,))
     assert "counters_ptr" in plan.new_workspace()
 
 

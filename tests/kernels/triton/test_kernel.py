@@ -47,11 +47,11 @@ def launches() -> Iterator[list[str]]:
 
 @pytest.fixture
 def _empty_plan_cache() -> Iterator[None]:
-    from syncbn.kernels.triton import plans
+    from syncbn.kernels.triton import launcher
 
-    plans.plan_launch.cache_clear()
+    launcher.plan_launch.cache_clear()
     yield
-    plans.plan_launch.cache_clear()
+    launcher.plan_launch.cache_clear()
 
 
 @pytest.fixture(params=["small", "large"])
@@ -113,7 +113,7 @@ def test_layouts(triton: Kernel, shape: tuple[int, ...], layout: str) -> None:
 @pytest.mark.usefixtures("_empty_plan_cache")
 def test_first_values_far_from_the_mean(triton: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding, say: around the mean of its first values, float32 would lose the variance."""
-    monkeypatch.setattr("syncbn.kernels.triton.plans.num_multiprocessors", lambda _: 1)
+    monkeypatch.setattr("syncbn.kernels.triton.launcher._INTERPRETED_MULTIPROCESSORS", 1)
     x = torch.full((50, 1, 2048), 1000.1, device=DEVICE)
     x[:2] = 0
     moments = Moments.unpack(triton.moments(x), 1)
@@ -123,12 +123,12 @@ def test_first_values_far_from_the_mean(triton: Kernel, monkeypatch: pytest.Monk
 
 def test_a_launch_resets_its_counters() -> None:
     """Otherwise the next launch would have no last program, or two."""
-    from syncbn.kernels.triton import plans
+    from syncbn.kernels.triton import launcher
 
     x = torch.randn(SPLIT_SHAPE, device=DEVICE)
     expected = totals(REFERENCE.moments(x.double()), x.shape[1])
     layout = NCSLayout.contiguous(x.shape)
-    plan = plans.plan_launch("moments", layout, x.device, (x.dtype, torch.float64))
+    plan = launcher.plan_launch("moments", layout, x.device, (x.dtype, torch.float64))
     workspace = plan.new_workspace()
     for _ in range(2):
         moments = torch.empty_like(expected)

@@ -27,7 +27,7 @@ def specialization(plan: LaunchPlan) -> tuple[object, ...]:
 @pytest.mark.parametrize(("channels_last", "limit"), [(False, 70), (True, 35)])
 def test_images_of_many_sizes_share_compiled_kernels(channels_last: bool, limit: int) -> None:
     """Compiling a kernel takes a second."""
-    from syncbn.kernels.triton import plans
+    from syncbn.kernels.triton.launcher import plan_launch
 
     sizes = torch.randint(12, 200, (100, 2), generator=torch.Generator().manual_seed(0))
     compiled = set()
@@ -38,6 +38,6 @@ def test_images_of_many_sizes_share_compiled_kernels(channels_last: bool, limit:
             layout = NCSLayout(4 * space, 256, 1, 256, 256)
         for name in ("moments", "normalize", "backward_reduce", "backward_elemt"):
             dy_stride = layout.dense_stride if name.startswith("backward") else None
-            plan = plans.plan_launch(name, layout, DEVICE, dtypes, dy_stride)
+            plan = plan_launch(name, layout, DEVICE, dtypes, dy_stride)
             compiled.add(specialization(plan))
     assert len(compiled) <= limit
