@@ -117,6 +117,18 @@ def test_links_between_documents_resolve() -> None:
             assert link.startswith("http") or (path.parent / link).exists(), f"{path}: {link}"
 
 
+def test_files_named_in_the_architecture_exist() -> None:
+    """Regression: the table named files that a later commit had merged."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    names = re.findall(r"`([\w/.]+\.(?:py|h|cpp|md))`", text)
+    folders = [PACKAGE, *(ROOT / name for name in ("configs", "docs", "examples", "tests"))]
+    files = [str(path) for folder in folders for path in folder.rglob("*.*")]
+    files += [str(path) for path in ROOT.glob("*.*")]
+    missing = {n for n in names if not any(file.endswith(f"/{n}") for file in files)}
+    assert len(names) > 20
+    assert missing == set()
+
+
 def test_public_names() -> None:
     classes = "CalibrationReport Fusion RankInfo SyncBatchNorm"
     layers = "SyncBatchNorm1d SyncBatchNorm2d SyncBatchNorm3d"

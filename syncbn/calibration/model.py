@@ -18,7 +18,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from syncbn.calibration.ranks import defer_sigint
 from syncbn.nn.bn_layers import (
     BNLayer,
-    RunningStats,
+    SavedStatistics,
     named_batch_norms,
     plain_name,
     require_running_stats,
@@ -129,7 +129,7 @@ def _require_separate_buffers(chosen: list[BNLayer], left_alone: dict[str, _Batc
 
 
 @contextmanager
-def preserved_model_state(model: nn.Module, stats: RunningStats) -> Iterator[None]:
+def preserved_model_state(model: nn.Module, stats: SavedStatistics) -> Iterator[None]:
     """Put a model into inference mode without communication for the body, then restore it.
 
     Training flags and random generators are restored, and on an exception the running statistics.

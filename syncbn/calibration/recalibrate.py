@@ -20,7 +20,7 @@ from syncbn.calibration.sequential import calibrate_sequential
 from syncbn.calibration.single_pass import calibrate_average, calibrate_ema, calibrate_pooled
 from syncbn.distributed import resolve_group
 from syncbn.distributed.groups import active_group
-from syncbn.nn.bn_layers import BNLayer, RunningStats, clone_running_stats, restore_running_stats
+from syncbn.nn.bn_layers import BNLayer, SavedStatistics, clone_running_stats, restore_running_stats
 
 #: Methods whose result does not depend on the batch size.
 ExactMethod = Literal["lockstep", "sequential"]
@@ -146,7 +146,7 @@ def recalibrate(
     Reference:
         Wu and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576, section 3.
     """
-    backup: RunningStats = []
+    backup: SavedStatistics = []
     with defer_sigint(undo=lambda: restore_running_stats(backup)) as sigint:
         group = active_group(resolve_group(process_group))
         device = _find_device(model)
@@ -201,8 +201,8 @@ def _check_arguments(
 
 def _make_report(
     results: Results,
-    old: RunningStats,
-    undo: RunningStats,
+    old: SavedStatistics,
+    undo: SavedStatistics,
     left_alone: list[str],
     verification: str,
 ) -> CalibrationReport:
@@ -269,7 +269,7 @@ def _digest(buffer: Tensor | None) -> str:
     return hashlib.blake2b(content, digest_size=4).hexdigest()
 
 
-def _broadcast_running_stats(layers: list[BNLayer], ranks: Ranks) -> RunningStats:
+def _broadcast_running_stats(layers: list[BNLayer], ranks: Ranks) -> SavedStatistics:
     """Set and return the old statistics of rank 0; local batch norm differs between ranks."""
     old = [part.double() for _, *parts in clone_running_stats(layers) for part in parts]
     parts = iter(ranks.broadcast_first(torch.cat(old)).split([len(part) for part in old]))

@@ -15,7 +15,7 @@ from syncbn.calibration.context import InputStats
 from syncbn.calibration.display import draw_drift, render_table
 from syncbn.calibration.ranks import defer_sigint
 from syncbn.files import atomic_write
-from syncbn.nn.bn_layers import BNLayer, RunningStats, restore_running_stats
+from syncbn.nn.bn_layers import BNLayer, SavedStatistics, restore_running_stats
 
 #: Smallest notable divergence, nats per channel: a mean off by a tenth of a standard deviation, or
 #: a variance off by 14 %.
@@ -141,7 +141,7 @@ class CalibrationReport:
     not_reached: list[str]
     left_alone: list[str]
     verification: str
-    _undo: RunningStats = field(repr=False)
+    _undo: SavedStatistics = field(repr=False)
 
     def between(self) -> dict[str, Tensor]:
         """Return the variance between the means of samples, float64 ``[C]`` by layer name.

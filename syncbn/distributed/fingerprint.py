@@ -66,9 +66,9 @@ def fingerprint(label: str, vector: Tensor) -> float | None:
 def append(vector: Tensor, value: float | None) -> Tensor:
     """Return a payload: each row of a vector, shape ``[*, n]``, followed by the value.
 
-    The rows get an even length. Then a forward payload, 2C + 2, has the size of a backward payload,
-    and a rank that skips a backward pass causes an error here instead of an abort in Gloo. Float64
-    inputs are the exception: their forward payloads are 4C + 2.
+    The value is repeated if a row would get an odd length. So forward and backward payloads both
+    have 2C + 2 elements, and a rank that skips a backward pass causes an error here instead of an
+    abort in Gloo. Float64 inputs are the exception: their forward payloads have 4C + 2.
     """
     if value is None:
         return vector

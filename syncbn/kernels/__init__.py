@@ -37,8 +37,8 @@ def select_kernel(impl: str, x: Tensor, *tensors: Tensor | None) -> Kernel:
     """Return the kernel for x.
 
     Args:
-        impl: "auto" for the fastest kernel that supports x, or the name of a kernel, which is never
-            replaced by another.
+        impl: "auto" for the first of C++, Triton, ATen and reference that supports x, or the name
+            of a kernel, which is never replaced by another.
         x: input, shape ``[N, C, *]``.
         tensors: weight, bias, running statistics and residual on x's device, or None.
 
@@ -48,7 +48,7 @@ def select_kernel(impl: str, x: Tensor, *tensors: Tensor | None) -> Kernel:
     """
     if impl == "reference":
         return REFERENCE
-    # An object that the compiler traces through.
+    # torch.compile can trace this kernel.
     if torch.compiler.is_compiling() and impl == "auto":
         return REFERENCE
     if impl == "auto":
@@ -62,13 +62,13 @@ def select_kernel(impl: str, x: Tensor, *tensors: Tensor | None) -> Kernel:
 
 
 def _select_fastest(x: Tensor, tensors: tuple[Tensor | None, ...]) -> Kernel:
-    # Tensor subclasses and dispatch modes see operations of torch alone.
+    # Tensor subclasses and dispatch modes would miss a call through ctypes or Triton.
     is_plain = (
         type(x) in _PLAIN and _PLAIN.issuperset(map(type, tensors)) and not num_dispatch_modes()
     )
     match x.device.type:
-        case "cpu" if is_plain and not isinstance(library := cpu.load(), str):
-            return library
+        case "cpu" if is_plain and not isinstance(kernel := cpu.load(), str):
+            return kernel
         case "cuda":
             if is_plain and triton_unavailable_reason() is None:
                 triton = _load_triton()

@@ -115,8 +115,8 @@ class Kernel(ABC):
     def moments(self, x: Tensor) -> Tensor:
         """Return packed :class:`syncbn.moments.Moments` of x, shape ``[N, C, *]``.
 
-        float64, ``[2C + 1]``; two-part sums for float64 inputs, ``[4C + 1]``. Squares are of the
-        compute dtype: the variance of float32 values 1e19 away from their mean is infinite.
+        float64, ``[2C + 1]``; two-part sums for float64 inputs, ``[4C + 1]``. Squares have the
+        compute dtype: float32 overflows for values 1e19 away from their mean.
         """
 
     @abstractmethod
@@ -205,7 +205,7 @@ def parameter_gradients(
     """
     sum_dy, sum_dy_xhat = sums.split(sums.numel() // 2)
     weight, bias = saved.weight, saved.bias
-    # Copies: the all-reduce overwrites the sums.
+    # Copies: the all-reduce may overwrite the sums.
     dweight = dbias = None
     if output_mask[1] and weight is not None:
         dweight = sum_dy_xhat.to(weight.dtype, copy=True)

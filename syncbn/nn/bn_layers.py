@@ -74,16 +74,16 @@ class BNLayer:
 
 
 #: Layers with copies of their running means and variances, shape ``[C]``.
-RunningStats: TypeAlias = list[tuple[BNLayer, Tensor, Tensor]]
+SavedStatistics: TypeAlias = list[tuple[BNLayer, Tensor, Tensor]]
 
 
-def clone_running_stats(layers: Sequence[BNLayer]) -> RunningStats:
+def clone_running_stats(layers: Sequence[BNLayer]) -> SavedStatistics:
     """Return the layers with copies of their running statistics."""
     with torch.no_grad():
         return [(layer, layer.running_mean.clone(), layer.running_var.clone()) for layer in layers]
 
 
-def restore_running_stats(stats: RunningStats) -> None:
+def restore_running_stats(stats: SavedStatistics) -> None:
     """Copy saved running statistics back into the buffers."""
     for layer, mean, var in stats:
         layer.set_running_stats(mean, var)

@@ -74,7 +74,7 @@ def _record_moments(moments: Tensor, x: Tensor, params: BatchNormParams) -> None
     if params.mask_fill is not None or x.numel() <= x.shape[1]:
         check_value_count(x, moments[-1], params)
     phase = activation_checkpoint.current()
-    # A recomputation needs moments with a graph: those of the forward pass are only counted off.
+    # The saved moments have no graph: a recomputation consumes them and uses new ones.
     is_new = phase is None or phase.moments_for(lambda: moments, x, params.label)[1]
     if is_new and params.running is not None:
         update_running_stats(Moments.unpack(moments, x.shape[1]), params.running)

@@ -106,7 +106,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         else:
             args = NormalizeArgs(params.eps, weight, bias, params.relu, running)
             y, saved = kernel.forward_local(x, args, residual)
-        # Two unmasked values here are two in the group.
+        # Two values per channel on this rank are enough.
         if params.mask_fill is not None or x.numel() <= x.shape[1]:
             check_value_count(x, saved.statistics[-1], params)
         ctx.save_for_backward(*saved[:5])
@@ -141,7 +141,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
 
 
 def _needs_moments(params: BatchNormParams) -> bool:
-    """Return whether the moments are read by more than the kernel of this rank."""
+    """Return whether a group, a mask, pending moments or a checkpoint phase needs the moments."""
     if params.group is not None or params.mask_fill is not None or params.pending is not None:
         return True
     return not torch.compiler.is_compiling() and activation_checkpoint.current() is not None

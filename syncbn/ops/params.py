@@ -25,7 +25,7 @@ class BatchNormParams(NamedTuple):
         label: name of the layer in error messages; empty under ``torch.compile``.
         pending: packed moments of earlier micro-batches, to which this batch's are added, or None.
         mask_fill: fill of masked positions, or None without a mask.
-        call_number: number of the forward all-reduce in its group; 0 if uncounted.
+        call_number: number of checked all-reduces of the group so far; 0 if uncounted.
     """
 
     eps: float

@@ -126,7 +126,7 @@ class Watchdog:
         Args:
             collectives: number of collectives that this rank has started.
             keeps_store: True for the rank that holds the store; it waits a little for all ranks to
-            leave.
+                leave.
         """
         self._closing.set()
         if self._thread is not None:

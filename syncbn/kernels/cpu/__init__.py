@@ -1,4 +1,4 @@
-"""The C++ kernel for CPU tensors (`csrc/`): each function reads its inputs and writes once.
+"""The C++ kernel for CPU tensors (`csrc/`): one pass over the memory per function.
 
 It is called through ctypes. A torch extension would have to be built for each version of torch,
 and a nanobind module for each version of Python; a plain C library serves all of them.

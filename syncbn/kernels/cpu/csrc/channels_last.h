@@ -8,8 +8,8 @@ namespace {
 // as many as fill vectors of MAX_LANES.
 constexpr int64_t MIN_WIDTH = 64;
 constexpr int64_t MAX_LANES = 16;
-// Rows that are summed before they are added to the accumulators: less traffic with these, and
-// smaller float32 errors.
+// Rows that are summed before they are added to the accumulators: fewer loads and stores
+// of these, and smaller float32 errors.
 constexpr int64_t GROUP = 8;
 // Values of a block, whose float32 sums are then added in float64, and limits for its rows.
 constexpr int64_t BLOCK = 1 << 15;

@@ -16,7 +16,7 @@ struct Operand {
   int64_t stride;
 };
 
-// The arguments of every function, packed by abi.py. Missing tensors are null.
+// The arguments of every function, packed by __init__.py. Missing tensors are null.
 struct Call {
   // The result of syncbn_level(), or a lower level.
   int64_t level;
@@ -46,7 +46,7 @@ struct Call {
   double momentum, eps;
 };
 
-static_assert(sizeof(Call) == 27 * 8, "abi.py packs 27 numbers of eight bytes");
+static_assert(sizeof(Call) == 27 * 8, "_CALL in __init__.py packs 27 numbers of eight bytes");
 
 // Length of packed moments (moments.py): float64 inputs have two-part sums.
 static constexpr bool has_two_parts(Dtype dtype) { return dtype == Dtype::float64; }
