@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -22,4 +23,4 @@ class Formula(nn.Module):
         var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
         weight, bias = self.weight.view(-1, *trailing), self.bias.view(-1, *trailing)
         y = (x - mean) / (var + 1e-5).sqrt() * weight + bias
-        return y.relu() if self.activation else y
+        return getattr(F, self.activation)(y) if self.activation else y

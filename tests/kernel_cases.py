@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from syncbn.kernels import REFERENCE, cpu
+from syncbn.kernels.activations import Activation
 from syncbn.kernels.base import Kernel, NormalizeArgs, OutputMask, Reduced, Saved
 from syncbn.kernels.coefficients import split_statistics
 from syncbn.kernels.reference import compute_statistics
@@ -17,6 +18,7 @@ from tests import interpreter
 
 interpreter.begin()
 EPS = 1e-5
+RELU = Activation("relu")
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 needs_cpp = pytest.mark.skipif(isinstance(cpu.load(), str), reason=f"{cpu.load()}")
 KERNELS = [
@@ -66,7 +68,7 @@ def normalize(kernel: Kernel, x: Tensor, saved: Saved, residual: Tensor | None =
     mean, invstd, count = split_statistics(saved.statistics)
     centered = torch.zeros_like(mean), count * invstd**-2
     moments = Moments.from_pivot(count, mean, *centered, has_two_parts(x.dtype))
-    args = NormalizeArgs(0.0, saved.weight, saved.bias, saved.relu)
+    args = NormalizeArgs(0.0, saved.weight, saved.bias, saved.activation)
     return kernel.normalize(x, moments.pack(), args, residual)[0]
 
 
@@ -91,18 +93,20 @@ def totals(packed: Tensor, channels: int) -> Tensor:
     return torch.cat([*moments.round_sums(), moments.count.reshape(1)])
 
 
-def saved_for(x: Tensor, relu: bool = False) -> Saved:
+def saved_for(x: Tensor, activation: Activation | None = None) -> Saved:
     """Return the saved values of a forward pass with a weight and a bias."""
     values = torch.linspace(0.5, 1.5, x.shape[1], dtype=torch.float64)
     weight, bias = values.to(x.dtype), (values - 1).to(x.dtype)
     moments = Moments.unpack(REFERENCE.moments(x.double()), x.shape[1])
-    return Saved(x, weight, bias, compute_statistics(moments, NormalizeArgs(EPS)), None, relu)
+    return Saved(x, weight, bias, compute_statistics(moments, NormalizeArgs(EPS)), None, activation)
 
 
 def compute_all(kernel: Kernel, x: Tensor, dy: Tensor, saved: Saved) -> list[Tensor]:
     """Return the results of every method, where rounding cannot move a value through a ReLU."""
     sums = backward_reduce(kernel, dy, x, saved).sums
-    y, local = kernel.forward_local(x, NormalizeArgs(EPS, saved.weight, saved.bias, saved.relu))
+    y, local = kernel.forward_local(
+        x, NormalizeArgs(EPS, saved.weight, saved.bias, saved.activation)
+    )
     mask = True, True, True, False
     dx, dweight, dbias, _ = kernel.backward_local(dy, saved._replace(x=x), mask)
     results = [

@@ -11,9 +11,11 @@ from torch import Tensor
 _DTYPES = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES}
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-#: Operations after a layer, which our layers fuse.
-NOTHING, RELU, ADDITION = "", "ReLU", "addition and ReLU"
-EPILOGUES = (NOTHING, RELU, ADDITION)
+
+
+def name_epilogues(activation: str) -> tuple[str, str, str]:
+    """Return the operations after a layer, which our layers fuse; the first is none."""
+    return "", activation, f"addition and {activation}"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from syncbn.bench.layer_cases import NOTHING
 from syncbn.bench.layer_times import CaseCosts
 from syncbn.files import atomic_write
 
@@ -33,7 +32,7 @@ def draw(costs: list[CaseCosts], target: Path) -> None:
 
 
 def _draw_chart(axes: Axes, cases: list[CaseCosts]) -> None:
-    plain = [i for i, layer in enumerate(cases[0].layers) if layer.epilogue == NOTHING]
+    plain = [i for i, layer in enumerate(cases[0].layers) if not layer.epilogue]
     width = 0.8 / len(plain)
     for number, (i, color) in enumerate(zip(plain, _COLORS, strict=False)):
         left = [x - 0.4 + (number + 0.5) * width for x in range(len(cases))]

@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as TorchSyncFunction
 
-from syncbn.bench.layer_cases import ADDITION, EPILOGUES, NOTHING, RELU, Case
+from syncbn.bench.layer_cases import Case, name_epilogues
 from syncbn.bench.memory import peak_bytes
 from syncbn.bench.ranks import World, max_over_ranks
 from syncbn.bench.timing import Clock, Percentiles, interleave
 from syncbn.distributed.groups import resolve_group
+from syncbn.kernels.activations import Activation, apply_activation
 from syncbn.nn.module import SyncBatchNorm2d
 
 BASELINE, TORCH_SYNC, COPY = "nn.BatchNorm2d", "nn.SyncBatchNorm", "copy"
@@ -29,7 +30,7 @@ class LayerCost:
 
     name: str  # layer or kernel
     ranks: int  # number of ranks that share statistics
-    epilogue: str  # operations after the layer, of EPILOGUES
+    epilogue: str  # operations after the layer, of name_epilogues()
     step: Percentiles  # seconds
     ratio: Percentiles  # step over step of nn.BatchNorm2d with the same epilogue, by round
     peak_bytes: int  # without inputs and output gradient
@@ -54,11 +55,12 @@ class _Layer:
     name: str
     ranks: int
     epilogue: str
+    adds: bool
     forward: Callable[[Tensor, Tensor], Tensor]
     parameters: list[nn.Parameter]
 
     def step(self, x: Tensor, residual: Tensor, dy: Tensor) -> None:
-        inputs = [x, residual] if self.epilogue == ADDITION else [x]
+        inputs = [x, residual] if self.adds else [x]
         torch.autograd.grad(self.forward(x, residual), [*inputs, *self.parameters], dy)
 
 
@@ -77,13 +79,19 @@ class TorchSyncBatchNorm(nn.SyncBatchNorm):
 
 
 def time_layers(
-    case: Case, kernels: list[str], rounds: int, world: World, clock: Clock, burst: int = 1
+    case: Case,
+    kernels: list[str],
+    activation: Activation,
+    rounds: int,
+    world: World,
+    clock: Clock,
+    burst: int = 1,
 ) -> CaseCosts:
     """Time every layer on one input, on every rank; see :func:`interleave`."""
     x, residual, dy = (case.tensor(world.device) for _ in range(3))
     x.requires_grad_()
     residual.requires_grad_()
-    layers = _make_layers(case, kernels, world)
+    layers = _make_layers(case, kernels, activation, world)
     calls: dict[str, Callable[[], object]] = {COPY: partial(torch.empty_like(dy).copy_, dy)}
     for i, layer in enumerate(layers):
         calls[str(i)] = partial(layer.step, x, residual, dy)
@@ -110,26 +118,35 @@ def time_layers(
     return CaseCosts(case, Percentiles.of(seconds[COPY]), costs)
 
 
-def _make_layers(case: Case, kernels: list[str], world: World) -> list[_Layer]:
+def _make_layers(
+    case: Case, kernels: list[str], activation: Activation, world: World
+) -> list[_Layer]:
     options: dict[str, Any] = {"device": world.device, "dtype": case.parameter_dtype}
     baseline: nn.Module = nn.BatchNorm2d(case.channels, **options)
     weights = list(baseline.parameters())
+    act = partial(apply_activation, activation=activation)
+    epilogues = name_epilogues(activation.name)
+    forwards: list[Callable[[Tensor, Tensor], Tensor]] = [
+        lambda x, _: baseline(x),
+        lambda x, _: act(baseline(x)),
+        lambda x, r: act(baseline(x).add_(r)),
+    ]
     layers = [
-        _Layer(BASELINE, 1, NOTHING, lambda x, _: baseline(x), weights),
-        _Layer(BASELINE, 1, RELU, lambda x, _: baseline(x).relu_(), weights),
-        _Layer(BASELINE, 1, ADDITION, lambda x, r: baseline(x).add_(r).relu_(), weights),
+        _Layer(BASELINE, 1, epilogue, i == 2, forward, weights)
+        for i, (epilogue, forward) in enumerate(zip(epilogues, forwards, strict=True))
     ]
     if world.device.type == "cuda":  # it rejects CPU tensors
         other: nn.Module = TorchSyncBatchNorm(case.channels, **options)
         weights = list(other.parameters())
-        layers.append(_Layer(TORCH_SYNC, world.size, NOTHING, lambda x, _: other(x), weights))
+        layers.append(_Layer(TORCH_SYNC, world.size, "", False, lambda x, _: other(x), weights))
     groups = {1: resolve_group(1), world.size: dist.group.WORLD}
-    for kernel, (size, group), epilogue in product(kernels, groups.items(), EPILOGUES):
-        options["activation"] = "relu" if epilogue else None
+    for kernel, (size, group), epilogue in product(kernels, groups.items(), epilogues):
+        options["activation"] = activation.name if epilogue else None
         ours = SyncBatchNorm2d(case.channels, process_group=group, **options)
         ours.impl = kernel
-        forward = partial(_forward, ours, epilogue == ADDITION)
-        layers.append(_Layer(kernel, size, epilogue, forward, list(ours.parameters())))
+        adds = epilogue == epilogues[2]
+        forward = partial(_forward, ours, adds)
+        layers.append(_Layer(kernel, size, epilogue, adds, forward, list(ours.parameters())))
     return layers
 
 

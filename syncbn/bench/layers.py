@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import groupby, product
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from syncbn import kernels
 from syncbn.bench.kernel_times import TRAFFIC, KernelCost, time_kernel
-from syncbn.bench.layer_cases import DTYPES, EPILOGUES, LAYOUTS, Case
+from syncbn.bench.layer_cases import DTYPES, LAYOUTS, Case, name_epilogues
 from syncbn.bench.layer_times import BASELINE, TORCH_SYNC, CaseCosts, time_layers
 from syncbn.bench.memory import reuse_freed_memory
 from syncbn.bench.ranks import init_world, use_gpu
 from syncbn.bench.report import Benchmark, Report, Table, default_if_none
 from syncbn.bench.timing import MICROSECOND, MILLISECOND, PERCENTILES, cpu_clock, device_clock
+from syncbn.kernels.activations import NAMES, Activation, ActivationName
 
 _MIB = 1 << 20
 # Its arithmetic takes about a microsecond; the rest is CPU time of Python and of launches.
@@ -34,6 +36,7 @@ class Layers(Benchmark):
     layouts: list[str]
     dtypes: list[str] | None
     kernels: list[str] | None
+    activation: str
     rounds: int
 
     def __post_init__(self) -> None:
@@ -47,6 +50,9 @@ class Layers(Benchmark):
         self.check_one_of("layouts", self.layouts, LAYOUTS)
         self.check_one_of("dtypes", dtypes, DTYPES)
         self.check_one_of("kernels", self._kernels, kernels.IMPLS)
+        self.check_one_of("activation", [self.activation], NAMES)
+        # The default slope of nn.LeakyReLU.
+        self._activation = Activation(cast("ActivationName", self.activation), 0.01)
         settings = product(dtypes, self.layouts, self.shapes)
         self._cases = [Case(shape, batch, layout, dtype) for dtype, layout, shape in settings]
         if not self._cases:
@@ -56,8 +62,9 @@ class Layers(Benchmark):
         """Measure, on every rank."""
         world = init_world(self.device, self.threads)
         clock, rounds, names = device_clock(world.device), self.rounds, self._kernels
-        layers = [time_layers(case, names, rounds, world, clock) for case in self._cases]
-        tiny = time_layers(_TINY, names, rounds, world, cpu_clock, _TINY_BURST)
+        settings = names, self._activation, rounds, world
+        layers = [time_layers(case, *settings, clock) for case in self._cases]
+        tiny = time_layers(_TINY, *settings, cpu_clock, _TINY_BURST)
         # From here on freed memory is kept: kernels write to memory without page faults.
         reused = world.device.type == "cuda" or reuse_freed_memory()
         tasks = product(names, self._cases)
@@ -67,11 +74,12 @@ class Layers(Benchmark):
 
             draw(layers, Path(self.png))
         groups = groupby(layers, lambda costs: (costs.case.layout, costs.case.dtype))
+        epilogues = name_epilogues(self.activation)
         kinds = [(f"{layout}, {dtype}", list(costs)) for (layout, dtype), costs in groups]
         return Report(
             world.facts,
             [
-                *(_ratio_table(kind, costs, e) for kind, costs in kinds for e in EPILOGUES),
+                *(_ratio_table(kind, costs, e) for kind, costs in kinds for e in epilogues),
                 *_bandwidth_tables(steps, reused),
                 _overhead_table(tiny),
             ],

@@ -43,7 +43,7 @@ class Fusion:
     """Result of :func:`syncbn.fuse`.
 
     Attributes:
-        fused: operations moved into a layer, "relu" or "residual, relu", by name of the layer.
+        fused: operations moved into a layer, as "relu" or "residual, relu", by name of the layer.
         skipped: reason why a forward cannot be rewritten, by name of the module.
     """
 
@@ -76,19 +76,20 @@ class Fusion:
 
 
 def fuse(model: nn.Module) -> Fusion:
-    """Move the residual addition and the ReLU after a synchronized layer into the layer, in place.
+    """Move a residual addition and an activation after a synchronized layer into the layer.
 
     ``relu(bn(x))`` and ``relu(bn(x) + residual)`` become one pass over the memory, forward and
-    backward, and no input is saved for the ReLU. Matches are found in the forward of any module,
+    backward, and no input is saved for the ReLU; likewise ReLU6, LeakyReLU, SiLU, Hardswish and
+    GELU. The model is changed in place. Matches are found in the forward of any module,
     also if the layer is the last one of a child (a ``Sequential``, a block). Only these modules
     get a new forward: they keep their identity, children, hooks and ``state_dict``.
 
     A forward is rewritten if it only calls children and functions of torch, and assigns local
     names; ``skipped`` gives the reason otherwise. Layers with hooks, and layers that are called or
     registered twice, are unchanged. All-reduces keep their order, so ranks may fuse different
-    layers. Layers must not be called from outside the model's forwards. Fused ReLU modules are no
-    longer called, nor are children added to a fused module later. A fused model cannot be pickled;
-    copies made by ``deepcopy`` stay fused.
+    layers. Layers must not be called from outside the model's forwards. Fused activation modules
+    are no longer called, nor are children added to a fused module later. A fused model cannot be
+    pickled; copies made by ``deepcopy`` stay fused.
 
     Args:
         model: network converted by :func:`syncbn.convert_sync_batchnorm`.
@@ -109,7 +110,7 @@ class _FusionPass:
         # in; None for the layer itself.
         self._last_calls: dict[nn.Module, Node | None] = {}
         self._changed: dict[nn.Module, Graph] = {}
-        self._fused: dict[SyncBatchNorm, str] = {}
+        self._fused: dict[SyncBatchNorm, Match] = {}
 
     def run(self) -> Fusion:
         """Rewrite the modules of all matches."""
@@ -134,7 +135,7 @@ class _FusionPass:
             elif module in graphs:
                 self._rewrite(module, graphs[module], is_private)
         classes = self._change_classes()
-        fused = {name: self._fused[m] for m, name in self._names.items() if m in self._fused}
+        fused = {name: str(self._fused[m]) for m, name in self._names.items() if m in self._fused}
         return Fusion(fused, skipped, list(self._fused), classes)
 
     def _rewrite(self, module: nn.Module, graph: Graph, is_private: bool) -> None:
@@ -149,20 +150,20 @@ class _FusionPass:
                     self._last_calls[module] = last
 
     def _fuse(self, module: nn.Module, graph: Graph, match: Match) -> None:
-        norm, add, relu = match
+        norm, add, last, _ = match
         if add is None:
-            relu.replace_all_uses_with(norm)
-            graph.erase_node(relu)
+            last.replace_all_uses_with(norm)
+            graph.erase_node(last)
         else:
             (residual,) = (node for node in add.all_input_nodes if node is not norm)
             with graph.inserting_before(add):
                 call = graph.node_copy(norm)
             _pass_residual(module, call, residual)
-            relu.replace_all_uses_with(call)
-            for node in (relu, add, norm):
+            last.replace_all_uses_with(call)
+            for node in (last, add, norm):
                 graph.erase_node(node)
         layer = self._consume_norm(callee(module, norm), add is not None)
-        self._fused[layer] = "relu" if add is None else "residual, relu"
+        self._fused[layer] = match
 
     def _consume_norm(self, module: nn.Module, with_residual: bool) -> SyncBatchNorm:
         """Return the layer that a module ends in; pass the residual through all modules above."""
@@ -193,8 +194,10 @@ class _FusionPass:
             classes[module] = kind, made[key]
         for module, (_, fused) in classes.items():
             module.__class__ = fused
-        for layer in self._fused:
-            layer._syncbn_activation = "relu"
+        for layer, match in self._fused.items():
+            layer._syncbn_activation = match.activation.name
+            if match.activation.name == "leaky_relu":
+                layer._syncbn_negative_slope = match.activation.negative_slope
         return classes
 
 

@@ -1,9 +1,9 @@
-"""Patterns that fuse into a layer: a ReLU, or an addition and a ReLU, after the layer."""
+"""Patterns that fuse into a layer: an activation, or an addition and an activation, after it."""
 
 from __future__ import annotations
 
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,34 +11,63 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from syncbn.fusion.tracing import INPLACE_OPERATORS, callee
+from syncbn.kernels.activations import Activation, ActivationName
 from syncbn.nn.fx_call import has_hooks
 from syncbn.nn.module import SyncBatchNorm
+from syncbn.ops.validation import check_activation
 
 _CALLS = ("call_function", "call_method")
-_RELUS = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
+# Functions and methods, by name of the activation.
+_FUNCTIONS: dict[Any, ActivationName] = {
+    **dict.fromkeys((F.relu, torch.relu, torch.relu_, "relu", "relu_"), "relu"),
+    F.relu6: "relu6",
+    F.leaky_relu: "leaky_relu",
+    F.silu: "silu",
+    F.hardswish: "hardswish",
+    F.gelu: "gelu",
+}
+_MODULES: dict[type[nn.Module], ActivationName] = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.LeakyReLU: "leaky_relu",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+    nn.GELU: "gelu",
+}
 _INPLACE_ADDITIONS = {operator.iadd, "add_"}
 _ADDITIONS = {operator.add, torch.add, "add", *_INPLACE_ADDITIONS}
 
 
 class Match(NamedTuple):
-    """Call of a layer, or of a module that ends in one; addition of a residual, or None; ReLU."""
+    """Operations that become one.
+
+    Attributes:
+        norm: call of a layer, or of a module that ends in one.
+        add: addition of a residual, or None.
+        last: call of the activation.
+        activation: the activation.
+    """
 
     norm: Node
     add: Node | None
-    relu: Node
+    last: Node
+    activation: Activation
+
+    def __str__(self) -> str:
+        return self.activation.name if self.add is None else f"residual, {self.activation.name}"
 
 
 def find_matches(root: nn.Module, graph: Graph, norms: set[Node]) -> list[Match]:
     """Return the matches in the graph of a module; norms are the calls of layers in it."""
     matches: list[Match] = []
-    for relu in graph.nodes:
-        source = sole_use(relu.args[0] if relu.args else None)
-        if source is None or not _is_relu(root, relu):
+    for last in graph.nodes:
+        source = sole_use(last.args[0] if last.args else None)
+        if source is None or (activation := _find_activation(root, last)) is None:
             continue
         if source in norms:
-            matches.append(Match(source, None, relu))
+            matches.append(Match(source, None, last, activation))
         elif (norm := _find_summand(root, source, norms)) is not None:
-            matches.append(Match(norm, source, relu))
+            matches.append(Match(norm, source, last, activation))
     return matches
 
 
@@ -85,8 +114,21 @@ def _prevents_move(root: nn.Module, node: Node) -> bool:
     return name in INPLACE_OPERATORS or name.endswith("_") or bool(has_flag)
 
 
-def _is_relu(root: nn.Module, node: Node) -> bool:
+def _find_activation(root: nn.Module, node: Node) -> Activation | None:
+    """Return the activation that a node calls, if layers have it."""
+    options: dict[str, Any] = dict(node.kwargs)
+    name: ActivationName | None = None
     if node.op == "call_module":
         child = callee(root, node)
-        return type(child) is nn.ReLU and not has_hooks(child)
-    return node.op in _CALLS and node.target in _RELUS
+        if not has_hooks(child):
+            name, options = _MODULES.get(type(child)), vars(child)
+    elif node.op in _CALLS:
+        name = _FUNCTIONS.get(node.target)
+        if name == "leaky_relu" and len(node.args) > 1:
+            options["negative_slope"] = node.args[1]
+    if name is None or options.get("approximate", "none") != "none":
+        return None
+    try:
+        return check_activation(name, options.get("negative_slope", 0.01))
+    except ValueError:  # a slope that layers do not have
+        return None

@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncbn.kernels.coefficients import forward_coefficients
 from syncbn.nn.bn_layers import BNLayer
 from syncbn.nn.fx_call import record_call
-from syncbn.ops.functional import add_residual_relu
-from syncbn.ops.validation import check_input, check_parameters
+from syncbn.ops.functional import finish_forward
+from syncbn.ops.validation import check_activation, check_input, check_parameters
 
 # One derived class per base class, so that layers of one class still have one class.
 _DERIVED: dict[type[_BatchNorm], type[_BatchNorm]] = {}
@@ -80,8 +80,9 @@ class EvalStatisticsMixin(_BatchNorm):
         trailing = (1,) * (input.dim() - 2)
         pivot, scale, shift = (c.reshape(*c.shape, *trailing) for c in coefficients)
         y = torch.addcmul(shift, input - pivot, scale).to(input.dtype)
-        relu = getattr(self, "_syncbn_activation", None) is not None
-        return add_residual_relu(y, residual, relu, None)
+        name = getattr(self, "_syncbn_activation", None)
+        activation = check_activation(name, getattr(self, "_syncbn_negative_slope", 0.01))
+        return finish_forward(y, residual, activation, None)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # The derived class cannot be imported by name, so it is derived again from its base class.

@@ -2,8 +2,8 @@
 
 ATen computes with a float32 mean. Passing it the pivot of :mod:`syncbn.kernels.coefficients` as
 "mean" and correcting the per-channel values keeps the precision of the split mean. No call
-synchronizes with the host, and all accept tensors without elements. ATen has no fused ReLU and
-residual: they are separate operations.
+synchronizes with the host, and all accept tensors without elements. ATen has no fused residual
+and activation: they are separate operations.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from syncbn.kernels.activations import activation_backward, apply_activation
 from syncbn.kernels.base import (
     Kernel,
     NormalizeArgs,
     OutputMask,
     Reduced,
     Saved,
-    apply_relu_mask,
     parameter_gradients,
+    select_saved_values,
+    undo_activation,
 )
 from syncbn.kernels.coefficients import (
     compute_dtype,
@@ -70,17 +72,18 @@ class AtenCudaKernel(Kernel):
     ) -> tuple[Tensor, Saved]:
         """See :meth:`Kernel.normalize`."""
         statistics = compute_statistics(Moments.unpack(moments, x.shape[1]), args)
-        saved = Saved(x, args.weight, args.bias, statistics, None, args.relu)
+        saved = Saved(x, args.weight, args.bias, statistics, None, args.activation)
         y = _affine(saved)
         if residual is not None:
             y.add_(residual)
-        y = y.relu_() if args.relu else y
-        return y, saved._replace(relu_values=y if args.relu and residual is not None else None)
+        y = apply_activation(y, args.activation)
+        values = select_saved_values(args.activation, residual, y)
+        return y, saved._replace(activation_values=values)
 
     def backward_reduce(self, dy: Tensor, saved: Saved, output_mask: OutputMask) -> Reduced:
         """See :meth:`Kernel.backward_reduce`."""
-        dy, _ = apply_relu_mask(dy, saved)
-        sums = _reduce(_recompute_relu(dy, saved), saved)
+        dy, _ = undo_activation(dy, saved)
+        sums = _reduce(_recompute_activation(dy, saved), saved)
         dresidual = dy if output_mask[3] else None
         return Reduced(sums, *parameter_gradients(sums, saved, output_mask), dresidual, dy)
 
@@ -99,7 +102,7 @@ class AtenCudaKernel(Kernel):
         offset = mean_dy - rest * invstd.square() * mean_dy_xmu
         one = torch.ones(1, dtype=torch.int32, device=x.device)
         return torch.batch_norm_backward_elemt(
-            _recompute_relu(reduced.dy, saved),
+            _recompute_activation(reduced.dy, saved),
             x,
             pivot,
             invstd.to(compute),
@@ -138,10 +141,10 @@ def _affine(saved: Saved) -> Tensor:
     return torch.batch_norm_elemt(x, scale, shift, pivot, torch.ones_like(pivot), 0.0)
 
 
-def _recompute_relu(dy: Tensor, saved: Saved) -> Tensor:
-    """Return dy after the mask of a ReLU without a residual, in the memory layout of x."""
-    if saved.relu and saved.relu_values is None:
-        dy = torch.ops.aten.threshold_backward(dy, _affine(saved), 0)
+def _recompute_activation(dy: Tensor, saved: Saved) -> Tensor:
+    """Return dy before an activation without a residual, in the memory layout of x."""
+    if saved.activation is not None and saved.activation_values is None:
+        dy = activation_backward(dy, _affine(saved), saved.activation)
     if dy.stride() == saved.x.stride():
         return dy
     # ATen's channels_last kernels need both tensors in one layout.

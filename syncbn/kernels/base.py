@@ -12,9 +12,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor
 
+from syncbn.kernels.activations import Activation, activation_backward, unit_derivative
 from syncbn.kernels.coefficients import affine
 
 #: Requested gradients: of x, weight, bias and residual.
@@ -46,40 +46,41 @@ class NormalizeArgs(NamedTuple):
         eps: constant added to the variance.
         weight: scale per channel, any floating dtype, shape ``[C]``, or None for ones.
         bias: shift per channel, any floating dtype, shape ``[C]``, or None for zeros.
-        relu: True for a ReLU as the last operation.
+        activation: last operation, or None.
         running: running statistics to update, or None.
     """
 
     eps: float
     weight: Tensor | None = None
     bias: Tensor | None = None
-    relu: bool = False
+    activation: Activation | None = None
     running: RunningStats | None = None
 
 
 class Saved(NamedTuple):
     """Values of a forward pass that the backward pass reads.
 
-    The first five are tensors, for ``ctx.save_for_backward``. ``relu_values`` and ``layout`` are
-    private to the kernel.
+    The first five are tensors, for ``ctx.save_for_backward``. ``activation_values`` and ``layout``
+    are private to the kernel.
 
     Attributes:
         x: input, shape ``[N, C, *]``.
         weight: scale per channel, shape ``[C]``, or None.
         bias: shift per channel, shape ``[C]``, or None.
         statistics: ``[mean (C) | invstd (C) | count (1)]`` of the whole group, float64.
-        relu_values: output, or a packed ReLU mask, after a residual and a ReLU, or None. Without
-            a residual the mask is recomputed from x.
-        relu: True for a ReLU as the last operation.
-        layout: key of the memory layout that ``relu_values`` refers to, or None.
+        activation_values: with a residual and an activation: the output, or a packed mask, if the
+            activation is piecewise linear, and the residual otherwise. None without a residual:
+            the input of the activation is recomputed from x.
+        activation: last operation, or None.
+        layout: key of the memory layout that ``activation_values`` refers to, or None.
     """
 
     x: Tensor
     weight: Tensor | None
     bias: Tensor | None
     statistics: Tensor
-    relu_values: Tensor | None
-    relu: bool
+    activation_values: Tensor | None
+    activation: Activation | None
     layout: Any = None
 
 
@@ -87,8 +88,8 @@ class Reduced(NamedTuple):
     """Result of the reduction of a backward pass.
 
     Attributes:
-        sums: ``[sum(dy) (C) | sum(dy * xhat) (C)]`` of this rank, float64, shape ``[2C]``; dy after
-            the ReLU mask.
+        sums: ``[sum(dy) (C) | sum(dy * xhat) (C)]`` of this rank, float64, shape ``[2C]``; dy
+            before the activation.
         dweight: gradient of the weight, its dtype, shape ``[C]``; None if not in the output mask.
         dbias: gradient of the bias, likewise.
         dresidual: gradient of the residual, dtype and shape of x; None if not in the output mask.
@@ -123,7 +124,7 @@ class Kernel(ABC):
     def normalize(
         self, x: Tensor, moments: Tensor, args: NormalizeArgs, residual: Tensor | None = None
     ) -> tuple[Tensor, Saved]:
-        """Return ``relu((x - mean) * invstd * weight + bias + residual)``; update running stats.
+        """Return ``act((x - mean) * invstd * weight + bias + residual)``; update running stats.
 
         Args:
             x: input, shape ``[N, C, *]``.
@@ -169,28 +170,44 @@ class Kernel(ABC):
         dx = self.backward_elemt(saved, reduced, reduced.sums)
         return dx, reduced.dweight, reduced.dbias, reduced.dresidual
 
-    def relu_mask(self, saved: Saved) -> Tensor:
-        """Return where the ReLU passes a gradient: bool, shape of x.
+    def unit_derivative(self, saved: Saved) -> Tensor:
+        """Return where the derivative of a piecewise linear activation is 1: bool, shape of x."""
+        assert saved.activation is not None
+        z = saved.activation_values
+        if z is None:
+            z = affine(saved.x, saved.statistics, saved.weight, saved.bias)
+        return unit_derivative(z, saved.activation)
 
-        As in torch, gradients pass at NaN and stop at zero.
-        """
-        if (y := saved.relu_values) is None:
-            y = affine(saved.x, saved.statistics, saved.weight, saved.bias)
-        return ~(y <= 0)
+
+def select_saved_values(
+    activation: Activation | None, residual: Tensor | None, y: Tensor
+) -> Tensor | None:
+    """Return ``Saved.activation_values`` for kernels without packed masks.
+
+    The output is usually alive anyway: the next layer saves it. A residual is, too, if it is the
+    input of the block; the sum of both would be a tensor of its own.
+    """
+    if activation is None or residual is None:
+        return None
+    return y if activation.is_piecewise_linear else residual
 
 
-def apply_relu_mask(dy: Tensor, saved: Saved) -> tuple[Tensor, bool]:
-    """Return dy after the mask of a ReLU behind a residual, and True if that is a new tensor.
+def undo_activation(dy: Tensor, saved: Saved) -> tuple[Tensor, bool]:
+    """Return dy before an activation behind a residual, and True if that is a new tensor.
 
-    Without a residual dy is returned as it is: kernels recompute that mask from x.
+    Without a residual dy is returned as it is: kernels recompute the input of the activation.
 
     Args:
         dy: gradient of the output, shape of x.
-        saved: values of a forward pass whose ``relu_values`` are the output.
+        saved: values of a forward pass whose ``activation_values`` are no packed mask.
     """
-    if saved.relu_values is None:
+    values, activation = saved.activation_values, saved.activation
+    if values is None or activation is None:
         return dy, False
-    return torch.ops.aten.threshold_backward(dy, saved.relu_values, 0), True
+    if activation.is_piecewise_linear:
+        return activation_backward(dy, values, activation), True
+    z = affine(saved.x, saved.statistics, saved.weight, saved.bias) + values
+    return activation_backward(dy.to(z.dtype), z, activation).to(dy.dtype), True
 
 
 def parameter_gradients(

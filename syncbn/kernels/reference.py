@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from syncbn.kernels.activations import activation_backward, apply_activation
 from syncbn.kernels.base import (
     Kernel,
     NormalizeArgs,
@@ -16,8 +17,9 @@ from syncbn.kernels.base import (
     Reduced,
     RunningStats,
     Saved,
-    apply_relu_mask,
     parameter_gradients,
+    select_saved_values,
+    undo_activation,
 )
 from syncbn.kernels.coefficients import (
     affine,
@@ -58,17 +60,17 @@ class ReferenceKernel(Kernel):
         statistics = compute_statistics(group, args)
         y = affine(x, statistics, args.weight, args.bias)
         y = y if residual is None else y + residual
-        y = (y.relu() if args.relu else y).to(x.dtype)
-        relu_values = y if args.relu and residual is not None else None
-        return y, Saved(x, args.weight, args.bias, statistics, relu_values, args.relu)
+        y = apply_activation(y, args.activation).to(x.dtype)
+        values = select_saved_values(args.activation, residual, y)
+        return y, Saved(x, args.weight, args.bias, statistics, values, args.activation)
 
     def backward_reduce(self, dy: Tensor, saved: Saved, output_mask: OutputMask) -> Reduced:
         """See :meth:`Kernel.backward_reduce`."""
-        dy, _ = apply_relu_mask(dy, saved)
+        dy, _ = undo_activation(dy, saved)
         x, dims = saved.x, reduced_dims(saved.x)
         mean, invstd, _ = split_statistics(saved.statistics)
         pivot, rest = split_mean(mean, x.dtype)
-        gradient = _recompute_relu(dy, saved).to(pivot.dtype)
+        gradient = _recompute_activation(dy, saved).to(pivot.dtype)
         sum_dy = gradient.sum(dims).double()
         sum_dy_xmu = (gradient * (x - per_channel(pivot, x))).sum(dims).double()
         sums = torch.cat([sum_dy, (sum_dy_xmu - rest * sum_dy) * invstd])
@@ -77,7 +79,7 @@ class ReferenceKernel(Kernel):
 
     def backward_elemt(self, saved: Saved, reduced: Reduced, sums: Tensor) -> Tensor:
         """See :meth:`Kernel.backward_elemt`."""
-        x, dy = saved.x, _recompute_relu(reduced.dy, saved)
+        x, dy = saved.x, _recompute_activation(reduced.dy, saved)
         coefficients = torch.stack(
             backward_coefficients(saved.statistics, saved.weight, sums, x.dtype)
         )
@@ -128,8 +130,9 @@ def update_running_stats(group: Moments, running: RunningStats) -> None:
                 average.copy_(average + change)
 
 
-def _recompute_relu(dy: Tensor, saved: Saved) -> Tensor:
-    """Return dy after the mask of a ReLU without a residual."""
-    if not saved.relu or saved.relu_values is not None:
+def _recompute_activation(dy: Tensor, saved: Saved) -> Tensor:
+    """Return dy before an activation without a residual, in the compute dtype."""
+    if saved.activation is None or saved.activation_values is not None:
         return dy
-    return dy.masked_fill(affine(saved.x, saved.statistics, saved.weight, saved.bias) <= 0, 0)
+    z = affine(saved.x, saved.statistics, saved.weight, saved.bias)
+    return activation_backward(dy.to(z.dtype), z, saved.activation)

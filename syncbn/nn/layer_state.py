@@ -11,12 +11,14 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.distributed.groups import active_group
-from syncbn.ops.validation import Activation, check_activation
+from syncbn.kernels.activations import ActivationName
+from syncbn.ops.validation import check_activation
 
 # Public attributes and the private attributes that the library reads. A converted layer may carry
 # attributes under the public names; they keep their values and their meaning.
 _PRIVATE = {
     "activation": "_syncbn_activation",
+    "negative_slope": "_syncbn_negative_slope",
     "process_group": "_syncbn_group",
     "impl": "_syncbn_impl",
     "fqn": "_syncbn_fqn",
@@ -44,11 +46,13 @@ class LayerState(_BatchNorm):
     process_group: dist.ProcessGroup | DetachedGroup | None
     impl: str
     fqn: str
-    activation: Activation | None
+    activation: ActivationName | None
+    negative_slope: float
     _syncbn_group: dist.ProcessGroup | DetachedGroup | None = None
     _syncbn_impl: str = "auto"
     _syncbn_fqn: str = ""
-    _syncbn_activation: Activation | None = None
+    _syncbn_activation: ActivationName | None = None
+    _syncbn_negative_slope: float = 0.01
     # Packed moments in the body of accumulate_statistics(), float64 [2C + 1] or [4C + 1].
     _syncbn_pending: Tensor | None = None
     # The user's class that a layer was converted from; None for the library's classes.
@@ -67,6 +71,8 @@ class LayerState(_BatchNorm):
         if name in _PRIVATE and _is_setting(self, name):
             if name == "activation":
                 check_activation(value)
+            elif name == "negative_slope":
+                check_activation("leaky_relu", value)
             name = _PRIVATE[name]
         super().__setattr__(name, value)
 

@@ -10,13 +10,14 @@ from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from syncbn.distributed.groups import GroupLike, resolve_group
+from syncbn.kernels.activations import ActivationName
 from syncbn.kernels.base import RunningStats
 from syncbn.nn.conversion import Conversion
 from syncbn.nn.fx_call import record_call
 from syncbn.nn.layer_state import DetachedGroup as DetachedGroup
 from syncbn.nn.layer_state import LayerState, layer_group, layer_label, layer_tensors
 from syncbn.ops.functional import batch_norm
-from syncbn.ops.validation import Activation, check_activation
+from syncbn.ops.validation import check_activation
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -47,8 +48,9 @@ class SyncBatchNorm(LayerState):
         device: device of parameters and buffers.
         dtype: dtype of parameters and running statistics.
         bias: False for a layer without bias.
-        activation: "relu" as the last operation, fused, or None. ``torch.nn.utils.fusion`` ignores
-            it: undo ``syncbn.fuse`` before folding.
+        activation: last operation, fused: "relu", "relu6", "leaky_relu", "silu", "hardswish",
+            "gelu" or None. ``torch.nn.utils.fusion`` ignores it: undo ``syncbn.fuse`` first.
+        negative_slope: slope of "leaky_relu" below zero, at least 0.
 
     Attributes:
         impl: name of a kernel, a module of :mod:`syncbn.kernels`; "auto" selects one per input.
@@ -56,9 +58,9 @@ class SyncBatchNorm(LayerState):
             a model whose layers were built by hand.
         process_group: process group; :func:`convert_sync_batchnorm` also sets it.
 
-    A layer that had an attribute ``activation``, ``process_group``, ``impl`` or ``fqn`` before its
-    conversion keeps it, and the library ignores it. On layers of a user's subclass of
-    ``nn.BatchNorm*`` these names always belong to the subclass: use
+    A layer that had an attribute ``activation``, ``negative_slope``, ``process_group``, ``impl`` or
+    ``fqn`` before its conversion keeps it, and the library ignores it. On layers of a user's
+    subclass of ``nn.BatchNorm*`` these names always belong to the subclass: use
     :func:`convert_sync_batchnorm` to change the group of such layers.
 
     Shape:
@@ -91,14 +93,16 @@ class SyncBatchNorm(LayerState):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
-        activation: Activation | None = None,
+        activation: ActivationName | None = None,
+        negative_slope: float = 0.01,
     ) -> None:
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, bias=bias
         )
         self._syncbn_group = resolve_group(process_group)
-        check_activation(activation)
+        check_activation(activation, negative_slope)
         self._syncbn_activation = activation
+        self._syncbn_negative_slope = negative_slope
 
     @classmethod
     def convert_sync_batchnorm(cls, module: M, process_group: GroupLike = None) -> M:
@@ -134,6 +138,7 @@ class SyncBatchNorm(LayerState):
             use_batch_stats=self.training or mean is None or var is None,
             residual=residual,
             activation=self._syncbn_activation,
+            negative_slope=self._syncbn_negative_slope,
             mask=mask,
             impl=self._syncbn_impl,
             # A label would make torch.compile specialize on each of many equal layers.
@@ -144,8 +149,12 @@ class SyncBatchNorm(LayerState):
 
     def extra_repr(self) -> str:
         """Return the arguments that ``print`` shows."""
-        text, activation = super().extra_repr(), self._syncbn_activation
-        return text if activation is None else f"{text}, activation={activation!r}"
+        text: str = super().extra_repr()
+        if self._syncbn_activation is not None:
+            text += f", activation={self._syncbn_activation!r}"
+        if self._syncbn_activation == "leaky_relu":
+            text += f", negative_slope={self._syncbn_negative_slope}"
+        return text
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Accept any number of dimensions; the 1d, 2d and 3d classes are stricter."""

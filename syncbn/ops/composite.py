@@ -65,7 +65,7 @@ def composite_batch_norm(
     moments = differentiable_all_reduce(moments, params.group, label)
     if not modes.in_functorch_transform():
         _record_moments(moments.detach(), x, params)
-    args = NormalizeArgs(params.eps, weight, bias, params.relu)
+    args = NormalizeArgs(params.eps, weight, bias, params.activation)
     return REFERENCE.normalize(x, moments, args, residual)[0]
 
 
@@ -96,34 +96,39 @@ def composite_backward(
         params: arguments of the forward pass.
         output_mask: requested gradients.
     """
-    masked_dy = dy
-    if saved.relu:
-        masked_dy = dy.masked_fill(~params.kernel.relu_mask(saved), 0)
+    activation = saved.activation
+    if activation is not None and activation.is_piecewise_linear:
+        # Its derivative is a constant of this pass.
+        unit = params.kernel.unit_derivative(saved)
+        dy = torch.where(
+            unit, dy, dy * activation.negative_slope if activation.negative_slope else 0
+        )
+        saved = saved._replace(activation=None, activation_values=None)
     if not torch.is_grad_enabled():
-        return _first_order(masked_dy, saved, params, output_mask)
-    plain = params._replace(relu=False, running=None, pending=None)
-    parameters = {"weight": saved.weight, "bias": saved.bias}
-    parameters = {name: t for name, t in parameters.items() if t is not None}
+        return _first_order(dy, saved, params, output_mask)
+    plain = params._replace(activation=saved.activation, running=None, pending=None)
+    tensors = {"weight": saved.weight, "bias": saved.bias, "residual": saved.activation_values}
+    tensors = {name: t for name, t in tensors.items() if t is not None}
 
-    def forward(x: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        weight, bias = parameters.get("weight"), parameters.get("bias")
-        return composite_batch_norm(x, weight, bias, None, plain, "double backward")
+    def forward(x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+        weight, bias, residual = map(tensors.get, ("weight", "bias", "residual"))
+        return composite_batch_norm(x, weight, bias, residual, plain, "double backward")
 
     # With respect to x on every rank: a rank that needs no dx still takes part in the all-reduce.
     with _without_saved_tensor_hooks():
-        vjp_function: Any = torch.func.vjp(forward, saved.x, parameters)[1]
-        dx, gradients = vjp_function(masked_dy)
-    computed = dx, gradients.get("weight"), gradients.get("bias"), masked_dy
+        vjp_function: Any = torch.func.vjp(forward, saved.x, tensors)[1]
+        dx, gradients = vjp_function(dy)
+    dresidual = gradients.get("residual", dy)
+    computed = dx, gradients.get("weight"), gradients.get("bias"), dresidual
     needed = [t if need else None for t, need in zip(computed, output_mask, strict=True)]
     return needed[0], needed[1], needed[2], needed[3]
 
 
 def _first_order(
-    masked_dy: Tensor, saved: Saved, params: BatchNormParams, output_mask: OutputMask
+    dy: Tensor, saved: Saved, params: BatchNormParams, output_mask: OutputMask
 ) -> Gradients:
     """Return gradients without a graph, in operations that a transform can batch."""
-    saved = saved._replace(relu=False, relu_values=None)
-    reduced = REFERENCE.backward_reduce(masked_dy, saved, output_mask)
+    reduced = REFERENCE.backward_reduce(dy, saved, output_mask)
     label = describe_all_reduce(params, "backward", saved.x)
     sums = differentiable_all_reduce(reduced.sums, params.group, label)
     dx = REFERENCE.backward_elemt(saved, reduced, sums) if output_mask[0] else None

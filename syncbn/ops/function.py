@@ -63,15 +63,15 @@ class SyncBatchNormFunction(torch.autograd.Function):
     terms. They stay local: DistributedDataParallel averages parameter gradients itself, and summing
     them here would count each rank R times.
 
-    With a residual r (shape of x) and a ReLU::
+    With a residual r (shape of x) and an activation f::
 
-        y = max(xhat weight + bias + r, 0)
-        dr = dy where y > 0, else 0;  dx, dweight and dbias as above, with dr for dy
+        z = xhat weight + bias + r;  y = f(z)
+        dr = dy f'(z);  dx, dweight and dbias as above, with dr for dy
 
     Saved are x (alive anyway, as the output of the previous layer) and per-channel values: mean,
-    invstd, n, weight, bias. Neither xhat nor y is saved: xhat, and where y > 0, is one multiply-add
-    away from x. After a residual the kernel saves a bit per value, or y, which the next layer keeps
-    alive; r is not saved.
+    invstd, n, weight, bias. Neither xhat nor z is saved: both are one multiply-add away from x.
+    After a residual, f'(z) of a piecewise linear f is read from a bit per value, or from y, which
+    the next layer keeps alive. For other f, r is saved.
 
     A rank without values takes part in both all-reduces with zeros; n = 0 on all ranks gives mean 0
     and empty outputs. Nothing is read back to the host.
@@ -101,10 +101,10 @@ class SyncBatchNormFunction(torch.autograd.Function):
         if _needs_moments(params):
             moments, is_new = _reduce_moments(x, params)
             running = running if is_new else None
-            args = NormalizeArgs(params.eps, weight, bias, params.relu, running)
+            args = NormalizeArgs(params.eps, weight, bias, params.activation, running)
             y, saved = kernel.normalize(x, moments, args, residual)
         else:
-            args = NormalizeArgs(params.eps, weight, bias, params.relu, running)
+            args = NormalizeArgs(params.eps, weight, bias, params.activation, running)
             y, saved = kernel.forward_local(x, args, residual)
         # Two values per channel on this rank are enough.
         if params.mask_fill is not None or x.numel() <= x.shape[1]:

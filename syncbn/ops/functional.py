@@ -10,13 +10,13 @@ from torch import Tensor
 from syncbn import modes
 from syncbn.distributed.groups import active_group
 from syncbn.kernels import select_kernel
+from syncbn.kernels.activations import Activation, ActivationName, apply_activation
 from syncbn.kernels.base import RunningStats
 from syncbn.ops.composite import composite_batch_norm
 from syncbn.ops.function import SyncBatchNormFunction
 from syncbn.ops.masking import fill_masked
 from syncbn.ops.params import BatchNormParams
 from syncbn.ops.validation import (
-    Activation,
     check_activation,
     check_input,
     check_mask,
@@ -36,7 +36,8 @@ def sync_batch_norm(
     process_group: dist.ProcessGroup | None = None,
     *,
     residual: Tensor | None = None,
-    activation: Activation | None = None,
+    activation: ActivationName | None = None,
+    negative_slope: float = 0.01,
     mask: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -60,8 +61,9 @@ def sync_batch_norm(
             initialized torch.distributed, this process alone.
         residual: tensor added before the activation, as torch adds; fused if it has the shape and
             dtype of the input. Or None.
-        activation: "relu", the last operation, or None.
-            ``relu(batch_norm(input) + residual)`` is one fused pass.
+        activation: last operation: "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu" or
+            None. ``relu(batch_norm(input) + residual)`` is one fused pass.
+        negative_slope: slope of "leaky_relu" below zero, at least 0.
         mask: bool, True where the input counts, shape ``[N, *]`` or ``[N, 1, *]``, or broadcastable
             to it; None for everywhere. Output and gradients are zero elsewhere.
         impl: "auto", or the name of a kernel: "reference", "cpu", "triton", "aten_cuda".
@@ -92,6 +94,7 @@ def sync_batch_norm(
         use_batch_stats=training,
         residual=residual,
         activation=activation,
+        negative_slope=negative_slope,
         mask=mask,
         impl=impl,
         label="" if torch.compiler.is_compiling() else "sync_batch_norm",
@@ -108,7 +111,8 @@ def batch_norm(
     *,
     use_batch_stats: bool,
     residual: Tensor | None,
-    activation: Activation | None,
+    activation: ActivationName | None,
+    negative_slope: float = 0.01,
     mask: Tensor | None,
     impl: str,
     label: str,
@@ -126,7 +130,8 @@ def batch_norm(
         group: process group of more than one rank, or None for this process alone.
         use_batch_stats: True to normalize with the batch, False with the running statistics.
         residual: tensor added before the activation, or None.
-        activation: "relu" or None.
+        activation: name of the last operation, or None.
+        negative_slope: slope of "leaky_relu" below zero.
         mask: bool mask, or None.
         impl: "auto" or the name of a kernel.
         label: name of the layer in error messages.
@@ -135,18 +140,19 @@ def batch_norm(
     """
     check_input(input)
     check_parameters(input, weight, bias, running.mean, running.var, label)
-    check_activation(activation)
+    last = check_activation(activation, negative_slope)
     mask = None if mask is None else check_mask(input, mask)
-    relu = activation == "relu"
     if not use_batch_stats:
-        return eval_batch_norm(input, weight, bias, running, eps, residual, relu, mask)
+        return eval_batch_norm(input, weight, bias, running, eps, residual, last, mask)
     kernel = select_kernel(impl, input, weight, bias, running.mean, running.var, residual)
     updated = running if update_running and pending is None else None
     is_fused = residual is None or _is_alike(input, residual)
     fill = None
     if mask is not None:
         input, fill = fill_masked(input, mask)
-    params = BatchNormParams(eps, relu and is_fused, updated, group, kernel, label, pending, fill)
+    params = BatchNormParams(
+        eps, last if is_fused else None, updated, group, kernel, label, pending, fill
+    )
     fused = residual if is_fused else None
     if modes.in_functorch_transform() or modes.in_forward_ad():
         y = composite_batch_norm(input, weight, bias, fused, params)
@@ -156,7 +162,7 @@ def batch_norm(
         y = SyncBatchNormFunction.apply(input, weight, bias, fused, params)
     if is_fused:
         return y if mask is None else torch.where(mask, y, 0)
-    return add_residual_relu(y, residual, relu, mask)
+    return finish_forward(y, residual, last, mask)
 
 
 def eval_batch_norm(
@@ -166,7 +172,7 @@ def eval_batch_norm(
     running: RunningStats,
     eps: float,
     residual: Tensor | None,
-    relu: bool,
+    activation: Activation | None,
     mask: Tensor | None,
 ) -> Tensor:
     """Normalize with the running statistics; a residual of a wider dtype widens the output.
@@ -185,22 +191,22 @@ def eval_batch_norm(
         tensors = [None if tensor is None else tensor.to(wide) for tensor in tensors]
     mean, var, weight, bias = tensors
     y = F.batch_norm(input, mean, var, weight, bias, False, 0.0, eps)
-    return add_residual_relu(y, residual, relu, mask)
+    return finish_forward(y, residual, activation, mask)
 
 
-def add_residual_relu(
-    y: Tensor, residual: Tensor | None, relu: bool, mask: Tensor | None
+def finish_forward(
+    y: Tensor, residual: Tensor | None, activation: Activation | None, mask: Tensor | None
 ) -> Tensor:
-    """Return ``relu(y + residual)``, zero where masked, in unfused operations.
+    """Return ``act(y + residual)``, zero where masked, in unfused operations.
 
     Args:
-        y: normalized tensor, shape ``[N, C, *]``; may be overwritten.
+        y: normalized tensor, shape ``[N, C, *]``.
         residual: tensor added to y, or None.
-        relu: True for a ReLU.
+        activation: last operation, or None.
         mask: bool, broadcasts against y, or None.
     """
     y = y if residual is None else y + residual
-    y = y.relu_() if relu else y
+    y = apply_activation(y, activation)
     return y if mask is None else torch.where(mask, y, 0)
 
 

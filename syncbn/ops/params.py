@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn import modes
+from syncbn.kernels.activations import Activation
 from syncbn.kernels.base import Kernel, RunningStats
 from syncbn.ops.masking import MaskFill, masked_moments
 
@@ -18,7 +19,7 @@ class BatchNormParams(NamedTuple):
 
     Attributes:
         eps: constant added to the variance.
-        relu: True for a ReLU as the last operation.
+        activation: last operation, or None.
         running: running statistics to update, or None.
         group: process group of the all-reduces, or None for world size 1.
         kernel: local computations.
@@ -29,7 +30,7 @@ class BatchNormParams(NamedTuple):
     """
 
     eps: float
-    relu: bool
+    activation: Activation | None
     running: RunningStats | None
     group: dist.ProcessGroup | None
     kernel: Kernel

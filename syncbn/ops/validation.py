@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-Activation = Literal["relu"]
+from syncbn.kernels.activations import NAMES, Activation, ActivationName
 
 _FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 _PLAIN = (Tensor, Parameter)
@@ -105,14 +105,31 @@ def _mismatch_message(input: Tensor, name: str, tensor: Tensor) -> str:
     )
 
 
-def check_activation(activation: object) -> None:
-    """Check an activation.
+def check_activation(
+    activation: ActivationName | None, negative_slope: float = 0.01
+) -> Activation | None:
+    """Return the activation of a call.
+
+    Args:
+        activation: name, or None.
+        negative_slope: slope of "leaky_relu" below zero; ignored by others.
 
     Raises:
-        ValueError: neither "relu" nor None.
+        ValueError: an unknown name; a negative slope that is negative or not finite.
     """
-    if activation is not None and activation != "relu":
-        raise ValueError(f"got activation {activation!r}; expected 'relu' or None")
+    if activation is None:
+        return None
+    if activation not in NAMES:
+        expected = ", ".join(map(repr, NAMES))
+        raise ValueError(f"got activation {activation!r}; expected {expected} or None")
+    if activation != "leaky_relu":
+        return Activation(activation)
+    is_number = isinstance(negative_slope, int | float) and not isinstance(negative_slope, bool)
+    if not is_number or not 0 <= negative_slope < math.inf:
+        raise ValueError(
+            f"got negative_slope {negative_slope!r}; expected a finite number of at least 0"
+        )
+    return Activation(activation, negative_slope)
 
 
 def check_mask(input: Tensor, mask: Tensor) -> Tensor:

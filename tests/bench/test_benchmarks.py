@@ -26,7 +26,7 @@ def test_layers(launcher: str, kernel: str, tmp_path: Path) -> None:
     dtypes = ["float32", "bfloat16"] if launcher == "none" else ["float32"]
     command = [
         *("layers", "shapes=[3x9x9,40x2x2]", "batch=3", "rounds=2", f"kernels=[{kernel}]"),
-        *(["ranks=2"] if launcher == "mpirun" else []),
+        *(["ranks=2", "activation=silu"] if launcher == "mpirun" else []),
         f"dtypes=[{','.join(dtypes)}]",
         f"png={tmp_path / 'report.png'}",
     ]
@@ -46,9 +46,9 @@ def test_layers(launcher: str, kernel: str, tmp_path: Path) -> None:
             *[("nn.BatchNorm2d", 1)] * 3,
             *((kernel, size) for size in sorted({1, ranks}) for _ in range(3)),
         ]
-        assert [layer["epilogue"] for layer in costs["layers"][:3]] == [
-            *("", "ReLU", "addition and ReLU"),
-        ]
+        activation = "silu" if launcher == "mpirun" else "relu"
+        epilogues = ["", activation, f"addition and {activation}"]
+        assert [layer["epilogue"] for layer in costs["layers"][:3]] == epilogues
         assert [layer["ratio"]["median"] for layer in costs["layers"][:3]] == [1, 1, 1]
         case = costs["case"]
         channels, height, width = map(int, case["shape"].split("x"))

@@ -54,6 +54,36 @@ class OtherResiduals(Net):
         return F.relu(self.body(y) + self.last(y))
 
 
+class Activations(nn.Module):
+    """Every activation as a module and as a function, some of them with a residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        modules = nn.ReLU6(), nn.LeakyReLU(0.2), nn.SiLU(True), nn.Hardswish(), nn.GELU()
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.BatchNorm1d(3), m) for m in modules))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(3) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu6(self.norms[0](self.blocks(x)))
+        x = F.leaky_relu(self.norms[1](x), 0.3, inplace=True)
+        x = F.leaky_relu(self.norms[2](x) + x)
+        x = F.silu(self.norms[3](x) + x)
+        return F.gelu(self.norms[5](F.hardswish(self.norms[4](x))))
+
+
+class OtherActivations(nn.Module):
+    """Activations and slopes that layers do not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        modules = nn.GELU("tanh"), nn.LeakyReLU(-0.2), nn.ELU(), nn.PReLU(), nn.Softplus()
+        self.blocks = nn.Sequential(*(nn.Sequential(nn.BatchNorm1d(3), m) for m in modules))
+        self.bn = nn.BatchNorm1d(3)
+
+    def forward(self, x: Tensor) -> Any:
+        return F.gelu(self.bn(self.blocks(x)), approximate="tanh")
+
+
 class EndsInNorm(Net):
     def forward(self, x: Tensor) -> Any:
         return self.nothing(self.deep(x))

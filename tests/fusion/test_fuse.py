@@ -59,6 +59,23 @@ def test_networks_are_fused_and_restored(
                 **{f"others.1.{name}": "relu" for name in ("bn", "other", "body.1")},
             },
         ),
+        (
+            models.Activations,
+            {
+                "blocks.0.0": "relu6",
+                "blocks.1.0": "leaky_relu",
+                "blocks.2.0": "silu",
+                "blocks.3.0": "hardswish",
+                "blocks.4.0": "gelu",
+                "norms.0": "relu6",
+                "norms.1": "leaky_relu",
+                "norms.2": "residual, leaky_relu",
+                "norms.3": "residual, silu",
+                "norms.4": "hardswish",
+                "norms.5": "gelu",
+            },
+        ),
+        (models.OtherActivations, {}),
         (models.TorchvisionBlock, {"bn": "relu", "other": "residual, relu"}),
         (models.TorchvisionDownsample, {"bn": "relu", "downsample.1": "residual, relu"}),
         # Fusion would change the results.

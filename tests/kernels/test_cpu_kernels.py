@@ -13,7 +13,16 @@ import syncbn
 from syncbn.kernels import REFERENCE, cpu
 from syncbn.kernels.base import NormalizeArgs, RunningStats, Saved
 from syncbn.moments import Moments
-from tests.kernel_cases import DTYPES, EPS, compute_all, needs_cpp, normalize, saved_for, tolerance
+from tests.kernel_cases import (
+    DTYPES,
+    EPS,
+    RELU,
+    compute_all,
+    needs_cpp,
+    normalize,
+    saved_for,
+    tolerance,
+)
 
 pytestmark = needs_cpp
 
@@ -57,7 +66,7 @@ def scaling(channels: int, scale: float) -> Saved:
     statistics = torch.zeros(2 * channels + 1, dtype=torch.float64)
     statistics[channels:] = 1
     weight = torch.full((channels,), scale, dtype=torch.float64)
-    return Saved(weight, weight, None, statistics, None, False)
+    return Saved(weight, weight, None, statistics, None, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -108,9 +117,9 @@ def test_relu_and_residual(
     values = torch.randn(3, *shape).to(dtype).unbind()
     for memory_format in FORMATS:
         x, dy, residual = (t.contiguous(memory_format=memory_format) for t in values)
-        saved, exact = saved_for(x, relu=True), saved_for(x.double(), relu=True)
+        saved, exact = saved_for(x, activation=RELU), saved_for(x.double(), activation=RELU)
         # At the ReLU threshold rounding decides, and both results are right.
-        edge = normalize(REFERENCE, x.double(), exact._replace(relu=False)).abs() < 1e-3
+        edge = normalize(REFERENCE, x.double(), exact._replace(activation=None)).abs() < 1e-3
         dy.masked_fill_(edge, 0)
         actual = compute_all(kernel, x, dy, saved)
         expected = compute_all(REFERENCE, x.double(), dy.double(), exact)

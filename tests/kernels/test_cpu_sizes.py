@@ -16,6 +16,7 @@ from syncbn.kernels.coefficients import split_statistics
 from syncbn.kernels.layout import as_dense
 from tests.kernel_cases import (
     EPS,
+    RELU,
     backward_elemt,
     compute_all,
     cpp,
@@ -112,7 +113,7 @@ def test_every_small_size(channels: int) -> None:
 def test_dx_over_dy(channels: int) -> None:
     for samples, space in ((1, 1), (2, 3), (3, 8), (1, 17), (2, 33), (1, 70)):
         x, dy = torch.randn(2, samples, channels, space)
-        saved = saved_for(x, relu=samples == 2)
+        saved = saved_for(x, activation=RELU if samples == 2 else None)
         pairs = (x, dy), (last_channels(x), last_channels(dy))
         for kernel, (a, b) in itertools.product(levels(), pairs):
             assert is_equal_in_place(kernel, a, b, saved), (space, kernel)

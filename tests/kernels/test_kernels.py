@@ -22,7 +22,7 @@ from syncbn.kernels import REFERENCE, Kernel, cpu
 from syncbn.kernels.aten_cuda import AtenCudaKernel
 from syncbn.kernels.base import NormalizeArgs, RunningStats, Saved
 from syncbn.moments import Moments
-from tests.kernel_cases import EPS, backward_elemt, device_of, dtypes_of, normalize, tolerance
+from tests.kernel_cases import EPS, RELU, backward_elemt, device_of, dtypes_of, normalize, tolerance
 
 LAYOUTS = ["contiguous", "channels_last", "strided"]
 SHAPES = [(4, 3), (1, 5, 7), (3, 1, 6, 5), (2, 17, 1, 1), (2, 7, 3, 4, 5), (3, 24, 28, 28)]
@@ -66,7 +66,7 @@ def check(kernel: Kernel, case: Case, bound: float) -> None:
     weight, bias = (None if t is None else t.to(device) for t in (weight, bias))
     count = torch.tensor([float(values.shape[1])], dtype=torch.float64)
     statistics = torch.cat([mean, invstd, count]).to(device)
-    saved = Saved(x, weight, bias, statistics, None, False)
+    saved = Saved(x, weight, bias, statistics, None, None)
     result = normalize(kernel, x, saved)
     assert result.dtype == x.dtype
     if case.layout != "strided":
@@ -168,7 +168,7 @@ def test_parameter_gradients(any_kernel: Kernel) -> None:
             None if dtype is None else torch.rand(channels, dtype=dtype, device=device)
             for dtype in dtypes
         )
-        saved = Saved(x, weight, bias, statistics.to(device), None, False)
+        saved = Saved(x, weight, bias, statistics.to(device), None, None)
         reduced = any_kernel.backward_reduce(dy, saved, MASK)
         sums = reduced.sums
         local = any_kernel.backward_local(dy, saved, MASK)[1:3]
@@ -187,7 +187,7 @@ def test_parameter_gradients(any_kernel: Kernel) -> None:
 def test_empty_input(any_kernel: Kernel, shape: tuple[int, ...]) -> None:
     x = torch.empty(shape, device=device_of(any_kernel))
     zeros = torch.zeros(7, dtype=torch.float64, device=x.device)
-    saved, sums = Saved(x, None, None, zeros, None, False), zeros[:6]
+    saved, sums = Saved(x, None, None, zeros, None, None), zeros[:6]
     assert torch.equal(any_kernel.moments(x), zeros)
     y, _ = any_kernel.normalize(x, zeros, NormalizeArgs(EPS))
     assert y.shape == shape
@@ -232,10 +232,10 @@ def test_relu_gradient_stops_at_zero_and_passes_at_nan(any_kernel: Kernel) -> No
     x, dy = torch.randn(2, 4, 3, 17, device=device_of(any_kernel))
     x[:, 0], x[0, 1, 5] = 3.0, float("nan")
     statistics = torch.tensor([3.0, 0, 0, 1, 1, 1, 68], device=x.device).double()
-    saved = Saved(x, None, None, statistics, None, True)
+    saved = Saved(x, None, None, statistics, None, RELU)
     assert torch.equal(normalize(any_kernel, x, saved).isnan(), x.isnan())
     reduced = any_kernel.backward_reduce(dy, saved, MASK)
-    assert torch.equal(any_kernel.relu_mask(saved), ~(x - statistics[:3, None] <= 0))
+    assert torch.equal(any_kernel.unit_derivative(saved), ~(x - statistics[:3, None] <= 0))
     passed = dy.where(~(x[:, 1:2] <= 0), 0)[:, 1].double().sum()
     torch.testing.assert_close(reduced.sums[:2], torch.stack([torch.zeros_like(passed), passed]))
     assert reduced.sums.isnan().tolist() == [False, False, False, False, True, False]
@@ -248,7 +248,7 @@ def test_gradient_of_any_layout(any_kernel: Kernel) -> None:
     x = torch.randn(4, 5, 6, 7, device=device_of(any_kernel))
     x = x.to(memory_format=torch.channels_last)
     zeros = torch.zeros(10, dtype=torch.float64, device=x.device)
-    saved = Saved(x, None, None, torch.cat([zeros[:5], zeros[:6] + 1]), None, False)
+    saved = Saved(x, None, None, torch.cat([zeros[:5], zeros[:6] + 1]), None, None)
     other = torch.randn_like(x, memory_format=torch.contiguous_format)
     for dy in (other, torch.ones((), device=x.device).expand(x.shape)):
         reduced = any_kernel.backward_reduce(dy, saved, MASK)

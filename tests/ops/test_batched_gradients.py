@@ -64,7 +64,7 @@ WAYS = {"vmap": _by_vmap, "flag": _by_flag}
 def test_rows_of_one_rank(kernel: str, way: str) -> None:
     """Kernels read the memory of dy, and batched tensors have none."""
     device, dtype = device_of(kernel), torch.float32 if kernel == "triton" else torch.float64
-    for activation, has_residual in product((None, "relu"), (False, True)):
+    for activation, has_residual in product((None, "relu", "silu"), (False, True)):
         layer = _layer(activation, kernel, dtype)
         x, rows = _batch(dtype).to(device).requires_grad_(), _rows(dtype).to(device)
         residual = (x.detach() * 2).cos().requires_grad_() if has_residual else None
@@ -110,7 +110,7 @@ CALLS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("activation", [None, "relu"])
+@pytest.mark.parametrize("activation", [None, "relu", "silu"])
 @pytest.mark.parametrize("call", CALLS)
 def test_whole_jacobians(call: str, activation: str | None) -> None:
     torch.manual_seed(0)
@@ -119,7 +119,7 @@ def test_whole_jacobians(call: str, activation: str | None) -> None:
     torch.testing.assert_close(CALLS[call](layer, x), CALLS[call](formula, x))
 
 
-COMBINATIONS = list(product(WAYS, (None, "relu")))
+COMBINATIONS = list(product(WAYS, (None, "leaky_relu", "gelu")))
 
 
 def _over_ranks(rank: int) -> list[tuple[list[Tensor], int]]:

@@ -53,6 +53,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "without averages": {"track_running_stats": False},
     "relu of a residual": {"activation": "relu", "add": True},
     "masked": {"masked": True, "activation": "relu"},
+    "hardswish of a residual": {"activation": "hardswish", "add": True},
+    "leaky relu": {"activation": "leaky_relu", "negative_slope": 0.2},
 }
 
 

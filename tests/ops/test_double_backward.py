@@ -27,6 +27,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "relu": {"activation": "relu"},
     "residual": {"residual": True},
     "relu of a residual": {"activation": "relu", "residual": True},
+    "silu": {"activation": "silu"},
+    "gelu of a residual": {"activation": "gelu", "residual": True},
+    "leaky relu of a residual": {"activation": "leaky_relu", "residual": True},
     "mask": {"mask": True, "activation": "relu", "residual": True},
 }
 

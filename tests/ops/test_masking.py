@@ -34,7 +34,7 @@ def _select(t: Tensor, mask: Tensor) -> Tensor:
     return t.movedim(1, -1)[mask]
 
 
-#: Offset, dtype, and True for a residual and a ReLU.
+#: Offset, dtype, and True for a residual and an activation.
 CASES = list(product((0.0, 1e3), (torch.float32, torch.bfloat16), (False, True)))
 
 
@@ -44,7 +44,7 @@ def _run_cases(rank: int) -> list[tuple[list[Any], ...]]:
     for offset, dtype, fused in CASES:
         x, dy, residual, mask = _inputs(rank, offset, dtype)
         x.requires_grad_()
-        layer = syncbn.SyncBatchNorm2d(C, activation="relu" if fused else None, momentum=0.5)
+        layer = syncbn.SyncBatchNorm2d(C, activation="silu" if fused else None, momentum=0.5)
         y = layer(x, residual.requires_grad_() if fused else None, mask)
         y.backward(dy)
         tensors: list[Any] = [y.detach(), x.grad, *([residual.grad] if fused else [])]
@@ -63,7 +63,7 @@ def _expect(ranks: int, offset: float, dtype: torch.dtype, fused: bool) -> tuple
     weight, bias = torch.ones(C, requires_grad=True), torch.zeros(C, requires_grad=True)
     mean, var = torch.zeros(C).double(), torch.ones(C).double()
     y = F.batch_norm(x, mean, var, weight.double(), bias.double(), True, 0.5)
-    y = (y + residual).relu() if fused else y
+    y = F.silu(y + residual) if fused else y
     y.backward(dy)
     tensors = [y.detach(), x.grad, *([residual.grad] if fused else [])]
     return tensors, [weight.grad, bias.grad], [mean, var]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from syncbn.kernels.activations import NAMES, Activation
 from syncbn.kernels.base import (
     Gradients,
     Kernel,
@@ -25,8 +26,9 @@ from syncbn.kernels.base import (
     Reduced,
     RunningStats,
     Saved,
-    apply_relu_mask,
     parameter_gradients,
+    select_saved_values,
+    undo_activation,
 )
 from syncbn.kernels.cpu.library import load_library
 from syncbn.kernels.layout import NCSLayout, as_dense, empty_dense, match_layout
@@ -37,15 +39,17 @@ from syncbn.moments import Moments, get_packed_size
 LEVELS = ("baseline", "AVX2", "AVX-512")
 # Values of the enum DType in kernels.h.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-# Address of the statistics; dtype of weight and bias, and their addresses; True for a ReLU.
-_Affine: TypeAlias = tuple[int, int, int, int, bool]
+# Values of the enum ActivationKind in kernels.h.
+_ACTIVATIONS = {name: number for number, name in enumerate(NAMES, 1)}
+# Address of the statistics; dtype of weight and bias, and their addresses; activation.
+_Affine: TypeAlias = tuple[int, int, int, int, int]
 # Dtype and addresses of the running statistics; address of the counter; momentum.
 _Running: TypeAlias = tuple[int, int, int, int, float]
-_NO_AFFINE = 0, 0, 0, 0, False
+_NO_AFFINE = 0, 0, 0, 0, 0
 _NO_RUNNING = 0, 0, 0, 0, 0.0
 _NO_OPERAND = 0, 0
 # `Call` in kernels.h.
-_CALL = struct.Struct("=25q2d")
+_CALL = struct.Struct("=25q3d")
 
 
 class CPUKernel(Kernel):
@@ -85,7 +89,7 @@ class CPUKernel(Kernel):
 
     def backward_reduce(self, dy: Tensor, saved: Saved, output_mask: OutputMask) -> Reduced:
         """See :meth:`Kernel.backward_reduce`."""
-        dy, inplace_ok = apply_relu_mask(dy, saved)
+        dy, inplace_ok = undo_activation(dy, saved)
         sums = saved.x.new_empty(2 * saved.x.shape[1], dtype=torch.float64)
         _, dweight, dbias = self._backward(
             self.library.backward_reduce, dy, saved, sums, output_mask, writes_dx=False
@@ -103,7 +107,7 @@ class CPUKernel(Kernel):
 
     def backward_local(self, dy: Tensor, saved: Saved, output_mask: OutputMask) -> Gradients:
         """See :meth:`Kernel.backward_local`: blocks of channels stay in the cache."""
-        dy, inplace_ok = apply_relu_mask(dy, saved)
+        dy, inplace_ok = undo_activation(dy, saved)
         sums = saved.x.new_empty(2 * saved.x.shape[1], dtype=torch.float64)
         dresidual = dy if output_mask[3] else None
         inplace_ok = inplace_ok and dresidual is None
@@ -123,7 +127,7 @@ class CPUKernel(Kernel):
         source, layout = as_dense(x)
         statistics = x.new_empty(2 * layout.channels + 1, dtype=torch.float64)
         weight, bias, dtype = _readable_parameters(args.weight, args.bias)
-        affine = _pack_affine(statistics, weight, bias, args.relu, dtype)
+        affine = _pack_affine(statistics, weight, bias, args.activation, dtype)
         y = empty_dense(source, layout)
         operand, stride = (None, 0) if residual is None else match_layout(residual, source, layout)
         self._run(
@@ -137,12 +141,13 @@ class CPUKernel(Kernel):
             (y.data_ptr(), layout.dense_stride),
             running or _NO_RUNNING,
             args.eps,
+            _negative_slope(args.activation),
         )
         if running is not None and args.running is not None:
             # As an operation of torch would: autograd must notice if it still needs the old values.
             increment_version([t for t in args.running[:3] if t is not None])
-        relu_values = y if args.relu and residual is not None else None
-        return y, Saved(x, args.weight, args.bias, statistics, relu_values, args.relu)
+        values = select_saved_values(args.activation, residual, y)
+        return y, Saved(x, args.weight, args.bias, statistics, values, args.activation)
 
     def _backward(
         self,
@@ -158,7 +163,7 @@ class CPUKernel(Kernel):
 
         Args:
             function: function of the library, which reads the sums or computes them.
-            dy: gradient of the output, after the mask of a ReLU behind a residual.
+            dy: gradient of the output, before an activation behind a residual.
             saved: values of the forward pass.
             sums: gradient sums, float64, shape ``[2C]``.
             output_mask: requested gradients.
@@ -168,7 +173,7 @@ class CPUKernel(Kernel):
         x, layout = as_dense(saved.x)
         dy, stride = match_layout(dy, x, layout)
         weight, bias, dtype = _readable_parameters(saved.weight, saved.bias)
-        relu = saved.relu and saved.relu_values is None
+        activation = saved.activation if saved.activation_values is None else None
         dx = None
         if writes_dx:
             dx = dy if inplace_ok and stride == layout.dense_stride else empty_dense(x, layout)
@@ -181,10 +186,11 @@ class CPUKernel(Kernel):
             x,
             layout,
             sums.data_ptr(),
-            _pack_affine(saved.statistics, weight, bias, relu, dtype),
+            _pack_affine(saved.statistics, weight, bias, activation, dtype),
             (_address(dweight), _address(dbias)) if is_read else _NO_OPERAND,
             (_address(dy), stride),
             (_address(dx), layout.dense_stride),
+            negative_slope=_negative_slope(activation),
         )
         if not is_read:
             dweight, dbias = parameter_gradients(sums, saved, output_mask)
@@ -202,6 +208,7 @@ class CPUKernel(Kernel):
         output: tuple[int, int] = _NO_OPERAND,
         running: _Running = _NO_RUNNING,
         eps: float = 0.0,
+        negative_slope: float = 0.0,
     ) -> None:
         """Call a function of the library.
 
@@ -218,13 +225,16 @@ class CPUKernel(Kernel):
             output: address and stride of the output.
             running: result of :func:`_pack_running`.
             eps: constant added to the variance.
+            negative_slope: slope of a leaky ReLU below zero.
         """
         batch, channels, space, stride, _ = layout
         shape = batch, channels, space, batch * channels * space
         head = self.level, torch.get_num_threads(), _DTYPES[x.dtype], *shape
         source = _address(x), stride
         call = _CALL.pack(
-            *head, *source, *affine, *gradients, sums, *operand, *output, *running, eps
+            *(*head, *source, *affine, *gradients, sums, *operand, *output, *running),
+            eps,
+            negative_slope,
         )
         if function(call):
             raise MemoryError("no memory for the sums of the C++ kernels")
@@ -267,10 +277,18 @@ def _common_dtype(a: Tensor | None, b: Tensor | None) -> torch.dtype | None:
 
 
 def _pack_affine(
-    statistics: Tensor, weight: Tensor | None, bias: Tensor | None, relu: bool, dtype: torch.dtype
+    statistics: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: Activation | None,
+    dtype: torch.dtype,
 ) -> _Affine:
-    """Return the per-channel arguments of a call; relu: computed, or recomputed from x."""
-    return statistics.data_ptr(), _DTYPES[dtype], _address(weight), _address(bias), relu
+    kind = 0 if activation is None else _ACTIVATIONS[activation.name]
+    return statistics.data_ptr(), _DTYPES[dtype], _address(weight), _address(bias), kind
+
+
+def _negative_slope(activation: Activation | None) -> float:
+    return 0.0 if activation is None else activation.negative_slope
 
 
 def _pack_running(running: RunningStats) -> _Running | None:

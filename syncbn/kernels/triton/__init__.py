@@ -17,7 +17,17 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from triton.runtime.interpreter import InterpretedFunction
 
-from syncbn.kernels.base import Kernel, NormalizeArgs, OutputMask, Reduced, RunningStats, Saved
+from syncbn.kernels.activations import Activation
+from syncbn.kernels.base import (
+    Kernel,
+    NormalizeArgs,
+    OutputMask,
+    Reduced,
+    RunningStats,
+    Saved,
+    select_saved_values,
+    undo_activation,
+)
 from syncbn.kernels.layout import NCSLayout, as_dense, empty_dense, match_layout, with_key
 from syncbn.kernels.reference import update_running_stats
 from syncbn.kernels.triton import kernels
@@ -60,24 +70,30 @@ class TritonKernel(Kernel):
         added = None if residual is None else _without_gaps(residual, source, layout)
         statistics = x.new_empty(2 * layout.channels + 1, dtype=torch.float64)
         y, mask = empty_dense(source, layout), None
-        if args.relu and residual is not None:
+        if is_packed := _has_packed_mask(args.activation, residual):
             size = relu_mask_bytes(layout, x.dtype)
             mask = torch.empty(size, dtype=torch.uint8, device=x.device)
         tensors = {"moments_ptr": moments, "residual_ptr": added, "y_ptr": y, "relu_mask_ptr": mask}
         tensors |= _affine_pointers(statistics, args.weight, args.bias)
         tensors |= {"running_mean_ptr": mean, "running_var_ptr": var, "num_batches_ptr": counter}
         scalars = {"eps": args.eps, "momentum": momentum or 0.0}
-        _launch("normalize", layout, source, tensors, None, args.relu, cumulative, **scalars)
+        _launch("normalize", layout, source, tensors, None, args.activation, cumulative, **scalars)
         # As an operation of torch would: autograd must notice if it still needs the old values.
         increment_version([t for t in running[:3] if t is not None])
-        key = None if mask is None else layout.key
-        return y, Saved(x, args.weight, args.bias, statistics, mask, args.relu, key)
+        values = mask if is_packed else select_saved_values(args.activation, residual, y)
+        key = layout.key if is_packed else None
+        return y, Saved(x, args.weight, args.bias, statistics, values, args.activation, key)
 
     def backward_reduce(self, dy: Tensor, saved: Saved, output_mask: OutputMask) -> Reduced:
         """See :meth:`Kernel.backward_reduce`; the pass also writes dy after a stored ReLU mask."""
         x, layout = with_key(saved.x, saved.layout)
+        mask = masked_dy = None
+        activation = saved.activation
+        if _has_packed_mask(activation, saved.activation_values):
+            mask = saved.activation_values
+        elif saved.activation_values is not None:
+            dy, activation = undo_activation(dy, saved)[0], None
         dy, stride = match_layout(dy, x, layout)
-        mask, masked_dy = saved.relu_values, None
         if mask is not None and (output_mask[0] or output_mask[3]):
             masked_dy = empty_dense(x, layout)
         sums = x.new_empty(2 * layout.channels, dtype=torch.float64)
@@ -87,7 +103,7 @@ class TritonKernel(Kernel):
         dbias = torch.empty_like(bias) if output_mask[2] and bias is not None else None
         tensors |= {"dy_ptr": dy, "relu_mask_ptr": mask, "masked_dy_ptr": masked_dy}
         tensors |= {"sums_ptr": sums, "dweight_ptr": dweight, "dbias_ptr": dbias}
-        _launch("backward_reduce", layout, x, tensors, stride, saved.relu and mask is None)
+        _launch("backward_reduce", layout, x, tensors, stride, activation)
         dy = dy if masked_dy is None else masked_dy
         dresidual = dy if output_mask[3] else None
         inplace_ok = masked_dy is not None and dresidual is None
@@ -100,18 +116,18 @@ class TritonKernel(Kernel):
         dx = dy if reduced.inplace_ok else empty_dense(x, layout)
         tensors = _affine_pointers(saved.statistics, saved.weight, saved.bias)
         tensors |= {"dy_ptr": dy, "dx_ptr": dx, "sums_ptr": sums}
-        relu = saved.relu and saved.relu_values is None
-        _launch("backward_elemt", layout, x, tensors, stride, relu)
+        activation = saved.activation if saved.activation_values is None else None
+        _launch("backward_elemt", layout, x, tensors, stride, activation)
         return dx
 
-    def relu_mask(self, saved: Saved) -> Tensor:
-        """See :meth:`Kernel.relu_mask`."""
-        if saved.relu_values is None:
-            return super().relu_mask(saved)
+    def unit_derivative(self, saved: Saved) -> Tensor:
+        """See :meth:`Kernel.unit_derivative`."""
+        if saved.activation_values is None:
+            return super().unit_derivative(saved)
         ones = torch.ones_like(saved.x)
         masked = self.backward_reduce(ones, saved, (False, False, False, True)).dresidual
         assert masked is not None
-        return masked != 0
+        return masked == 1
 
 
 @cache
@@ -141,6 +157,11 @@ def _updatable(running: RunningStats | None, moments: Tensor, x: Tensor) -> Runn
     return RunningStats()
 
 
+def _has_packed_mask(activation: Activation | None, values: Tensor | None) -> bool:
+    """Return whether a residual, or the values saved with one, belong to a packed mask."""
+    return values is not None and activation is not None and activation.is_piecewise_linear
+
+
 def _affine_pointers(
     statistics: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> dict[str, Tensor | None]:
@@ -155,13 +176,13 @@ def _launch(
     x: Tensor,
     tensors: dict[str, Tensor | None],
     dy_stride: int | None = None,
-    relu: bool = False,
+    activation: Activation | None = None,
     cumulative: bool = False,
     **scalars: float,
 ) -> None:
     """Launch a kernel; arguments as for :func:`.plan_launch`."""
     dtypes = (x.dtype, *[None if t is None else t.dtype for t in tensors.values()])
-    plan = plan_launch(name, layout, x.device, dtypes, dy_stride, relu, cumulative)
+    plan = plan_launch(name, layout, x.device, dtypes, dy_stride, activation, cumulative)
     plan(x_ptr=x, **tensors, **plan.new_workspace(), **scalars)
 
 

@@ -33,6 +33,12 @@ from functools import partial
 import triton
 import triton.language as tl
 
+from syncbn.kernels.triton.activations import (
+    activation_backward,
+    apply_activation,
+    mask_gradient,
+    unit_derivative,
+)
 from syncbn.kernels.triton.indexing import (
     assume_divisible,
     channel_block,
@@ -49,11 +55,10 @@ from syncbn.kernels.triton.per_channel import (
     load_affine,
     load_per_channel,
     load_statistics,
-    threshold_backward,
     update_running_stats,
 )
 from syncbn.kernels.triton.reductions import combine_partials, sum_centered, sum_rows
-from syncbn.kernels.triton.relu_mask import is_passed, load_relu_mask, store_relu_mask
+from syncbn.kernels.triton.relu_mask import load_relu_mask, store_relu_mask
 from syncbn.moments import ROUNDING
 
 _ROUNDING = tl.constexpr(ROUNDING)
@@ -119,7 +124,8 @@ def normalize(
     x_ptr, residual_ptr, y_ptr, relu_mask_ptr, moments_ptr, statistics_ptr, weight_ptr, bias_ptr,
     running_mean_ptr, running_var_ptr, num_batches_ptr, eps: "fp64", momentum: "fp64",
     samples, channels, space, x_stride, stride, tiles, tiles_per_sample,
-    RELU: tl.constexpr, CUMULATIVE: tl.constexpr, TILES: tl.constexpr, DIVISIBILITY: tl.constexpr,
+    ACTIVATION: tl.constexpr, NEGATIVE_SLOPE: tl.constexpr, CUMULATIVE: tl.constexpr,
+    TILES: tl.constexpr, DIVISIBILITY: tl.constexpr,
     SAME_STRIDES: tl.constexpr, EVEN: tl.constexpr, INT64_OFFSETS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, REPLICAS: tl.constexpr, PACK: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr, PDL: tl.constexpr,
@@ -165,13 +171,12 @@ def normalize(
         y = (x - pivot[None, :]) * scale[None, :] + shift[None, :]
         if residual_ptr is not None:
             y += load(residual_ptr + offset + offsets, mask, EVEN, COMPUTE)
-        if RELU:
-            y = tl.where(y <= 0, 0.0, y)
+        y = apply_activation(y, ACTIVATION, NEGATIVE_SLOPE)
         store(y_ptr + offset + offsets, y, mask, EVEN)
         if relu_mask_ptr is not None:
-            passed = is_passed(y.to(y_ptr.dtype.element_ty), COMPUTE)
+            unit = unit_derivative(y.to(y_ptr.dtype.element_ty).to(COMPUTE), ACTIVATION)
             store_relu_mask(
-                relu_mask_ptr, passed, n, s, first_c, samples, channels, space,
+                relu_mask_ptr, unit, n, s, first_c, samples, channels, space,
                 CHANNELS_LAST, INT64_OFFSETS, PACK, BLOCK_N, BLOCK_S, BLOCK_C,
             )
 
@@ -181,14 +186,16 @@ def backward_reduce(
     dy_ptr, relu_mask_ptr, masked_dy_ptr, x_ptr, partials_ptr, counters_ptr, sums_ptr, dbias_ptr,
     dweight_ptr, statistics_ptr, weight_ptr, bias_ptr,
     samples, channels, space, dy_stride, x_stride, stride, tiles, tiles_per_sample, splits,
-    RELU: tl.constexpr, NUM_STAGES: tl.constexpr, BLOCK_K: tl.constexpr, DIVISIBILITY: tl.constexpr,
+    ACTIVATION: tl.constexpr, NEGATIVE_SLOPE: tl.constexpr, NUM_STAGES: tl.constexpr,
+    BLOCK_K: tl.constexpr, DIVISIBILITY: tl.constexpr,
     SAME_STRIDES: tl.constexpr, EVEN: tl.constexpr, INT64_OFFSETS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, PACK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr, COMPUTE: tl.constexpr, PDL: tl.constexpr,
 ):
     """Store ``[sum(dy) | sum(dy xhat)]`` of a block of channels, and dbias and dweight.
 
-    With a ReLU mask, dy is masked first, and stored to masked_dy unless that is None.
+    With a mask of a residual's ReLU, dy is masked first, and stored to masked_dy unless that is
+    None.
     """
     wait_for_previous_launch(PDL)
     channels, space, stride, x_stride, dy_stride = assume_divisible(
@@ -212,14 +219,15 @@ def backward_reduce(
         x = load(x_ptr + x_offset + offsets_x, mask, EVEN, COMPUTE)
         dy = load(dy_ptr + dy_offset + offsets_dy, mask, EVEN, COMPUTE)
         xmu = x - pivot[None, :]
-        if RELU:
-            dy = threshold_backward(dy, xmu, scale, shift)
-        if relu_mask_ptr is not None:
-            passed = load_relu_mask(
+        if relu_mask_ptr is None:
+            z = xmu * scale[None, :] + shift[None, :]
+            dy = activation_backward(dy, z, ACTIVATION, NEGATIVE_SLOPE)
+        else:
+            unit = load_relu_mask(
                 relu_mask_ptr, n, s, first_c, samples, channels, space,
                 CHANNELS_LAST, INT64_OFFSETS, PACK, BLOCK_N, BLOCK_S, BLOCK_C,
             )
-            dy = tl.where(passed, dy, 0.0)
+            dy = mask_gradient(dy, unit, NEGATIVE_SLOPE)
         if masked_dy_ptr is not None:
             offset = tile_offset(n, s, first_c, stride, space, CHANNELS_LAST)
             store(masked_dy_ptr + offset + offsets, dy, mask, EVEN)
@@ -240,7 +248,8 @@ def backward_reduce(
 def backward_elemt(
     dy_ptr, x_ptr, dx_ptr, sums_ptr, statistics_ptr, weight_ptr, bias_ptr,
     samples, channels, space, dy_stride, x_stride, stride, tiles, tiles_per_sample,
-    RELU: tl.constexpr, TILES: tl.constexpr, DIVISIBILITY: tl.constexpr, SAME_STRIDES: tl.constexpr,
+    ACTIVATION: tl.constexpr, NEGATIVE_SLOPE: tl.constexpr, TILES: tl.constexpr,
+    DIVISIBILITY: tl.constexpr, SAME_STRIDES: tl.constexpr,
     EVEN: tl.constexpr, INT64_OFFSETS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
     REPLICAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     COMPUTE: tl.constexpr, PDL: tl.constexpr,
@@ -272,8 +281,8 @@ def backward_elemt(
         x = load(x_ptr + x_offset + offsets_x, mask, EVEN, COMPUTE)
         dy = load(dy_ptr + dy_offset + offsets_dy, mask, EVEN, COMPUTE)
         xmu = x - pivot[None, :]
-        if RELU:
-            dy = threshold_backward(dy, xmu, scale, shift)
+        z = xmu * scale[None, :] + shift[None, :]
+        dy = activation_backward(dy, z, ACTIVATION, NEGATIVE_SLOPE)
         # One fused form: two products and sums would round before they cancel.
         dx = (dy - (xmu * slope[None, :] + intercept[None, :])) * scale[None, :]
         offset = tile_offset(n, s, first_c, stride, space, CHANNELS_LAST)

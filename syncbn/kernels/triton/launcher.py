@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from syncbn.kernels.activations import Activation
 from syncbn.kernels.layout import NCSLayout
 from syncbn.kernels.triton import kernels
 from syncbn.kernels.triton.tiling import tile_elementwise, tile_reduction
@@ -97,7 +98,7 @@ def plan_launch(
     device: torch.device,
     dtypes: tuple[torch.dtype | None, ...],
     dy_stride: int | None = None,
-    relu: bool = False,
+    activation: Activation | None = None,
     cumulative: bool = False,
 ) -> LaunchPlan:
     """Return the plan of a kernel of :mod:`syncbn.kernels.triton.kernels`.
@@ -108,7 +109,7 @@ def plan_launch(
         device: device of the tensors.
         dtypes: dtypes of the tensors, x's first; None for an argument that is None.
         dy_stride: stride between the samples of dy; None for a kernel without dy.
-        relu: True for a ReLU that is computed, or recomputed from x.
+        activation: activation that is computed, or recomputed from x, or whose mask is read.
         cumulative: True for running statistics with ``momentum=None``.
     """
     kernel, dtype = getattr(kernels, name), dtypes[0]
@@ -124,7 +125,9 @@ def plan_launch(
         tiling = tile_reduction(layout, dtype, [*strides.values()], itemsize, multiprocessors)
     else:
         tiling = tile_elementwise(layout, dtype, [*strides.values()])
-    flags = {"RELU": relu, "CUMULATIVE": cumulative, "count": layout.batch * layout.space}
+    name, slope = activation or ("identity", 0.0)
+    flags = {"ACTIVATION": name, "NEGATIVE_SLOPE": slope, "CUMULATIVE": cumulative}
+    flags["count"] = layout.batch * layout.space
     constants = tiling.constants | strides | flags
     return LaunchPlan(kernel, tiling.programs, device, constants, tiling.workspace)
 

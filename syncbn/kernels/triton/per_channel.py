@@ -50,12 +50,6 @@ def load_affine(mean, invstd, weight_ptr, bias_ptr, c, mask_c, COMPUTE: tl.const
 
 
 @triton.jit
-def threshold_backward(dy, xmu, scale, shift):
-    """Return dy where the output is positive or NaN, and zero elsewhere."""
-    return tl.where(xmu * scale[None, :] + shift[None, :] <= 0, 0.0, dy)
-
-
-@triton.jit
 def update_running_stats(
     running_mean_ptr, running_var_ptr, num_batches_ptr, mean, unbiased, momentum, c, mask_c,
     CUMULATIVE: tl.constexpr,

@@ -1,4 +1,6 @@
-"""The packed ReLU mask: one bit per value, a sixteenth of the memory of a half output.
+"""The packed mask of a ReLU, ReLU6 or leaky ReLU: one bit per value, set where the derivative is 1.
+
+It takes a sixteenth of the memory of a half output.
 
 Each dense row (the positions of a channel, or the channels of a position) starts a new byte. A byte
 has as many bits as 16 bytes have values, which is the vector of a thread.
@@ -14,19 +16,13 @@ from syncbn.kernels.triton.indexing import positions_in_tile
 
 
 @triton.jit
-def is_passed(values, COMPUTE: tl.constexpr):
-    """Return where a ReLU passes gradients: where its output is positive or NaN."""
-    return (values.to(COMPUTE) <= 0) == 0
-
-
-@triton.jit
 def store_relu_mask(
-    relu_mask_ptr, passed, n, s, c, samples, channels, space,
+    relu_mask_ptr, unit, n, s, c, samples, channels, space,
     CHANNELS_LAST: tl.constexpr, INT64_OFFSETS: tl.constexpr, PACK: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """Store the bits of the tile at sample n, position s, channel c."""
-    bits = passed.to(tl.int32)
+    bits = unit.to(tl.int32)
     if CHANNELS_LAST:
         packs = tl.reshape(bits, [BLOCK_N * BLOCK_S, BLOCK_C // PACK, PACK])
         bytes_ = tl.sum(packs << tl.arange(0, PACK)[None, None, :], 2)

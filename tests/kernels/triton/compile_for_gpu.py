@@ -19,6 +19,7 @@ from unittest.mock import patch
 import torch
 import triton as triton_package
 
+from syncbn.kernels.activations import NAMES, Activation
 from syncbn.kernels.base import NormalizeArgs, RunningStats
 from syncbn.kernels.triton import TritonKernel, tiling
 from syncbn.kernels.triton.launcher import LaunchPlan
@@ -80,8 +81,9 @@ def run_layers(
     weight, bias, mean, var = torch.empty(4, shape[1])
     running = RunningStats(mean, var, torch.tensor(0), 0.1)
     moments = kernel.moments(x)
-    for relu, residual in ((True, x), (True, None), (False, None))[: 3 if variants else 1]:
-        args = NormalizeArgs(1e-5, weight, bias, relu, running)
+    cases = ((Activation("relu"), x), (None, None), *((Activation(n), None) for n in NAMES))
+    for activation, residual in cases if variants else cases[:1]:
+        args = NormalizeArgs(1e-5, weight, bias, activation, running)
         _, saved = kernel.normalize(x, moments, args, residual)
         reduced = kernel.backward_reduce(x, saved, (True,) * 4)
         kernel.backward_elemt(saved, reduced, reduced.sums)

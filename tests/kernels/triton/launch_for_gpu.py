@@ -17,6 +17,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from syncbn.kernels.activations import Activation
 from syncbn.kernels.base import NormalizeArgs, RunningStats
 from syncbn.kernels.layout import NCSLayout
 from syncbn.kernels.triton import TritonKernel, launcher
@@ -30,7 +31,7 @@ KERNEL = TritonKernel()
 def run_layer(x: Tensor, weight: Tensor) -> None:
     """Call every method, with all optional arguments."""
     running = RunningStats(weight.clone(), weight.clone(), torch.tensor(3), 0.1)
-    args = NormalizeArgs(1e-5, weight, weight, True, running)
+    args = NormalizeArgs(1e-5, weight, weight, Activation("relu"), running)
     _, saved = KERNEL.normalize(x, KERNEL.moments(x), args, x)
     reduced = KERNEL.backward_reduce(x, saved, (True,) * 4)
     KERNEL.backward_elemt(saved, reduced, reduced.sums)

@@ -16,7 +16,7 @@ from syncbn.kernels import REFERENCE, Kernel, select_kernel
 from syncbn.kernels.base import NormalizeArgs, RunningStats, Saved
 from syncbn.kernels.layout import NCSLayout
 from syncbn.moments import Moments
-from tests.kernel_cases import EPS, device_of, totals
+from tests.kernel_cases import EPS, RELU, device_of, totals
 
 DEVICE = device_of("triton")
 # Programs share the channels of this shape.
@@ -78,7 +78,7 @@ def make_tensor(shape: tuple[int, ...], layout: str, dtype: torch.dtype = torch.
 
 def widen(saved: Saved) -> Saved:
     """Return saved values for the reference in float64, without a stored ReLU mask."""
-    return saved._replace(x=saved.x.double(), relu_values=None, layout=None)
+    return saved._replace(x=saved.x.double(), activation_values=None, layout=None)
 
 
 @pytest.mark.usefixtures("_sizes")
@@ -92,7 +92,7 @@ def test_layouts(triton: Kernel, shape: tuple[int, ...], layout: str) -> None:
     magnitude = totals(REFERENCE.moments(x.double().abs()), shape[1])
     expected = totals(REFERENCE.moments(x.double()), shape[1])
     assert ((moments - expected).abs() <= 5e-7 * magnitude).all()
-    args = NormalizeArgs(EPS, weight, bias, relu=True)
+    args = NormalizeArgs(EPS, weight, bias, activation=RELU)
     y, _ = triton.normalize(x, moments, args, residual)
     expected, _ = REFERENCE.normalize(x.double(), moments, args, residual.double())
     torch.testing.assert_close(y.double(), expected, rtol=1e-6, atol=1e-6)
@@ -161,13 +161,13 @@ def test_running_statistics(triton: Kernel, momentum: float | None) -> None:
 def test_stored_relu_mask(triton: Kernel, shape: tuple[int, ...], layout: str) -> None:
     x, dy, residual = (make_tensor(shape, layout) for _ in range(3))
     weight = torch.randn(shape[1], device=DEVICE)
-    args = NormalizeArgs(EPS, weight, None, relu=True)
+    args = NormalizeArgs(EPS, weight, None, activation=RELU)
     y, saved = triton.normalize(x, triton.moments(x), args, residual)
     masked, before = dy * (y > 0), dy.clone()
-    plain = widen(saved)._replace(relu=False)
+    plain = widen(saved)._replace(activation=None)
     expected = REFERENCE.backward_reduce(masked.double(), plain, (True,) * 4)
     expected_dx = REFERENCE.backward_elemt(plain, expected, expected.sums)
-    assert torch.equal(triton.relu_mask(saved), y > 0)
+    assert torch.equal(triton.unit_derivative(saved), y > 0)
 
     for needs_dx, needs_dresidual in product((True, False), repeat=2):
         output_mask = needs_dx, True, True, needs_dresidual
@@ -249,11 +249,13 @@ def test_saved_tensor_hooks_may_change_strides(layout: str, create_graph: bool) 
 def test_empty_relu_mask(triton: Kernel, shape: tuple[int, ...]) -> None:
     """A byte was written for a position that does not exist: on a GPU, to address zero."""
     x = torch.empty(shape, device=DEVICE)
-    args = NormalizeArgs(EPS, relu=True)
+    args = NormalizeArgs(EPS, activation=RELU)
     y, saved = triton.normalize(x, triton.moments(x), args, x)
-    assert saved.relu_values is not None
-    assert saved.relu_values.numel() == 0
-    guarded = saved._replace(relu_values=torch.full((64,), 7, dtype=torch.uint8, device=DEVICE))
+    assert saved.activation_values is not None
+    assert saved.activation_values.numel() == 0
+    guarded = saved._replace(
+        activation_values=torch.full((64,), 7, dtype=torch.uint8, device=DEVICE)
+    )
     reduced = triton.backward_reduce(x, guarded, (True,) * 4)
-    assert y.shape == reduced.dy.shape == triton.relu_mask(guarded).shape == shape
+    assert y.shape == reduced.dy.shape == triton.unit_derivative(guarded).shape == shape
     assert not reduced.sums.any()

@@ -71,8 +71,10 @@ class ChannelsLastSums {
 
  public:
   // coefficients: [K][channels]; null for a functor that chooses its pivot.
-  ChannelsLastSums(Shape shape, Strided<const T> x, Strided<const T> dy, const A* coefficients)
-      : x_(x),
+  ChannelsLastSums(Op op, Shape shape, Strided<const T> x, Strided<const T> dy,
+                   const A* coefficients)
+      : op_(op),
+        x_(x),
         dy_(dy),
         rows_(shape, is_dense(shape, x) && (!Op::IS_BINARY || is_dense(shape, dy))),
         padded_(ceil_div(rows_.width, L) * L),
@@ -204,10 +206,10 @@ class ChannelsLastSums {
         VectorPair<T> values = load_pair(x + i * x_step + j), other{};
         if constexpr (Op::IS_BINARY) other = load_pair(dy + i * dy_step + j);
         V a, b;
-        Op::terms(values.a, other.a, ca.values, a, b);
+        op_.terms(values.a, other.a, ca.values, a, b);
         fa += a;
         sa += b;
-        Op::terms(values.b, other.b, cb.values, a, b);
+        op_.terms(values.b, other.b, cb.values, a, b);
         fb += a;
         sb += b;
       }
@@ -221,7 +223,7 @@ class ChannelsLastSums {
       V f{}, s{};
       for (int64_t i = 0; i < rows; ++i) {
         V a, b, other = Op::IS_BINARY ? load(dy + i * dy_step + j, part...) : V{};
-        Op::terms(load(x + i * x_step + j, part...), other, c.values, a, b);
+        op_.terms(load(x + i * x_step + j, part...), other, c.values, a, b);
         f += a;
         s += b;
       }
@@ -256,16 +258,17 @@ class ChannelsLastSums {
     }
   }
 
+  Op op_;
   Strided<const T> x_, dy_;
   Rows rows_;
   int64_t padded_, block_rows_, unit_rows_, units_;  // padded_: a width in whole vectors
   Scratch<A> coefficients_;
 };
 
-// Writes Op::value of every element of a dense y.
+// Writes op.value() of every element of a dense y.
 template <class Op, class T>
-void map_channels_last(Shape shape, Strided<const T> x, Strided<const T> other, Strided<T> y,
-                       const compute_t<T>* coefficients, int threads, bool streamed) {
+void map_channels_last(Op op, Shape shape, Strided<const T> x, Strided<const T> other,
+                       Strided<T> y, const compute_t<T>* coefficients, int threads, bool streamed) {
   using A = compute_t<T>;
   constexpr int L = LANES<A>, K = Op::COEFFICIENTS;
   Rows rows(shape, is_dense(shape, x) && (!Op::IS_BINARY || is_dense(shape, other)));
@@ -287,8 +290,8 @@ void map_channels_last(Shape shape, Strided<const T> x, Strided<const T> other, 
         int64_t width = at_most(part, (i < rows.full ? rows.width : rows.partial_width) - j);
         const T* from = rows.address(x, i) + j;
         const T* with = Op::IS_BINARY ? rows.address(other, i) + j : from;
-        map_elements<Op>(
-            from, with, to + done, width, at_most(interleaved - j, width), output.streams_runs(),
+        map_elements(
+            op, from, with, to + done, width, at_most(interleaved - j, width), output.streams_runs(),
             [&](int64_t k) { return PerColumn<A, K>(columns.data() + j + k, padded); });
         done += width;
       }

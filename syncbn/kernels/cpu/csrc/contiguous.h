@@ -49,8 +49,10 @@ class ContiguousSums {
 
  public:
   // coefficients: [K][channels]; null for a functor that chooses its pivot.
-  ContiguousSums(Shape shape, Strided<const T> x, Strided<const T> dy, const A* coefficients)
-      : shape_(shape),
+  ContiguousSums(Op op, Shape shape, Strided<const T> x, Strided<const T> dy,
+                 const A* coefficients)
+      : op_(op),
+        shape_(shape),
         x_(x),
         dy_(dy),
         coefficients_(coefficients),
@@ -146,12 +148,12 @@ class ContiguousSums {
     }
   }
 
-  static void sum_segment(const T* x, const T* dy, int64_t size, const V* c, V& first, V& second) {
+  void sum_segment(const T* x, const T* dy, int64_t size, const V* c, V& first, V& second) const {
     constexpr int PAIRS = 2, STEP = 2 * PAIRS * L;
     V a{}, b{};
     auto add_terms = [&](V x, V dy, V& a, V& b) {
       V p, q;
-      Op::terms(x, dy, c, p, q);
+      op_.terms(x, dy, c, p, q);
       a += p;
       b += q;
     };
@@ -178,6 +180,7 @@ class ContiguousSums {
 
   Segment at(int64_t i) const { return Segment(i, blocking_.segments_per_plane, shape_.space); }
 
+  Op op_;
   Shape shape_;
   Strided<const T> x_, dy_;
   const A* coefficients_;
@@ -185,9 +188,9 @@ class ContiguousSums {
   int64_t block_segments_, unit_segments_, units_;
 };
 
-// Writes Op::value of every element.
+// Writes op.value() of every element.
 template <class Op, class T>
-void map_contiguous(Shape shape, Strided<const T> x, Strided<const T> other, Strided<T> y,
+void map_contiguous(Op op, Shape shape, Strided<const T> x, Strided<const T> other, Strided<T> y,
                     const compute_t<T>* coefficients, int threads, bool streamed) {
   Blocking blocking(shape);
   parallel_for(blocking.count * blocking.segments, threads, [&](int, int64_t begin, int64_t end) {
@@ -202,8 +205,8 @@ void map_contiguous(Shape shape, Strided<const T> x, Strided<const T> other, Str
         PerChannel<compute_t<T>, Op::COEFFICIENTS> same(coefficients + c, shape.channels);
         const T* from = segment.address(x, c, shape.space);
         const T* with = Op::IS_BINARY ? segment.address(other, c, shape.space) : from;
-        map_elements<Op>(from, with, to + i * segment.size, segment.size, segment.size,
-                         output.streams_runs(), [&](int64_t) -> const auto& { return same; });
+        map_elements(op, from, with, to + i * segment.size, segment.size, segment.size,
+                     output.streams_runs(), [&](int64_t) -> const auto& { return same; });
       }
       output.end(destination, channels * segment.size);
     });

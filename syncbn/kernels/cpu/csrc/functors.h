@@ -1,12 +1,15 @@
 // The arithmetic of one element, and where results are stored. A reduction functor has terms(), an
-// elementwise one value(). The loops are in contiguous.h and channels_last.h.
+// elementwise one value(). The loops are in contiguous.h and channels_last.h. A functor's activation
+// is a class of activations.h.
 //
 // Coefficients are per channel, in the compute type. pivot is the mean rounded to that type, scale
 // is invstd * weight; the structs define the rest. The rounding error of the mean is folded into
 // the coefficients (coefficients.py): x - pivot is exact near the mean, x * scale + shift is not.
 #pragma once
 #include <cstring>
+#include <type_traits>
 
+#include "activations.h"
 #include "parallel.h"
 #include "simd.h"
 
@@ -18,66 +21,59 @@ inline V affine(V x, const V* c) {
   return (x - c[0]) * c[1] + c[2];
 }
 
-// NaN as in torch: relu keeps it, and its gradient passes.
-template <class V>
-inline V relu(V z) {
-  return z < 0 ? V{} : z;
-}
-template <class V>
-inline V threshold_backward(V dy, V z) {
-  return z <= 0 ? V{} : dy;
-}
-
 // sum(x - pivot), sum((x - pivot)^2) around a pivot that the loop chooses.
 struct Moments {
   static constexpr int COEFFICIENTS = 1;
   static constexpr bool IS_BINARY = false, CHOOSES_PIVOT = true;
 
   template <class V>
-  static void terms(V x, V, const V* c, V& first, V& second) {
+  void terms(V x, V, const V* c, V& first, V& second) const {
     first = x - c[0];
     second = first * first;
   }
 };
 
-// sum(dy), sum(dy (x - pivot)); RELU masks dy. Coefficients: pivot; with RELU also scale and shift.
-template <bool RELU>
+// sum(dy), sum(dy (x - pivot)), dy before the activation. Coefficients: pivot; with an activation
+// also scale and shift.
+template <class Activation>
 struct GradientSums {
-  static constexpr int COEFFICIENTS = RELU ? 3 : 1;
+  static constexpr int COEFFICIENTS = std::is_same_v<Activation, Identity> ? 1 : 3;
   static constexpr bool IS_BINARY = true, CHOOSES_PIVOT = false;
+  Activation activation;
 
   template <class V>
-  static void terms(V x, V dy, const V* c, V& first, V& second) {
-    if constexpr (RELU) dy = threshold_backward(dy, affine(x, c));
+  void terms(V x, V dy, const V* c, V& first, V& second) const {
+    if constexpr (COEFFICIENTS == 3) dy = activation.gradient(dy, affine(x, c));
     first = dy;
     second = dy * (x - c[0]);
   }
 };
 
-// y = (x - pivot) scale + shift, plus a residual, then relu.
-template <bool RESIDUAL, bool RELU>
+// y = (x - pivot) scale + shift, plus a residual, then the activation.
+template <bool RESIDUAL, class Activation>
 struct Normalize {
   static constexpr int COEFFICIENTS = 3;
   static constexpr bool IS_BINARY = RESIDUAL;
+  Activation activation;
 
   template <class V>
-  static V value(V x, V residual, const V* c) {
+  V value(V x, V residual, const V* c) const {
     V z = affine(x, c);
     if constexpr (RESIDUAL) z += residual;
-    if constexpr (RELU) z = relu(z);
-    return z;
+    return activation.value(z);
   }
 };
 
 // dx = dy scale + (x - pivot) slope + offset. Coefficients: pivot, scale, shift, slope, offset.
-template <bool RELU>
+template <class Activation>
 struct InputGradient {
   static constexpr int COEFFICIENTS = 5;
   static constexpr bool IS_BINARY = true;
+  Activation activation;
 
   template <class V>
-  static V value(V x, V dy, const V* c) {
-    if constexpr (RELU) dy = threshold_backward(dy, affine(x, c));
+  V value(V x, V dy, const V* c) const {
+    dy = activation.gradient(dy, affine(x, c));
     return dy * c[1] + ((x - c[0]) * c[3] + c[4]);
   }
 };
@@ -109,25 +105,25 @@ int64_t position(int64_t j, int64_t interleaved) {
   return j < interleaved ? j - j % TWO + pair_lane<T>(static_cast<int>(j % TWO)) : j;
 }
 
-// Writes Op::value of `size` elements; coefficients(i) returns the ones of the vector at i.
+// Writes op.value() of `size` elements; coefficients(i) returns the ones of the vector at i.
 // The first `interleaved` coefficients are in the order of a VectorPair. Streamed sizes are whole
 // cache lines.
 template <class Op, class T, class Coefficients>
-inline void map_elements(const T* x, const T* other, T* y, int64_t size, int64_t interleaved,
-                         bool streamed, const Coefficients& coefficients) {
+inline void map_elements(Op op, const T* x, const T* other, T* y, int64_t size,
+                         int64_t interleaved, bool streamed, const Coefficients& coefficients) {
   constexpr int L = LANES<compute_t<T>>;
   auto values = [&](int64_t i) {
     VectorPair<T> first = load_pair(x + i), second{};
     if constexpr (Op::IS_BINARY) second = load_pair(other + i);
     const auto &c = coefficients(i), &d = coefficients(i + L);
-    return VectorPair<T>{Op::value(first.a, second.a, c.values),
-                         Op::value(first.b, second.b, d.values)};
+    return VectorPair<T>{op.value(first.a, second.a, c.values),
+                         op.value(first.b, second.b, d.values)};
   };
   auto value = [&](int64_t i, auto... part) {
     vector_t<T> second{};
     if constexpr (Op::IS_BINARY) second = load(other + i, part...);
     const auto& c = coefficients(i);
-    return Op::value(load(x + i, part...), second, c.values);
+    return op.value(load(x + i, part...), second, c.values);
   };
   int64_t i = 0;
   if (streamed) {

@@ -11,28 +11,38 @@ Strided<T> as(Operand operand) {
   return {static_cast<T*>(operand.data), operand.stride};
 }
 
-template <class Op, class T>
-void sum(const Call& call, const compute_t<T>* coefficients, Sums* sums) {
+template <class T, class Op>
+void sum(Op op, const Call& call, const compute_t<T>* coefficients, Sums* sums) {
   const Shape& shape = call.shape;
   auto x = as<const T>(call.x), other = as<const T>(call.other);
   int threads = choose_threads(call.threads, numel(shape));
   if (numel(shape) == 0)
     for (int64_t c = 0; c < shape.channels; ++c) sums[c] = Sums{};
   else if (shape.space >= MIN_PLANE)
-    ContiguousSums<Op, T>(shape, x, other, coefficients).run(threads, sums);
+    ContiguousSums<Op, T>(op, shape, x, other, coefficients).run(threads, sums);
   else
-    ChannelsLastSums<Op, T>(shape, x, other, coefficients).run(threads, sums);
+    ChannelsLastSums<Op, T>(op, shape, x, other, coefficients).run(threads, sums);
 }
 
-template <class Op, class T>
-void map(const Call& call, const compute_t<T>* coefficients) {
+template <class T, class Op>
+void map(Op op, const Call& call, const compute_t<T>* coefficients) {
   if (numel(call.shape) == 0) return;
   int threads = choose_threads(call.threads, numel(call.shape));
   bool streamed = call.whole_numel * int64_t{sizeof(T)} >= MIN_STREAMED_BYTES &&
                   call.out.data != call.other.data;
   auto map_all = call.shape.space >= MIN_PLANE ? map_contiguous<Op, T> : map_channels_last<Op, T>;
-  map_all(call.shape, as<const T>(call.x), as<const T>(call.other), as<T>(call.out), coefficients,
+  map_all(op, call.shape, as<const T>(call.x), as<const T>(call.other), as<T>(call.out), coefficients,
           threads, streamed);
+}
+
+// Calls work with the activation of a call.
+template <class Work>
+void with_activation(const Call& call, const Work& work) {
+  switch (call.activation) {
+    case ActivationKind::identity: return work(Identity{});
+    case ActivationKind::relu: return work(Relu{});
+    default: return work(OtherActivation{call.activation, call.negative_slope});
+  }
 }
 
 PackedMoments packed_moments(const Call& call) {
@@ -41,7 +51,8 @@ PackedMoments packed_moments(const Call& call) {
 
 void moments(const Call& call) {
   Scratch<Sums> sums(call.shape.channels);
-  with_type(call.dtype, [&](auto t) { sum<Moments, decltype(t)>(call, nullptr, sums.data()); });
+  with_type(call.dtype,
+            [&](auto t) { sum<decltype(t)>(Moments{}, call, nullptr, sums.data()); });
   pack_moments(sums.data(), call.shape, packed_moments(call));
 }
 
@@ -51,11 +62,13 @@ void normalize(const Call& call) {
   with_type(call.dtype, [&](auto t) {
     using T = decltype(t);
     Coefficients<compute_t<T>> all(call);
-    bool adds = call.other.data != nullptr, relu = call.relu != 0;
-    auto map_all = adds   ? relu ? map<Normalize<true, true>, T> : map<Normalize<true, false>, T>
-                   : relu ? map<Normalize<false, true>, T>
-                          : map<Normalize<false, false>, T>;
-    map_all(call, all.data());
+    with_activation(call, [&](auto activation) {
+      using Activation = decltype(activation);
+      if (call.other.data != nullptr)
+        map<T>(Normalize<true, Activation>{activation}, call, all.data());
+      else
+        map<T>(Normalize<false, Activation>{activation}, call, all.data());
+    });
   });
 }
 
@@ -71,8 +84,9 @@ void backward_reduce(const Call& call) {
   with_type(call.dtype, [&](auto t) {
     using T = decltype(t);
     Coefficients<compute_t<T>> all(call);
-    auto sum_all = call.relu ? sum<GradientSums<true>, T> : sum<GradientSums<false>, T>;
-    sum_all(call, all.data(), sums.data());
+    with_activation(call, [&](auto activation) {
+      sum<T>(GradientSums<decltype(activation)>{activation}, call, all.data(), sums.data());
+    });
     write_gradient_sums(sums.data(), all.mean_errors(), call.statistics + channels, channels,
                         call.packed);
   });
@@ -84,8 +98,9 @@ void backward_elemt(const Call& call) {
     using T = decltype(t);
     Coefficients<compute_t<T>> all(call);
     all.add_gradient(call.statistics, call.packed);
-    auto map_all = call.relu ? map<InputGradient<true>, T> : map<InputGradient<false>, T>;
-    map_all(call, all.data());
+    with_activation(call, [&](auto activation) {
+      map<T>(InputGradient<decltype(activation)>{activation}, call, all.data());
+    });
   });
 }
 

@@ -4,6 +4,11 @@
 
 enum class Dtype : int64_t { float32, float64, bfloat16, float16 };
 
+// The last operation of a forward pass: names of activations.py, in the order of its NAMES.
+enum class ActivationKind : int64_t {
+  identity, relu, relu6, leaky_relu, silu, hardswish, gelu
+};
+
 // C values, one per channel, or null.
 struct ChannelValues {
   void* data;
@@ -31,7 +36,7 @@ struct Call {
   // Dtype of weight, bias and their gradients.
   Dtype parameter_dtype;
   void *weight, *bias;
-  int64_t relu;
+  ActivationKind activation;
   void *dweight, *dbias;
   // Packed moments, or the sums of the backward pass.
   double* packed;
@@ -42,11 +47,11 @@ struct Call {
   Dtype running_dtype;
   void *running_mean, *running_var;
   int64_t* num_batches_tracked;
-  // NaN means 1 / num_batches_tracked.
-  double momentum, eps;
+  // A momentum of NaN means 1 / num_batches_tracked.
+  double momentum, eps, negative_slope;
 };
 
-static_assert(sizeof(Call) == 27 * 8, "_CALL in __init__.py packs 27 numbers of eight bytes");
+static_assert(sizeof(Call) == 28 * 8, "_CALL in __init__.py packs 28 numbers of eight bytes");
 
 // Length of packed moments (moments.py): float64 inputs have two-part sums.
 static constexpr bool has_two_parts(Dtype dtype) { return dtype == Dtype::float64; }
