@@ -13,6 +13,7 @@ from syncbn.inference import example_weighted as example_weighted
 from syncbn.inference import prior_mix as prior_mix
 from syncbn.nn.accumulation import accumulate_statistics as accumulate_statistics
 from syncbn.nn.frozen_statistics import frozen_statistics as frozen_statistics
+from syncbn.nn.merging import merge_over_ranks as merge_over_ranks
 from syncbn.nn.merging import merge_statistics as merge_statistics
 from syncbn.nn.module import SyncBatchNorm as SyncBatchNorm
 from syncbn.nn.module import SyncBatchNorm1d as SyncBatchNorm1d
@@ -20,6 +21,7 @@ from syncbn.nn.module import SyncBatchNorm2d as SyncBatchNorm2d
 from syncbn.nn.module import SyncBatchNorm3d as SyncBatchNorm3d
 from syncbn.nn.module import convert_sync_batchnorm as convert_sync_batchnorm
 from syncbn.nn.module import revert_sync_batchnorm as revert_sync_batchnorm
+from syncbn.nn.running_norm import RunningNorm as RunningNorm
 from syncbn.ops.activation_checkpoint import checkpoint_contexts as checkpoint_contexts
 from syncbn.ops.functional import sync_batch_norm as sync_batch_norm
 
@@ -29,6 +31,7 @@ __all__ = [
     "CalibrationReport",
     "Fusion",
     "RankInfo",
+    "RunningNorm",
     "SyncBatchNorm",
     "SyncBatchNorm1d",
     "SyncBatchNorm2d",
@@ -40,6 +43,7 @@ __all__ = [
     "frozen_statistics",
     "fuse",
     "init_process_group",
+    "merge_over_ranks",
     "merge_statistics",
     "prior_mix",
     "recalibrate",

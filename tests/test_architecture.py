@@ -130,12 +130,12 @@ def test_files_named_in_the_architecture_exist() -> None:
 
 
 def test_public_names() -> None:
-    classes = "CalibrationReport Fusion RankInfo SyncBatchNorm"
+    classes = "CalibrationReport Fusion RankInfo RunningNorm SyncBatchNorm"
     layers = "SyncBatchNorm1d SyncBatchNorm2d SyncBatchNorm3d"
     functions = (
         "accumulate_statistics checkpoint_contexts convert_sync_batchnorm example_weighted "
-        "frozen_statistics fuse init_process_group merge_statistics prior_mix recalibrate "
-        "revert_sync_batchnorm sync_batch_norm"
+        "frozen_statistics fuse init_process_group merge_over_ranks merge_statistics prior_mix "
+        "recalibrate revert_sync_batchnorm sync_batch_norm"
     )
     assert syncbn.__all__ == f"{classes} {layers} {functions}".split()
     assert all(hasattr(syncbn, name) for name in syncbn.__all__)

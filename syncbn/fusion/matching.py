@@ -12,9 +12,8 @@ from torch.fx import Graph, Node
 
 from syncbn.fusion.tracing import INPLACE_OPERATORS, callee
 from syncbn.kernels.activations import Activation, ActivationName
-from syncbn.nn.fx_call import has_hooks
+from syncbn.nn.activation_modules import find_activation, make_activation
 from syncbn.nn.module import SyncBatchNorm
-from syncbn.ops.validation import check_activation
 
 _CALLS = ("call_function", "call_method")
 # Functions and methods, by name of the activation.
@@ -25,14 +24,6 @@ _FUNCTIONS: dict[Any, ActivationName] = {
     F.silu: "silu",
     F.hardswish: "hardswish",
     F.gelu: "gelu",
-}
-_MODULES: dict[type[nn.Module], ActivationName] = {
-    nn.ReLU: "relu",
-    nn.ReLU6: "relu6",
-    nn.LeakyReLU: "leaky_relu",
-    nn.SiLU: "silu",
-    nn.Hardswish: "hardswish",
-    nn.GELU: "gelu",
 }
 _INPLACE_ADDITIONS = {operator.iadd, "add_"}
 _ADDITIONS = {operator.add, torch.add, "add", *_INPLACE_ADDITIONS}
@@ -116,19 +107,12 @@ def _prevents_move(root: nn.Module, node: Node) -> bool:
 
 def _find_activation(root: nn.Module, node: Node) -> Activation | None:
     """Return the activation that a node calls, if layers have it."""
-    options: dict[str, Any] = dict(node.kwargs)
-    name: ActivationName | None = None
     if node.op == "call_module":
-        child = callee(root, node)
-        if not has_hooks(child):
-            name, options = _MODULES.get(type(child)), vars(child)
-    elif node.op in _CALLS:
-        name = _FUNCTIONS.get(node.target)
-        if name == "leaky_relu" and len(node.args) > 1:
-            options["negative_slope"] = node.args[1]
-    if name is None or options.get("approximate", "none") != "none":
+        return find_activation(callee(root, node))
+    name = _FUNCTIONS.get(node.target) if node.op in _CALLS else None
+    if name is None:
         return None
-    try:
-        return check_activation(name, options.get("negative_slope", 0.01))
-    except ValueError:  # a slope that layers do not have
-        return None
+    # The second argument of leaky_relu; the other functions ignore it.
+    return make_activation(
+        name, dict(node.kwargs) | dict(zip(["negative_slope"], node.args[1:], strict=False))
+    )

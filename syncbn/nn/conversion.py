@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 from torch import nn
@@ -16,6 +17,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from syncbn.distributed.groups import GroupLike, resolve_group
+from syncbn.nn.adapters import Adapter, Adapters, check_adapters, find_adapter, make_forward
 from syncbn.nn.layer_state import LayerState
 
 LayerClass: TypeAlias = type[_BatchNorm]
@@ -39,36 +41,43 @@ class Conversion:
     Args:
         sync_classes: synchronized form of each class of torch. The form of ``nn.SyncBatchNorm``
             becomes the first base of the form of a user's subclass.
-        new_layer: importable function that returns ``Conversion.new_layer(original)``, for pickles.
+        new_layer: importable function that returns ``Conversion.new_layer(original, adapter)``, for
+            pickles.
     """
 
     def __init__(
         self,
         sync_classes: dict[LayerClass, LayerClass],
-        new_layer: Callable[[LayerClass], nn.Module],
+        new_layer: Callable[[LayerClass, Adapter | None], nn.Module],
     ) -> None:
         self._sync = sync_classes
         self._original = {sync: original for original, sync in sync_classes.items()}
         self._base = sync_classes[nn.SyncBatchNorm]
         # One class per user subclass, so that layers of one class keep a common class.
-        self._subclasses: dict[LayerClass, LayerClass] = {}
+        self._subclasses: dict[tuple[LayerClass, Adapter | None], LayerClass] = {}
         self._new_layer = new_layer
 
-    def convert(self, model: nn.Module, process_group: GroupLike) -> None:
+    def convert(
+        self, model: nn.Module, process_group: GroupLike, adapters: Adapters | None = None
+    ) -> None:
         """Convert the layers of a model; see :func:`syncbn.convert_sync_batchnorm`."""
+        adapters = {} if adapters is None else adapters
+        check_adapters(adapters)
+        found = {layer: find_adapter(layer, adapters) for layer in model.modules()}
         group = resolve_group(process_group)
         skipped: dict[str, list[str]] = {}
         for name, layer in model.named_modules():
-            if not isinstance(layer, _BatchNorm):
+            adapter = found[layer]
+            if adapter is None and not isinstance(layer, _BatchNorm):
                 continue
             if not isinstance(layer, self._base):
-                if (reason := self.unsupported_reason(layer)) is not None:
+                if (reason := self.unsupported_reason(layer, adapter)) is not None:
                     skipped.setdefault(reason, []).append(name or "the module")
                     continue
                 # On any class but torch's, `process_group` is the user's attribute.
                 is_torchs = isinstance(layer, nn.SyncBatchNorm)
                 torchs_group = layer.__dict__.pop("process_group", None) if is_torchs else None
-                change_class(layer, self.sync_class)
+                change_class(layer, partial(self.sync_class, adapter=adapter))
                 cast(LayerState, layer)._syncbn_group = torchs_group
             converted = cast(LayerState, layer)
             if process_group is not None:
@@ -76,8 +85,8 @@ class Conversion:
             converted._syncbn_fqn = name
         for reason, names in skipped.items():
             warnings.warn(
-                f"{reason}, so these layers are left unsynchronized: {', '.join(names)}. Derive "
-                "the class from syncbn.SyncBatchNorm to synchronize them.",
+                f"{reason}, so these layers are left unsynchronized: {', '.join(names)}. Pass "
+                "adapters={TheirClass: function}, or derive the class from syncbn.SyncBatchNorm.",
                 stacklevel=3,
             )
 
@@ -100,20 +109,22 @@ class Conversion:
                 if isinstance(layer, nn.SyncBatchNorm):
                     layer.process_group = settings["_syncbn_group"]
 
-    def sync_class(self, original: LayerClass) -> LayerClass:
+    def sync_class(self, original: LayerClass, adapter: Adapter | None = None) -> LayerClass:
         """Return the synchronized form of a class.
 
         A subclass keeps its methods; ``forward`` and its helpers come from SyncBatchNorm.
 
         Args:
-            original: class of torch, or a subclass without an :meth:`unsupported_reason`.
+            original: class of torch, or a class without an :meth:`unsupported_reason`.
+            adapter: forward of the class, or None.
         """
-        if (known := self._sync.get(original) or self._subclasses.get(original)) is not None:
+        key = original, adapter
+        if (known := self._sync.get(original) or self._subclasses.get(key)) is not None:
             return known
 
         def reduce(layer: nn.Module, protocol: Any) -> tuple[Any, ...]:
             # The class cannot be imported by name: unpickling creates it from the original class.
-            return self._new_layer, (original,), layer.__getstate__()
+            return self._new_layer, key, layer.__getstate__()
 
         namespace: dict[str, Any] = {
             "_syncbn_original": original,
@@ -121,30 +132,35 @@ class Conversion:
             "__doc__": f"Synchronized {original.__qualname__}.",
             "__reduce_ex__": reduce,
         }
-        if original._check_input_dim is not _BatchNorm._check_input_dim:
+        if adapter is not None:
+            namespace["forward"] = make_forward(adapter)
+        if not issubclass(original, _BatchNorm):
+            # Of a layer that lacks them; batch norm's loader would add a batch counter.
+            namespace["_load_from_state_dict"] = nn.Module._load_from_state_dict
+        elif original._check_input_dim is not _BatchNorm._check_input_dim:
             namespace["_check_input_dim"] = original._check_input_dim
         if issubclass(original, LazyModuleMixin):
             namespace["cls_to_become"] = self.sync_class(cast(LayerClass, original.cls_to_become))
         created = type(f"Sync{original.__name__}", (self._base, original), namespace)
-        return self._subclasses.setdefault(original, created)
+        return self._subclasses.setdefault(key, created)
 
     def original_class(self, sync: LayerClass) -> LayerClass | None:
         """Return the original of a synchronized class; None for a user's subclass of it."""
         original: LayerClass | None = vars(sync).get("_syncbn_original")
         return self._original.get(sync) or original
 
-    def new_layer(self, original: LayerClass) -> nn.Module:
+    def new_layer(self, original: LayerClass, adapter: Adapter | None) -> nn.Module:
         """Return an uninitialized layer of the synchronized form of a class."""
-        sync = self.sync_class(original)
+        sync = self.sync_class(original, adapter)
         return sync.__new__(sync)
 
-    def unsupported_reason(self, layer: _BatchNorm) -> str | None:
+    def unsupported_reason(self, layer: nn.Module, adapter: Adapter | None) -> str | None:
         """Return why synchronizing a layer would drop behaviour; None if it would not."""
-        kind = type(layer)
+        kind = cast(LayerClass, type(layer))
         name = kind.__qualname__
         if "forward" in vars(layer):
             return f"a {name} overrides forward as an attribute"
-        if kind in self._sync:
+        if kind in self._sync or adapter is not None:
             return None
         if kind.forward is not _BatchNorm.forward:
             return f"{name} overrides forward"

@@ -1,4 +1,4 @@
-"""Private attributes of a synchronized layer, its copies and pickles."""
+"""Private attributes of a synchronized layer, its copies and pickles, and its call."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncbn.distributed.groups import active_group
 from syncbn.kernels.activations import ActivationName
+from syncbn.kernels.base import RunningStats
+from syncbn.ops.functional import batch_norm
 from syncbn.ops.validation import check_activation
 
 # Public attributes and the private attributes that the library reads. A converted layer may carry
@@ -145,6 +148,49 @@ def layer_group(layer: LayerState) -> dist.ProcessGroup | None:
             "model, process_group=...)"
         )
     return active_group(layer._syncbn_group)
+
+
+def normalize_input(
+    layer: LayerState,
+    input: Tensor,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    **changes: Any,
+) -> Tensor:
+    """Return the output of a layer from its tensors and settings.
+
+    Args:
+        layer: synchronized layer.
+        input: shape ``[N, C, *]``.
+        residual: tensor added before the activation, or None.
+        mask: bool mask, or None.
+        changes: arguments of :func:`syncbn.ops.functional.batch_norm` in place of the layer's.
+    """
+    layer._check_input_dim(input)
+    weight, bias, mean, var, counter = layer_tensors(layer)
+    updates = layer.training and layer.track_running_stats
+    arguments: dict[str, Any] = {
+        "weight": weight,
+        "activation": layer._syncbn_activation,
+        "negative_slope": layer._syncbn_negative_slope,
+    }
+    return batch_norm(
+        input,
+        bias=bias,
+        running=RunningStats(mean, var, counter, layer.momentum),
+        eps=layer.eps,
+        # Evaluation without running statistics uses the batch of this rank, as in torch.
+        group=layer_group(layer) if layer.training else None,
+        use_batch_stats=layer.training or mean is None or var is None,
+        residual=residual,
+        mask=mask,
+        impl=layer._syncbn_impl,
+        # A label would make torch.compile specialize on each of many equal layers.
+        label="" if torch.compiler.is_compiling() else layer_label(layer),
+        update_running=updates,
+        pending=layer._syncbn_pending if updates else None,
+        **(arguments | changes),
+    )
 
 
 def first_length(tensors: tuple[Tensor | None, ...], default: int) -> int:

@@ -6,7 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncbn.distributed import collectives
+from syncbn.distributed.groups import GroupLike, active_group, resolve_group
+from syncbn.moments import Moments
 
 _MEAN, _VAR, _COUNTER = "running_mean", "running_var", "num_batches_tracked"
 
@@ -69,6 +74,53 @@ def merge_statistics(
             counters = [state[name].to(first[name]) for state in state_dicts]
             merged[name] = torch.stack(counters).sum(0)
     return merged
+
+
+@torch.no_grad()
+def merge_over_ranks(model: nn.Module, count: float, process_group: GroupLike = None) -> None:
+    """Replace the statistics of a model on every rank by those of the union of the populations.
+
+    The formula of :func:`merge_statistics`, in one all-reduce for all layers, in place: for ranks
+    that trained with local batch norm, where averaging would drop the variance between ranks.
+    ``num_batches_tracked`` is unchanged.
+
+    Args:
+        model: module with batch-norm layers of torch or of this library; the same on every rank.
+        count: size of the population of this rank, such as its number of samples; zero for none.
+        process_group: ranks to merge; as in :func:`syncbn.convert_sync_batchnorm`. A collective.
+
+    Raises:
+        ValueError: a count that is negative or not finite; no layer with statistics; on CPU, counts
+            that are zero on every rank.
+        RuntimeError: the transport failed, or the ranks have different layers.
+    """
+    if not 0 <= count < math.inf:
+        raise ValueError(f"got count {count}; expected a finite number of at least 0")
+    modules = [(n, m) for n, m in model.named_modules() if isinstance(m, _BatchNorm)]
+    layers: list[tuple[str, Tensor, Tensor]] = [
+        (name, module.running_mean, module.running_var)
+        for name, module in modules
+        if module.running_mean is not None and module.running_var is not None
+    ]
+    if not layers:
+        raise ValueError("got a model without running statistics; expected a batch-norm layer")
+    means = torch.cat([mean.double() for _, mean, _ in layers])
+    variances = torch.cat([var.double() for _, _, var in layers])
+    size = means.new_full((), count)
+    zeros = torch.zeros_like(means)
+    moments = Moments.from_pivot(size, means, zeros, size * variances, two_parts=True).pack()
+    names = ", ".join(f"{name} {len(mean)}" for name, mean, _ in layers)
+    group = active_group(resolve_group(process_group))
+    union = Moments.unpack(
+        collectives.all_reduce(moments, group, f"merge_over_ranks of {names}"), len(means)
+    )
+    if union.count.is_cpu and not union.count:
+        raise ValueError("got count 0 on every rank; expected a positive count on some rank")
+    sizes = [len(mean) for _, mean, _ in layers]
+    merged = union.mean().split(sizes), union.variance().split(sizes)
+    for (_, mean, var), new_mean, new_var in zip(layers, *merged, strict=True):
+        mean.copy_(new_mean)
+        var.copy_(new_var)
 
 
 def _check_same_layers(first: Mapping[str, Tensor], state: Mapping[str, Tensor], i: int) -> None:

@@ -11,12 +11,11 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from syncbn.distributed.groups import GroupLike, resolve_group
 from syncbn.kernels.activations import ActivationName
-from syncbn.kernels.base import RunningStats
+from syncbn.nn.adapters import Adapter, Adapters
 from syncbn.nn.conversion import Conversion
 from syncbn.nn.fx_call import record_call
 from syncbn.nn.layer_state import DetachedGroup as DetachedGroup
-from syncbn.nn.layer_state import LayerState, layer_group, layer_label, layer_tensors
-from syncbn.ops.functional import batch_norm
+from syncbn.nn.layer_state import LayerState, normalize_input
 from syncbn.ops.validation import check_activation
 
 M = TypeVar("M", bound=nn.Module)
@@ -107,8 +106,7 @@ class SyncBatchNorm(LayerState):
     @classmethod
     def convert_sync_batchnorm(cls, module: M, process_group: GroupLike = None) -> M:
         """See :func:`syncbn.convert_sync_batchnorm`."""
-        _CONVERSION.convert(module, process_group)
-        return module
+        return convert_sync_batchnorm(module, process_group)
 
     def forward(
         self, input: Tensor, residual: Tensor | None = None, mask: Tensor | None = None
@@ -124,28 +122,7 @@ class SyncBatchNorm(LayerState):
         """
         if isinstance(input, Proxy):
             return record_call(self, input, residual, mask)
-        self._check_input_dim(input)
-        weight, bias, mean, var, counter = layer_tensors(self)
-        updates = self.training and self.track_running_stats
-        return batch_norm(
-            input,
-            weight,
-            bias,
-            RunningStats(mean, var, counter, self.momentum),
-            self.eps,
-            # Evaluation without running statistics uses the batch of this rank, as in torch.
-            layer_group(self) if self.training else None,
-            use_batch_stats=self.training or mean is None or var is None,
-            residual=residual,
-            activation=self._syncbn_activation,
-            negative_slope=self._syncbn_negative_slope,
-            mask=mask,
-            impl=self._syncbn_impl,
-            # A label would make torch.compile specialize on each of many equal layers.
-            label="" if torch.compiler.is_compiling() else layer_label(self),
-            update_running=updates,
-            pending=self._syncbn_pending if updates else None,
-        )
+        return normalize_input(self, input, residual, mask)
 
     def extra_repr(self) -> str:
         """Return the arguments that ``print`` shows."""
@@ -199,13 +176,16 @@ class LazySyncBatchNorm3d(_LazyNormBase, SyncBatchNorm3d):
     cls_to_become = SyncBatchNorm3d
 
 
-def convert_sync_batchnorm(module: M, process_group: GroupLike = None) -> M:
+def convert_sync_batchnorm(
+    module: M, process_group: GroupLike = None, *, adapters: Adapters | None = None
+) -> M:
     """Make every batch-norm layer of a model synchronized, in place.
 
     Converts ``nn.BatchNorm1d/2d/3d``, their lazy forms, ``nn.SyncBatchNorm``, and subclasses of
     ``nn.BatchNorm*`` that inherit ``forward``; a converted subclass stays an instance of its class.
-    Synchronized layers get the group and their name. A layer that overrides ``forward`` or other
-    methods that synchronization replaces would lose behaviour: it is left alone, with a warning.
+    Synchronized layers get the group and their name. :mod:`syncbn.nn.adapters` holds layers of
+    other libraries that are a batch norm and more. Another layer that overrides ``forward``, or
+    methods that synchronization replaces, would lose behaviour: it is left alone, with a warning.
     :func:`revert_sync_batchnorm` is the exact inverse.
 
     Args:
@@ -213,15 +193,20 @@ def convert_sync_batchnorm(module: M, process_group: GroupLike = None) -> M:
         process_group: ranks whose batches form one batch: None (all ranks; layers with a group keep
             it), "world", "node", a number of consecutive ranks, a one-dimensional ``DeviceMesh``,
             or a process group. "node" and numbers create a group, so every rank must call this.
+        adapters: forward of layers by class, ``adapter(layer, normalize, x)``: the layer's own
+            forward with ``normalize(x)`` in place of its batch norm. A layer must have the tensors
+            and settings of an ``nn.BatchNorm2d``.
 
     Returns:
         The same module.
 
     Raises:
-        ValueError: the group is not valid; see :func:`syncbn.distributed.resolve_group`.
+        ValueError: the group is not valid; see :func:`syncbn.distributed.resolve_group`. Or the
+            adapters are no functions by class, or their layers lack attributes; no layer was
+            changed.
         RuntimeError: torch.distributed must create a group and is not initialized.
     """
-    _CONVERSION.convert(module, process_group)
+    _CONVERSION.convert(module, process_group, adapters)
     return module
 
 
@@ -245,9 +230,9 @@ def revert_sync_batchnorm(module: M) -> M:
     return module
 
 
-def _new_layer(original: type[_BatchNorm]) -> nn.Module:
+def _new_layer(original: type[_BatchNorm], adapter: Adapter | None = None) -> nn.Module:
     # Pickles of converted subclasses name this function.
-    return _CONVERSION.new_layer(original)
+    return _CONVERSION.new_layer(original, adapter)
 
 
 _CONVERSION = Conversion(

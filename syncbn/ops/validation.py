@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,7 +107,7 @@ def _mismatch_message(input: Tensor, name: str, tensor: Tensor) -> str:
 
 
 def check_activation(
-    activation: ActivationName | None, negative_slope: float = 0.01
+    activation: ActivationName | None, negative_slope: Any = 0.01
 ) -> Activation | None:
     """Return the activation of a call.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import syncbn
+from tests.ranks import Ranks
 
 SIZES = (400, 7, 90)
 
@@ -87,3 +88,39 @@ def test_state_dicts_that_do_not_match() -> None:
         syncbn.merge_statistics([nn.Linear(2, 2).state_dict()], [1])
     with pytest.raises(ValueError, match="got 0 state dicts"):
         syncbn.merge_statistics([], [])
+
+
+def _merge(rank: int, offset: float) -> dict[str, Tensor]:
+    torch.manual_seed(rank)
+    part = torch.randn(SIZES[rank], 3, dtype=torch.float64) * (rank + 1) + rank + offset
+    net: Any = _network()
+    net.load_state_dict(_state(part), strict=False)
+    syncbn.merge_over_ranks(net, SIZES[rank] if rank < 2 else 0)
+    return {"part": part, **net.state_dict()}
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_live_models_over_ranks(three_ranks: Ranks, offset: float) -> None:
+    """The third rank has no data: its statistics do not count."""
+    answers = three_ranks.run(_merge, offset)
+    whole = torch.cat([answer["part"] for answer in answers[:2]])
+    rtol = 1e-14 if offset == 0 else 1e-11
+    for answer in answers:
+        torch.testing.assert_close(answer["0.running_mean"], whole.mean(0), rtol=1e-14, atol=1e-14)
+        var = whole.var(0, correction=0)
+        torch.testing.assert_close(answer["0.running_var"], var, rtol=rtol, atol=0)
+        assert answer["2.running_var"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("model", "count", "message"),
+    [
+        (_network(), -1, "got count -1; expected a finite number of at least 0"),
+        (_network(), math.nan, "got count nan"),
+        (_network(), 0, "got count 0 on every rank"),
+        (nn.Linear(2, 2), 1, "got a model without running statistics"),
+    ],
+)
+def test_live_models_that_cannot_be_merged(model: nn.Module, count: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        syncbn.merge_over_ranks(model, count)
