@@ -22,6 +22,9 @@ from syncbn.nn.module import SyncBatchNorm3d as SyncBatchNorm3d
 from syncbn.nn.module import convert_sync_batchnorm as convert_sync_batchnorm
 from syncbn.nn.module import revert_sync_batchnorm as revert_sync_batchnorm
 from syncbn.nn.running_norm import RunningNorm as RunningNorm
+from syncbn.nn.uneven_data import JoinableModel as JoinableModel
+from syncbn.nn.uneven_data import even_batches as even_batches
+from syncbn.nn.uneven_data import global_mean as global_mean
 from syncbn.ops.activation_checkpoint import checkpoint_contexts as checkpoint_contexts
 from syncbn.ops.functional import sync_batch_norm as sync_batch_norm
 
@@ -30,6 +33,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "CalibrationReport",
     "Fusion",
+    "JoinableModel",
     "RankInfo",
     "RunningNorm",
     "SyncBatchNorm",
@@ -39,9 +43,11 @@ __all__ = [
     "accumulate_statistics",
     "checkpoint_contexts",
     "convert_sync_batchnorm",
+    "even_batches",
     "example_weighted",
     "frozen_statistics",
     "fuse",
+    "global_mean",
     "init_process_group",
     "merge_over_ranks",
     "merge_statistics",

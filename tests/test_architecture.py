@@ -130,11 +130,11 @@ def test_files_named_in_the_architecture_exist() -> None:
 
 
 def test_public_names() -> None:
-    classes = "CalibrationReport Fusion RankInfo RunningNorm SyncBatchNorm"
+    classes = "CalibrationReport Fusion JoinableModel RankInfo RunningNorm SyncBatchNorm"
     layers = "SyncBatchNorm1d SyncBatchNorm2d SyncBatchNorm3d"
     functions = (
-        "accumulate_statistics checkpoint_contexts convert_sync_batchnorm example_weighted "
-        "frozen_statistics fuse init_process_group merge_over_ranks merge_statistics prior_mix "
+        "accumulate_statistics checkpoint_contexts convert_sync_batchnorm even_batches "
+        "example_weighted frozen_statistics fuse global_mean init_process_group merge_over_ranks merge_statistics prior_mix "
         "recalibrate revert_sync_batchnorm sync_batch_norm"
     )
     assert syncbn.__all__ == f"{classes} {layers} {functions}".split()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TypeAlias
 from weakref import WeakKeyDictionary, ref
@@ -15,7 +16,7 @@ from syncbn.distributed.objects import all_gather_objects
 
 #: Description of a process group; see :func:`resolve_group`. Types, not a string: a string would be
 #: evaluated in the module whose annotation uses the alias, and that module has no ``DeviceMesh``.
-GroupLike: TypeAlias = str | int | DeviceMesh | dist.ProcessGroup | None
+GroupLike: TypeAlias = str | int | Sequence[Sequence[int]] | DeviceMesh | dist.ProcessGroup | None
 
 # Maps the default group to the layers' group of all ranks. Torch owns both: a reference that
 # outlives destroy_process_group would keep Gloo's threads alive, which may abort the process at
@@ -89,14 +90,15 @@ def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:
             DistributedDataParallel with ``find_unused_parameters``, unless
             :func:`syncbn.init_process_group` created one), "node" (the ranks of one machine; with
             torchrun, the ranks of one agent), an integer n (n consecutive ranks: 0..n-1, n..2n-1,
-            and so on), a one-dimensional ``DeviceMesh``, or a process group, returned unchanged.
+            and so on), lists of global ranks that contain every rank once, a one-dimensional
+            ``DeviceMesh``, or a process group, returned unchanged.
 
     Returns:
         A group that contains this rank; None for all ranks.
 
     Raises:
-        ValueError: an unknown description, a size that does not divide the number of ranks, or a
-            mesh of several dimensions.
+        ValueError: an unknown description, a size that does not divide the number of ranks, lists
+            that do not contain every rank once, or a mesh of several dimensions.
         RuntimeError: torch.distributed is not initialized.
     """
     match group:
@@ -116,6 +118,8 @@ def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:
             pass
         case int():
             return _consecutive_ranks(group)
+        case list() if all(isinstance(ranks, list) for ranks in group):
+            return _listed_ranks([list(ranks) for ranks in group])
         case DeviceMesh():
             if group.ndim != 1:
                 raise ValueError(
@@ -126,8 +130,8 @@ def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:
         case dist.ProcessGroup():
             return group
     raise ValueError(
-        f"got process group {group!r}; expected 'world', 'own', 'node', a number of ranks, a "
-        "DeviceMesh, a torch.distributed.ProcessGroup or None"
+        f"got process group {group!r}; expected 'world', 'own', 'node', a number of ranks, "
+        "lists of ranks, a DeviceMesh, a torch.distributed.ProcessGroup or None"
     )
 
 
@@ -137,6 +141,16 @@ def _consecutive_ranks(size: int) -> dist.ProcessGroup | None:
     if size < 1 or world % size:
         raise ValueError(f"got groups of {size} ranks; expected a divisor of the {world} ranks")
     return _local_subgroup([list(range(first, first + size)) for first in range(0, world, size)])
+
+
+def _listed_ranks(partition: list[list[int]]) -> dist.ProcessGroup | None:
+    _require_initialized()
+    world = list(range(dist.get_world_size()))
+    if sorted(rank for ranks in partition for rank in ranks) != world:
+        raise ValueError(
+            f"got groups {partition}; expected lists that contain each of the ranks {world} once"
+        )
+    return _local_subgroup(partition)
 
 
 def _node_ranks() -> dist.ProcessGroup | None:

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from syncbn.distributed.groups import GroupLike, resolve_group
 from syncbn.nn.adapters import Adapter, Adapters, check_adapters, find_adapter, make_forward
 from syncbn.nn.layer_state import LayerState
+from syncbn.ops.validation import check_normalization_batch
 
 LayerClass: TypeAlias = type[_BatchNorm]
 
@@ -58,11 +59,16 @@ class Conversion:
         self._new_layer = new_layer
 
     def convert(
-        self, model: nn.Module, process_group: GroupLike, adapters: Adapters | None = None
+        self,
+        model: nn.Module,
+        process_group: GroupLike,
+        adapters: Adapters | None = None,
+        normalization_batch: int | None = None,
     ) -> None:
         """Convert the layers of a model; see :func:`syncbn.convert_sync_batchnorm`."""
         adapters = {} if adapters is None else adapters
         check_adapters(adapters)
+        check_normalization_batch(normalization_batch)
         found = {layer: find_adapter(layer, adapters) for layer in model.modules()}
         group = resolve_group(process_group)
         skipped: dict[str, list[str]] = {}
@@ -82,6 +88,8 @@ class Conversion:
             converted = cast(LayerState, layer)
             if process_group is not None:
                 converted._syncbn_group = group
+            if normalization_batch is not None:
+                converted._syncbn_normalization_batch = normalization_batch
             converted._syncbn_fqn = name
         for reason, names in skipped.items():
             warnings.warn(

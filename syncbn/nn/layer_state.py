@@ -15,7 +15,7 @@ from syncbn.distributed.groups import active_group
 from syncbn.kernels.activations import ActivationName
 from syncbn.kernels.base import RunningStats
 from syncbn.ops.functional import batch_norm
-from syncbn.ops.validation import check_activation
+from syncbn.ops.validation import check_activation, check_normalization_batch
 
 # Public attributes and the private attributes that the library reads. A converted layer may carry
 # attributes under the public names; they keep their values and their meaning.
@@ -24,6 +24,7 @@ _PRIVATE = {
     "negative_slope": "_syncbn_negative_slope",
     "process_group": "_syncbn_group",
     "impl": "_syncbn_impl",
+    "normalization_batch": "_syncbn_normalization_batch",
     "fqn": "_syncbn_fqn",
 }
 
@@ -48,11 +49,13 @@ class LayerState(_BatchNorm):
 
     process_group: dist.ProcessGroup | DetachedGroup | None
     impl: str
+    normalization_batch: int | None
     fqn: str
     activation: ActivationName | None
     negative_slope: float
     _syncbn_group: dist.ProcessGroup | DetachedGroup | None = None
     _syncbn_impl: str = "auto"
+    _syncbn_normalization_batch: int | None = None
     _syncbn_fqn: str = ""
     _syncbn_activation: ActivationName | None = None
     _syncbn_negative_slope: float = 0.01
@@ -76,6 +79,8 @@ class LayerState(_BatchNorm):
                 check_activation(value)
             elif name == "negative_slope":
                 check_activation("leaky_relu", value)
+            elif name == "normalization_batch":
+                check_normalization_batch(value)
             name = _PRIVATE[name]
         super().__setattr__(name, value)
 
@@ -189,6 +194,7 @@ def normalize_input(
         label="" if torch.compiler.is_compiling() else layer_label(layer),
         update_running=updates,
         pending=layer._syncbn_pending if updates else None,
+        normalization_batch=layer._syncbn_normalization_batch if layer.training else None,
         **(arguments | changes),
     )
 

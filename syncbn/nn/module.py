@@ -53,14 +53,16 @@ class SyncBatchNorm(LayerState):
 
     Attributes:
         impl: name of a kernel, a module of :mod:`syncbn.kernels`; "auto" selects one per input.
+        normalization_batch: samples that are normalized together, or None for the batch of the
+            group; :func:`convert_sync_batchnorm` sets it.
         fqn: fully qualified name in error messages; :func:`convert_sync_batchnorm` sets it, also on
             a model whose layers were built by hand.
         process_group: process group; :func:`convert_sync_batchnorm` also sets it.
 
-    A layer that had an attribute ``activation``, ``negative_slope``, ``process_group``, ``impl`` or
-    ``fqn`` before its conversion keeps it, and the library ignores it. On layers of a user's
-    subclass of ``nn.BatchNorm*`` these names always belong to the subclass: use
-    :func:`convert_sync_batchnorm` to change the group of such layers.
+    A layer that had an attribute ``activation``, ``negative_slope``, ``process_group``,
+    ``normalization_batch``, ``impl`` or ``fqn`` before its conversion keeps it, and the library
+    ignores it. On layers of a user's subclass of ``nn.BatchNorm*`` these names always belong to the
+    subclass: use :func:`convert_sync_batchnorm` to change the group of such layers.
 
     Shape:
         - Input: ``[N, C, *]``, float16, bfloat16, float32 or float64; N may be zero.
@@ -131,6 +133,8 @@ class SyncBatchNorm(LayerState):
             text += f", activation={self._syncbn_activation!r}"
         if self._syncbn_activation == "leaky_relu":
             text += f", negative_slope={self._syncbn_negative_slope}"
+        if self._syncbn_normalization_batch is not None:
+            text += f", normalization_batch={self._syncbn_normalization_batch}"
         return text
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -177,7 +181,11 @@ class LazySyncBatchNorm3d(_LazyNormBase, SyncBatchNorm3d):
 
 
 def convert_sync_batchnorm(
-    module: M, process_group: GroupLike = None, *, adapters: Adapters | None = None
+    module: M,
+    process_group: GroupLike = None,
+    *,
+    adapters: Adapters | None = None,
+    normalization_batch: int | None = None,
 ) -> M:
     """Make every batch-norm layer of a model synchronized, in place.
 
@@ -191,11 +199,16 @@ def convert_sync_batchnorm(
     Args:
         module: a model or a single layer.
         process_group: ranks whose batches form one batch: None (all ranks; layers with a group keep
-            it), "world", "node", a number of consecutive ranks, a one-dimensional ``DeviceMesh``,
-            or a process group. "node" and numbers create a group, so every rank must call this.
+            it), "world", "node", a number of consecutive ranks, lists of ranks, a one-dimensional
+            ``DeviceMesh``, or a process group. "node", numbers and lists create a group, so every
+            rank must call this.
         adapters: forward of layers by class, ``adapter(layer, normalize, x)``: the layer's own
             forward with ``normalize(x)`` in place of its batch norm. A layer must have the tensors
             and settings of an ``nn.BatchNorm2d``.
+        normalization_batch: number of samples that are normalized together, whatever the number of
+            ranks: batches of several ranks if each holds fewer, parts of a batch if it holds more
+            (:mod:`syncbn.ops.virtual_batch`). All ranks must have batches of one size that divides
+            this number or is a multiple of it. None for the batch of the whole group.
 
     Returns:
         The same module.
@@ -206,7 +219,7 @@ def convert_sync_batchnorm(
             changed.
         RuntimeError: torch.distributed must create a group and is not initialized.
     """
-    _CONVERSION.convert(module, process_group, adapters)
+    _CONVERSION.convert(module, process_group, adapters, normalization_batch)
     return module
 
 

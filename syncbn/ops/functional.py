@@ -22,6 +22,11 @@ from syncbn.ops.validation import (
     check_mask,
     check_parameters,
 )
+from syncbn.ops.virtual_batch import (
+    VirtualBatchNormFunction,
+    divide_batch,
+    first_derivatives_only,
+)
 
 
 def sync_batch_norm(
@@ -118,6 +123,7 @@ def batch_norm(
     label: str,
     update_running: bool = True,
     pending: Tensor | None = None,
+    normalization_batch: int | None = None,
 ) -> Tensor:
     """Check the arguments, select the kernel and normalize: the body of layer and functional.
 
@@ -137,6 +143,7 @@ def batch_norm(
         label: name of the layer in error messages.
         update_running: False to leave the running statistics alone.
         pending: packed moments to which the batch's are added instead of an update, or None.
+        normalization_batch: samples of a virtual batch (:mod:`syncbn.ops.virtual_batch`), or None.
     """
     check_input(input)
     check_parameters(input, weight, bias, running.mean, running.var, label)
@@ -154,7 +161,9 @@ def batch_norm(
         eps, last if is_fused else None, updated, group, kernel, label, pending, fill
     )
     fused = residual if is_fused else None
-    if modes.in_functorch_transform() or modes.in_forward_ad():
+    if normalization_batch is not None:
+        y = _virtual_batch_norm(input, weight, bias, fused, params, normalization_batch)
+    elif modes.in_functorch_transform() or modes.in_forward_ad():
         y = composite_batch_norm(input, weight, bias, fused, params)
     else:
         # torch.compile refuses one tensor as two arguments.
@@ -163,6 +172,27 @@ def batch_norm(
     if is_fused:
         return y if mask is None else torch.where(mask, y, 0)
     return finish_forward(y, residual, last, mask)
+
+
+def _virtual_batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    params: BatchNormParams,
+    size: int,
+) -> Tensor:
+    if params.mask_fill is not None or params.pending is not None:
+        got = "a mask" if params.pending is None else "accumulate_statistics"
+        raise ValueError(
+            f"{params.label}: got {got}; expected none for a layer with normalization_batch"
+        )
+    if modes.in_functorch_transform() or modes.in_forward_ad():
+        raise first_derivatives_only(params.label)
+    batches = divide_batch(len(input), size, params.group)
+    residual = input.view_as(input) if residual is input else residual
+    y: Tensor = VirtualBatchNormFunction.apply(input, weight, bias, residual, params, batches)
+    return y
 
 
 def eval_batch_norm(

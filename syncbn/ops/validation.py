@@ -133,6 +133,16 @@ def check_activation(
     return Activation(activation, negative_slope)
 
 
+def check_normalization_batch(size: object) -> None:
+    """Check the size of virtual batches.
+
+    Raises:
+        ValueError: neither None nor a positive integer.
+    """
+    if size is not None and (type(size) is not int or size < 1):
+        raise ValueError(f"got normalization_batch {size!r}; expected a positive integer or None")
+
+
 def check_mask(input: Tensor, mask: Tensor) -> Tensor:
     """Return a mask that broadcasts against the input, with one channel.
 

@@ -1,0 +1,197 @@
+"""Training with uneven data: ranks that have fewer batches, or smaller ones, than others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms import Join, Joinable, JoinHook
+from torch.utils._pytree import tree_leaves, tree_map
+
+from syncbn.distributed.collectives import all_reduce
+from syncbn.distributed.groups import active_group
+
+B = TypeVar("B")
+
+
+def even_batches(
+    loader: Iterable[B], process_group: dist.ProcessGroup | None = None
+) -> Iterator[B]:
+    """Yield the batches of a loader, then empty batches until every rank has run out.
+
+    For training loops under DistributedDataParallel whose ranks have different numbers of batches:
+    synchronized layers and DDP need every rank in every step. An empty batch is a slice of this
+    rank's last batch without samples; it counts nothing in the statistics and has zero gradients
+    with the loss of :func:`global_mean`. Each step costs one all-reduce of two elements.
+
+    Args:
+        loader: batches of this rank: tensors, or containers of tensors, with the samples in the
+            first dimension.
+        process_group: ranks that train together; None for all ranks. A collective at every step.
+
+    Raises:
+        ValueError: on every rank, if a rank has no batch at all, or a loader yields more or fewer
+            batches than its ``len()``.
+
+    Example::
+
+        for images, labels in syncbn.even_batches(loader):
+            loss = syncbn.global_mean(F.cross_entropy(model(images), labels, reduction="none"))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    """
+    group = active_group(process_group)
+    expected = len(loader) if hasattr(loader, "__len__") else None  # type: ignore[arg-type]
+    batches, last, number = iter(loader), None, 0
+    while True:
+        batch = next(batches, _END)
+        has_batch = batch is not _END
+        number += has_batch
+        is_wrong = expected is not None and (number > expected if has_batch else number < expected)
+        flags = torch.tensor([has_batch, is_wrong or number == 0], dtype=torch.float64)
+        num_batches, num_wrong = all_reduce(flags, group, "even_batches").tolist()
+        if num_wrong:
+            got = f"this rank got {number} batches from a loader of len() {expected}"
+            raise ValueError(
+                f"{int(num_wrong)} ranks have no batch, or another number of batches than the "
+                f"len() of their loader ({got}); expected at least one, and as many as len()"
+            )
+        if not num_batches:
+            return
+        if has_batch:
+            last = batch
+            yield batch  # type: ignore[misc]
+        else:
+            yield _take_no_samples(last)
+
+
+_END = object()
+
+
+def global_mean(losses: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
+    """Return a loss whose gradients, averaged over ranks, are those of the mean over all samples.
+
+    DistributedDataParallel averages the gradients of R ranks. With n_r losses l_ri on rank r and
+    N = sum_r n_r, this returns ``L_r = R / N sum_i l_ri``, so that::
+
+        1/R sum_r dL_r = 1/N sum_r sum_i dl_ri = d(mean of all losses)
+
+    The mean of each rank's own losses would weight samples of small batches more. A rank without
+    samples returns zero, with a graph.
+
+    Args:
+        losses: loss of each sample of this rank (``reduction="none"``), any shape.
+        process_group: ranks whose gradients are averaged; None for all ranks. A collective.
+
+    Raises:
+        ValueError: no rank has a loss.
+    """
+    group = active_group(process_group)
+    ranks = 1 if group is None else group.size()
+    count = torch.tensor(float(losses.numel()), dtype=torch.float64, device=losses.device)
+    total = all_reduce(count.reshape(1), group, "global_mean")
+    if total.is_cpu and not total:
+        raise ValueError("got no losses on any rank; expected at least one")
+    return losses.sum() * (ranks / total).to(losses.dtype).squeeze()
+
+
+class JoinableModel(Joinable):
+    """A model with synchronized layers for ``torch.distributed.algorithms.Join``.
+
+    A rank that has run out of data continues with empty batches, forward and backward, until the
+    last rank has finished: so it takes part in the all-reduces of the layers and of
+    DistributedDataParallel alike. The ``join()`` of DDP itself repeats only DDP's collectives, and
+    the layers of the other ranks would wait for ever. At the end, parameters and buffers of the
+    last rank are broadcast, as DDP does. A rank needs at least one batch.
+
+    Args:
+        model: module called once per step, such as a ``DistributedDataParallel``; its first
+            argument is a tensor, or a container of tensors, with the samples in the first
+            dimension.
+
+    Raises:
+        RuntimeError: at the end of the context, if a rank had no batch.
+
+    Example::
+
+        with Join([syncbn.JoinableModel(ddp)]):
+            for images, labels in loader:
+                F.cross_entropy(ddp(images), labels).backward()
+                optimizer.step()
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+        self._arguments: tuple[Any, dict[str, Any]] | None = None
+        self._is_shadowing = False
+        self._hook = model.register_forward_pre_hook(self._notify, prepend=True, with_kwargs=True)
+
+    @property
+    def join_device(self) -> torch.device:
+        """Device of the communication of ``Join``."""
+        return next(self._model.parameters()).device
+
+    @property
+    def join_process_group(self) -> dist.ProcessGroup:
+        """Group of the communication of ``Join``: all ranks."""
+        group: dist.ProcessGroup = getattr(self._model, "process_group", None) or dist.group.WORLD
+        return group
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        """Return the steps of a rank without data."""
+        return _EmptySteps(self)
+
+    def _notify(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._is_shadowing:
+            self._arguments = args, kwargs
+            Join.notify_join_context(self)
+
+    def run_empty_step(self) -> None:
+        """Run forward and backward of a batch without samples.
+
+        Raises:
+            RuntimeError: there was no batch whose arguments could be emptied.
+        """
+        if self._arguments is None:
+            raise RuntimeError("JoinableModel: got a rank without a batch; expected at least one")
+        args, kwargs = _take_no_samples(self._arguments)
+        self._is_shadowing = True
+        try:
+            outputs = self._model(*args, **kwargs)
+        finally:
+            self._is_shadowing = False
+        leaves = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
+        torch.stack([leaf.sum() for leaf in leaves]).sum().backward()
+
+    def copy_from(self, rank: int) -> None:
+        """Replace parameters and buffers by those of a rank."""
+        group = self.join_process_group
+        with torch.no_grad():
+            for tensor in (*self._model.parameters(), *self._model.buffers()):
+                dist.broadcast(tensor, rank, group=group)
+
+
+class _EmptySteps(JoinHook):
+    def __init__(self, joinable: JoinableModel) -> None:
+        self._joinable = joinable
+
+    def main_hook(self) -> None:
+        self._joinable.run_empty_step()
+
+    def post_hook(self, is_last_joiner: bool) -> None:
+        joinable = self._joinable
+        group = joinable.join_process_group
+        rank = dist.get_rank()
+        last = torch.tensor(rank if is_last_joiner else -1, device=joinable.join_device)
+        dist.all_reduce(last, dist.ReduceOp.MAX, group=group)
+        joinable.copy_from(int(last))
+
+
+def _take_no_samples(batch: Any) -> Any:
+    empty: Callable[[Any], Any] = lambda t: t[:0] if isinstance(t, Tensor) and t.ndim else t  # noqa: E731
+    return tree_map(empty, batch)
