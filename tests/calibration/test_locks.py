@@ -13,7 +13,6 @@ from itertools import chain
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor, nn
 
 import syncbn
@@ -110,8 +109,7 @@ class LockOfAFactory(Layers):
 
 @contextmanager
 def hold_lock() -> Iterator[None]:
-    lock = threading.Lock()
-    with lock:
+    with find_lock("of a generator"):
         yield
 
 
