@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
@@ -120,6 +123,12 @@ def run_batch(model: nn.Module, batch: Tensor) -> object:
     return model(batch)
 
 
+def interrupt() -> None:
+    """Send Ctrl-C to this process."""
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1e-3)  # Python calls the handler within some instructions
+
+
 def layers(net: nn.Module) -> dict[str, Any]:
     """Return the batch-norm layers by name."""
     return {
@@ -150,7 +159,8 @@ def distance(ours: Stats, theirs: Stats) -> float:
 def require_error(net: nn.Module, message: str, batches: Any, **options: Any) -> None:
     """Require an error of a calibration, after which statistics and modes are unchanged."""
     before, modes = statistics(net), [module.training for module in net.modules()]
-    with pytest.raises((ValueError, TypeError, LookupError, MemoryError), match=message):
+    errors = (ValueError, TypeError, LookupError, MemoryError, KeyboardInterrupt)
+    with pytest.raises(errors, match=message):
         syncbn.recalibrate(net, batches, **options)
     assert distance(statistics(net), before) == 0.0
     assert [module.training for module in net.modules()] == modes
