@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 import syncbn
 from syncbn.calibration.checkpoint import read_checkpoint
@@ -41,26 +42,19 @@ NESTINGS: dict[str, Any] = {
 }
 
 
-def flat(content: Any, path: str = "") -> dict[str, Any]:
-    """Return all entries of a checkpoint by path, tensors as lists."""
-    match content:
-        case Tensor():
-            described = (content.dtype, tuple(content.shape), content.stride())
-            return {path: (*described, content.contiguous().view(-1).tolist())}
-        case dict():
-            parts = {f"{path}/{key!r}": value for key, value in content.items()}
-        case list() | tuple():
-            parts = {f"{path}/{number}": value for number, value in enumerate(content)}
-        case _:
-            return {path: content}
-    found: dict[str, Any] = {path: (type(content), list(parts))}
-    for name, value in parts.items():
-        found |= flat(value, name)
+def flat(content: Any) -> dict[str, Any]:
+    """Return the structure of a checkpoint and all entries by path, tensors as lists."""
+    entries, structure = tree_flatten_with_path(content)
+    found = {"structure": structure}
+    for path, value in entries:
+        if isinstance(value, Tensor):
+            value = value.dtype, tuple(value.shape), value.stride(), value.tolist()
+        found[keystr(path)] = value
     return found
 
 
 def is_statistic(path: str) -> bool:
-    return path.endswith(("running_mean'", "running_var'"))
+    return path.endswith(("running_mean']", "running_var']"))
 
 
 def recalibrate(folder: Path, suffix: str = ".pt", where: str | None = None) -> None:

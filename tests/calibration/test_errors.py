@@ -39,11 +39,6 @@ INVALID: dict[str, tuple[Any, dict[str, Any], str]] = {
         r"num_samples=5 needs to know the samples of a batch, but got a int",
     ),
     "method": (X, {"method": "precise"}, rf"'precise'; expected one of {', '.join(METHODS)}"),
-    "one-shot batches": (
-        iter(X),
-        {"method": "sequential"},
-        r"got a one-shot tuple_?iterator; expected a list, a DataLoader",
-    ),
     "float": ([3.5], {}, r"type float; expected a tensor, a sequence .* pass forward="),
     "detection": (
         [[{"image": images(1)[0]}, {"image": images(1)[0]}]],
@@ -70,11 +65,6 @@ INVALID: dict[str, tuple[Any, dict[str, Any], str]] = {
 def test_invalid_arguments(case: str) -> None:
     batches, options, message = INVALID[case]
     require_error(network().train(), message, batches, **options)
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_no_batches(method: Any) -> None:
-    require_error(network(), "got no batches on any rank", [], method=method)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -16,7 +16,6 @@ from tests.calibration.networks import (
     compute_population_stats,
     distance,
     layers,
-    require_error,
     run_batch,
     statistics,
 )
@@ -133,18 +132,6 @@ def test_non_reentrant_forward(sizes: tuple[int, ...], forward: Any) -> None:
     report = syncbn.recalibrate(net, iter(batches), forward=forward)
     assert distance(statistics(net), compute_population_stats(NotReentrant(), *batches)) < 1e-12
     assert REPLACED in report.verification or (forward is None and sizes is EVEN)
-
-
-class FailsLater(Layers):
-    def forward(self, x: Tensor) -> Tensor:
-        if x.mean() > 2:
-            raise LookupError("no such image")
-        return super().forward(x)
-
-
-def test_error_of_later_batch_is_unchanged() -> None:
-    """An error during suspended passes is not always interference."""
-    require_error(FailsLater(), "^no such image", features(), forward=run_batch)
 
 
 class InPlace(Layers):

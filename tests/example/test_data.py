@@ -110,7 +110,7 @@ def test_augmentation_depends_on_seed_epoch_and_sample_alone(source: str, tmp_pa
     """A resumed run, and a run on other ranks, must see the same images."""
     root = None if source == "digits" else tmp_path / "root"
     if root is not None:
-        {"cifar10": write_cifar, "imagefolder": write_folder}[source](root)
+        write_cifar(root) if source == "cifar10" else write_folder(root)
     cfg = config(source, root=root)
 
     def images(seed: int, epoch: int, order: list[int]) -> torch.Tensor:
