@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -22,20 +22,6 @@ from tests.ranks import Ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore:lockstep is not possible")
 _LOCK = threading.Lock()
-
-
-def exclusive(lock: Any) -> Callable[[Any], Any]:
-    """Return a decorator that holds a lock around a method."""
-
-    def decorate(method: Any) -> Any:
-        @wraps(method)
-        def locked(*args: Any) -> Any:
-            with lock:
-                return method(*args)
-
-        return locked
-
-    return decorate
 
 
 class Locked(Layers):
@@ -54,12 +40,6 @@ class GlobalLock(Layers):
     def forward(self, x: Tensor) -> Tensor:
         with _LOCK:
             return super().forward(x)
-
-
-class DecoratedForward(Layers):
-    @exclusive(threading.Lock())
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
 
 
 class LockInAStack(Layers):
@@ -133,7 +113,6 @@ BLOCKING: dict[str, Callable[[], Layers]] = {
     "condition": lambda: Locked(threading.Condition(threading.Lock())),
     "lock of processes": lambda: Locked(multiprocessing.Lock()),
     "global": GlobalLock,
-    "decorator": DecoratedForward,
     "exit stack": LockInAStack,
     "acquire and release": AcquiredAndReleased,
     "slot": LockInASlot,
@@ -154,7 +133,7 @@ def test_lock_around_layers_does_not_deadlock(name: str) -> None:
 
 
 def test_lock_in_forward_argument() -> None:
-    """The lock is in a variable of the caller, not in the model."""
+    """The lock is in a closure, not in the model."""
     lock, net = threading.Lock(), Layers()
 
     def forward(model: nn.Module, x: Tensor) -> object:
