@@ -108,10 +108,12 @@ def test_shift_moves_and_fills_with_zeros() -> None:
 @pytest.mark.parametrize("source", ["digits", "cifar10", "imagefolder"])
 def test_augmentation_depends_on_seed_epoch_and_sample_alone(source: str, tmp_path: Path) -> None:
     """A resumed run, and a run on other ranks, must see the same images."""
-    root = None if source == "digits" else tmp_path / "root"
-    if root is not None:
-        write_cifar(root) if source == "cifar10" else write_folder(root)
-    cfg = config(source, root=root)
+    root = tmp_path / "root"
+    if source == "cifar10":
+        write_cifar(root)
+    if source == "imagefolder":
+        write_folder(root)
+    cfg = config(source, root=None if source == "digits" else root)
 
     def images(seed: int, epoch: int, order: list[int]) -> torch.Tensor:
         train, _ = data._load(cfg, seed)
