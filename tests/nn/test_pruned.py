@@ -43,6 +43,11 @@ def test_pruned_layers_match_torch(options: dict[str, bool], converted_before: b
         x = torch.randn(4, 4, 3, 3)
         torch.testing.assert_close(layer.train(training)(x), plain.train(training)(x))
         torch.testing.assert_close(dict(layer.named_buffers()), dict(plain.named_buffers()))
+    x = torch.randn(8, 4, 3, 3)
+    with syncbn.accumulate_statistics(layer):
+        layer.train()(x[:4]), layer(x[4:])
+    plain.train()(x)
+    torch.testing.assert_close(dict(layer.named_buffers()), dict(plain.named_buffers()))
 
 
 @pytest.mark.parametrize("training", [True, False])
