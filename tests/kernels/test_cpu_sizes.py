@@ -70,7 +70,8 @@ def check(x: Tensor, dy: Tensor) -> None:
     expected = compute_all(REFERENCE, x.double(), dy.double(), saved)
     pairs = zip(expected, bounds(expected, saved, dy), strict=True)
     limits = torch.cat([bound.expand_as(t) for t, bound in pairs])
-    for kernel, lay_out in itertools.product(levels(), (Tensor.contiguous, last_channels)):
+    layouts: list[Callable[[Tensor], Tensor]] = [Tensor.contiguous, last_channels]
+    for kernel, lay_out in itertools.product(levels(), layouts):
         actual = compute_all(kernel, lay_out(x), dy, saved)
         assert ((torch.cat(actual) - torch.cat(expected)).abs() <= limits).all(), (x.shape, kernel)
         with_relu = saved._replace(relu=True)

@@ -236,10 +236,10 @@ def test_nonfinite_propagates_as_in_torch(
     else:
         x[1, 20, 3, 4] = value
     expected_stats = torch.ones(2, 40)
-    expected = F.batch_norm(x, *expected_stats, training=True)
+    expected = F.batch_norm(x, expected_stats[0], expected_stats[1], training=True)
     x = x.to(device_of(any_kernel)).contiguous(memory_format=memory_format)
     stats = torch.ones(2, 40, device=x.device)
-    running = RunningStats(*stats, None, 0.1)
+    running = RunningStats(stats[0], stats[1], None, 0.1)
     y, _ = any_kernel.normalize(x, any_kernel.moments(x), NormalizeArgs(EPS, running=running))
     assert torch.equal(stats.isfinite().cpu(), expected_stats.isfinite())
     # Torch keeps a variance of 1e40 in float64; a GPU's rounding of infinite values is its own.

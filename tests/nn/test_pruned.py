@@ -29,9 +29,10 @@ def _prune(layer: Any) -> None:
 )
 @pytest.mark.parametrize("converted_before", [True, False])
 def test_pruned_layers_match_torch(options: dict[str, bool], converted_before: bool) -> None:
-    """Regression: pruning scripts keep the old num_features, and the layer expected 8 channels."""
-    plain = nn.BatchNorm2d(8, **options)
-    plain(torch.randn(4, 8, 3, 3) * 3 + 1)
+    """Regression: pruning scripts keep the old num_features, and the layer expected 9 channels."""
+    # Of 9: the moments of 8 channels would have the length of two-part moments of 4.
+    plain = nn.BatchNorm2d(9, **options)
+    plain(torch.randn(4, 9, 3, 3) * 3 + 1)
     layer = copy.deepcopy(plain)
     if converted_before:
         syncbn.convert_sync_batchnorm(layer)
