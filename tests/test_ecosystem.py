@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DistributedSampler
 
 from tests.ecosystem import (
     adam,
     batch,
     compare,
-    gradients,
     loss,
     network,
     sgd,
@@ -56,46 +54,6 @@ def _ddp(rank: int, name: str) -> list[Tensor]:
 @pytest.mark.parametrize("name", DDP)
 def test_data_parallel(three_cpu_ranks: Ranks, name: str) -> None:
     compare(three_cpu_ranks.run(_ddp, name), trained_alone(sgd), DDP[name][2])
-
-
-class Branched(nn.Module):
-    """A network with a part unused on some ranks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.trunk = network()
-        self.branch = network()
-
-    def forward(self, x: Tensor, branch: bool) -> Tensor:
-        y: Tensor = self.trunk(x)
-        return y + self.branch(x) if branch else y
-
-
-def _unused(rank: int) -> list[Tensor]:
-    net = DistributedDataParallel(Branched(), find_unused_parameters=True)
-    net(share(batch(0)), rank == 1).square().mean().backward()
-    return gradients(net)
-
-
-def test_parameters_that_one_rank_uses(three_cpu_ranks: Ranks) -> None:
-    net = Branched()
-    parts = enumerate(batch(0).chunk(3))
-    torch.cat([net(x, rank == 1) for rank, x in parts]).square().mean().backward()
-    compare(three_cpu_ranks.run(_unused), gradients(net))
-
-
-def _accumulated(rank: int) -> list[Tensor]:
-    net = DistributedDataParallel(network())
-    with net.no_sync():
-        loss(net, share(batch(0))).backward()
-    loss(net, share(batch(1))).backward()
-    return gradients(net)
-
-
-def test_gradients_accumulate_without_communication(three_cpu_ranks: Ranks) -> None:
-    net = network()
-    (loss(net, batch(0)) + loss(net, batch(1))).backward()
-    compare(three_cpu_ranks.run(_accumulated), gradients(net))
 
 
 def _uneven(rank: int) -> list[Tensor]:
@@ -160,14 +118,3 @@ def _zero(rank: int) -> list[Tensor]:
 
 def test_zero_redundancy_optimizer(three_cpu_ranks: Ranks) -> None:
     compare(three_cpu_ranks.run(_zero), trained_alone(adam))
-
-
-def _samples(rank: int) -> list[int]:
-    sampler: Any = DistributedSampler(range(7), seed=1)  # type: ignore[arg-type]
-    sampler.set_epoch(4)
-    return list(sampler)
-
-
-def test_every_rank_has_its_samples(three_cpu_ranks: Ranks) -> None:
-    order = torch.randperm(7, generator=torch.Generator().manual_seed(1 + 4)).tolist()
-    assert three_cpu_ranks.run(_samples) == [(order + order[:2])[rank::3] for rank in range(3)]

@@ -11,14 +11,12 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
 from tests.ecosystem import (
-    adam,
     batch,
     compare,
     gradients,
     loss,
     network,
     sgd,
-    share,
     train,
     trained_alone,
 )
@@ -34,21 +32,6 @@ def two(request: pytest.FixtureRequest, pool: Pool) -> Ranks:
 
 def _whole(net: Any) -> list[Tensor]:
     return [parameter.full_tensor().detach() for parameter in net.parameters()]
-
-
-def _fully_sharded(rank: int, reshard: bool) -> list[Tensor]:
-    from torch.distributed.fsdp import fully_shard
-
-    net, mesh = network(), init_device_mesh("cpu", (2,))
-    for part in (net[0], net):
-        fully_shard(part, mesh=mesh, reshard_after_forward=reshard)
-    train(net, adam(net.parameters()), share)
-    return _whole(net)
-
-
-@pytest.mark.parametrize("reshard", [False, True])
-def test_fully_sharded_data_parallel(two: Ranks, reshard: bool) -> None:
-    compare(two.run(_fully_sharded, reshard), trained_alone(adam))
 
 
 def _tensor_parallel(rank: int) -> list[Tensor]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, get_args
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +17,20 @@ from syncbn.calibration.recalibrate import ExactMethod, Method
 
 EXACT: tuple[ExactMethod, ...] = get_args(ExactMethod)
 METHODS: tuple[Method, ...] = get_args(Method)
+Stats = dict[str, tuple[Tensor, Tensor]]
+
+
+class Model(nn.Module):
+    """Modules by name, and a forward that is a function of the model and a batch."""
+
+    def __init__(self, run: Callable[[Any, Tensor], Any], **modules: nn.Module) -> None:
+        super().__init__()
+        self._run = run
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Any:
+        return self._run(self, x)
 
 
 class Block(nn.Module):
@@ -105,6 +123,12 @@ def run_batch(model: nn.Module, batch: Tensor) -> object:
     return model(batch)
 
 
+def interrupt() -> None:
+    """Send Ctrl-C to this process."""
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1e-3)  # Python calls the handler within some instructions
+
+
 def layers(net: nn.Module) -> dict[str, Any]:
     """Return the batch-norm layers by name."""
     return {
@@ -114,7 +138,7 @@ def layers(net: nn.Module) -> dict[str, Any]:
     }
 
 
-def statistics(net: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+def statistics(net: nn.Module) -> Stats:
     """Return copies of the running mean and variance of every layer."""
     return {
         name: (layer.running_mean.double().clone(), layer.running_var.double().clone())
@@ -122,9 +146,7 @@ def statistics(net: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
     }
 
 
-def distance(
-    ours: dict[str, tuple[Tensor, Tensor]], theirs: dict[str, tuple[Tensor, Tensor]]
-) -> float:
+def distance(ours: Stats, theirs: Stats) -> float:
     """Return the largest difference: of means in standard deviations, of variances relative."""
     assert ours.keys() == theirs.keys()
     worst = 0.0
@@ -134,16 +156,22 @@ def distance(
     return worst
 
 
-def set_population_stats(net: nn.Module, *batches: Tensor) -> None:
-    """Set the population statistics, one layer after the other, batch by batch."""
+def require_error(net: nn.Module, message: str, batches: Any, **options: Any) -> None:
+    """Require an error of a calibration, after which statistics and modes are unchanged."""
+    before, modes = statistics(net), [module.training for module in net.modules()]
+    errors = (ValueError, TypeError, LookupError, MemoryError, KeyboardInterrupt)
+    with pytest.raises(errors, match=message):
+        syncbn.recalibrate(net, batches, **options)
+    assert distance(statistics(net), before) == 0.0
+    assert [module.training for module in net.modules()] == modes
+
+
+def compute_population_stats(net: nn.Module, *batches: Tensor) -> Stats:
+    """Return the population statistics, set one layer after the other, batch by batch."""
     net.eval()
     for layer in layers(net).values():
         seen: list[Tensor] = []
-
-        def keep(module: nn.Module, args: tuple[Tensor], seen: list[Tensor] = seen) -> None:
-            seen.append(args[0])
-
-        handle = layer.register_forward_pre_hook(keep)
+        handle = layer.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         with torch.no_grad():
             for x in batches:
                 net(x)
@@ -151,25 +179,4 @@ def set_population_stats(net: nn.Module, *batches: Tensor) -> None:
         values = torch.cat([x.transpose(0, 1).flatten(1) for x in seen], 1).double()
         layer.running_mean.copy_(values.mean(1))
         layer.running_var.copy_(values.var(1, correction=1))
-
-
-def collect_training_inputs(net: nn.Module, batches: list[Tensor]) -> dict[str, list[Tensor]]:
-    """Return the inputs of every layer, ``[C, n]``, with each batch normalized as in training."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in layers(net)}
-    handles = []
-    for name, layer in layers(net).items():
-
-        def keep(module: Any, args: tuple[Tensor], name: str = name) -> None:
-            seen[name].append(args[0].transpose(0, 1).flatten(1))
-            values = seen[name][-1]
-            module.running_mean.copy_(values.mean(1))
-            module.running_var.copy_(values.var(1, correction=0))
-
-        handles.append(layer.register_forward_pre_hook(keep))
-    net.eval()
-    with torch.no_grad():
-        for batch in batches:
-            net(batch)
-    for handle in handles:
-        handle.remove()
-    return seen
+    return statistics(net)

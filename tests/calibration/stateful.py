@@ -69,19 +69,6 @@ class CacheOfAForward(Layers):
         return x * self.cache["scale"] if "scale" in self.cache else x
 
 
-class StackOfSkips(Layers):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stack: list[Tensor] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.stack.append(x)
-        return super().forward(x) + self.stack.pop()
-
-    def between(self, x: Tensor) -> Tensor:
-        return x + self.stack[-1]
-
-
 class QueueOfSkips(Layers):
     """A forward that ends early would leave its input to the next one."""
 
@@ -97,38 +84,6 @@ class QueueOfSkips(Layers):
         return x + self.queue.popleft()
 
 
-_SHARED: dict[str, Tensor] = {}
-
-
-class GlobalVariable(Layers):
-    def forward(self, x: Tensor) -> Tensor:
-        _SHARED["input"] = x
-        return super().forward(x)
-
-    def between(self, x: Tensor) -> Tensor:
-        return x * _SHARED["input"].abs()
-
-
-class Closure(Layers):
-    def __init__(self) -> None:
-        super().__init__()
-        kept = torch.zeros(1)
-
-        def swap(x: Tensor | None = None) -> Tensor:
-            nonlocal kept
-            kept = kept if x is None else x
-            return kept
-
-        self.swap = swap
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.swap(x)
-        return super().forward(x)
-
-    def between(self, x: Tensor) -> Tensor:
-        return x - self.swap()
-
-
 class RandomAndSkip(SkipOnTheModule):
     """Random numbers must not hide the state."""
 
@@ -136,7 +91,4 @@ class RandomAndSkip(SkipOnTheModule):
         return F.dropout(x + self.skip, 0.0) + 1e-12 * torch.rand_like(x)
 
 
-STATEFUL = [
-    SkipOnTheModule, CacheOfAForward, StackOfSkips, QueueOfSkips, GlobalVariable, Closure,
-    RandomAndSkip,
-]  # fmt: skip
+STATEFUL = [SkipOnTheModule, CacheOfAForward, QueueOfSkips, RandomAndSkip]

@@ -12,7 +12,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import syncbn
-from tests.calibration.networks import EXACT, distance, images, network, statistics
+from tests.calibration.networks import (
+    EXACT,
+    compute_population_stats,
+    distance,
+    images,
+    network,
+    statistics,
+)
 
 
 class Pair(NamedTuple):
@@ -26,26 +33,31 @@ class Stream(IterableDataset[Tensor]):
 
 
 X, LABELS = images(), torch.zeros(24)
+PAIRS = TensorDataset(X, LABELS)
 FEEDS: dict[str, Any] = {
     "tensors": X.split(5),
-    "an iterator": lambda: iter(X.split(5)),
+    "an iterator": iter(X.split(5)),
     "lists": [[x, "a name"] for x in X.split(5)],
     "named tuples": [Pair(x, y) for x, y in zip(X.split(5), LABELS.split(5), strict=True)],
     "keywords": [{"input": x} for x in X.split(5)],
     "keywords of transformers": [UserDict(input=x) for x in X.split(5)],
-    "a loader": DataLoader(TensorDataset(X, LABELS), batch_size=5),
-    "a shuffling loader": DataLoader(TensorDataset(X, LABELS), batch_size=5, shuffle=True),
+    "a loader": DataLoader(PAIRS, batch_size=5),
+    "a shuffling loader": DataLoader(PAIRS, batch_size=5, shuffle=True),
     "a stream": DataLoader(Stream(), batch_size=5),
 }
 
 
 @pytest.mark.parametrize("feed", FEEDS)
 def test_batch_types(feed: str) -> None:
-    batches = FEEDS[feed]() if callable(FEEDS[feed]) else FEEDS[feed]
-    expected, net = network(), network()
-    syncbn.recalibrate(expected, X.split(24))
-    syncbn.recalibrate(net, batches)
-    assert distance(statistics(net), statistics(expected)) < 1e-12
+    net = network()
+    syncbn.recalibrate(net, FEEDS[feed])
+    assert distance(statistics(net), compute_population_stats(network(), X)) < 1e-12
+
+
+def test_custom_forward() -> None:
+    net, batches = network(), [("ignored", (x,)) for x in X.split(7)]
+    syncbn.recalibrate(net, batches, forward=lambda model, batch: model(batch[1][0]))
+    assert distance(statistics(net), compute_population_stats(network(), X)) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -62,32 +74,25 @@ def test_lockstep_coalesces_small_batches(number: int, size: int, together: list
     assert seen == [1, *together, *verified]  # the first sample is profiled
 
 
-def test_custom_forward() -> None:
-    expected, net = network(), network()
-    syncbn.recalibrate(expected, X.split(24))
-    batches = [("ignored", (x,)) for x in X.split(7)]
-    syncbn.recalibrate(net, batches, forward=lambda model, batch: model(batch[1][0]))
-    assert distance(statistics(net), statistics(expected)) < 1e-12
-
-
 @pytest.mark.parametrize("method", EXACT)
 @pytest.mark.parametrize("batch_size", [3, 10, 24])
 def test_num_samples(method: Any, batch_size: int) -> None:
-    expected, net = network(), network()
-    syncbn.recalibrate(expected, [X[:11]])
-    batches = [{"input": x} for x in X.split(batch_size)]
+    net, batches = network(), [{"input": x} for x in X.split(batch_size)]
     report = syncbn.recalibrate(net, batches, method=method, num_samples=11)
-    assert distance(statistics(net), statistics(expected)) < 1e-12
+    assert distance(statistics(net), compute_population_stats(network(), X[:11])) < 1e-12
     assert report.layers[0].samples == 11
 
 
-def test_sequential_repeats_shuffled_batches() -> None:
+@pytest.mark.parametrize("own_generator", [False, True])
+def test_sequential_repeats_shuffled_batches(own_generator: bool) -> None:
     """Another subset of a shuffling loader would change the statistics."""
-    expected, net = network(), network()
-    loader = DataLoader(TensorDataset(X, LABELS), batch_size=5, shuffle=True)
-    torch.manual_seed(5)
-    chosen = list(loader)[:2]
-    torch.manual_seed(5)
-    syncbn.recalibrate(net, loader, method="sequential", num_samples=10)
-    syncbn.recalibrate(expected, chosen)
-    assert distance(statistics(net), statistics(expected)) < 1e-12
+
+    def loader() -> DataLoader[Any]:
+        torch.manual_seed(5)
+        generator = torch.Generator().manual_seed(5) if own_generator else None
+        return DataLoader(PAIRS, batch_size=5, shuffle=True, generator=generator)
+
+    net, (first, second, *_) = network(), [x for x, _ in loader()]
+    syncbn.recalibrate(net, loader(), method="sequential", num_samples=10)
+    expected = compute_population_stats(network(), first, second)
+    assert distance(statistics(net), expected) < 1e-12

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 import syncbn
 from syncbn.calibration.checkpoint import read_checkpoint
@@ -27,11 +28,8 @@ def weights(prefix: str = "") -> dict[str, Tensor]:
 NESTINGS: dict[str, Any] = {
     "alone": lambda: weights(),
     "ordered": lambda: collections.OrderedDict(weights()),
-    "of DDP": lambda: weights("module."),
     "of a compiled DDP": lambda: {"state_dict": weights("module._orig_mod.")},
     "model": lambda: {"model": weights(), "step": 7, "args": {"lr": [0.1, None, "x"]}},
-    "model_state": lambda: {"epoch": 3, "model_state": weights("module.")},
-    "Lightning": lambda: {"state_dict": weights("model."), "loops": {}},
     "deep": lambda: {"state": {"net": weights()}},
     "an average": lambda: {"model_ema": {**weights("module."), "n_averaged": torch.tensor(4)}},
     "with an optimizer": lambda: {
@@ -44,88 +42,77 @@ NESTINGS: dict[str, Any] = {
 }
 
 
-def flat(content: Any, path: str = "") -> dict[str, Any]:
-    """Return all entries of a checkpoint by path, tensors as lists."""
-    match content:
-        case Tensor():
-            described = (content.dtype, tuple(content.shape), content.stride())
-            return {path: (*described, content.contiguous().view(-1).tolist())}
-        case dict():
-            parts = {f"{path}/{key!r}": value for key, value in content.items()}
-        case list() | tuple():
-            parts = {f"{path}/{number}": value for number, value in enumerate(content)}
-        case _:
-            return {path: content}
-    found: dict[str, Any] = {path: (type(content), list(parts))}
-    for name, value in parts.items():
-        found |= flat(value, name)
+def flat(content: Any) -> dict[str, Any]:
+    """Return the structure of a checkpoint and all entries by path, tensors as lists."""
+    entries, structure = tree_flatten_with_path(content)
+    found = {"structure": structure}
+    for path, value in entries:
+        if isinstance(value, Tensor):
+            value = value.dtype, tuple(value.shape), value.stride(), value.tolist()
+        found[keystr(path)] = value
     return found
 
 
 def is_statistic(path: str) -> bool:
-    return path.endswith(("running_mean'", "running_var'"))
+    return path.endswith(("running_mean']", "running_var']"))
 
 
-def recalibrate(source: Path, output: Path, where: str | None = None) -> nn.Module:
-    checkpoint, net = read_checkpoint(source), network()
+def recalibrate(folder: Path, suffix: str = ".pt", where: str | None = None) -> None:
+    """Recalibrate in.* to out.*, a file with the statistics of the model and nothing else new."""
+    source, output = folder / f"in{suffix}", folder / f"out{suffix}"
+    checkpoint, net, before = read_checkpoint(source), network(), source.read_bytes()
     nn.init.zeros_(net[0].weight)  # type: ignore[arg-type]
     state = checkpoint.find(net, where)
     state.load_into(net)
     syncbn.recalibrate(net, images().split(6))
     state.replace_running_stats(net)
     checkpoint.write(output)
-    return net
+    assert source.read_bytes() == before
+    assert sorted(folder.iterdir()) == [source, output]
+    again = network()
+    read_checkpoint(output).find(again, where).load_into(again)
+    assert distance(statistics(again), statistics(net)) == 0.0
 
 
 @pytest.mark.parametrize("nesting", NESTINGS)
 def test_only_running_statistics_change(nesting: str, tmp_path: Path) -> None:
     content = NESTINGS[nesting]()
-    source, output = tmp_path / "in.pt", tmp_path / "out.pt"
-    torch.save(content, source)
-    before = source.read_bytes()
-    net = recalibrate(source, output)
-    assert source.read_bytes() == before
-    old, new = flat(content), flat(torch.load(output, weights_only=True))
+    torch.save(content, tmp_path / "in.pt")
+    recalibrate(tmp_path)
+    old, new = flat(content), flat(torch.load(tmp_path / "out.pt", weights_only=True))
     assert old.keys() == new.keys()
     for path in old:
         assert (old[path] == new[path]) is not is_statistic(path), path
     assert sum(map(is_statistic, old)) == 10
-    again = network()
-    read_checkpoint(output).find(again).load_into(again)
-    assert distance(statistics(again), statistics(net)) == 0.0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pt", "out.pt"]
 
 
 def test_safetensors(tmp_path: Path) -> None:
     source, output = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     save_file(weights("module."), source, {"made by": "a test"})
-    net = recalibrate(source, output)
+    recalibrate(tmp_path, ".safetensors")
     with safe_open(source, "pt") as old, safe_open(output, "pt") as new:
         assert old.metadata() == new.metadata() == {"made by": "a test"}
         assert list(old.keys()) == list(new.keys())
         for name in list(old.keys()):
             same = torch.equal(old.get_tensor(name), new.get_tensor(name))
             assert same is not name.endswith(("running_mean", "running_var"))
-    again = network()
-    read_checkpoint(output).find(again).load_into(again)
-    assert distance(statistics(again), statistics(net)) == 0.0
 
 
 def test_plain_weights_preferred_to_averages(tmp_path: Path) -> None:
     """The file holds one state dict under two keys."""
     shared = weights()
-    content = {"ema": weights(), "model": shared, "all": {"best": shared}, "step": 1}
+    content: dict[str, Any] = {"ema": weights(), "model": shared, "all": {"best": shared}}
     torch.save(content, tmp_path / "in.pt")
     checkpoint = read_checkpoint(tmp_path / "in.pt")
     assert checkpoint.content["model"] is checkpoint.content["all"]["best"]
     for where in (None, "model", "all.best", "ema"):
         assert checkpoint.find(network(), where).where == (where or "model")
-    recalibrate(tmp_path / "in.pt", tmp_path / "out.pt", "ema")
-    new = torch.load(tmp_path / "out.pt", weights_only=True)
-    assert not torch.equal(new["ema"]["1.running_mean"], content["ema"]["1.running_mean"])  # type: ignore[index]
-    assert torch.equal(new["model"]["1.running_mean"], content["model"]["1.running_mean"])  # type: ignore[index]
     with pytest.raises(ValueError, match="no state dict found at 'optimizer'"):
         checkpoint.find(network(), "optimizer")
+    recalibrate(tmp_path, where="ema")
+    new = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert not torch.equal(new["ema"]["1.running_mean"], content["ema"]["1.running_mean"])
+    assert torch.equal(new["model"]["1.running_mean"], content["model"]["1.running_mean"])
 
 
 MILLION_PATHS: dict[str, Any] = {"step": 1}
@@ -188,26 +175,24 @@ def test_submodule_checkpoint(tmp_path: Path) -> None:
     content = {**weights("student.net."), "head.weight": torch.ones(3), **weights("ema.")}
     torch.save({"state_dict": content}, tmp_path / "in.pt")
     assert read_checkpoint(tmp_path / "in.pt").find(network()).prefix == "student.net."
-    recalibrate(tmp_path / "in.pt", tmp_path / "out.pt")
+    recalibrate(tmp_path)
     new = torch.load(tmp_path / "out.pt", weights_only=True)["state_dict"]
     changed = [name for name, value in content.items() if not torch.equal(value, new[name])]
     assert len(changed) == 10
     assert all(name.startswith("student.net.") for name in changed)
 
 
-class WithExtra(nn.BatchNorm2d):
-    def get_extra_state(self) -> Any:
-        return {"version": 3}
-
-    def set_extra_state(self, state: Any) -> None:
-        raise AssertionError("extra state was loaded")
-
-
 def test_extra_state_is_not_loaded(tmp_path: Path) -> None:
+    class WithExtra(nn.BatchNorm2d):
+        def get_extra_state(self) -> Any:
+            return {"version": 3}
+
+        def set_extra_state(self, state: Any) -> None:
+            raise AssertionError("extra state was loaded")
+
     net = WithExtra(3).double()
     torch.save(net.state_dict(), tmp_path / "in.pt")
-    state = read_checkpoint(tmp_path / "in.pt").find(net)
-    state.load_into(net)
+    read_checkpoint(tmp_path / "in.pt").find(net).load_into(net)
 
 
 class Evil:

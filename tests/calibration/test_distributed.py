@@ -14,6 +14,8 @@ import syncbn
 from tests.calibration.networks import (
     EXACT,
     METHODS,
+    Stats,
+    compute_population_stats,
     distance,
     images,
     layers,
@@ -40,7 +42,6 @@ CASES = [
     if method not in ("average", "ema") or shares in ("equal", "no data on one")
 ]
 UNEVEN = [(6, 6), (18, 3), (0, 1)]
-Buffers = dict[str, tuple[Tensor, Tensor]]
 
 
 def _batches(rank: int, shares: list[tuple[int, int]], dtype: torch.dtype) -> list[Tensor]:
@@ -54,13 +55,13 @@ def _all_batches(shares: list[tuple[int, int]], dtype: torch.dtype) -> list[Tens
     return [batch for rank in range(len(shares)) for batch in _batches(rank, shares, dtype)]
 
 
-def _equal_bits(results: list[Buffers]) -> bool:
+def _equal_bits(results: list[Stats]) -> bool:
     return all(distance(other, results[0]) == 0.0 for other in results)
 
 
 def _calibrate(
     rank: int, shares: Any, dtype: torch.dtype, method: Any, num_samples: int | None = None
-) -> Buffers:
+) -> Stats:
     net, batches = network(dtype), _batches(rank, shares, dtype)
     syncbn.recalibrate(net, batches, method=method, num_samples=num_samples)
     return statistics(net)
@@ -82,13 +83,11 @@ def test_num_samples_is_shared(job: Ranks) -> None:
     results = job.run(_calibrate, parts, torch.float64, "lockstep", 10)
     assert _equal_bits(results)
     numbers = [[5, 5], [4, 3, 3]][job.size - 2]
-    alone = network()
     used = [images()[8 * rank : 8 * rank + number] for rank, number in enumerate(numbers)]
-    syncbn.recalibrate(alone, used)
-    assert distance(results[0], statistics(alone)) < 1e-12
+    assert distance(results[0], compute_population_stats(network(), *used)) < 1e-12
 
 
-def _wrapped(rank: int, method: Any) -> tuple[Buffers, list[str], Tensor]:
+def _wrapped(rank: int, method: Any) -> tuple[Stats, list[str], Tensor]:
     net: Any = partly_frozen()
     net[6] = torch.nn.BatchNorm2d(5).double()  # DDP rejects torch.nn.SyncBatchNorm on CPU
     model = DistributedDataParallel(net)
@@ -144,7 +143,7 @@ def test_fully_sharded(job: Ranks, method: Any) -> None:
     torch.testing.assert_close(results[0][1], alone[0].weight.grad)
 
 
-def _calibrate_unsynchronized(rank: int, method: Any) -> tuple[Buffers, Any]:
+def _calibrate_unsynchronized(rank: int, method: Any) -> tuple[Stats, Any]:
     net, batches = network(), _batches(rank, SHARES["equal"][1], torch.float64)
     net[12].register_module("unused", torch.nn.BatchNorm2d(3).double())
     for layer in layers(net).values():

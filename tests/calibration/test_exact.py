@@ -11,11 +11,12 @@ from torch import Tensor, nn
 import syncbn
 from tests.calibration.networks import (
     EXACT,
+    Model,
+    compute_population_stats,
     distance,
     images,
     network,
     run_batch,
-    set_population_stats,
     statistics,
 )
 
@@ -30,13 +31,11 @@ BOUND = {torch.float32: 1e-6, torch.float64: 1e-12}
 def test_independent_of_batch_size(
     method: Any, batch_size: int, dtype: torch.dtype, forward: Any
 ) -> None:
-    x = images(dtype=dtype)
-    expected, net = network(dtype), network(dtype)
-    set_population_stats(expected, x)
-    before = statistics(net)
+    x, net = images(dtype=dtype), network(dtype)
+    expected = compute_population_stats(network(dtype), x)
+    assert distance(statistics(net), expected) > 0.1
     report = syncbn.recalibrate(net, x.split(batch_size), method=method, forward=forward)
-    assert distance(statistics(net), statistics(expected)) < BOUND[dtype]
-    assert distance(before, statistics(expected)) > 0.1
+    assert distance(statistics(net), expected) < BOUND[dtype]
     assert [layer.samples for layer in report.layers] == [24] * 5
     assert [layer.count for layer in report.layers] == [24 * 64] * 3 + [24 * 9, 24]
 
@@ -59,9 +58,8 @@ def test_half_precision(dtype: torch.dtype) -> None:
     x = images(16, dtype)
     syncbn.recalibrate(net, x.split(3))
     values = x.double().transpose(0, 1).flatten(1)
-    mean, var = statistics(net)["0"]
-    torch.testing.assert_close(mean, values.mean(1), rtol=torch.finfo(dtype).eps, atol=0)
-    torch.testing.assert_close(var, values.var(1), rtol=torch.finfo(dtype).eps, atol=0)
+    expected = values.mean(1), values.var(1)
+    torch.testing.assert_close(statistics(net)["0"], expected, rtol=torch.finfo(dtype).eps, atol=0)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -89,27 +87,21 @@ def _run_hooks_only(model: Any, x: Tensor) -> object:
 def test_thread_local_state_is_separate() -> None:
     """Autocast and grad mode of a suspended forward do not affect another."""
 
-    class Inside(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-            self.head = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                y = self.body(x)
-            assert not torch.is_autocast_enabled("cpu")
-            with torch.enable_grad():
-                z: Tensor = self.head(y.float())
-            assert not torch.is_grad_enabled()
-            return z
+    def run(net: Any, x: Tensor) -> Any:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = net.norm(net.body(x))
+        assert not torch.is_autocast_enabled("cpu")
+        with torch.enable_grad():
+            z = net.last(net.head(y.float()))
+        assert not torch.is_grad_enabled()
+        return z
 
     x = torch.randn(12, 4)
     results = []
-    method: Any
     for method in EXACT:
         torch.manual_seed(3)
-        net = Inside()
+        layers = {"body": nn.Linear(4, 4), "head": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4)}
+        net = Model(run, **layers, last=nn.BatchNorm1d(4))
         syncbn.recalibrate(net, x.split(3), method=method, forward=run_batch)
         results.append(statistics(net))
     assert distance(*results) < 1e-6

@@ -7,7 +7,8 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from itertools import count
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from tests.calibration.networks import (
     METHODS,
     distance,
     images,
+    interrupt,
     layers,
     network,
     run_batch,
@@ -31,11 +33,6 @@ from tests.calibration.networks import (
 from tests.ranks import Ranks
 
 Outcome = tuple[str, bool, float]
-
-
-def _interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(1e-3)  # Python calls the handler within some instructions
 
 
 def _recalibrate(net: nn.Module, batches: Any, **arguments: Any) -> Outcome:
@@ -58,32 +55,24 @@ class Loader:
         raise OSError("the disk is gone")
 
 
-def _fail_in_model(net: Any, fail: Callable[[], object]) -> None:
-    calls: list[Any] = []
-
-    def hook(module: Any, args: Any) -> None:
-        calls.append(args)
-        if len(calls) >= 4:
-            fail()
-
-    layers(net)["3.second.1"].register_forward_pre_hook(hook)
-
-
-def _raise() -> None:
-    raise ArithmeticError("no such number")
-
-
 def _fail(rank: int, case: str, method: Any) -> Outcome:
     net: Any = network()
     batches: Any = images().split(4)
     arguments: dict[str, Any] = {"method": method, "forward": run_batch}
+    calls = count()
+
+    def hook(module: Any, args: Any) -> None:
+        if next(calls) < 3:
+            return
+        if case == "model":
+            raise ArithmeticError("no such number")
+        interrupt()
+
     match case if rank == 1 else "":
         case "loader":
             batches = iter(Loader()) if method == "lockstep" else Loader()
-        case "model":
-            _fail_in_model(net, _raise)
-        case "Ctrl-C":
-            _fail_in_model(net, _interrupt)
+        case "model" | "Ctrl-C":
+            layers(net)["3.second.1"].register_forward_pre_hook(hook)
         case "one-shot":
             batches = iter(batches)
         case "name":
@@ -116,21 +105,15 @@ def test_error_on_one_rank_ends_all(job: Ranks, case: str, method: str) -> None:
     assert second[1:] == (True, job.size)
 
 
-class Slow:
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for x in images().split(12):
-            time.sleep(self.seconds)
-            yield x
-
-
 def _interrupt_during_wait(rank: int, method: Any) -> Outcome:
-    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
     if rank == 0:
-        timer.start()
-    return _recalibrate(network(), Slow(0.2 * rank), method=method)
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    def run_slowly(model: nn.Module, x: Tensor) -> object:
+        time.sleep(0.2 * rank)
+        return model(x)
+
+    return _recalibrate(network(), images().split(12), method=method, forward=run_slowly)
 
 
 @pytest.mark.parametrize("method", EXACT)
@@ -151,64 +134,42 @@ def test_no_data_on_any_rank(pair: Ranks, method: str) -> None:
     assert pair.run(_calibrate_without_data, method) == [(message, True, 2.0)] * 2
 
 
-def _other_epsilon(net: Any) -> dict[str, Any]:
-    layers(net)["6"].eps = 0.5
-    return {}
-
-
-def _other_name(net: Any) -> dict[str, Any]:
-    net.add_module("later", net._modules.pop("6"))
-    return {"forward": lambda net, x: net[:-1](x)}
-
-
-def _another_layer(net: Any) -> dict[str, Any]:
-    net.add_module("13", nn.BatchNorm1d(2).double())
-    return {}
-
-
-def _other_frozen_statistics(net: Any) -> dict[str, Any]:
-    layers(net)["3.second.1"].running_mean[2] += 1e-9
-    return {}
-
-
-def _skipped_layers(net: Any) -> dict[str, Any]:
-    net[3].forward = lambda x: x
-    return {}
-
-
-def _arguments(**arguments: Any) -> Callable[[Any], dict[str, Any]]:
-    return lambda net: arguments
-
-
-DIFFERENCES: dict[str, tuple[Callable[[Any], dict[str, Any]], str]] = {
-    "a method": (
-        _arguments(method="pooled"),
-        "rank 0 has method 'lockstep', but rank 1 has method 'pooled'",
-    ),
-    "a number of samples": (
-        _arguments(num_samples=10),
-        "rank 0 has num_samples None, but rank 1 has num_samples 10",
-    ),
-    "a choice": (
-        _arguments(skip="1"),
-        "rank 0 has layer '1' with 6 channels, .*, but rank 1 has layer '3.first.1' with",
-    ),
-    "an epsilon": (_other_epsilon, "rank 0 has layer '6' .* eps 1e-05, .* eps 0.5"),
-    "a name": (_other_name, "rank 0 has layer '6' .*, but rank 1 has layer '11'"),
-    "a layer": (_another_layer, "rank 0 has no more layers, but rank 1 has layer '13' with"),
-    "frozen statistics": (
-        _other_frozen_statistics,
-        "rank 0 has '3.second.1' left alone with statistics .*, but rank 1 has '3.second.1' left",
-    ),
-    "a forward": (_skipped_layers, "reach different layers: some '3.first.1', and some '6'"),
+DIFFERENCES = {
+    "a method": "rank 0 has method 'lockstep', but rank 1 has method 'pooled'",
+    "a number of samples": "rank 0 has num_samples None, but rank 1 has num_samples 10",
+    "a choice": "rank 0 has layer '1' with 6 channels, .*, but rank 1 has layer '3.first.1' with",
+    "an epsilon": "rank 0 has layer '6' .* eps 1e-05, .* eps 0.5",
+    "a name": "rank 0 has layer '6' .*, but rank 1 has layer '11'",
+    "a layer": "rank 0 has no more layers, but rank 1 has layer '13' with",
+    "frozen statistics": "rank 0 has '3.second.1' left alone with statistics .*, but rank 1 has "
+    "'3.second.1' left",
+    "a forward": "reach different layers: some '3.first.1', and some '6'",
 }
 
 
 def _calibrate_differently(rank: int, case: str) -> Outcome:
-    net = network().train()
+    net: Any = network().train()
     if case == "frozen statistics":
-        layers(net)["3.second.1"].eval()
-    arguments = DIFFERENCES[case][0](net) if rank == 1 else {}
+        net[3].second.eval()
+    arguments: dict[str, Any] = {}
+    match case if rank == 1 else "":
+        case "a method":
+            arguments["method"] = "pooled"
+        case "a number of samples":
+            arguments["num_samples"] = 10
+        case "a choice":
+            arguments["skip"] = "1"
+        case "an epsilon":
+            net[6].eps = 0.5
+        case "a name":
+            net.add_module("later", net._modules.pop("6"))
+            arguments["forward"] = lambda net, x: net[:-1](x)
+        case "a layer":
+            net.append(nn.BatchNorm1d(2).double())
+        case "frozen statistics":
+            net[3].second[1].running_mean[2] += 1e-9
+        case "a forward":
+            net[3].forward = lambda x: x
     return _recalibrate(net, images().split(6), **arguments)
 
 
@@ -217,24 +178,22 @@ def test_differences_raise(pair: Ranks, case: str) -> None:
     """One rank returned with new statistics while the other one failed, or both were wrong."""
     first, second = pair.run(_calibrate_differently, case)
     assert first == second
-    assert re.match(f"ValueError: the ranks (differ: )?{DIFFERENCES[case][1]}", first[0])
+    assert re.match(f"ValueError: the ranks (differ: )?{DIFFERENCES[case]}", first[0])
     assert first[1:] == (True, 2.0)
 
 
 def _interrupt_on_rank_1(rank: int, owner: Any, name: str, when: str) -> Outcome:
     real = getattr(owner, name)
 
-    def interrupt(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         result = real(*args, **kwargs)
         if rank == 1 and when in ("", args[-1]):
-            _interrupt()
+            interrupt()
         return result
 
-    setattr(owner, name, staticmethod(interrupt) if owner is LayerReport else interrupt)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, call)
         return _recalibrate(network(), images().split(6))
-    finally:
-        setattr(owner, name, staticmethod(real) if owner is LayerReport else real)
 
 
 def test_interrupt_before_last_exchange_restores_all(pair: Ranks) -> None:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import syncbn
-from syncbn.distributed import collectives, fingerprint
+from syncbn.distributed import collectives
 from syncbn.distributed.groups import active_group
 from tests.ranks import Pool, Ranks
 
@@ -27,15 +27,6 @@ from tests.ranks import Pool, Ranks
 @pytest.fixture(params=[(2, "openmpi"), (3, "gloo")], ids=["two of openmpi", "three of gloo"])
 def cpu_ranks(request: pytest.FixtureRequest, pool: Pool) -> Ranks:
     return pool(*request.param)
-
-
-@pytest.mark.parametrize("size", [4, 5])
-def test_append_and_strip(size: int) -> None:
-    vector = torch.arange(1.0, size + 1, dtype=torch.float64)
-    payload = fingerprint.append(vector, 7.0)
-    tail = [7.0] * (2 - size % 2)
-    torch.testing.assert_close(payload, torch.cat([vector, payload.new_tensor(tail)]))
-    torch.testing.assert_close(fingerprint.strip(payload, 7.0, size), vector)
 
 
 def _sum_of(rank: int, name: str) -> Tensor:
@@ -172,6 +163,8 @@ def _matching_steps(rank: int) -> None:
     # A copy, then a checkpoint, on one rank.
     copied = copy.deepcopy(model) if rank == 0 else model
     copied(mine).square().sum().backward()
+    # An input with a gradient on one rank.
+    model(mine.clone().requires_grad_(rank == 0)).square().sum().backward()
     if rank == 0:
         model.load_state_dict(_model().state_dict())
     # Other groups, with other numbers of calls.

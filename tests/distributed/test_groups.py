@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,11 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import parametrizations
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import syncbn
 from syncbn.distributed import resolve_group
 from syncbn.distributed.groups import active_group, create_layers_group
-from syncbn.nn.module import DetachedGroup
 from tests import processes
 from tests.ranks import Pool, Ranks
 from tests.transports import ROOT, mpirun
@@ -71,39 +67,6 @@ def _resolve_node(rank: int) -> list[list[int] | None]:
 
 def test_nodes_with_different_numbers_of_ranks(three_ranks: Ranks) -> None:
     assert three_ranks.run(_resolve_node) == [[[0, 1], None], [[0, 1], None], [[2], None]]
-
-
-def _copy_and_pickle(rank: int) -> None:
-    group: Any = dist.new_group([0, 1])
-    layer = syncbn.SyncBatchNorm1d(3, process_group=group, momentum=1.0)
-    x = torch.full((1, 3), float(rank))
-
-    parametrized = parametrizations.weight_norm(nn.BatchNorm1d(3), dim=0)
-    syncbn.convert_sync_batchnorm(parametrized, group)
-    assert copy.deepcopy(parametrized).process_group is group
-
-    copied = copy.deepcopy(layer)
-    assert copied.process_group is group
-    copied(x)
-    torch.testing.assert_close(copied.running_mean, torch.full((3,), 0.5))
-
-    loaded = pickle.loads(pickle.dumps(layer))
-    assert loaded.process_group == DetachedGroup((0, 1))
-    loaded.eval()(x)
-    with pytest.raises(RuntimeError, match=r"lost its process group of the ranks \[0, 1\]"):
-        loaded.train()(x)
-    syncbn.convert_sync_batchnorm(loaded, "world")(x)
-    torch.testing.assert_close(loaded.running_mean, torch.full((3,), 0.5))
-
-    # Gloo may still be connecting on the other rank.
-    dist.barrier()
-    dist.destroy_process_group(group)  # type: ignore[arg-type]  # narrowed above
-    assert pickle.loads(pickle.dumps(layer)).process_group == DetachedGroup(())
-
-
-def test_copy_shares_group_and_pickle_describes_it(two_ranks: Ranks) -> None:
-    """Also after the group is destroyed."""
-    two_ranks.run(_copy_and_pickle)
 
 
 def _convert_torch_layer(rank: int) -> bool:

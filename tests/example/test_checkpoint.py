@@ -13,7 +13,6 @@ import storage
 import torch
 from config import Arch, ModelConfig
 from resnet import build_resnet
-from torch import Tensor
 from weights import load_weights
 
 from tests.disk import almost_full
@@ -24,19 +23,7 @@ from tests.ranks import Ranks
 
 def assert_equal(got: Any, expected: Any) -> None:
     """Compare two checkpoints bit for bit."""
-    assert type(got) is type(expected)
-    if isinstance(got, dict):
-        assert got.keys() == expected.keys()
-        for key in got:
-            assert_equal(got[key], expected[key])
-    elif isinstance(got, list):
-        assert len(got) == len(expected)
-        for a, b in zip(got, expected, strict=True):
-            assert_equal(a, b)
-    elif isinstance(got, Tensor):
-        assert torch.equal(got, expected)
-    else:
-        assert got == expected
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 def timeless(run: Path) -> list[dict[str, object]]:

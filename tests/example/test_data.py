@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import cifar10
@@ -21,7 +20,7 @@ import syncbn
 from tests.example.support import composed, write_cifar, write_folder
 
 
-def config(source: str, root: Path | None = None, *overrides: str) -> DataConfig:
+def config(source: str, *overrides: str, root: Path | None = None) -> DataConfig:
     folder = [] if root is None else [f"data.root={root}"]
     return composed(f"data={source}", *folder, "data.workers=0", *overrides).data
 
@@ -32,7 +31,7 @@ def rank(index: int, size: int) -> syncbn.RankInfo:
 
 def test_digits_split_is_stratified_fixed_and_complete() -> None:
     train, test = digits.load(config("digits"), seed=1)
-    again, _ = digits.load(config("digits", None, "data.augment=false"), seed=2)
+    again, _ = digits.load(config("digits", "data.augment=false"), seed=2)
     assert (len(train), len(test)) == (1437, 360)
     counts = np.bincount([test[i][1] for i in range(len(test))], minlength=10)
     assert {35, 36, 37} >= set(counts)
@@ -45,10 +44,10 @@ def test_digits_split_is_stratified_fixed_and_complete() -> None:
 
 
 def test_cifar10_reads_labels_and_planes(tmp_path: Path) -> None:
-    write_cifar(tmp_path / "c")
-    train, test = cifar10.load(config("cifar10", tmp_path / "c", "data.augment=false"), seed=0)
+    write_cifar(root := tmp_path / "c")
+    train, test = cifar10.load(config("cifar10", "data.augment=false", root=root), seed=0)
     assert (len(train), len(test), train.num_classes) == (40, 8, 10)
-    raw = (tmp_path / "c" / "data_batch_2.bin").read_bytes()[3 * 3073 : 4 * 3073]
+    raw = (root / "data_batch_2.bin").read_bytes()[3 * 3073 : 4 * 3073]
     image, label = train[8 + 3]
     assert label == raw[0] == 3
     for channel, (mean, std) in enumerate([(0.4914, 0.2470), (0.4822, 0.2435), (0.4465, 0.2616)]):
@@ -59,9 +58,9 @@ def test_cifar10_reads_labels_and_planes(tmp_path: Path) -> None:
 
 
 def test_imagefolder_labels_classes_alphabetically(tmp_path: Path) -> None:
-    write_folder(tmp_path / "f")
-    (tmp_path / "f" / "train" / "cat" / "notes.txt").write_text("not an image")
-    cfg = config("imagefolder", tmp_path / "f", "data.image_size=16")
+    write_folder(tmp_path)
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("not an image")
+    cfg = config("imagefolder", "data.image_size=16", root=tmp_path)
     train, val = imagefolder.load(cfg, seed=0)
     assert [train[i][1] for i in range(len(train))] == [0, 0, 0, 0, 1, 1, 1, 1]
     assert [val[i][1] for i in range(len(val))] == [0, 0, 0, 1, 1, 1]
@@ -110,10 +109,11 @@ def test_shift_moves_and_fills_with_zeros() -> None:
 def test_augmentation_depends_on_seed_epoch_and_sample_alone(source: str, tmp_path: Path) -> None:
     """A resumed run, and a run on other ranks, must see the same images."""
     root = tmp_path / "root"
-    write: dict[str, Callable[[Path], object]]
-    write = {"digits": Path.mkdir, "cifar10": write_cifar, "imagefolder": write_folder}
-    write[source](root)
-    cfg = config(source, None if source == "digits" else root)
+    if source == "cifar10":
+        write_cifar(root)
+    if source == "imagefolder":
+        write_folder(root)
+    cfg = config(source, root=None if source == "digits" else root)
 
     def images(seed: int, epoch: int, order: list[int]) -> torch.Tensor:
         train, _ = data._load(cfg, seed)
@@ -175,7 +175,7 @@ def test_skip_holds_for_one_epoch_only() -> None:
 @pytest.mark.parametrize("size", [1, 2, 7, 400])
 def test_evaluation_shares_cover_the_test_set_once(size: int) -> None:
     """400 ranks on 360 images: some have nothing to do, none counts a sample twice."""
-    cfg = config("digits", None, "data.eval_batch_size=50")
+    cfg = config("digits", "data.eval_batch_size=50")
     _, test = digits.load(cfg, 0)
     shares = [list(data.eval_batches(test, cfg, rank(r, size))) for r in range(size)]
     assert rows([images for share in shares for images, _ in share]) == rows(
@@ -203,22 +203,22 @@ def test_too_few_images_for_one_batch_is_an_error() -> None:
 def test_bad_cifar10_is_an_error_that_names_the_file(
     content: bytes | None, message: str, tmp_path: Path
 ) -> None:
-    write_cifar(tmp_path / "c")
-    path = tmp_path / "c" / "data_batch_3.bin"
+    write_cifar(root := tmp_path / "c")
+    path = root / "data_batch_3.bin"
     path.unlink()
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        cifar10.load(config("cifar10", tmp_path / "c"), 0)
+        cifar10.load(config("cifar10", root=root), 0)
 
 
 def test_missing_and_empty_folders_are_errors_that_name_them(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"absent is not a folder, expected the one that holds"):
-        cifar10.load(config("cifar10", tmp_path / "absent"), 0)
+        cifar10.load(config("cifar10", root=tmp_path / "absent"), 0)
 
     def check(message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            imagefolder.load(config("imagefolder", tmp_path), 0)
+            imagefolder.load(config("imagefolder", root=tmp_path), 0)
 
     train, val = tmp_path / "train", tmp_path / "val"
     check(f"{train}: no such folder")
@@ -240,7 +240,7 @@ def test_unreadable_image_is_an_error_that_names_it(content: str, tmp_path: Path
         Image.open(path).save(path, "png")
     whole = path.read_bytes()
     path.write_bytes({"empty": b"", "text": b"hello"}.get(content, whole[: len(whole) // 2]))
-    cfg = config("imagefolder", tmp_path)
+    cfg = config("imagefolder", root=tmp_path)
     _, val = imagefolder.load(cfg, 0)
     with pytest.raises(RuntimeError, match=r"dog/1.jpg: got .*, expected an image that Pillow"):
         list(data.eval_batches(val, cfg, rank(0, 1)))

@@ -89,8 +89,3 @@ def test_group_shares_statistics_within_its_ranks(two_ranks: Ranks) -> None:
     assert torch.equal(together[0], together[1])
     torch.testing.assert_close(together[0], (apart[0] + apart[1]) / 2)
     assert all("3" in error for error in two_ranks.run(_first_mean, 3))
-
-
-def test_torch_sync_on_cpu_suggests_sync() -> None:
-    with pytest.raises(ValueError, match=r"refuses CPU tensors; use norm=sync"):
-        apply_norm(small(), NormConfig(NormKind.torch_sync), CPU)

@@ -38,11 +38,6 @@ def last_channels(x: Tensor) -> Tensor:
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def largest_invstd(saved: Saved) -> float:
-    """Return the largest 1/sqrt(var + eps) of a forward pass."""
-    return float(split_statistics(saved.statistics)[1].max())
-
-
 def largest(t: Tensor) -> Tensor:
     """Return the largest magnitude, zero for an empty tensor."""
     return t.abs().max() if t.numel() else t.new_zeros(())
@@ -53,16 +48,9 @@ SUMS = (0, 1, 6, 7)
 FLOAT64 = (*SUMS, 5)
 
 
-class Near:
-    """Return whether all results are within their bounds."""
-
-    def __init__(self, expected: list[Tensor], bounds: list[Tensor]) -> None:
-        pairs = zip(expected, bounds, strict=True)
-        self.limits = torch.cat([bound.expand_as(t) for t, bound in pairs])
-        self.expected = torch.cat(expected)
-
-    def __call__(self, actual: list[Tensor]) -> bool:
-        return bool(((torch.cat(actual) - self.expected).abs() <= self.limits).all())
+def largest_invstd(saved: Saved) -> float:
+    """Return the largest 1/sqrt(var + eps) of a forward pass."""
+    return float(split_statistics(saved.statistics)[1].max())
 
 
 def bounds(expected: list[Tensor], saved: Saved, dy: Tensor) -> list[Tensor]:
@@ -75,6 +63,20 @@ def bounds(expected: list[Tensor], saved: Saved, dy: Tensor) -> list[Tensor]:
     # Of few values a channel, dx is a difference of these that all but vanishes.
     sizes[-1] = largest_invstd(saved) * 1.5 * largest(dy).double()
     return [p * size for p, size in zip(precision, sizes, strict=True)]
+
+
+def check(x: Tensor, dy: Tensor) -> None:
+    """Compare every instruction set and both layouts with float64, and dx over dy with dx."""
+    saved = saved_for(x.float())
+    expected = compute_all(REFERENCE, x.double(), dy.double(), saved)
+    pairs = zip(expected, bounds(expected, saved, dy), strict=True)
+    limits = torch.cat([bound.expand_as(t) for t, bound in pairs])
+    layouts: list[Callable[[Tensor], Tensor]] = [Tensor.contiguous, last_channels]
+    for kernel, lay_out in itertools.product(levels(), layouts):
+        actual = compute_all(kernel, lay_out(x), dy, saved)
+        assert ((torch.cat(actual) - torch.cat(expected)).abs() <= limits).all(), (x.shape, kernel)
+        with_relu = saved._replace(relu=True)
+        assert is_equal_in_place(kernel, lay_out(x), lay_out(dy), with_relu), (x.shape, kernel)
 
 
 # Around the sizes of vectors.
@@ -101,22 +103,7 @@ def test_every_small_size(channels: int) -> None:
     for samples, space in itertools.product((0, 1, 3), choose_spaces(channels)):
         numel = samples * channels * space
         # Not aligned to anything but its own size.
-        x, dy = memory[:, space % 16 :][:, :numel].view(2, samples, channels, space)
-        saved = saved_for(x)
-        expected = compute_all(REFERENCE, x.double(), dy.double(), saved)
-        near = Near(expected, bounds(expected, saved, dy))
-        for kernel, values in itertools.product(levels(), (x, last_channels(x))):
-            assert near(compute_all(kernel, values, dy, saved)), (samples, space, kernel)
-
-
-@pytest.mark.parametrize("channels", EDGES)
-def test_dx_over_dy(channels: int) -> None:
-    for samples, space in ((1, 1), (2, 3), (3, 8), (1, 17), (2, 33), (1, 70)):
-        x, dy = torch.randn(2, samples, channels, space)
-        saved = saved_for(x, activation=RELU if samples == 2 else None)
-        pairs = (x, dy), (last_channels(x), last_channels(dy))
-        for kernel, (a, b) in itertools.product(levels(), pairs):
-            assert is_equal_in_place(kernel, a, b, saved), (space, kernel)
+        check(*memory[:, space % 16 :][:, :numel].view(2, samples, channels, space))
 
 
 # More columns than a unit of work has values, and every order of magnitude.
@@ -133,12 +120,7 @@ LARGE = [
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_large_sizes(shape: tuple[int, ...]) -> None:
     """More than 65,536 columns were a division by zero."""
-    x, dy = torch.randn(2, *shape)
-    saved = saved_for(x)
-    expected = compute_all(REFERENCE, x.double(), dy.double(), saved)
-    near = Near(expected, bounds(expected, saved, dy))
-    for kernel, values in itertools.product(levels(), (x, last_channels(x))):
-        assert near(compute_all(kernel, values, dy, saved)), kernel
+    check(*torch.randn(2, *shape))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -148,13 +130,7 @@ def test_every_width_of_halves(dtype: torch.dtype, samples: int) -> None:
     widths = [(channels, 1) for channels in range(1, 2 * LONGEST)]
     widths += [(channels, space) for channels in FEW for space in range(2, 2 * LONGEST)]
     for channels, space in widths:
-        x, dy = torch.randn(2, samples, channels, space).to(dtype)
-        saved = saved_for(x.float())
-        expected = compute_all(REFERENCE, x.double(), dy.double(), saved)
-        near = Near(expected, bounds(expected, saved, dy))
-        for kernel in levels():
-            assert near(compute_all(kernel, x, dy, saved)), (channels, space, kernel)
-        assert is_equal_in_place(cpp(), last_channels(x), last_channels(dy), saved)
+        check(*torch.randn(2, samples, channels, space).to(dtype))
 
 
 VIEWS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {

@@ -41,15 +41,6 @@ class Batch(NamedTuple):
     dy: Tensor
 
 
-class Expected(NamedTuple):
-    """The output, the input gradient, and running averages of momentum 1."""
-
-    y: Tensor
-    dx: Tensor
-    mean: Tensor
-    var: Tensor
-
-
 def batch(rank: int, samples: int, layout: str = "contiguous") -> Batch:
     """Return the batch of a rank, ``[samples, C, 5, 7]``."""
     generator = torch.Generator().manual_seed(rank)
@@ -69,8 +60,11 @@ def far(noise: Tensor, offset: float) -> Tensor:
     return x
 
 
-def expect(batches: list[Batch], offset: float) -> list[Expected]:
-    """Return the results of every rank, from one process and values around zero."""
+def expect(batches: list[Batch], offset: float) -> list[tuple[Tensor, ...]]:
+    """Return output, input gradient and running averages of momentum 1 of every rank.
+
+    One process computes them from values around zero.
+    """
     noise = torch.cat([part.noise for part in batches]).requires_grad_()
     mean, var = torch.zeros(C).double(), torch.ones(C).double()
     y = F.batch_norm(noise, mean, var, None, None, True, 1.0, EPS)
@@ -78,7 +72,7 @@ def expect(batches: list[Batch], offset: float) -> list[Expected]:
     assert noise.grad is not None
     sizes = [len(part.noise) for part in batches]
     parts = zip(y.detach().split(sizes), noise.grad.split(sizes), strict=True)
-    return [Expected(*part, mean + offset, var) for part in parts]
+    return [(*part, mean + offset, var) for part in parts]
 
 
 def check(actual: tuple[Any, ...], expected: tuple[Tensor, ...], offset: float) -> None:

@@ -29,32 +29,6 @@ def test_collective(pool: Pool, transport: str, name: str) -> None:
     assert not failures, f"{len(failures)} calls failed, such as\n" + "\n".join(failures[:12])
 
 
-def _objects(rank: int) -> list[list[Any]]:
-    mine = {"rank": rank, "text": "x" * 10**rank}
-    gathered: list[Any] = [None] * 3
-    dist.all_gather_object(gathered, mine)
-    at_root: list[Any] = [None] * 3
-    dist.gather_object(mine, at_root if rank == 1 else None, dst=1)
-    broadcast = [mine, "end"] if rank == 2 else [None, None]
-    dist.broadcast_object_list(broadcast, src=2)
-    scattered: list[Any] = [None]
-    dist.scatter_object_list(scattered, [0, "one", mine] if rank == 0 else None, src=0)
-    sent: list[Any] = [mine]
-    if rank == 0:
-        dist.send_object_list(sent, dst=1)
-    elif rank == 1:
-        dist.recv_object_list(sent, src=0)
-    return [gathered, at_root, broadcast, scattered, sent]
-
-
-def test_objects(three_mpi_ranks: Ranks) -> None:
-    mine = [{"rank": rank, "text": "x" * 10**rank} for rank in range(3)]
-    for rank, answer in enumerate(three_mpi_ranks.run(_objects)):
-        at_root = mine if rank == 1 else [None] * 3
-        scattered = [0, "one", mine[0]][rank]
-        assert answer == [mine, at_root, [mine[2], "end"], [scattered], [mine[(0, 0, 2)[rank]]]]
-
-
 def _pass_barriers(rank: int) -> list[tuple[float, float]]:
     times = []
     for async_op in (False, True):

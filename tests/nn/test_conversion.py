@@ -46,9 +46,8 @@ def nested() -> Any:
     return nn.Sequential(
         OrderedDict(
             stem=nn.Sequential(nn.Conv2d(3, 4, 3), shared, nn.ReLU()),
-            body=nn.ModuleDict({"a": nn.Sequential(nn.Conv2d(4, 4, 1), shared), "b": Scaled(4)})[
-                "a"
-            ],
+            body=nn.Sequential(nn.Conv2d(4, 4, 1), shared),
+            others=nn.Sequential(nn.InstanceNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(62)),
             again=nn.Sequential(Scaled(4), nn.Conv2d(4, 6, 1, bias=False)),
             head=nn.BatchNorm2d(6, affine=False, momentum=None),
             flat=nn.Flatten(),
@@ -66,13 +65,13 @@ def test_convert_and_revert_are_inverse_on_a_nested_model() -> None:
     model.stem[1].weight.requires_grad_(False)
     model.stem[1].double()
     before = classes(model)
+    kinds = [isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules()]
     attributes = [set(module.__dict__) for module in model.modules()]
     identities = [id(tensor) for tensor in (*model.parameters(), *model.buffers())]
     flags = [module.training for module in model.modules()]
 
     assert syncbn.convert_sync_batchnorm(model) is model
-    kinds = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    assert all(isinstance(m, syncbn.SyncBatchNorm) for m in kinds)
+    assert [isinstance(module, syncbn.SyncBatchNorm) for module in model.modules()] == kinds
     assert model.stem[1] is model.body[1]
     assert model.stem[1].fqn == "stem.1"
     assert [module.training for module in model.modules()] == flags
@@ -102,17 +101,6 @@ def test_outputs_and_state_are_unchanged(make: Callable[[], Any]) -> None:
         torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
         assert (classes(model) == before) == (change is syncbn.revert_sync_batchnorm)
         assert (nn.BatchNorm2d in classes(model)) == (change is syncbn.revert_sync_batchnorm)
-
-
-def test_training_after_conversion_equals_training_before() -> None:
-    original = resnet().double()
-    converted = syncbn.convert_sync_batchnorm(copy.deepcopy(original))
-    x, labels = torch.randn(3, 3, 64, 64).double(), torch.tensor([0, 1, 2])
-    for model in (original, converted):
-        model(x, labels=labels).loss.backward()
-    actual, expected = ([p.grad for p in model.parameters()] for model in (converted, original))
-    torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-12)
-    torch.testing.assert_close(converted.state_dict(), original.state_dict())
 
 
 def test_hooks_survive_conversion_and_reversion() -> None:
@@ -149,20 +137,6 @@ def test_subclass_keeps_its_input_dim_check() -> None:
     layer(torch.randn(2, 4, 3))
     with pytest.raises(ValueError, match="three, please"):
         layer(torch.randn(2, 4))
-
-
-@pytest.mark.parametrize("override", ["subclass", "instance"])
-def test_overridden_forward_is_skipped_with_a_warning(override: str) -> None:
-    layer = Activated(4) if override == "subclass" else nn.BatchNorm2d(4)
-    if override == "instance":
-        layer.forward = lambda input: input  # type: ignore[method-assign]
-    model = nn.Sequential(nn.BatchNorm2d(4), layer)
-    with pytest.warns(
-        UserWarning, match=r"forward.*, so these layers are left unsynchronized: 1\."
-    ):
-        syncbn.convert_sync_batchnorm(model)
-    assert type(model[0]) is syncbn.SyncBatchNorm2d
-    assert not isinstance(model[1], syncbn.SyncBatchNorm)
 
 
 def test_torch_sync_batch_norm_round_trip() -> None:
@@ -232,24 +206,27 @@ class TorchSync(nn.SyncBatchNorm):
     """Converted, it would stay an nn.SyncBatchNorm, which DDP refuses on CPU."""
 
 
+def instance_forward() -> nn.Module:
+    layer = nn.BatchNorm2d(4)
+    layer.forward = lambda input: input  # type: ignore[method-assign]
+    return layer
+
+
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
+        (Activated(4), "Activated overrides forward"),
+        (instance_forward(), "a BatchNorm2d overrides forward as an attribute"),
         (Guarded(4), "Guarded defines __getstate__"),
         (TorchSync(4), "TorchSync overrides forward"),
     ],
 )
-def test_unsupported_subclasses_are_skipped_with_the_reason(layer: nn.Module, reason: str) -> None:
-    before = type(layer)
-    with pytest.warns(UserWarning, match=f"{reason}, so these layers are left unsynchronized"):
-        syncbn.convert_sync_batchnorm(layer)
-    assert type(layer) is before
-
-
-def test_other_norm_layers_are_not_converted() -> None:
-    model = nn.Sequential(nn.InstanceNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(4))
-    before = classes(model)
-    assert classes(syncbn.convert_sync_batchnorm(model)) == before
+def test_unsupported_layers_are_skipped_with_the_reason(layer: nn.Module, reason: str) -> None:
+    model, before = nn.Sequential(nn.BatchNorm2d(4), layer), type(layer)
+    expected = rf"{reason}, so these layers are left unsynchronized: 1\."
+    with pytest.warns(UserWarning, match=expected):
+        syncbn.convert_sync_batchnorm(model)
+    assert classes(model)[1:] == [syncbn.SyncBatchNorm2d, before]
 
 
 def test_classes_of_library_layers() -> None:

@@ -170,24 +170,3 @@ def test_frozen_input_and_parameters_get_no_gradient() -> None:
     layer(torch.randn(4, 3, 2, 2)).sum().backward()
     assert layer.bias.grad is None
     assert layer.weight.grad is not None
-
-
-def test_gradcheck() -> None:
-    layer = syncbn.SyncBatchNorm(3, dtype=torch.float64, track_running_stats=False)
-
-    def function(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return syncbn.sync_batch_norm(x, None, None, weight, bias, training=True)
-
-    x = torch.randn(3, 3, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(function, (x, layer.weight, layer.bias))
-
-
-def test_functional_equals_torch() -> None:
-    x, weight, bias = torch.randn(5, 3, 4).double(), torch.rand(3).double(), torch.rand(3).double()
-    mean, var = torch.zeros(3).double(), torch.ones(3).double()
-    expected_mean, expected_var = mean.clone(), var.clone()
-    for training in (True, False):
-        arguments: tuple[Any, ...] = weight, bias, training, 0.3, 1e-3
-        y = syncbn.sync_batch_norm(x, mean, var, *arguments)
-        expected = F.batch_norm(x, expected_mean, expected_var, *arguments)
-        torch.testing.assert_close((y, mean, var), (expected, expected_mean, expected_var))

@@ -29,9 +29,10 @@ def _prune(layer: Any) -> None:
 )
 @pytest.mark.parametrize("converted_before", [True, False])
 def test_pruned_layers_match_torch(options: dict[str, bool], converted_before: bool) -> None:
-    """Regression: pruning scripts keep the old num_features, and the layer expected 8 channels."""
-    plain = nn.BatchNorm2d(8, **options)
-    plain(torch.randn(4, 8, 3, 3) * 3 + 1)
+    """Regression: pruning scripts keep the old num_features, and the layer expected 9 channels."""
+    # Of 9: the moments of 8 channels would have the length of two-part moments of 4.
+    plain = nn.BatchNorm2d(9, **options)
+    plain(torch.randn(4, 9, 3, 3) * 3 + 1)
     layer = copy.deepcopy(plain)
     if converted_before:
         syncbn.convert_sync_batchnorm(layer)
@@ -43,6 +44,11 @@ def test_pruned_layers_match_torch(options: dict[str, bool], converted_before: b
         x = torch.randn(4, 4, 3, 3)
         torch.testing.assert_close(layer.train(training)(x), plain.train(training)(x))
         torch.testing.assert_close(dict(layer.named_buffers()), dict(plain.named_buffers()))
+    x = torch.randn(8, 4, 3, 3)
+    with syncbn.accumulate_statistics(layer):
+        layer.train()(x[:4]), layer(x[4:])
+    plain.train()(x)
+    torch.testing.assert_close(dict(layer.named_buffers()), dict(plain.named_buffers()))
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -16,10 +16,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_module, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import syncbn
 from syncbn.inference import prior_mix
+from tests.device import seeded
 from tests.ranks import Pool, Ranks
 
 STEPS, SAMPLES = 3, 12
@@ -42,16 +42,17 @@ class Net(nn.Module):
 
 def batch(step: int) -> Tensor:
     """Return the whole batch of a step, which two and three ranks can share equally."""
-    return torch.randn(SAMPLES, 5, generator=torch.Generator().manual_seed(step)).double()
+    return torch.randn(SAMPLES, 5, generator=seeded(step)).double()
 
 
 def train(model: nn.Module, micro_batches: int = 1) -> None:
     """Take some steps on this rank's share of each batch, or on the whole in one process."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    dtype = next(model.parameters()).dtype
     for step in range(STEPS):
         optimizer.zero_grad()
-        for part, x in enumerate(batch(step).chunk(micro_batches)):
+        for part, x in enumerate(batch(step).to(dtype).chunk(micro_batches)):
             loss = model(x.chunk(size)[rank]).square().sum(1).mean()
             if part < micro_batches - 1 and isinstance(model, DistributedDataParallel):
                 with model.no_sync():
@@ -78,10 +79,10 @@ DDP_OPTIONS: list[tuple[dict[str, Any], int]] = [
 ]
 
 
-def _data_parallel(rank: int) -> list[dict[str, Tensor]]:
+def _data_parallel(rank: int, dtype: torch.dtype) -> list[dict[str, Tensor]]:
     states = []
     for options, micro_batches in DDP_OPTIONS:
-        net = syncbn.convert_sync_batchnorm(Net().double())
+        net = syncbn.convert_sync_batchnorm(Net().to(dtype))
         if options.get("find_unused_parameters"):
             net.unused = nn.Linear(2, 2)
         # DDP leaves buffers unchanged only if no_sync() is around forward passes, too; it is not.
@@ -90,13 +91,15 @@ def _data_parallel(rank: int) -> list[dict[str, Tensor]]:
     return states
 
 
-def test_data_parallel(two_ranks: Ranks) -> None:
-    answers = two_ranks.run(_data_parallel)
+@pytest.mark.layers
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
+def test_data_parallel(two_ranks: Ranks, dtype: torch.dtype, bound: float) -> None:
+    answers = two_ranks.run(_data_parallel, dtype)
     for i, (_, micro_batches) in enumerate(DDP_OPTIONS):
-        single = Net().double()
+        single = Net().to(dtype)
         train(single, micro_batches)
         for states in answers:
-            torch.testing.assert_close(states[i], state(single), rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(states[i], state(single), rtol=bound, atol=bound)
 
 
 def _sharded(rank: int) -> dict[str, Tensor]:
@@ -187,40 +190,6 @@ def test_distributed_tensors_are_refused(pool: Pool) -> None:
     for *inputs, weight in pool(2, "gloo").run(_distributed_tensors):
         assert all("pass x.to_local()" in message for message in inputs)
         assert "as running_mean; expected a plain tensor with all channels on every rank" in weight
-
-
-def _averaged(rank: int) -> list[dict[str, Tensor]]:
-    return averaged(syncbn.convert_sync_batchnorm(Net().double()))
-
-
-def averaged(net: nn.Module) -> list[dict[str, Tensor]]:
-    """Train, average, and train the average."""
-    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
-    reduce_gradients(net)
-    train(net)
-    average.update_parameters(net)
-    reduce_gradients(average.module)
-    train(average.module)
-    return [state(net), state(average.module)]
-
-
-def reduce_gradients(net: nn.Module) -> None:
-    """Average gradients over ranks: DDP modules cannot be copied."""
-    if dist.is_initialized():
-        for parameter in net.parameters():
-            parameter.register_hook(_mean)
-
-
-def _mean(gradient: Tensor) -> Tensor:
-    mean = gradient.clone()
-    dist.all_reduce(mean)
-    return mean / dist.get_world_size()
-
-
-def test_averaged_models_train_in_the_group(pool: Pool) -> None:
-    expected = averaged(Net().double())
-    for actual in pool(2, "gloo").run(_averaged):
-        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -18,26 +18,23 @@ from torch.autograd.functional import hessian, jacobian
 import syncbn
 from tests.device import seeded
 from tests.formula import Formula
-from tests.kernel_cases import KERNELS, device_of
+from tests.kernel_cases import KERNELS_AND_DTYPES, device_of, tolerance
 from tests.ranks import Pool, Ranks
 
 ROWS, SIZES = 5, [1, 2, 3]
 
 
-def _batch(dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(sum(SIZES), 3, 2, 2, dtype=torch.float64, generator=seeded(1)).to(dtype)
+def _batch() -> Tensor:
+    return torch.randn(sum(SIZES), 3, 2, 2, dtype=torch.float64, generator=seeded(1))
 
 
-def _rows(dtype: torch.dtype = torch.float64) -> Tensor:
-    rows = torch.randn(ROWS, *_batch().shape, dtype=torch.float64, generator=seeded(2))
-    return rows.to(dtype)
+def _rows() -> Tensor:
+    return torch.randn(ROWS, *_batch().shape, dtype=torch.float64, generator=seeded(2))
 
 
-def _layer(
-    activation: str | None = None, kernel: str = "auto", dtype: torch.dtype = torch.float64
-) -> Any:
+def _layer(activation: str | None = None, kernel: str = "auto") -> Any:
     torch.manual_seed(0)
-    layer: Any = syncbn.SyncBatchNorm2d(3, dtype=dtype, activation=activation)  # type: ignore[arg-type]
+    layer: Any = syncbn.SyncBatchNorm2d(3, dtype=torch.float64, activation=activation)  # type: ignore[arg-type]
     layer.impl = kernel
     nn.init.uniform_(layer.weight, 0.5, 1.5), nn.init.uniform_(layer.bias, -0.5, 0.5)
     return layer.to(device_of(kernel))
@@ -59,18 +56,20 @@ def _one_by_one(y: Tensor, inputs: list[Tensor], rows: Tensor) -> list[Tensor]:
 WAYS = {"vmap": _by_vmap, "flag": _by_flag}
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(("kernel", "dtype"), KERNELS_AND_DTYPES)
 @pytest.mark.parametrize("way", WAYS)
-def test_rows_of_one_rank(kernel: str, way: str) -> None:
+def test_rows_of_one_rank(kernel: str, dtype: torch.dtype, way: str) -> None:
     """Kernels read the memory of dy, and batched tensors have none."""
-    device, dtype = device_of(kernel), torch.float32 if kernel == "triton" else torch.float64
+    device, bound = device_of(kernel), 10 * tolerance(dtype)
     for activation, has_residual in product((None, "relu", "silu"), (False, True)):
-        layer = _layer(activation, kernel, dtype)
-        x, rows = _batch(dtype).to(device).requires_grad_(), _rows(dtype).to(device)
+        layer = _layer(activation, kernel)
+        if dtype is not torch.float64:
+            layer.float()
+        x, rows = (t.to(device, dtype) for t in (_batch(), _rows()))
+        x.requires_grad_()
         residual = (x.detach() * 2).cos().requires_grad_() if has_residual else None
         y = layer(x, residual)
         inputs = [x, layer.weight, layer.bias] + ([] if residual is None else [residual])
-        bound = 1e-5 if dtype is torch.float32 else 1e-10
         expected = _one_by_one(y, inputs, rows)
         torch.testing.assert_close(WAYS[way](y, inputs, rows), expected, rtol=bound, atol=bound)
         assert layer.num_batches_tracked == 1
@@ -83,16 +82,6 @@ def test_frozen_inputs(way: str) -> None:
     y = layer(x)
     actual = WAYS[way](y, [layer.weight], _rows())
     torch.testing.assert_close(actual, _one_by_one(y, [layer.weight], _rows()))
-
-
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("way", WAYS)
-def test_rows_keep_the_dtype(way: str, dtype: torch.dtype, bound: float) -> None:
-    layer, x = _layer().float(), _batch().to(dtype).requires_grad_()
-    y, inputs = layer(x), [x, layer.weight, layer.bias]
-    rows = _rows().to(dtype)
-    actual, expected = WAYS[way](y, inputs, rows), _one_by_one(y, inputs, rows)
-    torch.testing.assert_close(actual, expected, rtol=bound, atol=bound)
 
 
 def _totals(net: nn.Module, x: Tensor) -> Tensor:

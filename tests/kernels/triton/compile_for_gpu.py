@@ -1,7 +1,7 @@
 """Compile the launches of the Triton kernel for a GPU that is not here; print facts as JSON.
 
-``python -m tests.kernels.triton.compile_for_gpu 90 all`` calls the kernel on CPU tensors with the
-driver of :mod:`tests.kernels.triton.absent_gpu`: Triton compiles, and launches nothing.
+``python -m tests.kernels.triton.compile_for_gpu 90 ResNet`` calls the kernel on CPU tensors with
+the driver of :mod:`tests.kernels.triton.absent_gpu`: Triton compiles, and launches nothing.
 """
 
 from __future__ import annotations
@@ -31,11 +31,8 @@ CASES = {
     "ResNet-50 NCHW": ((64, 64, 56, 56), False),
     "ResNet-50 NHWC": ((64, 64, 56, 56), True),
     "a multiple of four NCHW": ((16, 256, 14, 14), False),
-    "a multiple of eight NHWC": ((16, 24, 14, 14), True),
     "odd NCHW": ((64, 512, 7, 7), False),
     "odd NHWC": ((3, 5, 7, 7), True),
-    "one channel": ((1, 1, 64, 64), False),
-    "small NCHW": ((1, 64, 1, 1), False),
     "small NHWC": ((2, 8, 3, 3), True),
     "wide NCHW": ((62, 64, 56, 56), False),
     "wide NHWC": ((62, 64, 56, 56), True),
@@ -44,7 +41,6 @@ CASES = {
 }
 RESNET = [name for name in CASES if name.startswith("ResNet")]
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-ALL_DTYPES = list(product((BF16, F32, F16), CASES))
 # Each kind of memory access, offset and dtype once: a kernel takes a third of a second.
 REPRESENTATIVE = [
     *product([BF16], [*RESNET, "odd NCHW", "odd NHWC", "small NHWC", "wide NCHW", "wide NHWC"]),
@@ -92,12 +88,12 @@ def run_layers(
             kernel.backward_reduce(x, saved, (False, True, True, False))
 
 
-def main(architecture: str, which: str = "representative") -> None:
-    """Compile for an architecture: "ResNet", "representative" or "all" cases."""
-    cases = {"ResNet": list(product([BF16], RESNET)), "representative": REPRESENTATIVE}
+def main(architecture: str, which: str) -> None:
+    """Compile "ResNet" or "representative" cases for an architecture."""
+    cases = list(product([BF16], RESNET)) if which == "ResNet" else REPRESENTATIVE
     results: dict[str, list[Facts]] = {}
     launch = LaunchPlan.__call__
-    for dtype, name in cases.get(which, ALL_DTYPES):
+    for dtype, name in cases:
         binaries: dict[int, tuple[str, Any]] = {}
 
         def record(plan: LaunchPlan, _binaries: Any = binaries, **values: Any) -> None:
@@ -108,7 +104,7 @@ def main(architecture: str, which: str = "representative") -> None:
         # These shapes occur in no other case, since plans are cached.
         limit = 0 if name.startswith("wide") else tiling._INT32_LIMIT
         # Without a residual or a ReLU, the code is a part of the same code.
-        variants = which == "all" or (which != "ResNet" and (dtype, name) == cases["ResNet"][0])
+        variants = which == "representative" and (dtype, name) == cases[0]
         with (
             compile_for(int(architecture)),
             patch.object(tiling, "_INT32_LIMIT", limit),

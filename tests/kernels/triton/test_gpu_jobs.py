@@ -7,15 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.commands import run
+from tests.kernels.triton.gpu import MARKS
 from tests.transports import ROOT
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = MARKS
 
 
 @pytest.mark.timeout(1800)

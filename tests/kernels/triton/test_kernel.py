@@ -13,7 +13,7 @@ from torch import Tensor
 
 import syncbn
 from syncbn.kernels import REFERENCE, Kernel, select_kernel
-from syncbn.kernels.base import NormalizeArgs, RunningStats, Saved
+from syncbn.kernels.base import NormalizeArgs, Saved
 from syncbn.kernels.layout import NCSLayout
 from syncbn.moments import Moments
 from tests.kernel_cases import EPS, RELU, device_of, totals
@@ -135,24 +135,6 @@ def test_a_launch_resets_its_counters() -> None:
         plan(x_ptr=x, moments_ptr=moments, **workspace)
         torch.testing.assert_close(moments, expected, rtol=1e-6, atol=1e-2)
         assert not workspace["counters_ptr"].any()
-
-
-@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
-def test_running_statistics(triton: Kernel, momentum: float | None) -> None:
-    """Several blocks of channels: the program of only one of them counts the batch."""
-    dtypes = {0: torch.float32, 1: torch.float64, 5: torch.float32, 6: torch.bfloat16}
-    for samples, dtype in dtypes.items():
-        x = torch.randn(samples, 700, device=DEVICE)
-        moments, results = triton.moments(x), []
-        for kernel in (triton, REFERENCE):
-            mean = torch.linspace(-1, 1, 700, device=DEVICE).to(dtype)
-            tensors = [mean, mean.exp(), torch.tensor(3, device=DEVICE)]
-            versions = [t._version for t in tensors]
-            running = RunningStats(tensors[0], tensors[1], tensors[2], momentum)
-            kernel.normalize(x, moments, NormalizeArgs(EPS, running=running), None)
-            assert all(t._version > v for t, v in zip(tensors, versions, strict=True))
-            results.append(tensors)
-        torch.testing.assert_close(*results)
 
 
 @pytest.mark.usefixtures("_sizes")
