@@ -75,7 +75,7 @@ def check(x: Tensor, dy: Tensor) -> None:
     for kernel, lay_out in itertools.product(levels(), layouts):
         actual = compute_all(kernel, lay_out(x), dy, saved)
         assert ((torch.cat(actual) - torch.cat(expected)).abs() <= limits).all(), (x.shape, kernel)
-        with_relu = saved._replace(relu=True)
+        with_relu = saved._replace(activation=RELU)
         assert is_equal_in_place(kernel, lay_out(x), lay_out(dy), with_relu), (x.shape, kernel)
 
 
