@@ -134,8 +134,8 @@ def test_public_names() -> None:
     layers = "SyncBatchNorm1d SyncBatchNorm2d SyncBatchNorm3d"
     functions = (
         "accumulate_statistics checkpoint_contexts convert_sync_batchnorm even_batches "
-        "example_weighted frozen_statistics fuse global_mean init_process_group merge_over_ranks merge_statistics prior_mix "
-        "recalibrate revert_sync_batchnorm sync_batch_norm"
+        "example_weighted frozen_statistics fuse global_mean init_process_group merge_over_ranks "
+        "merge_statistics prior_mix recalibrate revert_sync_batchnorm sync_batch_norm"
     )
     assert syncbn.__all__ == f"{classes} {layers} {functions}".split()
     assert all(hasattr(syncbn, name) for name in syncbn.__all__)

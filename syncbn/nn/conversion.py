@@ -143,7 +143,8 @@ class Conversion:
         if adapter is not None:
             namespace["forward"] = make_forward(adapter)
         if not issubclass(original, _BatchNorm):
-            # Of a layer that lacks them; batch norm's loader would add a batch counter.
+            # The layer may lack the setting and a batch counter, which batch norm's loader adds.
+            namespace["track_running_stats"] = True
             namespace["_load_from_state_dict"] = nn.Module._load_from_state_dict
         elif original._check_input_dim is not _BatchNorm._check_input_dim:
             namespace["_check_input_dim"] = original._check_input_dim

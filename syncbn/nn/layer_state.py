@@ -124,8 +124,8 @@ def layer_tensors(layer: _BatchNorm) -> tuple[Tensor | None, ...]:
         running = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
         return parameters["weight"], parameters["bias"], *running
     except KeyError:  # parametrized, or replaced by plain attributes
-        running = layer.running_mean, layer.running_var, layer.num_batches_tracked
-        return layer.weight, layer.bias, *running
+        counter = getattr(layer, "num_batches_tracked", None)
+        return layer.weight, layer.bias, layer.running_mean, layer.running_var, counter
 
 
 def layer_channels(layer: _BatchNorm) -> int:

@@ -139,7 +139,8 @@ class JoinableModel(Joinable):
     @property
     def join_process_group(self) -> dist.ProcessGroup:
         """Group of the communication of ``Join``: all ranks."""
-        group: dist.ProcessGroup = getattr(self._model, "process_group", None) or dist.group.WORLD
+        group: Any = getattr(self._model, "process_group", None) or dist.group.WORLD
+        assert isinstance(group, dist.ProcessGroup)
         return group
 
     def join_hook(self, **kwargs: Any) -> JoinHook:

@@ -74,7 +74,7 @@ def test_one_rank_is_unchanged(name: str) -> None:
     assert syncbn.convert_sync_batchnorm(model, adapters=ADAPTERS) is model
     assert isinstance(model[1], syncbn.SyncBatchNorm)
     assert isinstance(model[1], type(plain[1]))
-    assert model[1].fqn == "1"
+    assert model[1]._syncbn_fqn == "1"
     for clone in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(outcome(clone, x), outcome(copy.deepcopy(plain), x))
     state = copy.deepcopy(model.state_dict())

@@ -132,9 +132,7 @@ def _join_without_data(rank: int) -> str:
 
 
 def test_rank_without_a_batch_cannot_join(two_ranks: Ranks) -> None:
-    with pytest.raises(AssertionError, match="got a rank without a batch"):
-        messages = two_ranks.run(_join_without_data)
-        raise AssertionError("\n".join(messages))
+    assert "got a rank without a batch" in two_ranks.run(_join_without_data)[1]
 
 
 def test_no_losses_at_all() -> None:

@@ -142,7 +142,9 @@ def test_unequal_batches_are_an_error_on_every_rank(two_ranks: Ranks) -> None:
 @pytest.mark.parametrize("size", [0, -1, 2.0, True, "8"])
 def test_bad_sizes(size: Any) -> None:
     model = nn.Sequential(nn.BatchNorm1d(3))
-    with pytest.raises(ValueError, match=r"got normalization_batch .*; expected a positive integer"):
+    with pytest.raises(
+        ValueError, match=r"got normalization_batch .*; expected a positive integer"
+    ):
         syncbn.convert_sync_batchnorm(model, normalization_batch=size)
     assert type(model[0]) is nn.BatchNorm1d
     layer = syncbn.SyncBatchNorm1d(3)

@@ -1,5 +1,5 @@
-// Activations after the normalization: value(z), and gradient(dy, z), the gradient of z. Formulas and
-// results for NaN and infinities are those of torch.
+// Activations after the normalization: value(z), and gradient(dy, z), the gradient of z. Formulas
+// and results for NaN and infinities are those of torch.
 #pragma once
 #include <cmath>
 
@@ -64,10 +64,10 @@ struct Normal {
   V cdf, density;
 };
 
-// The standard normal distribution, within 2e-7. The tail is exp(-z^2 / 2) t P(t), t = 1 / (1 + p |z|);
-// p and P minimize the largest relative error for |z| <= 14.
+// The standard normal distribution, within 2e-7. The tail is exp(-z^2 / 2) t P(t), t = 1 / (1 + p
+// |z|); p and P minimize the largest relative error for |z| <= 14.
 inline Normal<Floats> standard_normal(Floats z) {
-  constexpr float P[] = {0.0837115742f, 0.0850688819f, 0.0691920095f, 0.124873315f, -0.0939264862f,
+  constexpr float P[] = {0.0837115742f, 0.0850688819f, 0.0691920095f, 0.124873315f,  -0.0939264862f,
                          0.349402702f,  -0.330254701f, 0.283589110f,  -0.0716563974f};
   Floats u = z < 0 ? -z : z, t = 1 / (1 + 0.21f * u), kernel = exp(-0.5f * z * z), sum{};
   for (int k = 8; k >= 0; --k) sum = sum * t + P[k];
@@ -107,8 +107,7 @@ struct OtherActivation {
         V s = sigmoid(z);
         return dy * s * (1 + z * (1 - s));
       }
-      case ActivationKind::hardswish:
-        return z <= -3 ? V{} : z >= 3 ? dy : dy * (z / 3 + 0.5f);
+      case ActivationKind::hardswish: return z <= -3 ? V{} : z >= 3 ? dy : dy * (z / 3 + 0.5f);
       case ActivationKind::gelu: {
         Normal<V> normal = standard_normal(z);
         return dy * (normal.cdf + z * normal.density);

@@ -267,8 +267,8 @@ class ChannelsLastSums {
 
 // Writes op.value() of every element of a dense y.
 template <class Op, class T>
-void map_channels_last(Op op, Shape shape, Strided<const T> x, Strided<const T> other,
-                       Strided<T> y, const compute_t<T>* coefficients, int threads, bool streamed) {
+void map_channels_last(Op op, Shape shape, Strided<const T> x, Strided<const T> other, Strided<T> y,
+                       const compute_t<T>* coefficients, int threads, bool streamed) {
   using A = compute_t<T>;
   constexpr int L = LANES<A>, K = Op::COEFFICIENTS;
   Rows rows(shape, is_dense(shape, x) && (!Op::IS_BINARY || is_dense(shape, other)));
@@ -290,9 +290,9 @@ void map_channels_last(Op op, Shape shape, Strided<const T> x, Strided<const T> 
         int64_t width = at_most(part, (i < rows.full ? rows.width : rows.partial_width) - j);
         const T* from = rows.address(x, i) + j;
         const T* with = Op::IS_BINARY ? rows.address(other, i) + j : from;
-        map_elements(
-            op, from, with, to + done, width, at_most(interleaved - j, width), output.streams_runs(),
-            [&](int64_t k) { return PerColumn<A, K>(columns.data() + j + k, padded); });
+        map_elements(op, from, with, to + done, width, at_most(interleaved - j, width),
+                     output.streams_runs(),
+                     [&](int64_t k) { return PerColumn<A, K>(columns.data() + j + k, padded); });
         done += width;
       }
       output.end(destination, done);

@@ -49,8 +49,7 @@ class ContiguousSums {
 
  public:
   // coefficients: [K][channels]; null for a functor that chooses its pivot.
-  ContiguousSums(Op op, Shape shape, Strided<const T> x, Strided<const T> dy,
-                 const A* coefficients)
+  ContiguousSums(Op op, Shape shape, Strided<const T> x, Strided<const T> dy, const A* coefficients)
       : op_(op),
         shape_(shape),
         x_(x),

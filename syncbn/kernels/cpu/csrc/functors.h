@@ -1,6 +1,6 @@
 // The arithmetic of one element, and where results are stored. A reduction functor has terms(), an
-// elementwise one value(). The loops are in contiguous.h and channels_last.h. A functor's activation
-// is a class of activations.h.
+// elementwise one value(). The loops are in contiguous.h and channels_last.h. A functor's
+// activation is a class of activations.h.
 //
 // Coefficients are per channel, in the compute type. pivot is the mean rounded to that type, scale
 // is invstd * weight; the structs define the rest. The rounding error of the mean is folded into
@@ -109,8 +109,8 @@ int64_t position(int64_t j, int64_t interleaved) {
 // The first `interleaved` coefficients are in the order of a VectorPair. Streamed sizes are whole
 // cache lines.
 template <class Op, class T, class Coefficients>
-inline void map_elements(Op op, const T* x, const T* other, T* y, int64_t size,
-                         int64_t interleaved, bool streamed, const Coefficients& coefficients) {
+inline void map_elements(Op op, const T* x, const T* other, T* y, int64_t size, int64_t interleaved,
+                         bool streamed, const Coefficients& coefficients) {
   constexpr int L = LANES<compute_t<T>>;
   auto values = [&](int64_t i) {
     VectorPair<T> first = load_pair(x + i), second{};

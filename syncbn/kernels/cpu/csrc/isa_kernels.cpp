@@ -31,8 +31,8 @@ void map(Op op, const Call& call, const compute_t<T>* coefficients) {
   bool streamed = call.whole_numel * int64_t{sizeof(T)} >= MIN_STREAMED_BYTES &&
                   call.out.data != call.other.data;
   auto map_all = call.shape.space >= MIN_PLANE ? map_contiguous<Op, T> : map_channels_last<Op, T>;
-  map_all(op, call.shape, as<const T>(call.x), as<const T>(call.other), as<T>(call.out), coefficients,
-          threads, streamed);
+  map_all(op, call.shape, as<const T>(call.x), as<const T>(call.other), as<T>(call.out),
+          coefficients, threads, streamed);
 }
 
 // Calls work with the activation of a call.
@@ -51,8 +51,7 @@ PackedMoments packed_moments(const Call& call) {
 
 void moments(const Call& call) {
   Scratch<Sums> sums(call.shape.channels);
-  with_type(call.dtype,
-            [&](auto t) { sum<decltype(t)>(Moments{}, call, nullptr, sums.data()); });
+  with_type(call.dtype, [&](auto t) { sum<decltype(t)>(Moments{}, call, nullptr, sums.data()); });
   pack_moments(sums.data(), call.shape, packed_moments(call));
 }
 

@@ -5,9 +5,7 @@
 enum class Dtype : int64_t { float32, float64, bfloat16, float16 };
 
 // The last operation of a forward pass: names of activations.py, in the order of its NAMES.
-enum class ActivationKind : int64_t {
-  identity, relu, relu6, leaky_relu, silu, hardswish, gelu
-};
+enum class ActivationKind : int64_t { identity, relu, relu6, leaky_relu, silu, hardswish, gelu };
 
 // C values, one per channel, or null.
 struct ChannelValues {
