@@ -5,9 +5,11 @@ Each has statistics of its own: of several ranks if a rank holds fewer samples, 
 if it holds more (ghost batch normalization: Hoffer, Hubara and Soudry, Train longer, generalize
 better, 2017). So training on 1, 2, 4 and 8 ranks with the same global batch is the same training.
 
-A payload has a row per virtual batch of the whole group, and a rank adds to its own rows. Process
-groups of several ranks would send less, but would have to be created for each batch size, and
-running statistics, which average over all virtual batches, would need another all-reduce.
+A payload has a row per rank, whatever the batch size, so that ranks with different batches get an
+error. A rank adds the moments of its samples to the row of its virtual batch, or, if it holds
+several, sends their mean for the running statistics. Process groups of several ranks would send
+less, but would have to be created for each batch size, and the running statistics, which average
+over all virtual batches, would need another all-reduce.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from syncbn import modes
 from syncbn.distributed import collectives
-from syncbn.kernels.base import Kernel, NormalizeArgs, Saved
+from syncbn.kernels.base import NormalizeArgs, Saved
 from syncbn.kernels.reference import update_running_stats
 from syncbn.moments import Moments
 from syncbn.ops import activation_checkpoint
@@ -28,17 +30,21 @@ from syncbn.ops.params import BatchNormParams, describe_all_reduce
 
 
 class VirtualBatches(NamedTuple):
-    """Virtual batches of a group, and those that this rank has samples of.
+    """Virtual batches that a rank has samples of.
 
     Attributes:
-        total: number of virtual batches of the whole group.
-        first: index of the first one of this rank.
-        sizes: samples of this rank in each of its virtual batches, from ``first`` on.
+        sizes: samples of this rank in each of them.
+        is_shared: True if there is one, and other ranks have samples of it, too.
+        row: row of this rank in a payload.
+        ranks: rows of a payload.
+        used: leading rows that belong to a virtual batch.
     """
 
-    total: int
-    first: int
     sizes: list[int]
+    is_shared: bool
+    row: int
+    ranks: int
+    used: int
 
 
 def divide_batch(samples: int, size: int, group: dist.ProcessGroup | None) -> VirtualBatches:
@@ -55,8 +61,9 @@ def divide_batch(samples: int, size: int, group: dist.ProcessGroup | None) -> Vi
     ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
     whole = samples * ranks
     if samples and whole % size == 0 and (samples % size == 0 or size % samples == 0):
-        share = min(samples, size)
-        return VirtualBatches(whole // size, rank * samples // size, [share] * (samples // share))
+        if samples < size:
+            return VirtualBatches([samples], True, rank * samples // size, ranks, whole // size)
+        return VirtualBatches([size] * (samples // size), False, rank, ranks, ranks)
     fitting = [n for n in range(1, 2 * max(samples, size) + 1) if _fits(n, size, ranks)]
     nearest = sorted(sorted(fitting, key=lambda n: abs(n - samples))[:2])
     raise ValueError(
@@ -82,7 +89,8 @@ def first_derivatives_only(label: str) -> RuntimeError:
 class VirtualBatchNormFunction(torch.autograd.Function):
     """:class:`.function.SyncBatchNormFunction` for each virtual batch, with the same formulas.
 
-    One all-reduce of ``[total, 2C + 1]`` forward and one of ``[total, 2C]`` backward. The running
+    One all-reduce of ``[R, 2C + 1]`` for R ranks forward, and, if they share virtual batches, one
+    of ``[R, 2C]`` backward. The running
     statistics record the mean over the virtual batches of their means and unbiased variances, so
     they are equal on all ranks.
     """
@@ -98,14 +106,17 @@ class VirtualBatchNormFunction(torch.autograd.Function):
         batches: VirtualBatches,
     ) -> Tensor:
         """Return y; update the running statistics."""
-        rows, is_new = _reduce_moments(params.kernel, x, params, batches)
+        sizes = batches.sizes
+        moments = [params.kernel.moments(part) for part in x.split(sizes)]
+        rows, is_new = _reduce_moments(moments, x, params, batches)
         if is_new:
-            _record(rows, x.shape[1], params)
+            _record(rows[: batches.used], x.shape[1], params)
+        if batches.is_shared:
+            moments = [rows[batches.row]]
         args = NormalizeArgs(params.eps, weight, bias, params.activation)
-        results = [
-            params.kernel.normalize(part, row, args, added)
-            for part, added, row in _parts(x, residual, rows, batches)
-        ]
+        residuals = [None] * len(sizes) if residual is None else residual.split(sizes)
+        parts = zip(x.split(sizes), moments, residuals, strict=True)
+        results = [params.kernel.normalize(part, m, args, r) for part, m, r in parts]
         ctx.save_for_backward(*[tensor for _, saved in results for tensor in saved[:5]])
         ctx.constants = [saved[5:] for _, saved in results]
         ctx.params, ctx.batches = params, batches
@@ -126,12 +137,13 @@ class VirtualBatchNormFunction(torch.autograd.Function):
             params.kernel.backward_reduce(part, values, mask)
             for part, values in zip(dy.split(batches.sizes), saved, strict=True)
         ]
-        label = describe_all_reduce(params, "backward", saved[0].x)
-        sums = _all_reduce_rows([part.sums for part in reduced], params, batches, label)
+        sums = [part.sums for part in reduced]
+        if batches.is_shared:
+            label = _describe("backward", saved[0].x, params, batches)
+            sums = [_all_reduce_rows(sums[0], params, batches, label)[batches.row]]
         dx = None
         if mask[0]:
-            own = sums[batches.first :]
-            results = zip(saved, reduced, own[: len(reduced)], strict=True)
+            results = zip(saved, reduced, sums, strict=True)
             dx = _join([params.kernel.backward_elemt(*arguments) for arguments in results])
         # Sums of all virtual batches of this rank.
         dweight = _sum([part.dweight for part in reduced]) if mask[1] else None
@@ -141,38 +153,41 @@ class VirtualBatchNormFunction(torch.autograd.Function):
 
 
 def _reduce_moments(
-    kernel: Kernel, x: Tensor, params: BatchNormParams, batches: VirtualBatches
+    moments: list[Tensor], x: Tensor, params: BatchNormParams, batches: VirtualBatches
 ) -> tuple[Tensor, bool]:
-    """Return the moments of all virtual batches, and whether they are new."""
+    """Return the all-reduced rows of moments, and whether they are new."""
 
     def compute() -> Tensor:
-        parts = [kernel.moments(part) for part in x.split(batches.sizes)]
-        label = describe_all_reduce(params, "forward", x)
-        return _all_reduce_rows(parts, params, batches, label)
+        own = _average(moments, x.shape[1]).pack() if len(moments) > 1 else moments[0]
+        label = _describe("forward", x, params, batches)
+        return _all_reduce_rows(own, params, batches, label)
 
     phase = None if torch.compiler.is_compiling() else activation_checkpoint.current()
     return (compute(), True) if phase is None else phase.moments_for(compute, x, params.label)
 
 
 def _all_reduce_rows(
-    parts: list[Tensor], params: BatchNormParams, batches: VirtualBatches, label: str
+    own: Tensor, params: BatchNormParams, batches: VirtualBatches, label: str
 ) -> Tensor:
-    """Return a row per virtual batch of the group: the sum of the ranks' parts of it."""
-    own = torch.stack(parts)
-    after = batches.total - batches.first - len(parts)
-    rows = torch.nn.functional.pad(own, (0, 0, batches.first, after))
-    label = f"{label}, virtual batches of {batches.sizes[0]} samples here" if label else ""
+    """Return a row per rank: the sum over the ranks of what they add to it."""
+    rows = own.new_zeros(batches.ranks, len(own))
+    rows[batches.row] = own
     return collectives.all_reduce(rows.flatten(), params.group, label).view(rows.shape)
 
 
-def _parts(
-    x: Tensor, residual: Tensor | None, rows: Tensor, batches: VirtualBatches
-) -> list[tuple[Tensor, Tensor | None, Tensor]]:
-    """Return input, residual and moments of each virtual batch of this rank."""
-    sizes = batches.sizes
-    residuals = [None] * len(sizes) if residual is None else residual.split(sizes)
-    own = rows[batches.first : batches.first + len(sizes)]
-    return list(zip(x.split(sizes), residuals, own, strict=True))
+def _describe(direction: str, x: Tensor, params: BatchNormParams, batches: VirtualBatches) -> str:
+    label = describe_all_reduce(params, direction, x)
+    return f"{label}, {sum(batches.sizes)} samples per rank" if label else ""
+
+
+def _average(moments: list[Tensor], channels: int) -> Moments:
+    """Return moments with the mean of the means and of the variances."""
+    unpacked = [Moments.unpack(part, channels) for part in moments]
+    pairs = [part.mean_and_m2() for part in unpacked]
+    mean, m2 = (torch.stack(values).mean(0) for values in zip(*pairs, strict=True))
+    count = torch.stack([part.count for part in unpacked]).mean()
+    two_parts = unpacked[0].sum_low is not None
+    return Moments.from_pivot(count, mean, torch.zeros_like(mean), m2, two_parts)
 
 
 def _join(parts: list[Any]) -> Tensor:
@@ -185,13 +200,6 @@ def _sum(parts: list[Any]) -> Tensor:
 
 
 def _record(rows: Tensor, channels: int, params: BatchNormParams) -> None:
-    """Update the running statistics with the means over the virtual batches."""
-    if params.running is None:
-        return
-    moments = [Moments.unpack(row, channels) for row in rows]
-    pairs = [part.mean_and_m2() for part in moments]
-    mean, m2 = (torch.stack(values).mean(0) for values in zip(*pairs, strict=True))
-    count = torch.stack([part.count for part in moments]).mean()
-    update_running_stats(
-        Moments.from_pivot(count, mean, torch.zeros_like(mean), m2, two_parts=True), params.running
-    )
+    """Update the running statistics with the mean over the virtual batches."""
+    if params.running is not None:
+        update_running_stats(_average(list(rows.unbind()), channels), params.running)

@@ -50,6 +50,9 @@ class ApexSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         y = super().forward(input) if z is None else super().forward(input) + z
         return y.relu() if self.fuse_relu else y
 
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
 
 @named("fairscale.experimental.nn.sync_batchnorm.SyncBatchNorm")
 class FairscaleSyncBatchNorm(_Plain):

@@ -75,13 +75,16 @@ def test_one_rank_is_unchanged(name: str) -> None:
     assert isinstance(model[1], syncbn.SyncBatchNorm)
     assert isinstance(model[1], type(plain[1]))
     assert model[1]._syncbn_fqn == "1"
-    for clone in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+    clones = [model, copy.deepcopy(model)]
+    if name == "own":  # the modules of stand-ins cannot be imported
+        clones.append(pickle.loads(pickle.dumps(model)))
+    for clone in clones:
         torch.testing.assert_close(outcome(clone, x), outcome(copy.deepcopy(plain), x))
     state = copy.deepcopy(model.state_dict())
     assert state.keys() == plain.state_dict().keys()
     model.load_state_dict(plain.state_dict())
     model.load_state_dict(state)
-    syncbn.revert_sync_batchnorm(model)
+    syncbn.revert_sync_batchnorm(model.train())
     assert type(model[1]) is type(plain[1])
     assert {k: v for k, v in vars(model[1]).items() if not k.startswith("_")} == attributes
     plain.load_state_dict(state)
@@ -128,6 +131,7 @@ def test_arguments_of_forward_are_passed() -> None:
     torch.testing.assert_close(layer(x, sign=-1.0), expected)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_compiled() -> None:
     model, x = make_model("own"), make_batch()
     syncbn.convert_sync_batchnorm(model, adapters=ADAPTERS)
