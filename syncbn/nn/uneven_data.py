@@ -161,6 +161,8 @@ class JoinableModel(Joinable):
         if self._arguments is None:
             raise RuntimeError("JoinableModel: got a rank without a batch; expected at least one")
         args, kwargs = _take_no_samples(self._arguments)
+        # DDP would add gradients of the last step to the other ranks'.
+        self._model.zero_grad()
         self._is_shadowing = True
         try:
             outputs = self._model(*args, **kwargs)

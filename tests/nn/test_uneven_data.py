@@ -16,7 +16,7 @@ from tests.device import seeded
 from tests.ranks import Ranks
 
 #: Sizes of the batches of each rank.
-SIZES = ([2, 3, 1], [4], [2, 2])
+SIZES = ([2, 3, 2], [4], [2, 2])
 
 
 def make_network() -> nn.Module:
