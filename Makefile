@@ -68,6 +68,8 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(CPP)
 	python3 -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	# Without torchvision, which would replace torch. tests/timm_sweep.py supplies its names.
+	$(PYTHON) -m pip install --quiet -c constraints.txt --no-deps timm
 	touch $@ $(EXAMPLES)
 
 # The examples need a fifth of these packages. A clock prints a line every 5 seconds, since pip is
