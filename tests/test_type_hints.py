@@ -43,4 +43,4 @@ def test_hints_of_public_names_resolve(module: str) -> None:
 def test_process_group_hint_lists_accepted_types() -> None:
     hints = typing.get_type_hints(syncbn.convert_sync_batchnorm)
     names = {getattr(kind, "__name__", "") for kind in typing.get_args(hints["process_group"])}
-    assert names == {"str", "int", "DeviceMesh", "ProcessGroup", "NoneType"}
+    assert names == {"str", "int", "Sequence", "DeviceMesh", "ProcessGroup", "NoneType"}

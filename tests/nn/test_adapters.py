@@ -182,3 +182,42 @@ def test_layer_without_adapter_is_left_alone() -> None:
     with pytest.warns(UserWarning, match="Scaled overrides forward.*Pass adapters="):
         syncbn.convert_sync_batchnorm(model)
     assert type(model[1]) is Scaled
+
+
+class PointNorm(nn.Module):
+    """As in torch_geometric and MinkowskiEngine: an ``nn.BatchNorm1d`` over features of points."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = nn.BatchNorm1d(3)
+
+    def forward(self, points: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {**points, "features": self.module(points["features"])}
+
+
+def _normalize_points(rank: int) -> Tensor:
+    torch.manual_seed(0)
+    features = torch.randn(12, 3).split((7, 1, 4))[rank]
+    layer = syncbn.convert_sync_batchnorm(PointNorm())
+    y: Tensor = layer({"features": features})["features"]
+    return y.detach()
+
+
+def test_layers_that_hold_a_batch_norm_convert_by_themselves(three_ranks: Ranks) -> None:
+    torch.manual_seed(0)
+    expected = PointNorm()({"features": torch.randn(12, 3)})["features"]
+    torch.testing.assert_close(torch.cat(three_ranks.run(_normalize_points)), expected)
+
+
+def test_frozen_batch_norm_is_left_alone_silently() -> None:
+    """Stand-in: it has the tensors of a batch norm, and none of its statistics are of a batch."""
+
+    class FrozenBatchNorm2d(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                self.register_buffer(name, torch.ones(3))
+
+    model = nn.Sequential(FrozenBatchNorm2d(), nn.BatchNorm2d(3))
+    syncbn.convert_sync_batchnorm(model)
+    assert type(model[0]) is FrozenBatchNorm2d

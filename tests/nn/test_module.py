@@ -104,7 +104,7 @@ def test_an_inplace_relu_may_follow(kernel: str, layout: str) -> None:
 def test_constructor_has_the_arguments_of_torch() -> None:
     actual = inspect.signature(syncbn.SyncBatchNorm.__init__).parameters
     expected = inspect.signature(nn.SyncBatchNorm.__init__).parameters
-    assert list(actual) == [*expected, "activation"]
+    assert list(actual) == [*expected, "activation", "negative_slope"]
     for name, parameter in expected.items():
         assert actual[name].default == parameter.default
         assert actual[name].kind == parameter.kind

@@ -8,10 +8,11 @@ import sys
 from tests.transports import ROOT
 
 #: One of each kind of layer that has a batch norm and more.
-NAMES = (
-    "test_resnet test_efficientnet test_byobnet test_mambaout test_vit efficientnet_b0 skresnet18 "
-    "mobilevit_xxs resnetv2_50 regnetx_002 ghostnet_050 repvgg_a0 mobilenetv3_small_050"
-).split()
+NAMES = [
+    *("test_resnet", "test_efficientnet", "test_byobnet", "test_mambaout", "test_vit"),
+    *("efficientnet_b0", "skresnet18", "mobilevit_xxs", "resnetv2_50", "regnetx_002"),
+    *("ghostnet_050", "repvgg_a0", "mobilenetv3_small_050"),
+]
 
 
 def test_networks_are_converted_and_unchanged() -> None:

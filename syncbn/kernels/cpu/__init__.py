@@ -40,12 +40,14 @@ LEVELS = ("baseline", "AVX2", "AVX-512")
 # Values of the enum DType in kernels.h.
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 # Values of the enum ActivationKind in kernels.h.
-_ACTIVATIONS = {name: number for number, name in enumerate(NAMES, 1)}
-# Address of the statistics; dtype of weight and bias, and their addresses; activation.
-_Affine: TypeAlias = tuple[int, int, int, int, int]
+_ACTIVATIONS = {name: number for number, name in enumerate((None, *NAMES))}
+# Statistics; weight, bias and their dtype; activation.
+_Affine: TypeAlias = tuple[
+    Tensor | None, Tensor | None, Tensor | None, torch.dtype, Activation | None
+]
 # Dtype and addresses of the running statistics; address of the counter; momentum.
 _Running: TypeAlias = tuple[int, int, int, int, float]
-_NO_AFFINE = 0, 0, 0, 0, 0
+_NO_AFFINE = None, None, None, torch.float32, None
 _NO_RUNNING = 0, 0, 0, 0, 0.0
 _NO_OPERAND = 0, 0
 # `Call` in kernels.h.
@@ -127,7 +129,7 @@ class CPUKernel(Kernel):
         source, layout = as_dense(x)
         statistics = x.new_empty(2 * layout.channels + 1, dtype=torch.float64)
         weight, bias, dtype = _readable_parameters(args.weight, args.bias)
-        affine = _pack_affine(statistics, weight, bias, args.activation, dtype)
+        affine = statistics, weight, bias, dtype, args.activation
         y = empty_dense(source, layout)
         operand, stride = (None, 0) if residual is None else match_layout(residual, source, layout)
         self._run(
@@ -141,7 +143,6 @@ class CPUKernel(Kernel):
             (y.data_ptr(), layout.dense_stride),
             running or _NO_RUNNING,
             args.eps,
-            _negative_slope(args.activation),
         )
         if running is not None and args.running is not None:
             # As an operation of torch would: autograd must notice if it still needs the old values.
@@ -186,11 +187,10 @@ class CPUKernel(Kernel):
             x,
             layout,
             sums.data_ptr(),
-            _pack_affine(saved.statistics, weight, bias, activation, dtype),
+            (saved.statistics, weight, bias, dtype, activation),
             (_address(dweight), _address(dbias)) if is_read else _NO_OPERAND,
             (_address(dy), stride),
             (_address(dx), layout.dense_stride),
-            negative_slope=_negative_slope(activation),
         )
         if not is_read:
             dweight, dbias = parameter_gradients(sums, saved, output_mask)
@@ -208,7 +208,6 @@ class CPUKernel(Kernel):
         output: tuple[int, int] = _NO_OPERAND,
         running: _Running = _NO_RUNNING,
         eps: float = 0.0,
-        negative_slope: float = 0.0,
     ) -> None:
         """Call a function of the library.
 
@@ -219,23 +218,22 @@ class CPUKernel(Kernel):
             x: input.
             layout: layout of x.
             sums: address of moments or gradient sums.
-            affine: result of :func:`_pack_affine`.
+            affine: statistics, parameters and activation, computed or recomputed from x.
             gradients: addresses of dweight and dbias, of the dtype of weight and bias.
             operand: address and stride of a residual or of dy.
             output: address and stride of the output.
             running: result of :func:`_pack_running`.
             eps: constant added to the variance.
-            negative_slope: slope of a leaky ReLU below zero.
         """
         batch, channels, space, stride, _ = layout
         shape = batch, channels, space, batch * channels * space
         head = self.level, torch.get_num_threads(), _DTYPES[x.dtype], *shape
         source = _address(x), stride
-        call = _CALL.pack(
-            *(*head, *source, *affine, *gradients, sums, *operand, *output, *running),
-            eps,
-            negative_slope,
-        )
+        statistics, weight, bias, dtype, activation = affine
+        name, slope = activation or (None, 0.0)
+        values = _address(statistics), _DTYPES[dtype], _address(weight), _address(bias)
+        tensors = *source, *values, _ACTIVATIONS[name], *gradients, sums, *operand, *output
+        call = _CALL.pack(*head, *tensors, *running, eps, slope)
         if function(call):
             raise MemoryError("no memory for the sums of the C++ kernels")
 
@@ -274,21 +272,6 @@ def _common_dtype(a: Tensor | None, b: Tensor | None) -> torch.dtype | None:
     dtype = a.dtype
     is_plain = dtype is b.dtype and a.is_contiguous() and b.is_contiguous()
     return dtype if is_plain and not a.is_neg() and not b.is_neg() else None
-
-
-def _pack_affine(
-    statistics: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    activation: Activation | None,
-    dtype: torch.dtype,
-) -> _Affine:
-    kind = 0 if activation is None else _ACTIVATIONS[activation.name]
-    return statistics.data_ptr(), _DTYPES[dtype], _address(weight), _address(bias), kind
-
-
-def _negative_slope(activation: Activation | None) -> float:
-    return 0.0 if activation is None else activation.negative_slope
 
 
 def _pack_running(running: RunningStats) -> _Running | None:
