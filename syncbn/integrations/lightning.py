@@ -26,9 +26,13 @@ _PACKAGES = {"lightning.pytorch": "lightning>=2.0", "pytorch_lightning": "pytorc
 
 def _find_package() -> str:
     """Return the module of the imported package, or of an installed one."""
-    imported = [name for name in _PACKAGES if name in sys.modules]
-    installed = [name for name in _PACKAGES if find_spec(name.split(".")[0]) is not None]
-    return [*imported, *installed, *_PACKAGES][0]
+    for name in _PACKAGES:
+        if name in sys.modules:
+            return name
+    for name in _PACKAGES:
+        if find_spec(name.split(".")[0]) is not None:
+            return name
+    return "lightning.pytorch"
 
 
 def _import_layer_sync(package: str) -> Any:

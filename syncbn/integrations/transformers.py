@@ -39,10 +39,12 @@ class RecalibrationCallback(_TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **values: Any) -> None:
         """Recalibrate if an evaluation follows."""
-        if control.should_evaluate:
-            self.report = self._recalibration.run(
-                values["model"], values.get("train_dataloader")
-            )
+        if not control.should_evaluate:
+            return
+        # Schedule-Free: the trainer switches to the weights of the evaluation after this hook.
+        if callable(switch := getattr(values.get("optimizer"), "eval", None)):
+            switch()
+        self.report = self._recalibration.run(values["model"], values.get("train_dataloader"))
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **values: Any) -> None:
         """Recalibrate if an evaluation follows."""

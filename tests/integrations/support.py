@@ -49,10 +49,13 @@ def initialize(make: Callable[[], Any]) -> Any:
 
 
 def train_whole(
-    net: nn.Module, data: TensorDataset, after_step: Callable[[], object] = lambda: None
+    net: nn.Module,
+    data: TensorDataset,
+    after_step: Callable[[], object] = lambda: None,
+    optimizer: torch.optim.Optimizer | None = None,
 ) -> list[float]:
     """Train one epoch on global batches, in order, and return the losses."""
-    optimizer = torch.optim.SGD(net.parameters(), LEARNING_RATE)
+    optimizer = optimizer or torch.optim.SGD(net.parameters(), LEARNING_RATE)
     losses = []
     for x, labels in zip(*(t.split(GLOBAL_BATCH) for t in data.tensors), strict=True):
         loss = F.cross_entropy(logits_of(net(x)), labels)

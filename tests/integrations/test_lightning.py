@@ -33,14 +33,6 @@ PACKAGES = ["lightning.pytorch", "pytorch_lightning"]
 DATA = make_dataset(3, 6)
 
 
-@pytest.fixture(params=PACKAGES)
-def package(request: pytest.FixtureRequest) -> str:
-    """Import a package in this process, for the ranks to inherit it."""
-    name: str = request.param
-    import_module(name)
-    return name
-
-
 def make_module(package: str) -> Any:
     lightning: Any = import_module(package)
 
@@ -94,15 +86,11 @@ def make_loader(rank: int) -> DataLoader[Any]:
     return DataLoader(DATA, BATCH, sampler=DistributedSampler(DATA, 2, rank, shuffle=False))
 
 
-def forget(package: str) -> None:
-    """Remove the packages of the other name, as in a user's process."""
+def _fit(rank: int, package: str, imported: list[str]) -> Any:
     for name in PACKAGES:
-        if name != package:
+        if name not in imported:
             sys.modules.pop(name, None)
-
-
-def _fit(rank: int, package: str) -> Any:
-    forget(package)
+    sys.modules.pop("syncbn.integrations.lightning", None)
     from syncbn.integrations.lightning import SyncBatchNormPlugin
 
     module = make_module(package)
@@ -117,8 +105,13 @@ def _fit(rank: int, package: str) -> Any:
     return module.losses, state(module.net)
 
 
-def test_two_ranks_equal_one_process(package: str, tmp_path: Path) -> None:
-    check_training(run_on_two_ranks(_fit, tmp_path, package), PointNet, DATA)
+@pytest.mark.parametrize(
+    ("package", "imported"), [*((name, [name]) for name in PACKAGES), (PACKAGES[1], PACKAGES)]
+)
+def test_two_ranks_equal_one_process(package: str, imported: list[str], tmp_path: Path) -> None:
+    for name in imported:
+        import_module(name)  # in this process, for the ranks to inherit it
+    check_training(run_on_two_ranks(_fit, tmp_path, package, imported), PointNet, DATA)
 
 
 def _evaluate_averages(rank: int, package: str) -> Any:
@@ -132,8 +125,11 @@ def _evaluate_averages(rank: int, package: str) -> Any:
         callbacks=[average, callback],
         val_check_interval=1,  # three times in the epoch, after the sanity check
     )
+    reports_before_training = []
+    module.on_train_start = lambda: reports_before_training.append(callback.report)
     trainer.fit(module, make_loader(rank), make_loader(rank))
     assert callback.report is not None
+    assert reports_before_training == [None]
     validations = torch.cat(module.outputs)[-3 * BATCH :]
     module.outputs.clear()
     trainer.test(module, make_loader(rank), verbose=False)
