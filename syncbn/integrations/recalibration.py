@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 from syncbn.calibration import CalibrationReport, recalibrate
@@ -50,9 +49,7 @@ class Recalibration:
                     "loader, or RecalibrationCallback(batches=...)"
                 )
             batches = separate_loader(loader)
-        # Lightning evaluates in inference mode, where lockstep cannot suspend a forward.
-        with torch.inference_mode(False):
-            return recalibrate(model, batches, **self._options)
+        return recalibrate(model, batches, **self._options)
 
 
 def separate_loader(loader: Any) -> Any:

@@ -70,12 +70,20 @@ def test_unknown_options_fail_before_training() -> None:
 
 @pytest.mark.parametrize("loader", [None, {"a": [], "b": []}])
 def test_trainer_without_one_loader(loader: Any) -> None:
-    net = nn.Sequential(nn.BatchNorm1d(3))
-    with pytest.raises(ValueError, match=r"pass|RecalibrationCallback\(batches="):
-        Recalibration(None, {}).run(net, loader)
+    with pytest.raises(
+        ValueError, match=r"expected one loader, or RecalibrationCallback\(batches="
+    ):
+        Recalibration(None, {}).run(nn.BatchNorm1d(3), loader)
+
+
+def test_batches_in_inference_mode() -> None:
+    """Lightning evaluates in inference mode; training continues with the statistics."""
+    layer = nn.BatchNorm1d(3)
     with torch.inference_mode():
-        Recalibration([torch.ones(2, 3), torch.zeros(2, 3)], {}).run(net, loader)
-    torch.testing.assert_close(net[0].running_mean, torch.full((3,), 0.5))
+        Recalibration([torch.ones(2, 3), torch.zeros(2, 3)], {}).run(layer, None)
+    torch.testing.assert_close(layer.running_mean, torch.full((3,), 0.5))
+    layer(torch.ones(2, 3)).sum().backward()
+    torch.testing.assert_close(layer.running_mean, torch.full((3,), 0.55))
 
 
 def test_plugin_leaves_synchronized_layers_alone() -> None:
