@@ -1,0 +1,1 @@
+"""Plugins and callbacks of trainers; each module needs its trainer."""
