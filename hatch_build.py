@@ -142,7 +142,8 @@ def build(library: Path, compiler: list[str], mark: str = "") -> None:
             for name, flags in levels.items()
         ]
         objects = [f"{folder}/{i}.o" for i in range(len(units))]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        # All at once: three equal units, one after two, would leave a core of two idle.
+        with ThreadPoolExecutor(len(units)) as pool:
             compiled = [
                 pool.submit(_run, [*command, *flags, *extra, "-c", str(source), "-o", out])
                 for (source, flags), out in zip(units, objects, strict=True)

@@ -118,7 +118,7 @@ class Moments:
         moments: a constant channel of value v would otherwise have a variance of up to 1e-15 v^2,
         far above eps for v = 1e6.
         """
-        count = self.count.clamp(min=1)
+        count = _positive(self.count)
         if self.sum_low is None or self.sum_sq_low is None:
             mean = self.sum / count
             return mean, _above(ROUNDING, self.sum_sq - self.sum * mean, self.sum_sq)
@@ -144,7 +144,8 @@ class Moments:
             unbiased: divide by ``count - 1`` (running statistics) instead of ``count``
                 (normalization).
         """
-        return self.mean_and_m2()[1] / (self.count - 1 if unbiased else self.count).clamp(min=1)
+        count = (self.count - 1).clamp(min=1) if unbiased else _positive(self.count)
+        return self.mean_and_m2()[1] / count
 
 
 def add_packed(total: Tensor, packed: Tensor, channels: int) -> None:
@@ -162,6 +163,11 @@ def add_packed(total: Tensor, packed: Tensor, channels: int) -> None:
         pivot = torch.zeros_like(moments.sum)
         packed = Moments.from_pivot(moments.count, pivot, *sums, two_parts).pack()
     total.add_(packed)
+
+
+def _positive(count: Tensor) -> Tensor:
+    # Not clamped: the count of a prior, or a weight, may be a fraction.
+    return torch.where(count > 0, count, 1.0)
 
 
 def _above(rounding: float, squares: Tensor, sum_sq: Tensor) -> Tensor:

@@ -82,8 +82,8 @@ def active_group(process_group: dist.ProcessGroup | None) -> dist.ProcessGroup |
 def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:
     """Return the process group for a description.
 
-    "own", "node" and integers create groups, which is a collective: every rank must call this
-    function, in the same order.
+    "own", "node", integers and lists create groups, which is a collective: every rank must call
+    this function, in the same order.
 
     Args:
         group: None or "world" (all ranks), "own" (all ranks in a new group: for layers under
@@ -118,7 +118,7 @@ def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:
             pass
         case int():
             return _consecutive_ranks(group)
-        case list() if all(isinstance(ranks, list) for ranks in group):
+        case list() | tuple() if all(isinstance(ranks, list | tuple | range) for ranks in group):
             return _listed_ranks([list(ranks) for ranks in group])
         case DeviceMesh():
             if group.ndim != 1:

@@ -49,7 +49,8 @@ class Fusion:
 
     fused: dict[str, str]
     skipped: dict[str, str]
-    _layers: list[SyncBatchNorm] = field(repr=False)
+    # Slopes of the fused layers before.
+    _layers: dict[SyncBatchNorm, float] = field(repr=False)
     # Original class and fused class of each module.
     _classes: dict[nn.Module, tuple[type[nn.Module], type[nn.Module]]] = field(repr=False)
 
@@ -68,8 +69,8 @@ class Fusion:
                 )
         for module, (original, _) in self._classes.items():
             module.__class__ = original
-        for layer in self._layers:
-            layer._syncbn_activation = None
+        for layer, slope in self._layers.items():
+            layer._syncbn_activation, layer._syncbn_negative_slope = None, slope
         self._classes.clear()
         self._layers.clear()
         self.fused.clear()
@@ -134,9 +135,10 @@ class _FusionPass:
                     self._last_calls[module] = None
             elif module in graphs:
                 self._rewrite(module, graphs[module], is_private)
+        slopes = {layer: layer._syncbn_negative_slope for layer in self._fused}
         classes = self._change_classes()
         fused = {name: str(self._fused[m]) for m, name in self._names.items() if m in self._fused}
-        return Fusion(fused, skipped, list(self._fused), classes)
+        return Fusion(fused, skipped, slopes, classes)
 
     def _rewrite(self, module: nn.Module, graph: Graph, is_private: bool) -> None:
         norms = {node for node in graph.nodes if callee(module, node) in self._last_calls}

@@ -1,4 +1,4 @@
-"""Layers of other libraries that are a batch norm and more.
+"""Batch-norm layers of other libraries with fused or additional operations.
 
 An adapter is the forward of such a layer, with a function in place of its batch norm::
 
@@ -26,7 +26,7 @@ from syncbn.nn.layer_state import LayerState, normalize_input
 Adapter: TypeAlias = Callable[..., Tensor]
 Adapters: TypeAlias = Mapping[type[nn.Module], Adapter]
 
-_NEEDED = ("num_features", "eps", "weight", "bias", "running_mean", "running_var")
+_NEEDED = ("num_features", "eps", "momentum", "weight", "bias", "running_mean", "running_var")
 
 
 def adapt_plain(layer: nn.Module, normalize: Adapter, x: Tensor) -> Tensor:
@@ -36,7 +36,11 @@ def adapt_plain(layer: nn.Module, normalize: Adapter, x: Tensor) -> Tensor:
 
 def adapt_apex(layer: Any, normalize: Adapter, x: Tensor, z: Tensor | None = None) -> Tensor:
     """Forward of apex's ``SyncBatchNorm``: an addition and a ReLU, both optional."""
-    return normalize(x, residual=z, activation="relu" if layer.fuse_relu else None)
+    activation = "relu" if layer.fuse_relu else None
+    if not layer.channel_last or x.ndim <= 2:
+        return normalize(x, residual=z, activation=activation)
+    z = None if z is None else z.movedim(-1, 1)
+    return normalize(x.movedim(-1, 1), residual=z, activation=activation).movedim(1, -1)
 
 
 def adapt_timm(layer: Any, normalize: Adapter, x: Tensor) -> Tensor:
@@ -62,7 +66,9 @@ def adapt_inplace_abn(layer: Any, normalize: Adapter, x: Tensor) -> Tensor:
             return normalize(x, weight=weight, activation=name, negative_slope=parameter)
         case "elu":
             return F.elu(normalize(x, weight=weight), parameter)
-    return normalize(x, weight=weight)
+        case "identity":
+            return normalize(x, weight=weight)
+    raise ValueError(f"got activation {name!r}; expected 'leaky_relu', 'elu' or 'identity'")
 
 
 #: Adapters by the qualified name of a class: the libraries are not imported.
@@ -119,10 +125,10 @@ def check_adapters(adapters: Any) -> None:
     items = adapters.items() if isinstance(adapters, Mapping) else [(adapters, None)]
     for kind, adapter in items:
         is_module_class = isinstance(kind, type) and issubclass(kind, nn.Module)
-        if not is_module_class or not callable(adapter):
+        if not is_module_class or kind.__module__.startswith("torch.nn.") or not callable(adapter):
             raise ValueError(
-                f"adapters: got {kind!r}: {adapter!r}; expected classes of modules and functions "
-                "adapter(layer, normalize, x)"
+                f"adapters: got {kind!r}: {adapter!r}; expected classes of modules, other than "
+                "torch's, and functions adapter(layer, normalize, x)"
             )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias, cast
 
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -82,9 +83,13 @@ class Conversion:
                     continue
                 # On any class but torch's, `process_group` is the user's attribute.
                 is_torchs = isinstance(layer, nn.SyncBatchNorm)
-                torchs_group = layer.__dict__.pop("process_group", None) if is_torchs else None
+                old_group = layer.__dict__.pop("process_group", None) if is_torchs else None
+                if adapter is not None and old_group is None:
+                    # Of apex and Horovod; of mmcv and InPlaceABNSync.
+                    groups = vars(layer).get("process_group"), vars(layer).get("group")
+                    old_group = next((g for g in groups if isinstance(g, dist.ProcessGroup)), None)
                 change_class(layer, partial(self.sync_class, adapter=adapter))
-                cast(LayerState, layer)._syncbn_group = torchs_group
+                cast(LayerState, layer)._syncbn_group = old_group
             converted = cast(LayerState, layer)
             if process_group is not None:
                 converted._syncbn_group = group
@@ -143,9 +148,11 @@ class Conversion:
         if adapter is not None:
             namespace["forward"] = make_forward(adapter)
         if not issubclass(original, _BatchNorm):
-            # The layer may lack the setting and a batch counter, which batch norm's loader adds.
+            # The layer may lack the setting and the batch counter that methods of batch norm use.
             namespace["track_running_stats"] = True
-            namespace["_load_from_state_dict"] = nn.Module._load_from_state_dict
+            for name in ("_load_from_state_dict", "extra_repr"):
+                namespace[name] = getattr(original, name)
+            namespace["reset_running_stats"] = _reset_running_stats
         elif original._check_input_dim is not _BatchNorm._check_input_dim:
             namespace["_check_input_dim"] = original._check_input_dim
         if issubclass(original, LazyModuleMixin):
@@ -180,6 +187,13 @@ class Conversion:
             if not _is_parametrized(parent) and (lost := sorted(replaced & set(vars(parent)))):
                 return f"{parent.__qualname__} defines {', '.join(lost)}"
         return None
+
+
+def _reset_running_stats(layer: _BatchNorm) -> None:
+    """Reset the statistics of a layer that may have no batch counter, as torch's method does."""
+    for name, value in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
+        if (buffer := layer._buffers.get(name)) is not None:
+            buffer.fill_(value)
 
 
 def change_class(layer: nn.Module, change: Callable[[LayerClass], LayerClass | None]) -> bool:

@@ -87,11 +87,12 @@ def merge_over_ranks(model: nn.Module, count: float, process_group: GroupLike = 
     Args:
         model: module with batch-norm layers of torch or of this library; the same on every rank.
         count: size of the population of this rank, such as its number of samples; zero for none.
+            Fractions lose digits of the variance if means are far from zero.
         process_group: ranks to merge; as in :func:`syncbn.convert_sync_batchnorm`. A collective.
 
     Raises:
         ValueError: a count that is negative or not finite; no layer with statistics; on CPU, counts
-            that are zero on every rank.
+            that are zero on every rank (on CUDA, the statistics are unchanged then).
         RuntimeError: the transport failed, or the ranks have different layers.
     """
     if not 0 <= count < math.inf:
@@ -119,8 +120,8 @@ def merge_over_ranks(model: nn.Module, count: float, process_group: GroupLike = 
     sizes = [len(mean) for _, mean, _ in layers]
     merged = union.mean().split(sizes), union.variance().split(sizes)
     for (_, mean, var), new_mean, new_var in zip(layers, *merged, strict=True):
-        mean.copy_(new_mean)
-        var.copy_(new_var)
+        mean.copy_(torch.where(union.count > 0, new_mean, mean))
+        var.copy_(torch.where(union.count > 0, new_var, var))
 
 
 def _check_same_layers(first: Mapping[str, Tensor], state: Mapping[str, Tensor], i: int) -> None:

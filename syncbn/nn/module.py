@@ -191,10 +191,10 @@ def convert_sync_batchnorm(
 
     Converts ``nn.BatchNorm1d/2d/3d``, their lazy forms, ``nn.SyncBatchNorm``, and subclasses of
     ``nn.BatchNorm*`` that inherit ``forward``; a converted subclass stays an instance of its class.
-    Synchronized layers get the group and their name. :mod:`syncbn.nn.adapters` holds layers of
-    other libraries that are a batch norm and more. Another layer that overrides ``forward``, or
-    methods that synchronization replaces, would lose behaviour: it is left alone, with a warning.
-    :func:`revert_sync_batchnorm` is the exact inverse.
+    Synchronized layers get the group and their name. :mod:`syncbn.nn.adapters` holds batch-norm
+    layers of other libraries with additional operations. Another layer that overrides ``forward``,
+    or methods that synchronization replaces, would lose behaviour: it is left alone, with a
+    warning. :func:`revert_sync_batchnorm` is the exact inverse.
 
     Args:
         module: a model or a single layer.

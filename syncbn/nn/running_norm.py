@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from syncbn.distributed.groups import GroupLike, active_group, resolve_group
 from syncbn.kernels import select_kernel
 from syncbn.kernels.coefficients import compute_dtype, forward_coefficients
 from syncbn.moments import Moments, add_packed
-from syncbn.nn.layer_state import LayerState
+from syncbn.nn.layer_state import DetachedGroup, LayerState
 
 
 class RunningNorm(nn.Module):
@@ -78,7 +79,7 @@ class RunningNorm(nn.Module):
                 raise ValueError(f"got {name} {value!r}; expected a finite number of at least 0")
         self.shape = (shape,) if isinstance(shape, int) else tuple(shape)
         self.eps, self.until, self.clip = eps, until, clip
-        self._syncbn_group = resolve_group(process_group)
+        self._syncbn_group: Any = resolve_group(process_group)
         zeros = torch.zeros(self.shape, dtype=torch.float64, device=device)
         count = zeros.new_full((), prior_count)
         flat = zeros.flatten()
@@ -89,7 +90,26 @@ class RunningNorm(nn.Module):
 
     # A live group cannot be copied or pickled.
     __getstate__ = LayerState.__getstate__
+    __copy__ = LayerState.__copy__
     __deepcopy__ = LayerState.__deepcopy__
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RunningNorm:
+        # A model in half precision keeps exact statistics.
+        def move(t: Tensor) -> Tensor:
+            moved: Tensor = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        applied: RunningNorm = super()._apply(move, recurse)
+        return applied
+
+    @property
+    def process_group(self) -> Any:
+        """Process group; None for all ranks. An unpickled module needs a new one."""
+        return self._syncbn_group
+
+    @process_group.setter
+    def process_group(self, group: GroupLike) -> None:
+        self._syncbn_group = resolve_group(group)
 
     @property
     def count(self) -> Tensor:
@@ -127,7 +147,7 @@ class RunningNorm(nn.Module):
         dtype = compute_dtype(y.dtype)
         return (y * (self.std + self.eps).to(dtype) + self.mean.to(dtype)).to(y.dtype)
 
-    #: The name of rsl_rl.
+    #: Alias used by rsl_rl.
     inverse = denormalize
 
     @torch.no_grad()
@@ -154,6 +174,11 @@ class RunningNorm(nn.Module):
         rows = rows.to(torch.float64)
         moments = select_kernel("auto", rows).moments(rows)
         label = f"RunningNorm{self.shape} update"
+        if isinstance(self._syncbn_group, DetachedGroup):
+            raise RuntimeError(
+                f"{label}: was unpickled and has lost its process group of the ranks "
+                f"{list(self._syncbn_group.ranks)}; set the attribute process_group"
+            )
         moments = collectives.all_reduce(moments, active_group(self._syncbn_group), label)
         if moments.is_cpu and not moments.isfinite().all():
             raise ValueError(

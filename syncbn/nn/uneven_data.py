@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -10,9 +10,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms import Join, Joinable, JoinHook
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
 from syncbn.distributed.collectives import all_reduce
 from syncbn.distributed.groups import active_group
+from syncbn.kernels.coefficients import compute_dtype
 
 B = TypeVar("B")
 
@@ -34,7 +36,7 @@ def even_batches(
 
     Raises:
         ValueError: on every rank, if a rank has no batch at all, or a loader yields more or fewer
-            batches than its ``len()``.
+            batches than its ``len()``, or batches without tensors.
 
     Example::
 
@@ -45,14 +47,18 @@ def even_batches(
             optimizer.step()
     """
     group = active_group(process_group)
-    expected = len(loader) if hasattr(loader, "__len__") else None  # type: ignore[arg-type]
+    try:
+        expected = len(loader)  # type: ignore[arg-type]
+    except TypeError:  # an iterator, or a DataLoader over an iterable dataset
+        expected = None
     batches, last, number = iter(loader), None, 0
     while True:
         batch = next(batches, _END)
         has_batch = batch is not _END
         number += has_batch
         is_wrong = expected is not None and (number > expected if has_batch else number < expected)
-        flags = torch.tensor([has_batch, is_wrong or number == 0], dtype=torch.float64)
+        values = [float(has_batch), float(is_wrong or number == 0)]
+        flags = torch.tensor(values, dtype=torch.float64, device=_communication_device(group))
         num_batches, num_wrong = all_reduce(flags, group, "even_batches").tolist()
         if num_wrong:
             got = f"this rank got {number} batches from a loader of len() {expected}"
@@ -64,6 +70,7 @@ def even_batches(
             return
         if has_batch:
             last = batch
+            _take_no_samples(batch)  # an error here is one on every rank
             yield batch  # type: ignore[misc]
         else:
             yield _take_no_samples(last)
@@ -88,7 +95,7 @@ def global_mean(losses: Tensor, process_group: dist.ProcessGroup | None = None) 
         process_group: ranks whose gradients are averaged; None for all ranks. A collective.
 
     Raises:
-        ValueError: no rank has a loss.
+        ValueError: no rank has a loss (on CPU; on CUDA the result is zero).
     """
     group = active_group(process_group)
     ranks = 1 if group is None else group.size()
@@ -96,7 +103,8 @@ def global_mean(losses: Tensor, process_group: dist.ProcessGroup | None = None) 
     total = all_reduce(count.reshape(1), group, "global_mean")
     if total.is_cpu and not total:
         raise ValueError("got no losses on any rank; expected at least one")
-    return losses.sum() * (ranks / total).to(losses.dtype).squeeze()
+    # Half types would overflow: the sum is larger than the mean.
+    return losses.sum(dtype=compute_dtype(losses.dtype)) * (ranks / total.clamp(min=1)).squeeze()
 
 
 class JoinableModel(Joinable):
@@ -120,6 +128,7 @@ class JoinableModel(Joinable):
 
         with Join([syncbn.JoinableModel(ddp)]):
             for images, labels in loader:
+                optimizer.zero_grad()
                 F.cross_entropy(ddp(images), labels).backward()
                 optimizer.step()
     """
@@ -129,7 +138,7 @@ class JoinableModel(Joinable):
         self._model = model
         self._arguments: tuple[Any, dict[str, Any]] | None = None
         self._is_shadowing = False
-        self._hook = model.register_forward_pre_hook(self._notify, prepend=True, with_kwargs=True)
+        self._hook: RemovableHandle | None = None
 
     @property
     def join_device(self) -> torch.device:
@@ -138,17 +147,28 @@ class JoinableModel(Joinable):
 
     @property
     def join_process_group(self) -> dist.ProcessGroup:
-        """Group of the communication of ``Join``: all ranks."""
+        """Group of the communication of ``Join``: DDP's, or all ranks."""
         group: Any = getattr(self._model, "process_group", None) or dist.group.WORLD
         assert isinstance(group, dist.ProcessGroup)
         return group
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
-        """Return the steps of a rank without data."""
+        """Return the steps of a rank without data; called at the start of the context."""
+        self.close()
+        self._hook = self._model.register_forward_pre_hook(
+            self._notify, prepend=True, with_kwargs=True
+        )
         return _EmptySteps(self)
 
+    def close(self) -> None:
+        """End the notifications of ``Join``; the end of the context calls this."""
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = self._arguments = None
+
     def _notify(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._is_shadowing:
+        # A forward without gradients, such as a validation step, has no step of the other ranks.
+        if torch.is_grad_enabled() and not self._is_shadowing:
             self._arguments = args, kwargs
             Join.notify_join_context(self)
 
@@ -169,6 +189,8 @@ class JoinableModel(Joinable):
         finally:
             self._is_shadowing = False
         leaves = [t for t in tree_leaves(outputs) if isinstance(t, Tensor) and t.requires_grad]
+        if not leaves:
+            raise RuntimeError("JoinableModel: got outputs without gradients; expected some")
         torch.stack([leaf.sum() for leaf in leaves]).sum().backward()
 
     def copy_from(self, rank: int) -> None:
@@ -193,8 +215,27 @@ class _EmptySteps(JoinHook):
         last = torch.tensor(rank if is_last_joiner else -1, device=joinable.join_device)
         dist.all_reduce(last, dist.ReduceOp.MAX, group=group)
         joinable.copy_from(int(last))
+        joinable.close()
 
 
 def _take_no_samples(batch: Any) -> Any:
-    empty: Callable[[Any], Any] = lambda t: t[:0] if isinstance(t, Tensor) and t.ndim else t  # noqa: E731
-    return tree_map(empty, batch)
+    """Return a batch whose tensors are slices without samples.
+
+    Raises:
+        ValueError: no tensor was found; torch's pytree does not know the container.
+    """
+    if not any(isinstance(leaf, Tensor) and leaf.ndim for leaf in tree_leaves(batch)):
+        raise ValueError(
+            f"got a batch of type {type(batch).__name__} without tensors; expected a tensor, or "
+            "lists, tuples and dictionaries of tensors"
+        )
+    return tree_map(
+        lambda leaf: leaf[:0] if isinstance(leaf, Tensor) and leaf.ndim else leaf, batch
+    )
+
+
+def _communication_device(group: dist.ProcessGroup | None) -> torch.device:
+    """Return the device of tensors that a group can send."""
+    if group is not None and dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

@@ -26,6 +26,7 @@ from syncbn.ops.virtual_batch import (
     VirtualBatchNormFunction,
     divide_batch,
     first_derivatives_only,
+    report_indivisible,
 )
 
 
@@ -189,7 +190,11 @@ def _virtual_batch_norm(
         )
     if modes.in_functorch_transform() or modes.in_forward_ad():
         raise first_derivatives_only(params.label)
-    batches = divide_batch(len(input), size, params.group)
+    try:
+        batches = divide_batch(len(input), size, params.group)
+    except ValueError:
+        report_indivisible(input, params)
+        raise
     residual = input.view_as(input) if residual is input else residual
     y: Tensor = VirtualBatchNormFunction.apply(input, weight, bias, residual, params, batches)
     return y

@@ -6,14 +6,16 @@ if it holds more (ghost batch normalization: Hoffer, Hubara and Soudry, Train lo
 better, 2017). So training on 1, 2, 4 and 8 ranks with the same global batch is the same training.
 
 A payload has a row per rank, whatever the batch size, so that ranks with different batches get an
-error. A rank adds the moments of its samples to the row of its virtual batch, or, if it holds
-several, sends their mean for the running statistics. Process groups of several ranks would send
-less, but would have to be created for each batch size, and the running statistics, which average
-over all virtual batches, would need another all-reduce.
+error where payloads are checked (:mod:`syncbn.distributed.fingerprint`). A rank adds the moments of
+its samples to the row of its virtual batch, or, if it holds several, sends their mean for the
+running statistics. Process groups of several ranks would send less, but would have to be created
+for each batch size, and the running statistics, which average over all virtual batches, would need
+another all-reduce.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -21,12 +23,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncbn import modes
-from syncbn.distributed import collectives
+from syncbn.distributed import collectives, fingerprint
 from syncbn.kernels.base import NormalizeArgs, Saved
 from syncbn.kernels.reference import update_running_stats
-from syncbn.moments import Moments
+from syncbn.moments import Moments, get_packed_size
 from syncbn.ops import activation_checkpoint
-from syncbn.ops.params import BatchNormParams, describe_all_reduce
+from syncbn.ops.params import BatchNormParams, check_value_count, describe_all_reduce
 
 
 class VirtualBatches(NamedTuple):
@@ -73,6 +75,15 @@ def divide_batch(samples: int, size: int, group: dist.ProcessGroup | None) -> Vi
     )
 
 
+def report_indivisible(x: Tensor, params: BatchNormParams) -> None:
+    """Take part in the all-reduce of ranks whose batch divides, so that they get an error, too."""
+    if params.group is not None and x.is_cpu:
+        size = params.group.size() * get_packed_size(x.shape[1], x.dtype)
+        label = f"{params.label} forward, a batch of {len(x)} samples that does not divide"
+        with suppress(RuntimeError):
+            collectives.all_reduce(x.new_zeros(size, dtype=torch.float64), params.group, label)
+
+
 def _fits(samples: int, size: int, ranks: int) -> bool:
     divides = samples % size == 0 or size % samples == 0
     return divides and samples * ranks % size == 0
@@ -113,13 +124,15 @@ class VirtualBatchNormFunction(torch.autograd.Function):
             _record(rows[: batches.used], x.shape[1], params)
         if batches.is_shared:
             moments = [rows[batches.row]]
+        check_value_count(x, moments[0][-1], params)
         args = NormalizeArgs(params.eps, weight, bias, params.activation)
         residuals = [None] * len(sizes) if residual is None else residual.split(sizes)
         parts = zip(x.split(sizes), moments, residuals, strict=True)
         results = [params.kernel.normalize(part, m, args, r) for part, m, r in parts]
         ctx.save_for_backward(*[tensor for _, saved in results for tensor in saved[:5]])
         ctx.constants = [saved[5:] for _, saved in results]
-        ctx.params, ctx.batches = params, batches
+        number = 0 if params.group is None else fingerprint.count_checked(params.group)
+        ctx.params, ctx.batches = params._replace(call_number=number), batches
         return _join([y for y, _ in results])
 
     @staticmethod
@@ -129,10 +142,10 @@ class VirtualBatchNormFunction(torch.autograd.Function):
         batches: VirtualBatches = ctx.batches
         tensors, mask = ctx.saved_tensors, ctx.needs_input_grad[:4]
         saved = [Saved(*tensors[5 * i : 5 * i + 5], *c) for i, c in enumerate(ctx.constants)]
-        if not torch.compiler.is_compiling() and (
-            torch.is_grad_enabled() or modes.is_grads_batched(dy)
-        ):
-            raise first_derivatives_only(params.label)
+        if not torch.compiler.is_compiling():
+            is_transformed = modes.in_functorch_transform() or modes.in_forward_ad()
+            if torch.is_grad_enabled() or is_transformed or modes.is_grads_batched(dy):
+                raise first_derivatives_only(params.label)
         reduced = [
             params.kernel.backward_reduce(part, values, mask)
             for part, values in zip(dy.split(batches.sizes), saved, strict=True)
@@ -163,13 +176,16 @@ def _reduce_moments(
         return _all_reduce_rows(own, params, batches, label)
 
     phase = None if torch.compiler.is_compiling() else activation_checkpoint.current()
-    return (compute(), True) if phase is None else phase.moments_for(compute, x, params.label)
+    if phase is None:
+        return compute(), True
+    with modes.bypass_modes(x):
+        return phase.moments_for(compute, x, params.label)
 
 
 def _all_reduce_rows(
     own: Tensor, params: BatchNormParams, batches: VirtualBatches, label: str
 ) -> Tensor:
-    """Return a row per rank: the sum over the ranks of what they add to it."""
+    """Return a row per rank: the sum of the values that ranks add to it."""
     rows = own.new_zeros(batches.ranks, len(own))
     rows[batches.row] = own
     return collectives.all_reduce(rows.flatten(), params.group, label).view(rows.shape)

@@ -181,3 +181,11 @@ def test_compile_and_double_backward() -> None:
 def test_synchronized_over_ranks(three_ranks: Ranks, sharded: bool) -> None:
     fused, plain = (three_ranks.run(train_on_rank, fused, sharded) for fused in (True, False))
     torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-12)
+
+
+def test_undo_restores_the_slope() -> None:
+    model = syncbn.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3), nn.LeakyReLU(0.3)))
+    fusion = syncbn.fuse(model)
+    assert model[0].negative_slope == 0.3
+    fusion.undo()
+    assert model[0].negative_slope == 0.01

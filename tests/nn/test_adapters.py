@@ -156,10 +156,14 @@ class Unfit(nn.Module):
 @pytest.mark.parametrize(
     ("adapters", "message"),
     [
-        ([Scaled], r"adapters: got \[<class .*Scaled'>\]: None; expected classes of modules and"),
+        ([Scaled], r"adapters: got \[<class .*Scaled'>\]: None; expected classes of modules, "),
         ({"Scaled": adapt_scaled}, "adapters: got 'Scaled': <function adapt_scaled"),
         ({Scaled: 3}, "adapters: got <class .*Scaled'>: 3; expected"),
-        ({Unfit: adapt_scaled}, "got a Unfit without num_features, eps, bias, running_mean"),
+        ({nn.BatchNorm2d: adapt_scaled}, "expected classes of modules, other than torch's"),
+        (
+            {Unfit: adapt_scaled},
+            "got a Unfit without num_features, eps, momentum, bias, running_mean",
+        ),
     ],
 )
 def test_bad_adapters(adapters: Any, message: str) -> None:
@@ -221,3 +225,35 @@ def test_frozen_batch_norm_is_left_alone_silently() -> None:
     model = nn.Sequential(FrozenBatchNorm2d(), nn.BatchNorm2d(3))
     syncbn.convert_sync_batchnorm(model)
     assert type(model[0]) is FrozenBatchNorm2d
+
+
+def test_channels_last_layer_of_apex() -> None:
+    layer = stand_ins.ApexSyncBatchNorm(3)
+    layer.channel_last = True
+    x = torch.randn(4, 5, 3)
+    expected = copy.deepcopy(layer)(x.movedim(-1, 1)).movedim(1, -1)
+    syncbn.convert_sync_batchnorm(layer)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_layer_without_a_counter_prints_and_resets() -> None:
+    """torch's update_bn resets the statistics."""
+    model = make_model("inplace_abn")
+    syncbn.convert_sync_batchnorm(model)
+    assert "SyncInPlaceABN" in repr(model)
+    model(make_batch())
+    model[1].reset_running_stats()
+    assert model[1].running_mean.tolist() == [0, 0, 0]
+
+
+def _keep_group(rank: int) -> float:
+    layer: Any = stand_ins.MmcvSyncBatchNorm(1)
+    layer.group, _ = torch.distributed.new_subgroups_by_enumeration([[0, 1], [2]])
+    layer.momentum = 1.0
+    syncbn.convert_sync_batchnorm(layer)
+    layer(torch.full((2, 1, 1, 1), float(rank)))
+    return float(layer.running_mean)
+
+
+def test_layer_keeps_its_group(three_ranks: Ranks) -> None:
+    assert three_ranks.run(_keep_group) == [0.5, 0.5, 2]

@@ -162,3 +162,39 @@ def test_bad_samples(x: Tensor, mask: Tensor | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         norm.update(x, mask)
     assert norm.count == 0
+
+
+def test_empty_update_keeps_the_prior() -> None:
+    norm = syncbn.RunningNorm(3, prior_count=1e-4)
+    norm.update(torch.empty(0, 3))
+    torch.testing.assert_close(norm.var, torch.ones(3).double())
+
+
+def test_half_precision_models_keep_exact_statistics() -> None:
+    norm = syncbn.RunningNorm(1)
+    norm.update(torch.randn(1000, 1))
+    mean = norm.mean.clone()
+    model = torch.nn.Sequential(norm).to(torch.bfloat16)
+    assert norm.count == 1000
+    assert torch.equal(norm.mean, mean)
+    assert model(torch.randn(2, 1).bfloat16()).dtype == torch.bfloat16
+
+
+def _learn_in_pairs(rank: int) -> list[Any]:
+    norm = syncbn.RunningNorm(1, process_group=[[0, 1], [2]])
+    norm.update(torch.full((1, 1), float(rank)))
+    clone = pickle.loads(pickle.dumps(norm))
+    message = ""
+    if rank < 2:
+        with pytest.raises(RuntimeError) as error:
+            clone.update(torch.ones(1, 1))
+        message = str(error.value)
+    clone.process_group = None
+    clone.update(torch.ones(1, 1))
+    return [norm.mean.item(), clone.count.item(), message]
+
+
+def test_group_of_some_ranks(three_ranks: Ranks) -> None:
+    results = three_ranks.run(_learn_in_pairs)
+    assert [(mean, count) for mean, count, _ in results] == [(0.5, 5), (0.5, 5), (2, 4)]
+    assert "lost its process group of the ranks [0, 1]; set the attribute" in results[0][2]

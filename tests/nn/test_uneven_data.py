@@ -137,4 +137,31 @@ def test_no_losses_at_all() -> None:
     with pytest.raises(ValueError, match="got no losses on any rank"):
         syncbn.global_mean(torch.ones(0))
     assert syncbn.global_mean(torch.tensor([1.0, 3.0])) == 2
-    assert list(syncbn.even_batches([1, 2])) == [1, 2]
+
+
+def test_batches_without_tensors_and_loaders_without_a_length() -> None:
+    class Unsized:
+        def __len__(self) -> int:
+            raise TypeError("an iterable dataset has no length")
+
+        def __iter__(self) -> Any:
+            return iter([torch.ones(1)])
+
+    assert list(syncbn.even_batches(Unsized())) == [torch.ones(1)]
+    with pytest.raises(ValueError, match="got a batch of type int without tensors; expected a ten"):
+        list(syncbn.even_batches([1, 2]))
+
+
+def _validate_after_join(rank: int) -> None:
+    model = DistributedDataParallel(syncbn.convert_sync_batchnorm(make_network()))
+    with Join([syncbn.JoinableModel(model)]):
+        for x, _ in make_batches(rank):
+            model(x).sum().backward()
+    if rank == 0:
+        # Alone: a notification would be an all-reduce.
+        model.eval().module(make_batches(0)[0][0])
+        assert not model._forward_pre_hooks
+
+
+def test_validation_sends_nothing(three_ranks: Ranks) -> None:
+    three_ranks.run(_validate_after_join)

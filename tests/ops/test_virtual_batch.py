@@ -189,3 +189,24 @@ def _listed(rank: int) -> tuple[float, str]:
 def test_division_of_batches() -> None:
     assert divide_batch(8, 4, None) == ([4, 4], False, 0, 1, 1)
     assert divide_batch(4, 4, None) == ([4], False, 0, 1, 1)
+
+
+def _indivisible_on_one_rank(rank: int) -> str:
+    layer = syncbn.convert_sync_batchnorm(nn.BatchNorm1d(3), normalization_batch=8)
+    try:
+        layer(torch.randn(4 if rank else 3, 3))
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def test_indivisible_batch_of_one_rank_is_an_error_on_every_rank(two_ranks: Ranks) -> None:
+    messages = two_ranks.run(_indivisible_on_one_rank)
+    assert "got 3 samples per rank on 2 ranks" in messages[0]
+    assert "at least one other rank was in another layer" in messages[1]
+
+
+def test_single_values_have_no_variance() -> None:
+    layer = syncbn.convert_sync_batchnorm(nn.BatchNorm1d(3), normalization_batch=1)
+    with pytest.raises(ValueError, match="got a single value per channel"):
+        layer(torch.randn(4, 3))
