@@ -57,7 +57,7 @@ class SyncBatchNormPlugin(_LayerSync):  # type: ignore[misc]
     Args:
         process_group: ranks whose batches form one batch; see
             :func:`syncbn.convert_sync_batchnorm`, also for the further arguments.
-        adapters: forward of layers by class.
+        adapters: functions that replace the forward of layers, by class.
         normalization_batch: number of samples that are normalized together.
 
     Example::

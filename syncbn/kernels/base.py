@@ -68,9 +68,9 @@ class Saved(NamedTuple):
         weight: scale per channel, shape ``[C]``, or None.
         bias: shift per channel, shape ``[C]``, or None.
         statistics: ``[mean (C) | invstd (C) | count (1)]`` of the whole group, float64.
-        activation_values: with a residual and an activation: the output, or a packed mask, if the
-            activation is piecewise linear, and the residual otherwise. None without a residual:
-            the input of the activation is recomputed from x.
+        activation_values: output or packed mask (piecewise linear activation), or residual (other
+            activations), after a residual and an activation. None without a residual: the input of
+            the activation is recomputed from x.
         activation: last operation, or None.
         layout: key of the memory layout that ``activation_values`` refers to, or None.
     """

@@ -129,7 +129,7 @@ class Conversion:
 
         Args:
             original: class of torch, or a class without an :meth:`unsupported_reason`.
-            adapter: forward of the class, or None.
+            adapter: function that replaces the forward of the class, or None.
         """
         key = original, adapter
         if (known := self._sync.get(original) or self._subclasses.get(key)) is not None:

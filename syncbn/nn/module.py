@@ -202,7 +202,7 @@ def convert_sync_batchnorm(
             it), "world", "node", a number of consecutive ranks, lists of ranks, a one-dimensional
             ``DeviceMesh``, or a process group. "node", numbers and lists create a group, so every
             rank must call this.
-        adapters: forward of layers by class, ``adapter(layer, normalize, x)``: the layer's own
+        adapters: functions ``adapter(layer, normalize, x)`` by class of layer: the layer's own
             forward with ``normalize(x)`` in place of its batch norm. A layer must have the tensors
             and settings of an ``nn.BatchNorm2d``.
         normalization_batch: number of samples that are normalized together, whatever the number of

@@ -35,8 +35,8 @@ def even_batches(
         process_group: ranks that train together; None for all ranks. A collective at every step.
 
     Raises:
-        ValueError: on every rank, if a rank has no batch at all, or a loader yields more or fewer
-            batches than its ``len()``, or batches without tensors.
+        ValueError: a rank has no batch at all, a loader yields more or fewer batches than its
+            ``len()``, or batches without tensors; raised on every rank.
 
     Example::
 
@@ -122,7 +122,7 @@ class JoinableModel(Joinable):
             dimension.
 
     Raises:
-        RuntimeError: at the end of the context, if a rank had no batch.
+        RuntimeError: this rank had no batch; raised at the end of the context.
 
     Example::
 

@@ -16,7 +16,7 @@ NAMES = [
 
 
 def test_networks_are_converted_and_unchanged() -> None:
-    """In a process of its own: timm sees names of torchvision there."""
+    """A separate process, in which timm sees names of torchvision."""
     command = [sys.executable, "-m", "tests.timm_sweep", *NAMES]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
