@@ -44,7 +44,8 @@ sanitize: $(SANITIZED_LIBRARY)
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
 		$(CURDIR)/$(PYTHON) -m pytest -n 2 --dist worksteal --capture=sys --durations=3 \
-		-k "not reference and not triton" tests/kernels/test_cpu_sizes.py tests/kernels/test_cpu_kernels.py tests/kernels/test_kernels.py
+		-k "not reference and not triton" tests/kernels/test_cpu_sizes.py tests/kernels/test_cpu_kernels.py \
+		tests/kernels/test_kernels.py tests/kernels/test_activations.py
 
 # What CI begins with: each keeps a core busy.
 prepare: check $(SANITIZED_LIBRARY)

@@ -73,7 +73,7 @@ class SyncBatchNormPlugin(_LayerSync):  # type: ignore[misc]
         normalization_batch: int | None = None,
     ) -> None:
         super().__init__()
-        # The trainer accepts instances of its own package's class only.
+        # The trainer accepts only instances of the class in the same package.
         for package in _PACKAGES:
             if package in sys.modules:
                 _import_layer_sync(package).register(SyncBatchNormPlugin)

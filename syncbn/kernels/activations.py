@@ -20,7 +20,7 @@ class Activation(NamedTuple):
 
     Attributes:
         name: one of :data:`NAMES`.
-        negative_slope: derivative below zero of "leaky_relu"; 0 for others.
+        negative_slope: derivative below zero of "leaky_relu"; 0 for all other names.
     """
 
     name: ActivationName

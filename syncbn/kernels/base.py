@@ -185,7 +185,7 @@ def select_saved_values(
     """Return ``Saved.activation_values`` for kernels without packed masks.
 
     The output is usually alive anyway: the next layer saves it. A residual is, too, if it is the
-    input of the block; the sum of both would be a tensor of its own.
+    input of the block; the sum of both would be an additional tensor.
     """
     if activation is None or residual is None:
         return None

@@ -30,7 +30,7 @@ _NEEDED = ("num_features", "eps", "momentum", "weight", "bias", "running_mean", 
 
 
 def adapt_plain(layer: nn.Module, normalize: Adapter, x: Tensor) -> Tensor:
-    """Forward of a layer that is a batch norm and nothing else."""
+    """Forward of a layer that is only a batch norm."""
     return normalize(x)
 
 
@@ -54,13 +54,24 @@ def adapt_timm(layer: Any, normalize: Adapter, x: Tensor) -> Tensor:
 
 
 def adapt_inplace_abn(layer: Any, normalize: Adapter, x: Tensor) -> Tensor:
-    """Forward of ``InPlaceABN`` (Rota Bulo et al., 2018), out of place, and of timm's wrapper.
+    """Forward of ``InPlaceABN``, out of place."""
+    return _normalize_abn(layer, normalize, x, layer.activation, layer.activation_param)
 
-    The layer inverts its activation, so its scale is ``|weight| + eps``.
+
+def adapt_timm_abn(layer: Any, normalize: Adapter, x: Tensor) -> Tensor:
+    """Forward of timm's ``InplaceAbn``, out of place."""
+    return _normalize_abn(layer, normalize, x, layer.act_name, layer.act_param)
+
+
+def _normalize_abn(
+    layer: Any, normalize: Adapter, x: Tensor, name: str, parameter: float
+) -> Tensor:
+    """Return batch norm with the scale ``|weight| + eps``, and an activation.
+
+    The scale is positive because the layer inverts its activation in the backward pass (Rota Bulo,
+    Porzi and Kontschieder, In-Place Activated BatchNorm, 2018, section 3).
     """
     weight = None if layer.weight is None else layer.weight.abs() + layer.eps
-    name = getattr(layer, "act_name", None) or getattr(layer, "activation", "identity")
-    parameter = layer.act_param if hasattr(layer, "act_name") else layer.activation_param
     match name:
         case "leaky_relu":
             return normalize(x, weight=weight, activation=name, negative_slope=parameter)
@@ -75,7 +86,7 @@ def adapt_inplace_abn(layer: Any, normalize: Adapter, x: Tensor) -> Tensor:
 KNOWN: dict[str, Adapter] = {
     "timm.layers.norm_act.BatchNormAct2d": adapt_timm,
     "timm.layers.norm_act.SyncBatchNormAct": adapt_timm,
-    "timm.layers.inplace_abn.InplaceAbn": adapt_inplace_abn,
+    "timm.layers.inplace_abn.InplaceAbn": adapt_timm_abn,
     "inplace_abn.abn.InPlaceABN": adapt_inplace_abn,
     "inplace_abn.abn.InPlaceABNSync": adapt_inplace_abn,
     "apex.parallel.optimized_sync_batchnorm.SyncBatchNorm": adapt_apex,

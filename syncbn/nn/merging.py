@@ -78,7 +78,7 @@ def merge_statistics(
 
 @torch.no_grad()
 def merge_over_ranks(model: nn.Module, count: float, process_group: GroupLike = None) -> None:
-    """Replace the statistics of a model on every rank by those of the union of the populations.
+    """Give the model of every rank the statistics of the union of the ranks' populations.
 
     The formula of :func:`merge_statistics`, in one all-reduce for all layers, in place: for ranks
     that trained with local batch norm, where averaging would drop the variance between ranks.

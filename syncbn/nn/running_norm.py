@@ -183,7 +183,7 @@ class RunningNorm(nn.Module):
         if moments.is_cpu and not moments.isfinite().all():
             raise ValueError(
                 f"{label}: got NaN or infinities on some rank; expected finite samples (pass a "
-                "mask to leave out others)"
+                "mask to leave out the rest)"
             )
         add_packed(self._moments, moments, rows.shape[1])
         self._derive_statistics(rows.shape[1])

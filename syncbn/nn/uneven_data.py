@@ -1,4 +1,4 @@
-"""Training with uneven data: ranks that have fewer batches, or smaller ones, than others."""
+"""Training with uneven data: ranks with different numbers of batches or samples."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ _END = object()
 
 
 def global_mean(losses: Tensor, process_group: dist.ProcessGroup | None = None) -> Tensor:
-    """Return a loss whose gradients, averaged over ranks, are those of the mean over all samples.
+    """Return a loss whose gradient, averaged over ranks, equals the gradient of the global mean.
 
     DistributedDataParallel averages the gradients of R ranks. With n_r losses l_ri on rank r and
     N = sum_r n_r, this returns ``L_r = R / N sum_i l_ri``, so that::
@@ -194,7 +194,7 @@ class JoinableModel(Joinable):
         torch.stack([leaf.sum() for leaf in leaves]).sum().backward()
 
     def copy_from(self, rank: int) -> None:
-        """Replace parameters and buffers by those of a rank."""
+        """Receive the parameters and buffers of a rank."""
         group = self.join_process_group
         with torch.no_grad():
             for tensor in (*self._model.parameters(), *self._model.buffers()):

@@ -113,7 +113,7 @@ def check_activation(
 
     Args:
         activation: name, or None.
-        negative_slope: slope of "leaky_relu" below zero; ignored by others.
+        negative_slope: slope of "leaky_relu" below zero; ignored by all other names.
 
     Raises:
         ValueError: an unknown name; a negative slope that is negative or not finite.

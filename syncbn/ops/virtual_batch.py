@@ -1,9 +1,10 @@
 """Virtual batches: statistics over a fixed number of samples, whatever the number of ranks.
 
 The batches of all ranks, one after the other, are cut into virtual batches of ``size`` samples.
-Each has statistics of its own: of several ranks if a rank holds fewer samples, of a part of a rank
-if it holds more (ghost batch normalization: Hoffer, Hubara and Soudry, Train longer, generalize
-better, 2017). So training on 1, 2, 4 and 8 ranks with the same global batch is the same training.
+Each has separate statistics: over several ranks if a rank holds fewer samples, over a part of a
+rank's batch if it holds more (ghost batch normalization: Hoffer, Hubara and Soudry, Train longer,
+generalize better, 2017). So training on 1, 2, 4 and 8 ranks with the same global batch is the same
+training.
 
 A payload has a row per rank, whatever the batch size, so that ranks with different batches get an
 error where payloads are checked (:mod:`syncbn.distributed.fingerprint`). A rank adds the moments of
@@ -100,10 +101,10 @@ def first_derivatives_only(label: str) -> RuntimeError:
 class VirtualBatchNormFunction(torch.autograd.Function):
     """:class:`.function.SyncBatchNormFunction` for each virtual batch, with the same formulas.
 
-    One all-reduce of ``[R, 2C + 1]`` for R ranks forward, and, if they share virtual batches, one
-    of ``[R, 2C]`` backward. The running
-    statistics record the mean over the virtual batches of their means and unbiased variances, so
-    they are equal on all ranks.
+    One all-reduce of ``[R, 2C + 1]`` for R ranks forward (``[R, 4C + 1]`` for float64 inputs), and
+    one of ``[R, 2C]`` backward if they share virtual batches. The running statistics record the
+    mean over the virtual batches of their means and unbiased variances, so they are equal on all
+    ranks.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Layers that are a batch norm and more: known classes, and adapters of one's own."""
+"""Batch-norm layers with additional operations: known classes, and user adapters."""
 
 from __future__ import annotations
 

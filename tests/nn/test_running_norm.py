@@ -87,7 +87,7 @@ def _learn_with_prior(rank: int) -> dict[str, Tensor]:
 
 
 def test_prior_counts_once_over_ranks(three_ranks: Ranks) -> None:
-    """Regression of others: a prior per rank."""
+    """A common fault of running normalizers: a prior per rank."""
     expected = Baselines(shape=(3,))
     expected.mean, expected.var = expected.mean.double(), expected.var.double()
     for batch in stream((3,))[1:]:

@@ -1,7 +1,7 @@
 """Activations of :mod:`syncbn.kernels.triton.kernels`, as in torch for NaN and infinities.
 
 ACTIVATION: a name of :data:`syncbn.kernels.activations.NAMES`, or "identity". NEGATIVE_SLOPE: slope
-of "leaky_relu" below zero, 0 for others.
+of "leaky_relu" below zero, 0 for all other names.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"

@@ -1,5 +1,5 @@
 // Activations after the normalization: value(z), and gradient(dy, z), the gradient of z. Formulas
-// and results for NaN and infinities are those of torch.
+// and results for NaN and infinities are the same as in torch.
 #pragma once
 #include <cmath>
 
