@@ -29,10 +29,7 @@ class FusedModule(nn.Module):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        base: Any = super()
-        if hasattr(base, "__deepcopy__"):
-            return base.__deepcopy__(memo)
-        make, arguments, state, *_ = base.__reduce_ex__(4)
+        make, arguments, state, *_ = super().__reduce_ex__(4)
         clone = memo[id(self)] = make(*arguments)
         clone.__setstate__(copy.deepcopy(state, memo))
         return clone
@@ -80,10 +77,9 @@ def fuse(model: nn.Module) -> Fusion:
     """Move a residual addition and an activation after a synchronized layer into the layer.
 
     ``relu(bn(x))`` and ``relu(bn(x) + residual)`` become one pass over the memory, forward and
-    backward, and no input is saved for the ReLU; likewise ReLU6, LeakyReLU, SiLU, Hardswish and
-    GELU. The model is changed in place. Matches are found in the forward of any module,
-    also if the layer is the last one of a child (a ``Sequential``, a block). Only these modules
-    get a new forward: they keep their identity, children, hooks and ``state_dict``.
+    backward; likewise ReLU6, LeakyReLU, SiLU, Hardswish and GELU. The layer may be the last one of
+    a child (a ``Sequential``, a block). The model is changed in place: modules get new forwards,
+    and keep their identity, children, hooks and ``state_dict``.
 
     A forward is rewritten if it only calls children and functions of torch, and assigns local
     names; ``skipped`` gives the reason otherwise. Layers with hooks, and layers that are called or
@@ -153,17 +149,14 @@ class _FusionPass:
 
     def _fuse(self, module: nn.Module, graph: Graph, match: Match) -> None:
         norm, add, last, _ = match
-        if add is None:
-            last.replace_all_uses_with(norm)
-            graph.erase_node(last)
-        else:
+        with graph.inserting_before(add or norm):
+            call = graph.node_copy(norm)
+        if add is not None:
             (residual,) = (node for node in add.all_input_nodes if node is not norm)
-            with graph.inserting_before(add):
-                call = graph.node_copy(norm)
             _pass_residual(module, call, residual)
-            last.replace_all_uses_with(call)
-            for node in (last, add, norm):
-                graph.erase_node(node)
+        last.replace_all_uses_with(call)
+        for node in filter(None, (last, add, norm)):
+            graph.erase_node(node)
         layer = self._consume_norm(callee(module, norm), add is not None)
         self._fused[layer] = match
 

@@ -28,9 +28,11 @@ INPLACE_OPERATORS = {name: getattr(operator, name) for name in _NAMES.split()}
 _PURE = [f for name, f in vars(F).items() if callable(f) and not name.startswith("_")]
 _PURE += [torch.add, torch.sub, torch.mul, torch.relu, torch.relu_, torch.cat, torch.flatten]
 # Nodes that a trace records if it records their children.
-_STATEMENTS = ast.Pass, ast.Return, ast.Assign, ast.AugAssign, ast.If, ast.IfExp
-_VALUES = ast.Constant, ast.BinOp, ast.UnaryOp, ast.Tuple, ast.Subscript, ast.Slice
-_RECORDED = *_STATEMENTS, *_VALUES, ast.keyword, ast.operator, ast.unaryop, ast.expr_context
+_RECORDED = (
+    *(ast.Pass, ast.Return, ast.Assign, ast.AugAssign, ast.If, ast.IfExp, ast.Constant, ast.BinOp),
+    *(ast.UnaryOp, ast.Tuple, ast.Subscript, ast.Slice, ast.keyword),
+    *(ast.operator, ast.unaryop, ast.expr_context),
+)
 _LOCAL, _UNKNOWN = object(), object()
 
 
@@ -44,11 +46,12 @@ def trace(module: nn.Module) -> Graph:
         raise ValueError("its forward is an attribute of the instance")
     if type(module).__module__ == parametrize.__name__:
         raise ValueError("it is parametrized")
+    if hasattr(module, "__deepcopy__"):  # copies would lose the new forward
+        raise ValueError("it has its own __deepcopy__")
     for parameter in inspect.signature(module.forward).parameters.values():
-        if parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
-            raise ValueError(f"its forward takes {parameter}")
-        if parameter.default is not parameter.empty:
-            raise ValueError(f"its forward has an optional argument, {parameter.name}")
+        has_default = parameter.default is not parameter.empty
+        if has_default or parameter.kind is not parameter.POSITIONAL_OR_KEYWORD:
+            raise ValueError(f"its forward takes {parameter}; expected required arguments only")
     if type(module).forward is not nn.Sequential.forward:
         _MethodChecker(module, set()).check(type(module).forward)
     try:

@@ -19,7 +19,6 @@ from syncbn.kernels.base import (
     Reduced,
     Saved,
     parameter_gradients,
-    select_saved_values,
     undo_activation,
 )
 from syncbn.kernels.coefficients import (
@@ -77,7 +76,7 @@ class AtenCudaKernel(Kernel):
         if residual is not None:
             y.add_(residual)
         y = apply_activation(y, args.activation)
-        values = select_saved_values(args.activation, residual, y)
+        values = None if residual is None or args.activation is None else y
         return y, saved._replace(activation_values=values)
 
     def backward_reduce(self, dy: Tensor, saved: Saved, output_mask: OutputMask) -> Reduced:

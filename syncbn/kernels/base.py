@@ -46,7 +46,7 @@ class NormalizeArgs(NamedTuple):
         eps: constant added to the variance.
         weight: scale per channel, any floating dtype, shape ``[C]``, or None for ones.
         bias: shift per channel, any floating dtype, shape ``[C]``, or None for zeros.
-        activation: last operation, or None.
+        activation: last operation, or None; piecewise linear if there is a residual.
         running: running statistics to update, or None.
     """
 
@@ -68,9 +68,8 @@ class Saved(NamedTuple):
         weight: scale per channel, shape ``[C]``, or None.
         bias: shift per channel, shape ``[C]``, or None.
         statistics: ``[mean (C) | invstd (C) | count (1)]`` of the whole group, float64.
-        activation_values: output or packed mask (piecewise linear activation), or residual (other
-            activations), after a residual and an activation. None without a residual: the input of
-            the activation is recomputed from x.
+        activation_values: output or packed mask, after a residual and an activation. None without
+            a residual: the input of the activation is recomputed from x.
         activation: last operation, or None.
         layout: key of the memory layout that ``activation_values`` refers to, or None.
     """
@@ -179,19 +178,6 @@ class Kernel(ABC):
         return unit_derivative(z, saved.activation)
 
 
-def select_saved_values(
-    activation: Activation | None, residual: Tensor | None, y: Tensor
-) -> Tensor | None:
-    """Return ``Saved.activation_values`` for kernels without packed masks.
-
-    The output is usually alive anyway: the next layer saves it. A residual is, too, if it is the
-    input of the block; the sum of both would be an additional tensor.
-    """
-    if activation is None or residual is None:
-        return None
-    return y if activation.is_piecewise_linear else residual
-
-
 def undo_activation(dy: Tensor, saved: Saved) -> tuple[Tensor, bool]:
     """Return dy before an activation behind a residual, and True if that is a new tensor.
 
@@ -199,15 +185,11 @@ def undo_activation(dy: Tensor, saved: Saved) -> tuple[Tensor, bool]:
 
     Args:
         dy: gradient of the output, shape of x.
-        saved: values of a forward pass whose ``activation_values`` are no packed mask.
+        saved: values of a forward pass whose ``activation_values`` are its output.
     """
-    values, activation = saved.activation_values, saved.activation
-    if values is None or activation is None:
+    if saved.activation_values is None or saved.activation is None:
         return dy, False
-    if activation.is_piecewise_linear:
-        return activation_backward(dy, values, activation), True
-    z = affine(saved.x, saved.statistics, saved.weight, saved.bias) + values
-    return activation_backward(dy.to(z.dtype), z, activation).to(dy.dtype), True
+    return activation_backward(dy, saved.activation_values, saved.activation), True
 
 
 def parameter_gradients(

@@ -18,7 +18,6 @@ from syncbn.kernels.base import (
     RunningStats,
     Saved,
     parameter_gradients,
-    select_saved_values,
     undo_activation,
 )
 from syncbn.kernels.coefficients import (
@@ -61,7 +60,7 @@ class ReferenceKernel(Kernel):
         y = affine(x, statistics, args.weight, args.bias)
         y = y if residual is None else y + residual
         y = apply_activation(y, args.activation).to(x.dtype)
-        values = select_saved_values(args.activation, residual, y)
+        values = None if residual is None or args.activation is None else y
         return y, Saved(x, args.weight, args.bias, statistics, values, args.activation)
 
     def backward_reduce(self, dy: Tensor, saved: Saved, output_mask: OutputMask) -> Reduced:

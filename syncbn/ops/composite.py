@@ -107,19 +107,18 @@ def composite_backward(
     if not torch.is_grad_enabled():
         return _first_order(dy, saved, params, output_mask)
     plain = params._replace(activation=saved.activation, running=None, pending=None)
-    tensors = {"weight": saved.weight, "bias": saved.bias, "residual": saved.activation_values}
-    tensors = {name: t for name, t in tensors.items() if t is not None}
+    parameters = {"weight": saved.weight, "bias": saved.bias}
+    tensors = {name: t for name, t in parameters.items() if t is not None}
 
     def forward(x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
-        weight, bias, residual = map(tensors.get, ("weight", "bias", "residual"))
-        return composite_batch_norm(x, weight, bias, residual, plain, "double backward")
+        weight, bias = tensors.get("weight"), tensors.get("bias")
+        return composite_batch_norm(x, weight, bias, None, plain, "double backward")
 
     # With respect to x on every rank: a rank that needs no dx still takes part in the all-reduce.
     with _without_saved_tensor_hooks():
         vjp_function: Any = torch.func.vjp(forward, saved.x, tensors)[1]
         dx, gradients = vjp_function(dy)
-    dresidual = gradients.get("residual", dy)
-    computed = dx, gradients.get("weight"), gradients.get("bias"), dresidual
+    computed = dx, gradients.get("weight"), gradients.get("bias"), dy
     needed = [t if need else None for t, need in zip(computed, output_mask, strict=True)]
     return needed[0], needed[1], needed[2], needed[3]
 

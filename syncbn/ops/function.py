@@ -70,8 +70,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
 
     Saved are x (alive anyway, as the output of the previous layer) and per-channel values: mean,
     invstd, n, weight, bias. Neither xhat nor z is saved: both are one multiply-add away from x.
-    After a residual, f'(z) of a piecewise linear f is read from a bit per value, or from y, which
-    the next layer keeps alive. For other f, r is saved.
+    After a residual, f is piecewise linear: f'(z) is read from a bit per value, or from y, which
+    the next layer keeps alive.
 
     A rank without values takes part in both all-reduces with zeros; n = 0 on all ranks gives mean 0
     and empty outputs. Nothing is read back to the host.

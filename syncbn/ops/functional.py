@@ -154,14 +154,16 @@ def batch_norm(
         return eval_batch_norm(input, weight, bias, running, eps, residual, last, mask)
     kernel = select_kernel(impl, input, weight, bias, running.mean, running.var, residual)
     updated = running if update_running and pending is None else None
-    is_fused = residual is None or _is_alike(input, residual)
+    adds = residual is None or _is_alike(input, residual)
+    # The backward pass of a smooth activation reads the sum, so an operation of torch saves it.
+    activates = adds and (residual is None or last is None or last.is_piecewise_linear)
     fill = None
     if mask is not None:
         input, fill = fill_masked(input, mask)
     params = BatchNormParams(
-        eps, last if is_fused else None, updated, group, kernel, label, pending, fill
+        eps, last if activates else None, updated, group, kernel, label, pending, fill
     )
-    fused = residual if is_fused else None
+    fused = residual if adds else None
     if normalization_batch is not None:
         y = _virtual_batch_norm(input, weight, bias, fused, params, normalization_batch)
     elif modes.in_functorch_transform() or modes.in_forward_ad():
@@ -170,9 +172,7 @@ def batch_norm(
         # torch.compile refuses one tensor as two arguments.
         fused = input.view_as(input) if fused is input else fused
         y = SyncBatchNormFunction.apply(input, weight, bias, fused, params)
-    if is_fused:
-        return y if mask is None else torch.where(mask, y, 0)
-    return finish_forward(y, residual, last, mask)
+    return finish_forward(y, None if adds else residual, None if activates else last, mask)
 
 
 def _virtual_batch_norm(

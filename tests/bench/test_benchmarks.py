@@ -87,18 +87,6 @@ def test_model(ranks: int, tmp_path: Path) -> None:
     assert 0 < without["peak_bytes"] < baseline["peak_bytes"]
 
 
-@pytest.mark.timeout(120)
-def test_compile(tmp_path: Path) -> None:
-    settings = ["backend=aot_eager", "batch=2", "size=8", "rounds=1"]
-    output, results = run_here(tmp_path, "compile", *settings)
-    baseline, ours = results["costs"]
-    assert [baseline["norm"], ours["norm"]] == ["nn.BatchNorm2d", "ours"]
-    assert baseline["ratio"]["median"] == 1
-    # Compilation takes far longer than a compiled step.
-    assert all(cost["first"]["median"] > 2 * cost["step"]["median"] for cost in (baseline, ours))
-    assert "torch.compile of resnet20, aot_eager" in output
-
-
 def test_calibration(tmp_path: Path) -> None:
     settings = ["sizes=[8,16]", "samples=[6,2]", "batches=[1,4]", "repeats=2"]
     output, results = run_here(tmp_path, "calibration", *settings, "sequential_repeats=1")

@@ -105,8 +105,6 @@ def test_help_explains_every_setting(
         ("model network=vgg", "network: got vgg; expected one of resnet20, resnet50"),
         ("model batch=1", "batch: got 1; expected at least 2"),
         ("model device=cpu graph=true", "graph: got true; expected false"),
-        ("compile ranks=2", "ranks: got 2; expected 1: compilers would share the CPUs"),
-        ("compile backend=eager", "backend: got eager; expected one of inductor, aot_eager"),
     ],
 )
 def test_wrong_use_ends_with_a_message(
@@ -123,7 +121,7 @@ def test_wrong_use_ends_with_a_message(
     assert re.search(message, printed)
 
 
-@pytest.mark.parametrize("benchmark", ["layers", "model", "compile"])
+@pytest.mark.parametrize("benchmark", ["layers", "model"])
 def test_missing_gpu_is_rejected(benchmark: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Regression: a traceback from every rank."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

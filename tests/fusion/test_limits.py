@@ -110,8 +110,9 @@ class CreatesTensor(Net):
         (CreatesTensor, "torch.rand"),
         (BranchesOnMode, "its forward has 'self.training', which torch.fx may not record"),
         (BranchesOnValue, "its forward has 'x.sum() > 0'"),
-        (OptionalArgument, "its forward has an optional argument, twice"),
+        (OptionalArgument, "its forward takes twice"),
         (VariadicArguments, "its forward takes *x"),
+        (lambda: torch.fx.symbolic_trace(Plain()), "it has its own __deepcopy__"),
     ],
 )
 def test_incomplete_traces_are_skipped(model: Callable[[], nn.Module], reason: str) -> None:

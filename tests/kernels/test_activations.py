@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from tests.kernel_cases import EPS, device_of, dtypes_of, normalize, tolerance
 
 SLOPE = 0.1
 ACTIVATIONS = [Activation(name, SLOPE if name == "leaky_relu" else 0.0) for name in NAMES]
+LINEAR = [activation for activation in ACTIVATIONS if activation.is_piecewise_linear]
 SHAPES = [(5, 7, 3, 19), (6, 70), (4, 7, 3, 3)]
 
 
@@ -58,8 +60,9 @@ def expect(activation: Activation, x: Tensor, dy: Tensor, residual: Tensor | Non
     return [y.detach(), *torch.autograd.grad(y, leaves, dy.cpu().double())]
 
 
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=NAMES)
+@pytest.mark.parametrize(
+    ("activation", "residual"), [*product(ACTIVATIONS, [False]), *product(LINEAR, [True])]
+)
 def test_agrees_with_float64(any_kernel: Kernel, activation: Activation, residual: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     for dtype in dtypes_of(any_kernel):

@@ -27,7 +27,6 @@ from syncbn.kernels.base import (
     RunningStats,
     Saved,
     parameter_gradients,
-    select_saved_values,
     undo_activation,
 )
 from syncbn.kernels.cpu.library import load_library
@@ -147,7 +146,8 @@ class CPUKernel(Kernel):
         if running is not None and args.running is not None:
             # As an operation of torch would: autograd must notice if it still needs the old values.
             increment_version([t for t in args.running[:3] if t is not None])
-        values = select_saved_values(args.activation, residual, y)
+        # The next layer keeps the output alive, so it costs no memory.
+        values = None if residual is None or args.activation is None else y
         return y, Saved(x, args.weight, args.bias, statistics, values, args.activation)
 
     def _backward(

@@ -25,8 +25,6 @@ from syncbn.kernels.base import (
     Reduced,
     RunningStats,
     Saved,
-    select_saved_values,
-    undo_activation,
 )
 from syncbn.kernels.layout import NCSLayout, as_dense, empty_dense, match_layout, with_key
 from syncbn.kernels.reference import update_running_stats
@@ -70,7 +68,7 @@ class TritonKernel(Kernel):
         added = None if residual is None else _without_gaps(residual, source, layout)
         statistics = x.new_empty(2 * layout.channels + 1, dtype=torch.float64)
         y, mask = empty_dense(source, layout), None
-        if is_packed := _has_packed_mask(args.activation, residual):
+        if residual is not None and args.activation is not None:
             size = relu_mask_bytes(layout, x.dtype)
             mask = torch.empty(size, dtype=torch.uint8, device=x.device)
         tensors = {"moments_ptr": moments, "residual_ptr": added, "y_ptr": y, "relu_mask_ptr": mask}
@@ -80,19 +78,13 @@ class TritonKernel(Kernel):
         _launch("normalize", layout, source, tensors, None, args.activation, cumulative, **scalars)
         # As an operation of torch would: autograd must notice if it still needs the old values.
         increment_version([t for t in running[:3] if t is not None])
-        values = mask if is_packed else select_saved_values(args.activation, residual, y)
-        key = layout.key if is_packed else None
-        return y, Saved(x, args.weight, args.bias, statistics, values, args.activation, key)
+        key = None if mask is None else layout.key
+        return y, Saved(x, args.weight, args.bias, statistics, mask, args.activation, key)
 
     def backward_reduce(self, dy: Tensor, saved: Saved, output_mask: OutputMask) -> Reduced:
         """See :meth:`Kernel.backward_reduce`; the pass also writes dy after a stored ReLU mask."""
         x, layout = with_key(saved.x, saved.layout)
-        mask = masked_dy = None
-        activation = saved.activation
-        if _has_packed_mask(activation, saved.activation_values):
-            mask = saved.activation_values
-        elif saved.activation_values is not None:
-            dy, activation = undo_activation(dy, saved)[0], None
+        mask, masked_dy = saved.activation_values, None
         dy, stride = match_layout(dy, x, layout)
         if mask is not None and (output_mask[0] or output_mask[3]):
             masked_dy = empty_dense(x, layout)
@@ -103,7 +95,7 @@ class TritonKernel(Kernel):
         dbias = torch.empty_like(bias) if output_mask[2] and bias is not None else None
         tensors |= {"dy_ptr": dy, "relu_mask_ptr": mask, "masked_dy_ptr": masked_dy}
         tensors |= {"sums_ptr": sums, "dweight_ptr": dweight, "dbias_ptr": dbias}
-        _launch("backward_reduce", layout, x, tensors, stride, activation)
+        _launch("backward_reduce", layout, x, tensors, stride, saved.activation)
         dy = dy if masked_dy is None else masked_dy
         dresidual = dy if output_mask[3] else None
         inplace_ok = masked_dy is not None and dresidual is None
@@ -155,11 +147,6 @@ def _updatable(running: RunningStats | None, moments: Tensor, x: Tensor) -> Runn
         return running
     update_running_stats(Moments.unpack(moments, x.shape[1]), running)
     return RunningStats()
-
-
-def _has_packed_mask(activation: Activation | None, values: Tensor | None) -> bool:
-    """Return whether a residual, or the values saved with one, belong to a packed mask."""
-    return values is not None and activation is not None and activation.is_piecewise_linear
 
 
 def _affine_pointers(

@@ -30,6 +30,25 @@ struct Relu {
   }
 };
 
+struct LeakyRelu {
+  double negative_slope;
+
+  template <class V>
+  V value(V z) const {
+    return z > 0 ? z : z * slope<V>();
+  }
+  template <class V>
+  V gradient(V dy, V z) const {
+    return z > 0 ? dy : dy * slope<V>();
+  }
+
+ private:
+  template <class V>
+  auto slope() const {
+    return static_cast<std::decay_t<decltype(V{}[0])>>(negative_slope);
+  }
+};
+
 // exp(x), within two units of the last place: 2^n exp(r) with |r| <= ln(2) / 2, and the Taylor
 // series of exp(r). Results below 2^-126 are zero.
 inline Floats exp(Floats x) {
@@ -80,17 +99,15 @@ inline Normal<Doubles> standard_normal(Doubles z) {
   return {cdf, 0.39894228040143268 * exp(-0.5 * z * z)};
 }
 
-// An activation that is selected at run time. A class for each would triple the time that the
+// An activation that is selected at run time. A class for each would double the time that the
 // library takes to compile, and the branch, the same for all vectors, costs less than the memory.
 struct OtherActivation {
   ActivationKind kind;
-  double negative_slope;
 
   template <class V>
   V value(V z) const {
     switch (kind) {
       case ActivationKind::relu6: return z < 0 ? V{} : z > 6 ? V{} + 6 : z;
-      case ActivationKind::leaky_relu: return z > 0 ? z : z * slope<V>();
       case ActivationKind::silu: return z / (1 + exp(-z));
       case ActivationKind::hardswish: return z * clamp(z + 3) / 6;
       case ActivationKind::gelu: return z * standard_normal(z).cdf;
@@ -102,7 +119,6 @@ struct OtherActivation {
   V gradient(V dy, V z) const {
     switch (kind) {
       case ActivationKind::relu6: return z > 0 ? z < 6 ? dy : V{} : V{};
-      case ActivationKind::leaky_relu: return z > 0 ? dy : dy * slope<V>();
       case ActivationKind::silu: {
         V s = sigmoid(z);
         return dy * s * (1 + z * (1 - s));
@@ -117,10 +133,6 @@ struct OtherActivation {
   }
 
  private:
-  template <class V>
-  auto slope() const {
-    return static_cast<std::decay_t<decltype(V{}[0])>>(negative_slope);
-  }
   template <class V>
   static V clamp(V z) {
     return z < 0 ? V{} : z > 6 ? V{} + 6 : z;

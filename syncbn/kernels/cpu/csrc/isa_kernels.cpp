@@ -41,7 +41,8 @@ void with_activation(const Call& call, const Work& work) {
   switch (call.activation) {
     case ActivationKind::identity: return work(Identity{});
     case ActivationKind::relu: return work(Relu{});
-    default: return work(OtherActivation{call.activation, call.negative_slope});
+    case ActivationKind::leaky_relu: return work(LeakyRelu{call.negative_slope});
+    default: return work(OtherActivation{call.activation});
   }
 }
 
