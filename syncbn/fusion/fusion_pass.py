@@ -29,7 +29,8 @@ class FusedModule(nn.Module):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        make, arguments, state, *_ = super().__reduce_ex__(4)
+        reduced: Any = super().__reduce_ex__(4)
+        make, arguments, state, *_ = reduced
         clone = memo[id(self)] = make(*arguments)
         clone.__setstate__(copy.deepcopy(state, memo))
         return clone
