@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import socket
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
@@ -14,7 +16,9 @@ from torch.distributed.constants import default_pg_timeout
 
 from syncbn.distributed import launchers
 from syncbn.distributed.groups import create_layers_group
-from syncbn.distributed.launchers import LaunchedProcess
+from syncbn.distributed.handshake import GLOO_INTERFACE, JobLayout, agree, report_rank
+from syncbn.distributed.job_store import LaunchedProcess, open_store
+from syncbn.distributed.objects import all_gather_objects
 
 _BACKENDS = ("nccl", "gloo", "mpi4py")
 
@@ -39,17 +43,23 @@ class RankInfo:
 def init_process_group(backend: str | None = None, timeout: timedelta | None = None) -> RankInfo:
     """Initialize torch.distributed for the launcher that started this process.
 
-    Reads the environment of torchrun, then of mpirun or of srun with PMI. Without a launcher, the
-    world size is 1, so the same program (DDP included) also runs as a single process. On CUDA, the
-    current device is set. Without LOCAL_RANK, local ranks are counted by host name.
+    Supported are torchrun, mpirun, srun with and without PMI, and the variables RANK, WORLD_SIZE,
+    MASTER_ADDR and MASTER_PORT (:data:`.launchers.LAUNCHERS`). Without a launcher, the world size
+    is 1, so the same program (DDP included) also runs as a single process. A default group that
+    exists already is used as it is. On CUDA, the current device is set. Without a variable for the
+    local rank, local ranks are counted by host name.
 
     Over Gloo and mpi4py, layers with ``process_group=None`` get a second group of all ranks,
     separate from the gradient buckets of DistributedDataParallel. It is destroyed with the default
     group.
 
+    On several hosts, Gloo binds to the interface that reaches the host of rank 0, unless
+    GLOO_SOCKET_IFNAME is set; this function sets it.
+
     Args:
-        backend: "nccl", "gloo", "mpi4py" or None. The default is NCCL if every local rank has a
-            GPU; otherwise mpi4py in a job started by mpirun or srun, and Gloo in all other jobs.
+        backend: "nccl", "gloo", "mpi4py" or None, the same on every rank. The default is NCCL if
+            every rank has a GPU of its own; otherwise mpi4py in a job started by mpirun, or by srun
+            with PMI, and Gloo in all other jobs.
         timeout: timeout of a collective; None for torch's default.
 
     Returns:
@@ -57,73 +67,110 @@ def init_process_group(backend: str | None = None, timeout: timedelta | None = N
 
     Raises:
         ImportError: mpi4py or an MPI library is needed and missing.
-        ValueError: an unknown backend, a variable that is not a number or out of range, or a rank
-            without a GPU for NCCL.
-        RuntimeError: some of torchrun's variables are missing, srun started several processes
-            without PMI, ranks did not join in time, or torch.distributed is already initialized.
+        ValueError: an unknown backend, or another one than on other ranks or of the existing group;
+            a variable that is not a number or out of range; a rank without a GPU of its own for
+            NCCL; an interface that cannot reach the other hosts.
+        RuntimeError: variables are missing, ranks did not join in time, or the store of rank 0
+            cannot be opened.
     """
     if backend not in (None, *_BACKENDS):
         expected = ", ".join(repr(name) for name in _BACKENDS)
         raise ValueError(f"got backend {backend!r}; expected {expected} or None")
     if dist.is_initialized():
-        raise RuntimeError(
-            f"torch.distributed is initialized already (backend {dist.get_backend()!r}); "
-            "call init_process_group once"
-        )
+        return _use_existing_group(backend)
     patience = timeout or default_pg_timeout
-    mpi_processes = launchers.mpi_world_size(os.environ)
-    cpu_backend = "gloo"
-    if launchers.has_torchrun_variables(os.environ):
-        process = launchers.torchrun_process(os.environ, patience)
-    elif mpi_processes > 1:
-        # Imported here: the import loads the MPI library.
-        from syncbn.distributed.mpi.bootstrap import bootstrap
-
-        process, cpu_backend = bootstrap(mpi_processes, patience), "mpi4py"
-    else:
-        process = LaunchedProcess(0, 1, 0, 1, dist.HashStore())
-    every_rank_has_a_gpu = torch.cuda.device_count() >= process.local_world_size
-    backend = backend or ("nccl" if every_rank_has_a_gpu else cpu_backend)
-    device = _select_device(backend, process.local_rank)
-    if backend == "mpi4py":
+    process = _find_process(backend, patience)
+    report = report_rank(os.environ, process.local_rank, backend, process.address)
+    cpu_backend = "mpi4py" if process.has_mpi else "gloo"
+    numbers = process.rank, process.world_size
+    store = dist.PrefixStore("syncbn/handshake", process.store)
+    layout = agree(store, *numbers, patience.total_seconds(), report, cpu_backend)
+    if layout.shares_gpus:
+        warnings.warn(
+            f"{layout.backend} on GPUs, since ranks share them: collectives are far slower than "
+            "over NCCL; start one rank per GPU",
+            stacklevel=2,
+        )
+    device = _select_device(layout)
+    if layout.interface is not None:
+        os.environ[GLOO_INTERFACE] = layout.interface
+    if layout.backend == "mpi4py":
         _register_mpi4py(patience)
     # torch.distributed.nn.functional captures group.WORLD as a default argument. Imported after
     # initialization (by torch.compile or an optimizer's first step), it keeps the group alive:
     # Gloo's threads outlive destroy_process_group, and 1 % of processes abort at exit.
     importlib.import_module("torch.distributed.nn.functional")
-    dist.init_process_group(
-        backend,
-        store=process.store,
-        rank=process.rank,
-        world_size=process.world_size,
-        timeout=timeout,
-    )
-    # Not for NCCL: a second communicator takes GPU memory and time to start.
-    if process.world_size > 1 and backend != "nccl":
-        create_layers_group(timeout)
-    return RankInfo(process.rank, process.world_size, process.local_rank, device)
+    try:
+        dist.init_process_group(
+            layout.backend,
+            store=process.store,
+            rank=process.rank,
+            world_size=process.world_size,
+            timeout=timeout,
+        )
+        # Not for NCCL: a second communicator takes GPU memory and time to start.
+        if process.world_size > 1 and layout.backend != "nccl":
+            create_layers_group(timeout)
+    except RuntimeError as error:
+        if layout.backend != "gloo":
+            raise
+        place = f"rank {process.rank} of {process.world_size} on {socket.gethostname()}"
+        raise RuntimeError(
+            f"{place} cannot join the process group over Gloo, {layout.description}: {error}"
+        ) from error
+    return RankInfo(*numbers, layout.local_rank, device)
+
+
+def _find_process(backend: str | None, timeout: timedelta) -> LaunchedProcess:
+    """Return numbers and store of this process."""
+    launcher = launchers.find_launcher(os.environ)
+    if launcher is None:
+        return LaunchedProcess(0, 1, 0, dist.HashStore(), "localhost", has_mpi=False)
+    launched = launchers.read_rank(launcher, os.environ)
+    if launched.world_size == 1 and launcher.address != "variables":
+        return LaunchedProcess(0, 1, 0, dist.HashStore(), "localhost", has_mpi=False)
+    address = launchers.find_address(launcher, os.environ)
+    has_mpi = launcher.address == "MPI" and (backend is None or backend == "mpi4py")
+    if has_mpi and backend is None and address is not None:
+        has_mpi = find_spec("mpi4py") is not None
+    if address is None or launched.world_size is None or has_mpi:
+        # Imported here: the import loads the MPI library.
+        from syncbn.distributed.mpi.bootstrap import bootstrap
+
+        return bootstrap(launcher, launched, timeout)
+    return open_store(launched.rank, launched.world_size, launched.local_rank, address, timeout)
+
+
+def _use_existing_group(backend: str | None) -> RankInfo:
+    """Return the numbers of this rank in the default group, for a group that others created."""
+    existing = dist.get_backend()
+    if backend not in (None, existing):
+        raise ValueError(
+            f"got backend {backend!r}, but torch.distributed is initialized with {existing!r}; "
+            "expected None or the same backend"
+        )
+    rank, text = dist.get_rank(), os.environ.get("LOCAL_RANK", "")
+    hosts = all_gather_objects(socket.gethostname())
+    local_rank = int(text) if text.isdigit() else hosts[:rank].count(hosts[rank])
+    gpus = torch.cuda.device_count()
+    device = torch.device("cuda", torch.cuda.current_device()) if gpus else torch.device("cpu")
+    return RankInfo(rank, dist.get_world_size(), local_rank, device)
 
 
 def _register_mpi4py(timeout: timedelta) -> None:
     from syncbn.distributed.mpi.process_group import register
 
     register(timeout)
-    expected = (*launchers.MPI_SIZES, *launchers.PMI_RANKS, "RANK")
-    if not any(name in os.environ for name in expected):
+    if launchers.find_launcher(os.environ) is None:
         warnings.warn(
             "not started by mpirun: the mpi4py process group has a single rank", stacklevel=3
         )
 
 
-def _select_device(backend: str, local_rank: int) -> torch.device:
+def _select_device(layout: JobLayout) -> torch.device:
     gpus = torch.cuda.device_count()
-    if backend != "nccl" and not gpus:
+    if not gpus:
         return torch.device("cpu")
-    if backend == "nccl" and local_rank >= gpus:
-        raise ValueError(
-            f"no GPU for local rank {local_rank}: {gpus} visible; start at most one rank per GPU, "
-            "or use backend 'gloo'"
-        )
-    device = torch.device("cuda", local_rank % gpus)
+    device = torch.device("cuda", layout.local_rank % gpus)
     torch.cuda.set_device(device)
     return device

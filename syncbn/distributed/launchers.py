@@ -1,136 +1,155 @@
-"""The environment that launchers (torchrun, mpirun, srun) set for the processes they start."""
+"""Launchers, and the variables that they set for the processes they start."""
 
 from __future__ import annotations
 
-import socket
-from collections import Counter
+import re
 from collections.abc import Mapping
-from datetime import timedelta
 from typing import NamedTuple
 
-import torch.distributed as dist
 
-#: World size, set for every process of a job: Open MPI; MPICH and its derivatives; MVAPICH.
-MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-#: Set by srun if it has set up MPI (its option --mpi).
-PMI_RANKS = ("PMIX_RANK", "PMI_RANK")
+class Launcher(NamedTuple):
+    """Variables of a launcher.
 
-_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# The variables that torch requires; without LOCAL_RANK, local ranks are counted by host name.
-_REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# The first variable that is set decides. An mpirun on several nodes of SLURM starts its helpers
-# with srun, and its ranks inherit their variables; srun itself sets PMI_SIZE with --mpi=pmi2.
-_LAUNCHERS = {
-    "TORCHELASTIC_RUN_ID": "torchrun",
-    "OMPI_COMM_WORLD_SIZE": "mpirun",
-    "MPI_LOCALNRANKS": "mpirun",  # MPICH and its derivatives
-    "SLURM_STEP_NUM_TASKS": "srun",
-    "PMI_SIZE": "mpirun",
-}
+    Attributes:
+        name: name in reports.
+        marks: variables that identify the launcher; all of them are set.
+        rank: variable of the rank.
+        world_size: variable of the number of ranks, or None.
+        local_rank: variable of the index of a process on its host, or None.
+        address: source of the address and port of rank 0: "variables" (MASTER_ADDR, MASTER_PORT),
+            "MPI" (rank 0 broadcasts them), or "SLURM" (host list and job id).
+    """
+
+    name: str
+    marks: tuple[str, ...]
+    rank: str
+    world_size: str | None
+    local_rank: str | None
+    address: str
 
 
-class LaunchedProcess(NamedTuple):
-    """Ranks and store of this process in its job.
+_TORCH = "RANK", "WORLD_SIZE", "LOCAL_RANK", "variables"
+_SRUN = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"
+_MVAPICH = "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"
+_OPENMPI = "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"
+#: The first row whose marks are set applies. An mpirun on several nodes of SLURM starts its helpers
+#: by srun, so its ranks have the variables of both. srun sets a rank of PMI with --mpi only.
+LAUNCHERS = (
+    Launcher("torchrun", ("TORCHELASTIC_RUN_ID",), *_TORCH),
+    Launcher("variables", ("RANK",), *_TORCH),
+    Launcher("mpirun", ("OMPI_COMM_WORLD_SIZE",), *_OPENMPI, "MPI"),
+    Launcher("mpirun", ("MPI_LOCALNRANKS",), "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI"),
+    Launcher("mpirun", ("MV2_COMM_WORLD_SIZE",), *_MVAPICH, "MPI"),
+    Launcher("srun with PMI", ("SLURM_STEP_NUM_TASKS", "PMIX_RANK"), *_SRUN, "MPI"),
+    Launcher("srun with PMI", ("SLURM_STEP_NUM_TASKS", "PMI_RANK"), *_SRUN, "MPI"),
+    Launcher("srun", ("SLURM_STEP_NUM_TASKS",), *_SRUN, "SLURM"),
+    Launcher("mpirun", ("PMI_SIZE",), "PMI_RANK", "PMI_SIZE", None, "MPI"),
+    Launcher("PMIx", ("PMIX_RANK",), "PMIX_RANK", None, None, "MPI"),
+    # Half a set, which is an error.
+    Launcher("variables", ("WORLD_SIZE",), *_TORCH),
+    Launcher("variables", ("LOCAL_RANK",), *_TORCH),
+)
+
+
+class LaunchedRank(NamedTuple):
+    """Numbers of this process in its job.
 
     Attributes:
         rank: 0 to world_size - 1.
-        world_size: number of processes in the job.
-        local_rank: index of this process on its machine.
-        local_world_size: number of the job's processes on this machine.
-        store: key-value store shared by all ranks of the job.
+        world_size: number of processes of the job; None if only MPI can tell.
+        local_rank: index of the process on its host; None if the launcher does not set it.
     """
 
     rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-    store: dist.Store
+    world_size: int | None
+    local_rank: int | None
+
+
+def find_launcher(environ: Mapping[str, str]) -> Launcher | None:
+    """Return the launcher of this process, or None."""
+    return next((row for row in LAUNCHERS if all(mark in environ for mark in row.marks)), None)
 
 
 def detect_launcher(environ: Mapping[str, str]) -> str:
-    """Return the launcher of this process: "torchrun", "mpirun", "srun" or "none"."""
-    return next((name for variable, name in _LAUNCHERS.items() if variable in environ), "none")
+    """Return the name of this process's launcher, or "none"."""
+    launcher = find_launcher(environ)
+    return "none" if launcher is None else launcher.name
 
 
 def is_multi_process(environ: Mapping[str, str]) -> bool:
     """Return whether the launcher started more than one process."""
-    sizes = (*MPI_SIZES, "WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-    return any(environ.get(name, "1") != "1" for name in sizes)
+    launcher = find_launcher(environ)
+    if launcher is None:
+        return False
+    return launcher.world_size is None or environ.get(launcher.world_size, "1") != "1"
 
 
-def has_torchrun_variables(environ: Mapping[str, str]) -> bool:
-    """Return whether RANK, WORLD_SIZE or LOCAL_RANK is set."""
-    return any(name in environ for name in _TORCHRUN[:3])
-
-
-def torchrun_process(environ: Mapping[str, str], timeout: timedelta) -> LaunchedProcess:
-    """Return ranks and store from torchrun's variables.
+def read_rank(launcher: Launcher, environ: Mapping[str, str]) -> LaunchedRank:
+    """Return the numbers of this process.
 
     Raises:
         ValueError: a variable is not a number, or out of range.
         RuntimeError: variables are missing.
     """
-    missing = [name for name in _REQUIRED if name not in environ]
-    if missing:
-        present = [name for name in _TORCHRUN if name in environ]
+    names = [name for name in (launcher.rank, launcher.world_size) if name is not None]
+    if launcher.address == "variables":
+        names += ["MASTER_ADDR", "MASTER_PORT"]
+    if missing := [name for name in names if name not in environ]:
+        names += [*launcher.marks, str(launcher.local_rank)]
+        present = ", ".join(name for name in dict.fromkeys(names) if name in environ)
+        starter = "torchrun" if launcher.address == "variables" else launcher.name
         raise RuntimeError(
-            f"the environment has {', '.join(present)} but not {', '.join(missing)}; start with "
-            "torchrun, which sets them all, or unset them all to run a single process"
+            f"the environment has {present} but not {', '.join(missing)}; start with {starter}, "
+            "which sets them all, or unset them all to run a single process"
         )
-    _number(environ, "MASTER_PORT")
-    rank, world_size = _number(environ, "RANK"), _number(environ, "WORLD_SIZE")
-    if rank >= world_size:
+    rank = read_number(environ, launcher.rank)
+    size = None if launcher.world_size is None else read_number(environ, launcher.world_size)
+    if size is not None and rank >= size:
         raise ValueError(
-            f"got RANK={rank} with WORLD_SIZE={world_size}; "
-            f"expected a rank from 0 to {world_size - 1}"
+            f"got {launcher.rank}={rank} with {launcher.world_size}={size}; "
+            f"expected a rank from 0 to {size - 1}"
         )
-    local_rank = _number(environ, "LOCAL_RANK", 0)
-    # Default: all ranks on one node. Every rank must choose the same backend.
-    local_world_size = _number(environ, "LOCAL_WORLD_SIZE", world_size)
-    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-    if local_world_size == world_size:
-        # The agent's store outlives an attempt and a destroyed group, so old addresses remain in
-        # it. Agents of several nodes count attempts differently, so the count is no prefix there.
-        attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"syncbn/attempt_{attempt}", store)
-        store = dist.PrefixStore(str(store.add(f"joined/{rank}", 1)), store)
-    if "LOCAL_RANK" not in environ:
-        local_rank, local_world_size = _count_local_ranks(store, rank, world_size)
-    return LaunchedProcess(rank, world_size, local_rank, local_world_size, store)
+    has_local_rank = launcher.local_rank is not None and launcher.local_rank in environ
+    local_rank = read_number(environ, str(launcher.local_rank)) if has_local_rank else None
+    return LaunchedRank(rank, size, local_rank)
 
 
-def mpi_world_size(environ: Mapping[str, str]) -> int:
-    """Return the number of processes that mpirun or srun started; 1 without either.
+def find_address(launcher: Launcher, environ: Mapping[str, str]) -> tuple[str, int, str] | None:
+    """Return address and port of rank 0, and their source; None if only MPI can tell them.
 
     Raises:
-        RuntimeError: srun started several processes without MPI.
+        ValueError: MASTER_PORT is not a number.
     """
-    sizes = [_number(environ, name) for name in MPI_SIZES if name in environ]
-    # An mpirun of one process within a SLURM job inherits SLURM_STEP_NUM_TASKS from the job.
-    if max(sizes, default=1) > 1 or "OMPI_COMM_WORLD_SIZE" in environ:
-        return max(sizes)
-    tasks = _number(environ, "SLURM_STEP_NUM_TASKS", 1)
-    if tasks > 1 and "RANK" not in environ and not any(name in environ for name in PMI_RANKS):
-        raise RuntimeError(
-            f"SLURM_STEP_NUM_TASKS={tasks}: srun started several processes without setting up MPI; "
-            "use 'srun --mpi=pmix' (or pmi2), or start torchrun once on each node"
-        )
-    return tasks
+    source, port = "MASTER_ADDR and MASTER_PORT", None
+    host = environ.get("MASTER_ADDR")
+    if "MASTER_PORT" in environ:
+        port = read_number(environ, "MASTER_PORT")
+    if "SLURM_STEP_NODELIST" in environ and launcher.address != "variables":
+        source = "SLURM_STEP_NODELIST and SLURM_JOB_ID, without MASTER_ADDR and MASTER_PORT"
+        host = host or _first_host(environ)
+        # Steps of a job differ, and so do jobs that share a node. Below the ephemeral ports.
+        job, step = (read_number(environ, f"SLURM_{name}_ID") for name in ("JOB", "STEP"))
+        port = 20000 + (16 * job + step) % 12000 if port is None else port
+    return None if host is None or port is None else (host, port, source)
 
 
-def _count_local_ranks(store: dist.Store, rank: int, world_size: int) -> tuple[int, int]:
-    """Return local rank and local world size, from the host names of all ranks."""
-    host = socket.gethostname()
-    store.set(f"host/{rank}", host)
-    hosts = [store.get(f"host/{other}").decode() for other in range(world_size)]
-    # The largest count, since every rank must choose the same backend.
-    return hosts[:rank].count(host), max(Counter(hosts).values())
+def read_number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """Return the value of a variable.
 
-
-def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    Raises:
+        ValueError: the value is not a non-negative integer.
+    """
     if name not in environ and default is not None:
         return default
     text = environ[name]
     if not text.isdigit():
         raise ValueError(f"got {name}={text!r}; expected a non-negative integer")
     return int(text)
+
+
+def _first_host(environ: Mapping[str, str]) -> str:
+    """Return the first host of a list such as "node[01-03,7]-ib,gpu5"."""
+    if environ.get("SLURM_STEP_NUM_NODES") == "1":
+        return "localhost"
+    match = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^\[,]*))?", environ["SLURM_STEP_NODELIST"])
+    return "" if match is None else "".join(part or "" for part in match.groups())

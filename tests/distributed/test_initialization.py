@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch.distributed as dist
 
 import syncbn
 from tests import processes, transports
+from tests.ranks import Ranks
 
 TORCHRUN = {
     "RANK": "0",
@@ -138,10 +141,69 @@ def test_invalid_variables_raise(
         syncbn.init_process_group()
 
 
-def test_srun_without_mpi_raises(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    with pytest.raises(RuntimeError, match=r"SLURM_STEP_NUM_TASKS=4: .*srun --mpi=pmix"):
+SRUN = {
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NUM_NODES": "1",
+    "SLURM_STEP_NODELIST": "node7",
+    "SLURM_JOB_ID": "17",
+    "SLURM_STEP_ID": "0",
+}
+
+
+def test_plain_srun(program: Path) -> None:
+    """The variables of SLURM 22.05, which sets up no MPI by default."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    variables = {**SRUN, "MASTER_PORT": port, "RANK": None, "WORLD_SIZE": None}
+    ranks = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
+    jobs = [
+        subprocess.Popen(
+            [sys.executable, program],
+            env={k: v for k, v in {**os.environ, **variables, **rank}.items() if v is not None},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ranks
+    ]
+    output = "".join(job.communicate(timeout=50)[0] for job in jobs)
+    assert sorted(output.splitlines()) == _expected("gloo")
+
+
+def test_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        for name, value in {**SRUN, "SLURM_PROCID": "0", "MASTER_PORT": str(port)}.items():
+            monkeypatch.setenv(name, value)
+        message = f"store of rank 0 at localhost:{port} .*: port {port} is in use .*set MASTER_PORT"
+        with pytest.raises(RuntimeError, match=message):
+            syncbn.init_process_group()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_unknown_host_is_named(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    for name, value in {**TORCHRUN, "RANK": str(rank), "MASTER_ADDR": "nohost.invalid"}.items():
+        monkeypatch.setenv(name, value)
+    message = r"'nohost.invalid' \(from MASTER_ADDR and MASTER_PORT\) does not resolve on .*; set M"
+    with pytest.raises(RuntimeError, match=message):
         syncbn.init_process_group()
+
+
+def _take_over(rank: int) -> list[object]:
+    info = syncbn.init_process_group()
+    try:
+        syncbn.init_process_group("nccl")
+    except ValueError as error:
+        return [info.rank, info.world_size, info.local_rank, str(error)]
+    return []
+
+
+def test_group_of_others_is_taken_over(two_ranks: Ranks) -> None:
+    for rank, answer in enumerate(two_ranks.run(_take_over)):
+        assert answer[:3] == [rank, 2, rank]
+        assert "got backend 'nccl', but torch.distributed is initialized with" in str(answer[3])
 
 
 def test_unknown_backend_raises() -> None:

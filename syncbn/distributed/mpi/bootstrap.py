@@ -12,7 +12,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from syncbn.distributed.launchers import LaunchedProcess
+from syncbn.distributed.job_store import LaunchedProcess, check_host
+from syncbn.distributed.launchers import LaunchedRank, Launcher
 from syncbn.distributed.mpi import (
     MPI,
     VERSION,
@@ -22,12 +23,21 @@ from syncbn.distributed.mpi import (
     install_abort_handler,
 )
 
+_REMEDIES = {
+    "mpirun": "use the mpirun that came with that library",
+    "srun with PMI": (
+        "srun --mpi=pmix serves Open MPI, and --mpi=pmi2 MPICH; plain srun with backend 'gloo' or "
+        "'nccl' needs no MPI"
+    ),
+}
 
-def bootstrap(launched: int, timeout: timedelta) -> LaunchedProcess:
+
+def bootstrap(launcher: Launcher, launched: LaunchedRank, timeout: timedelta) -> LaunchedProcess:
     """Return this process's ranks and store in its MPI job; every rank must call this function.
 
     Args:
-        launched: number of processes in the job according to the launcher.
+        launcher: launcher of the job.
+        launched: numbers of this process according to the launcher.
         timeout: time limit of the wait for the other ranks.
 
     Raises:
@@ -36,11 +46,12 @@ def bootstrap(launched: int, timeout: timedelta) -> LaunchedProcess:
     """
     ensure_initialized(timeout)
     world = MPI.COMM_WORLD
-    if world.size != launched:
+    size = launched.world_size or (1 + launched.rank if world.size == 1 else world.size)
+    if world.size != size:
         raise RuntimeError(
-            f"the launcher started {launched} processes, but MPI has {world.size}: mpirun belongs "
-            f"to another MPI than the library that mpi4py loads ({VERSION}); use the mpirun that "
-            "came with that library"
+            f"{launcher.name} started {'at least ' if launched.world_size is None else ''}{size} "
+            f"processes, but MPI has {world.size}: mpi4py loads {VERSION}, which does not belong "
+            f"to it; {_REMEDIES.get(launcher.name, _REMEDIES['mpirun'])}"
         )
     install_abort_handler()
     job = _wait(world.Dup, timeout, "for the other ranks")
@@ -48,14 +59,19 @@ def bootstrap(launched: int, timeout: timedelta) -> LaunchedProcess:
         lambda: job.Split_type(MPI.COMM_TYPE_SHARED), timeout, "for the ranks of its machine"
     )
     try:
-        store = _open_store(job, node.size == job.size, timeout)
-        return LaunchedProcess(job.rank, job.size, node.rank, node.size, store)
+        store, host = _open_store(job, node.size == job.size, timeout)
+        # Under SLURM, several nodes of one machine have the same shared memory, or none.
+        local_rank = node.rank if launched.local_rank is None else launched.local_rank
+        return LaunchedProcess(job.rank, job.size, local_rank, store, host, has_mpi=True)
     finally:
         node.Free()
         job.Free()
 
 
-def _open_store(job: MPI.Intracomm, one_machine: bool, timeout: timedelta) -> dist.Store:
+def _open_store(
+    job: MPI.Intracomm, one_machine: bool, timeout: timedelta
+) -> tuple[dist.Store, str]:
+    """Return the store and the host of rank 0."""
     store, host, port, error = None, "localhost", 0, ""
     if job.rank == 0:
         if not one_machine:
@@ -74,7 +90,10 @@ def _open_store(job: MPI.Intracomm, one_machine: bool, timeout: timedelta) -> di
             "rank 0 cannot open the job's store (its address is MASTER_ADDR and MASTER_PORT, if "
             f"set): {error}"
         )
-    return store or dist.TCPStore(host, port, job.size, False, timeout)
+    if store is None:
+        check_host(host, "MASTER_ADDR or the host name of rank 0")
+        store = dist.TCPStore(host, port, job.size, False, timeout)
+    return store, host
 
 
 def _wait(function: Callable[[], Result], timeout: timedelta, purpose: str) -> Result:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from syncbn.distributed.handshake import exchange
 from syncbn.distributed.mpi import MPI, call_with_timeout
 
 
@@ -62,20 +62,13 @@ def rendezvous(store: dist.Store, rank: int, size: int, timeout: float, peer: Pe
     Raises:
         RuntimeError: ranks did not arrive in time; the message lists them.
     """
-    store.set(f"peer/{rank}", json.dumps(peer))
-    keys = [f"peer/{other}" for other in range(size)]
-    deadline = time.monotonic() + timeout
-    interval = 1e-3
-    while not store.check(keys):
-        if time.monotonic() > deadline:
-            missing = [other for other, key in enumerate(keys) if not store.check([key])]
-            raise RuntimeError(
-                f"rank {rank} of {size} waited {timeout:g} s for ranks {missing} to create an "
-                "MPI process group; every member must create it"
-            )
-        time.sleep(interval)
-        interval = min(2 * interval, 0.1)
-    return [Peer(*json.loads(store.get(key))) for key in keys]
+    try:
+        peers = exchange(store, rank, size, timeout, json.dumps(peer))
+    except TimeoutError as error:
+        raise RuntimeError(
+            f"{error} to create an MPI process group; every member must create it"
+        ) from None
+    return [Peer(*json.loads(text)) for text in peers]
 
 
 def local_peer() -> Peer:
