@@ -124,7 +124,7 @@ def agree(
 
     Raises:
         RuntimeError: ranks did not arrive.
-        ValueError: ranks requested different backends, a rank has no GPU of its own for NCCL, or
+        ValueError: ranks requested different backends, a rank has no unshared GPU for NCCL, or
             Gloo's interface cannot reach the other hosts.
     """
     try:
@@ -164,7 +164,7 @@ def _count_local_ranks(reports: list[RankReport]) -> list[int]:
 
 
 def _describe_shared_gpu(reports: list[RankReport], local_ranks: list[int]) -> str:
-    """Return which rank has no GPU of its own; empty if every rank has one."""
+    """Return the first rank without an unshared GPU, as a text; or an empty text."""
     owners: dict[str, int] = {}
     for rank, (report, local_rank) in enumerate(zip(reports, local_ranks, strict=True)):
         # With a single visible GPU, the launcher assigned it.
@@ -181,7 +181,7 @@ def _describe_shared_gpu(reports: list[RankReport], local_ranks: list[int]) -> s
 def _choose_interface(rank: int, reports: list[RankReport]) -> tuple[str | None, str]:
     """Return Gloo's interface for several hosts, and its description.
 
-    By itself, Gloo binds to the address of the host name: 127.0.1.1 on Debian, or a bridge of
+    By default, Gloo binds to the address of the host name: 127.0.1.1 on Debian, or a bridge of
     containers. Its ranks then wait for several timeouts.
     """
     own = reports[rank]

@@ -58,7 +58,7 @@ def init_process_group(backend: str | None = None, timeout: timedelta | None = N
 
     Args:
         backend: "nccl", "gloo", "mpi4py" or None, the same on every rank. The default is NCCL if
-            every rank has a GPU of its own; otherwise mpi4py in a job started by mpirun, or by srun
+            every rank has an unshared GPU; otherwise mpi4py in a job started by mpirun, or by srun
             with PMI, and Gloo in all other jobs.
         timeout: timeout of a collective; None for torch's default.
 
@@ -68,7 +68,7 @@ def init_process_group(backend: str | None = None, timeout: timedelta | None = N
     Raises:
         ImportError: mpi4py or an MPI library is needed and missing.
         ValueError: an unknown backend, or another one than on other ranks or of the existing group;
-            a variable that is not a number or out of range; a rank without a GPU of its own for
+            a variable that is not a number or out of range; a rank without an unshared GPU for
             NCCL; an interface that cannot reach the other hosts.
         RuntimeError: variables are missing, ranks did not join in time, or the store of rank 0
             cannot be opened.
@@ -142,7 +142,7 @@ def _find_process(backend: str | None, timeout: timedelta) -> LaunchedProcess:
 
 
 def _use_existing_group(backend: str | None) -> RankInfo:
-    """Return the numbers of this rank in the default group, for a group that others created."""
+    """Return the numbers of this rank in an existing default group."""
     existing = dist.get_backend()
     if backend not in (None, existing):
         raise ValueError(

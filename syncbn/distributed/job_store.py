@@ -1,4 +1,4 @@
-"""Store of a job on the host of rank 0, at an address that all ranks know."""
+"""Store of a job on the host of rank 0, at an address from the environment."""
 
 from __future__ import annotations
 
@@ -92,5 +92,5 @@ def check_host(host: str, source: str) -> None:
     except OSError as error:
         raise RuntimeError(
             f"the host name {host!r} (from {source}) does not resolve on {socket.gethostname()}: "
-            f"{error}; set MASTER_ADDR to a name or an address that every host knows"
+            f"{error}; set MASTER_ADDR to a name that every host resolves, or an address"
         ) from error

@@ -56,7 +56,7 @@ class LaunchedRank(NamedTuple):
 
     Attributes:
         rank: 0 to world_size - 1.
-        world_size: number of processes of the job; None if only MPI can tell.
+        world_size: number of processes of the job; None if only MPI has it.
         local_rank: index of the process on its host; None if the launcher does not set it.
     """
 
@@ -115,7 +115,7 @@ def read_rank(launcher: Launcher, environ: Mapping[str, str]) -> LaunchedRank:
 
 
 def find_address(launcher: Launcher, environ: Mapping[str, str]) -> tuple[str, int, str] | None:
-    """Return address and port of rank 0, and their source; None if only MPI can tell them.
+    """Return address and port of rank 0, and their source; None if only MPI has them.
 
     Raises:
         ValueError: MASTER_PORT is not a number.
