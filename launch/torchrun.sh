@@ -11,6 +11,18 @@
 set -euo pipefail
 
 PYTHON=${PYTHON:-python3}
+fail() { echo "$0: $1" >&2 && exit 2; }
+# Prints the address from which this host reaches another one; on that host itself, its address.
+route='
+import socket, sys
+try:
+    probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    probe.connect((sys.argv[1], 9))
+    source = probe.getsockname()[0]
+    print(sys.argv[1] if source.startswith("127.") else source)
+except OSError as error:
+    print(error)
+    sys.exit(1)'
 gpus() { "$PYTHON" -c 'import torch; print(torch.cuda.device_count())'; }
 # nproc obeys OMP_NUM_THREADS, which would make a setting of the caller the number of cores.
 cores() { env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN; }
@@ -20,11 +32,19 @@ NPROC=${NPROC:-$(gpus)}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((NPROC < $(cores) ? $(cores) / NPROC : 1))}
 # glibc keeps what is freed (docs/performance.md).
 export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-100000000000}
+# The agents' store keeps Gloo's addresses of the ranks before a restart: each attempt opens its own.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE-1}
 rendezvous=(--standalone)
 if ((${NNODES:-1} > 1)); then
   : "${NODE_RANK:?NNODES=$NNODES needs the number of this node, from 0}"
   : "${MASTER_ADDR:?NNODES=$NNODES needs the address of node 0}"
-  rendezvous=(--nnodes "$NNODES" --node-rank "$NODE_RANK"
-    --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
+  # c10d, since static rendezvous cannot restart. Without --local-addr, agents publish host names.
+  own=$("$PYTHON" -c "$route" "$MASTER_ADDR") || fail "no route to MASTER_ADDR=$MASTER_ADDR: $own"
+  rendezvous=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-id "${SLURM_JOB_ID:-syncbn}"
+    --rdzv-endpoint "$MASTER_ADDR:${MASTER_PORT:-29500}" --local-addr "$own"
+    --rdzv-conf "is_host=$((NODE_RANK == 0 ? 1 : 0))")
+elif [[ -n ${PET_NNODES:-} ]]; then
+  rendezvous=() # Kubeflow has set all options
 fi
-exec "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$NPROC" "$@"
+((${#rendezvous[@]})) && rendezvous+=(--nproc-per-node "$NPROC")
+exec "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" "$@"

@@ -49,7 +49,7 @@ time.sleep(40)
 PRINTERS = {
     "nproc": "echo ${OMP_NUM_THREADS-12}",
     "mpirun": 'echo mpirun "$@"',
-    "python3": 'echo "threads $OMP_NUM_THREADS:" "$@"',
+    "python3": '[ "$1" = -c ] && echo 10.0.0.2 || echo "threads $OMP_NUM_THREADS:" "$@"',
 }
 
 
@@ -181,7 +181,10 @@ def printed(script: str, folder: Path, **variables: object) -> str:
     return text.replace(f"{folder}/", "").replace("-m torch.distributed.run ", "")
 
 
-TWO_NODES = "--nnodes 2 --node-rank 1 --master-addr host0 --master-port 29500"
+TWO_NODES = (
+    "--nnodes 2 --rdzv-backend c10d --rdzv-id syncbn --rdzv-endpoint host0:29500 "
+    "--local-addr 10.0.0.2 --rdzv-conf is_host=0"
+)
 THREE_HOSTS = "-host host0:2,host1:2,host2:2"
 
 
@@ -197,6 +200,8 @@ THREE_HOSTS = "-host host0:2,host1:2,host2:2"
             f"{TWO_NODES} --nproc-per-node 12",
             1,
         ),
+        # Kubeflow passes these options in variables.
+        ("torchrun", {"NPROC": 4, "PET_NNODES": 2}, "", 3),
         ("mpirun", {"NPROC": 4}, "-n 4", 3),
         ("mpirun", {"NPROC": 24}, "-n 24", 1),
         ("mpirun", {"NPROC": 4, "OMP_NUM_THREADS": 5}, "-n 4", 5),
@@ -208,7 +213,7 @@ def test_arguments_and_threads(
 ) -> None:
     """On twelve cores."""
     write_programs(tmp_path, PRINTERS)
-    expected = f"threads {threads}: {options} a b c"
+    expected = " ".join([f"threads {threads}:", *options.split(), "a b c"])
     if script == "mpirun":
         settings = (
             "TORCH_DISTRIBUTED_DEBUG=OFF MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000"

@@ -1,0 +1,127 @@
+"""Jobs of a real SLURM: plain srun, PMIx, and the batch scripts of launch/."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.slurm import SlurmCluster, missing_requirement
+from tests.example.support import PROGRAM, entries, finish, launch
+from tests.transports import ROOT
+
+pytestmark = pytest.mark.timeout(240)
+RANK = """
+import sys, syncbn, torch
+info = syncbn.init_process_group(*sys.argv[1:])
+layer = syncbn.SyncBatchNorm1d(1, momentum=1.0)
+layer(torch.full((1, 1), float(info.rank)))
+backend = torch.distributed.get_backend()
+line = f"{info.rank} of {info.world_size}, {info.local_rank}, {backend}: {layer.running_mean[0]}"
+sys.stdout.write(f"{line}\\n")
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+STEPS = ["experiment=digits_smoke", "model.width=4", "max_steps=4", "dtype=float64"]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
+    if reason := missing_requirement():
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("slurm")
+    cluster = SlurmCluster(folder)
+    # Both nodes are this host, and their names do not resolve.
+    path = f"{Path(sys.executable).parent}:{cluster.environment['PATH']}"
+    cluster.environment |= {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PATH": path}
+    cluster.environment |= {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable}
+    yield cluster
+    cluster.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments", "local_ranks", "backend"),
+    [
+        ("-N2 -n4", [], "0120", "gloo"),
+        # Gloo needs no MPI that speaks PMI-2.
+        ("-N2 -n4 --ntasks-per-node=2 --mpi=pmi2 -mcyclic", ["gloo"], "0011", "gloo"),
+        ("-N1 -n2 --mpi=pmix", [], "01", "mpi4py"),
+    ],
+)
+def test_srun(
+    cluster: SlurmCluster,
+    options: str,
+    arguments: list[str],
+    local_ranks: str,
+    backend: str,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "rank.py").write_text(RANK)
+    program = [sys.executable, str(tmp_path / "rank.py"), *arguments]
+    environment = ["env", "PMIX_SECURITY_MODE=native"]
+    output = cluster.run("srun", *options.split(), *environment, *program, timeout=200)
+    size = len(local_ranks)
+    expected = [
+        f"{rank} of {size}, {local_rank}, {backend}: {(size - 1) / 2}"
+        for rank, local_rank in enumerate(local_ranks)
+    ]
+    lines = [line for line in output.splitlines() if " of " in line]
+    assert sorted(lines) == expected, output
+
+
+def test_mpi_of_another_srun_plugin_is_named(cluster: SlurmCluster) -> None:
+    program = "import syncbn; syncbn.init_process_group()"
+    output = cluster.run("srun", "-n2", "--mpi=pmi2", sys.executable, "-c", program, timeout=200)
+    assert "srun with PMI started 2 processes, but MPI has 1" in output
+    assert "srun --mpi=pmix serves Open MPI, and --mpi=pmi2 MPICH" in output
+
+
+@pytest.fixture(scope="module")
+def one_host(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Return the steps of four ranks on one host."""
+    folder = tmp_path_factory.mktemp("one_host")
+    finish(launch("torchrun", PROGRAM, *STEPS, f"run_dir={folder}", cwd=folder, NPROC=4))
+    return entries(folder, "step")
+
+
+def submit(cluster: SlurmCluster, script: str, folder: Path, *options: str) -> str:
+    """Submit a batch script of launch/ with the example; return the job's id."""
+    program = [str(PROGRAM), *STEPS, "resume=auto", f"run_dir={folder / 'run'}"]
+    place = [f"--chdir={ROOT}", f"--output={folder / 'output'}", *options]
+    printed = cluster.run("sbatch", "--parsable", *place, str(ROOT / "launch" / script), *program)
+    assert re.fullmatch(r"\d+", printed.strip()), printed
+    return printed.strip()
+
+
+def wait_until(cluster: SlurmCluster, job: str, state: str, folder: Path) -> None:
+    deadline = time.monotonic() + 200
+    while (
+        found := cluster.run("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").strip()
+    ) != state:
+        output = (folder / "output").read_text() if (folder / "output").exists() else ""
+        assert time.monotonic() < deadline, f"{found}: {output}"
+        assert found in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"), f"{found}: {output}"
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize(
+    ("script", "variables"),
+    [("slurm_torchrun.sbatch", {"NPROC": "2"}), ("slurm_mpi.sbatch", {"MPI_TYPE": "none"})],
+)
+def test_batch_scripts_train_as_one_host(
+    cluster: SlurmCluster,
+    script: str,
+    variables: dict[str, str],
+    one_host: list[dict[str, Any]],
+    tmp_path: Path,
+) -> None:
+    """Bit for bit, in float64."""
+    cluster.environment |= variables
+    job = submit(cluster, script, tmp_path)
+    wait_until(cluster, job, "COMPLETED", tmp_path)
+    assert entries(tmp_path / "run", "step") == one_host
