@@ -44,6 +44,12 @@ def find_interface(address: str) -> str:
     return next((name for name in names if interface_address(name) == address), "")
 
 
+def list_container_bridges() -> list[str]:
+    """Return the names of bridges that container engines and libvirt create."""
+    prefixes = "docker", "podman", "cni", "br-", "virbr", "lxcbr"
+    return [name for _, name in socket.if_nameindex() if name.startswith(prefixes)]
+
+
 def is_loopback(address: str) -> bool:
     """Return whether an address is a loopback address, or empty."""
     return not address or ipaddress.ip_address(address).is_loopback

@@ -18,6 +18,8 @@ from datetime import timedelta
 from functools import cache
 from typing import TypeVar
 
+from syncbn.distributed.interfaces import list_container_bridges
+
 try:
     import mpi4py
 
@@ -62,6 +64,7 @@ def ensure_initialized(timeout: timedelta) -> None:
     if MPI.Is_finalized():
         raise RuntimeError("MPI has been finalized; create process groups before MPI.Finalize()")
     if not MPI.Is_initialized():
+        _exclude_bridges()
         # Not through mpi4py, which would hold the GIL until the other ranks arrive.
         init, provided = ctypes.CDLL(MPI.__file__).MPI_Init_thread, ctypes.c_int()
         try:
@@ -83,6 +86,17 @@ def ensure_initialized(timeout: timedelta) -> None:
             f"needs MPI_THREAD_MULTIPLE ({MPI.THREAD_MULTIPLE}): leave mpi4py.rc.thread_level at "
             "'multiple'"
         )
+
+
+def _exclude_bridges() -> None:
+    """Exclude bridges of containers from Open MPI's TCP connections, unless a variable is set.
+
+    They have the same address on every host. Open MPI would try it, and hang or end without a word.
+    """
+    variables = [f"OMPI_MCA_btl_tcp_if_{choice}" for choice in ("include", "exclude")]
+    if not any(name in os.environ for name in variables):
+        bridges = list_container_bridges()
+        os.environ[variables[1]] = ",".join(["127.0.0.0/8", "sppp", *bridges])
 
 
 def install_abort_handler() -> None:

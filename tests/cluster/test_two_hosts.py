@@ -1,0 +1,87 @@
+"""Jobs on two hosts, over torchrun and over mpirun with ssh."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.hosts import TwoHosts, missing_requirement
+from tests.example.support import PROGRAM, entries, finish, launch
+from tests.transports import ROOT
+
+pytestmark = pytest.mark.timeout(240)
+STEPS = ["experiment=digits_smoke", "model.width=4", "max_steps=4", "dtype=float64"]
+PLAIN = {"NPROC": 2, "PYTHON": sys.executable, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1}
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoHosts]:
+    if reason := missing_requirement():
+        pytest.skip(reason)
+    hosts = TwoHosts(tmp_path_factory.mktemp("hosts"))
+    yield hosts
+    hosts.close()
+
+
+@pytest.fixture(scope="module")
+def one_host(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Return the steps of four ranks on one host."""
+    folder = tmp_path_factory.mktemp("one_host")
+    finish(launch("torchrun", PROGRAM, *STEPS, f"run_dir={folder}", cwd=folder, NPROC=4))
+    return entries(folder, "step")
+
+
+def start_nodes(
+    hosts: TwoHosts, folder: Path, *arguments: object, **variables: object
+) -> list[subprocess.Popen[str]]:
+    script = ROOT / "launch" / "torchrun.sh"
+    nodes = {**PLAIN, "NNODES": 2, "MASTER_ADDR": "host0", **variables}
+    return [
+        hosts.start(node, [script, *arguments], {**nodes, "NODE_RANK": node}, folder)
+        for node in range(2)
+    ]
+
+
+def test_torchrun_trains_as_one_host(
+    hosts: TwoHosts, one_host: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Bit for bit; Gloo would bind to 127.0.1.1, the address of the host name."""
+    finish(*start_nodes(hosts, tmp_path, PROGRAM, *STEPS, f"run_dir={tmp_path}"))
+    assert entries(tmp_path, "step") == one_host
+
+
+def test_mpirun_trains_as_one_host(
+    hosts: TwoHosts, one_host: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Bit for bit; Open MPI would try the address of docker0, which is its own."""
+    ssh = hosts.start_sshd()
+    variables = {**PLAIN, "HOSTS": "host0,host1", "PRTE_MCA_plm_ssh_agent": ssh}
+    script = ROOT / "launch" / "mpirun.sh"
+    program = [script, PROGRAM, *STEPS, f"run_dir={tmp_path}"]
+    finish(hosts.start(0, program, variables, tmp_path))
+    assert entries(tmp_path, "step") == one_host
+
+
+@pytest.mark.parametrize(
+    ("interface", "message"),
+    [
+        ("docker0", "docker0 on host1 has the address 172.17.0.1, as has host0"),
+        ("lo", "lo on host0 is the loopback interface (127.0.0.1)"),
+        ("eth9", "eth9 on host1 has no IPv4 address"),
+    ],
+)
+def test_interface_without_a_route_is_an_error_on_every_rank(
+    hosts: TwoHosts, interface: str, message: str, tmp_path: Path
+) -> None:
+    program = tmp_path / "program.py"
+    program.write_text("import syncbn; syncbn.init_process_group()")
+    jobs = start_nodes(hosts, tmp_path, program, GLOO_SOCKET_IFNAME=interface)
+    for job in jobs:
+        output, _ = job.communicate(timeout=100)
+        assert output.count("Gloo cannot connect the hosts: ") >= 2, output
+        assert message in output
