@@ -41,7 +41,8 @@ def run_program(name: str, *arguments: str, cache: Path) -> dict[str, Any]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("architecture", "cases"), [("80", "ResNet"), ("90", "representative"), ("100", "ResNet")]
+    ("architecture", "cases"),
+    [("80", "ResNet-50 NCHW"), ("90", "representative"), ("100", "ResNet-50 NHWC")],
 )
 def test_kernels_compile_for_gpus(architecture: str, cases: str, tmp_path: Path) -> None:
     """16-byte accesses where rows allow them; registers for the resident programs of an SM."""
