@@ -27,10 +27,7 @@ from tests.ranks import Ranks
 #: Options of DDP, a communication hook or None, and the largest error.
 DDP: dict[str, tuple[dict[str, Any], Any, float]] = {
     "defaults": ({}, None, 1e-12),
-    "small buckets": ({"bucket_cap_mb": 1e-5}, None, 1e-12),
-    "bucket views": ({"gradient_as_bucket_view": True}, None, 1e-12),
-    "static graph": ({"static_graph": True}, None, 1e-12),
-    "no broadcasts": ({"broadcast_buffers": False}, None, 1e-12),
+    "small buckets": ({"bucket_cap_mb": 1e-5, "gradient_as_bucket_view": True}, None, 1e-12),
     "all-reduce hook": ({}, default_hooks.allreduce_hook, 1e-12),
     "float16 hook": ({}, default_hooks.fp16_compress_hook, 2e-3),
     # torch rejects its own hook on a CPU, by its name.

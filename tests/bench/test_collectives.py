@@ -7,24 +7,15 @@ import math
 import sys
 from pathlib import Path
 
-import pytest
-
 from tests.commands import percentiles, read_results, started
 from tests.transports import mpirun
 
 
-@pytest.mark.timeout(180)
-@pytest.mark.parametrize(
-    ("ranks", "under_mpirun"),
-    [pytest.param(3, False, id="starts mpirun"), pytest.param(2, True, id="under mpirun")],
-)
-def test_collectives(ranks: int, under_mpirun: bool, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "syncbn.cli.bench", "collectives"]
-    command = [*mpirun("openmpi", 2), *command] if under_mpirun else [*command, "ranks=3"]
+def test_collectives_under_mpirun(tmp_path: Path) -> None:
+    command = [*mpirun("openmpi", 2), sys.executable, "-m", "syncbn.cli.bench", "collectives"]
     settings = ["sizes=[1,129]", "repeats=3", "steps=1", "batch=2"]
     with started([*command, *settings], tmp_path) as job:
-        # Three polling ranks need more than the two cores of a small machine.
-        output, errors = job.communicate(timeout=150)
+        output, errors = job.communicate(timeout=50)
     assert job.returncode == 0, errors
     assert output.count("all_reduce of float64 values") == 1
     assert output.count("Training step of ResNet-20") == 1
@@ -35,7 +26,7 @@ def test_collectives(ranks: int, under_mpirun: bool, tmp_path: Path) -> None:
     assert report["benchmark"] == "collectives"
     assert report["settings"]["repeats"] == 3
     assert "Open MPI" in report["facts"]["MPI"]
-    assert report["facts"]["ranks"].startswith(f"{ranks}, ")
+    assert report["facts"]["ranks"].startswith("2, ")
 
     results = read_results(tmp_path)
     assert [row["numel"] for row in results["all_reduce"]] == [1, 129]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import platform
-import subprocess
-import sys
+import resource
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import pytest
 import torch
 from torch import nn
 
 from syncbn import SyncBatchNorm2d, convert_sync_batchnorm, fuse
-from syncbn.bench.memory import peak_bytes
+from syncbn.bench.memory import peak_bytes, reuse_freed_memory
 from syncbn.bench.networks import resnet50
 from tests.kernel_cases import needs_cpp
 
@@ -68,21 +69,22 @@ def test_peak_memory_counts_freed_tensors() -> None:
     assert peak_bytes(run, CPU) == 5000 * 4
 
 
-def test_malloc_reuses_freed_memory() -> None:
-    """In a separate process, since the setting is permanent."""
-    program = """
-import resource, torch
-from syncbn.bench.memory import reuse_freed_memory
-def faults():
+def _faults() -> int:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
         torch.empty(16 << 20).zero_()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults(), reuse_freed_memory(), faults(), faults())
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    before, can, _, after = done.stdout.split()
-    assert (can == "True") == (platform.libc_ver()[0] == "glibc")
-    if can == "True":
-        assert int(after) < int(before) / 10
+
+
+def _faults_before_and_after() -> tuple[int, bool, int, int]:
+    torch.set_num_threads(1)  # a fork has no threads of its parent's OpenMP pool
+    return _faults(), reuse_freed_memory(), _faults(), _faults()
+
+
+def test_malloc_reuses_freed_memory() -> None:
+    """In a separate process, since the setting is permanent."""
+    with ProcessPoolExecutor(1, get_context("fork")) as pool:
+        before, can, _, after = pool.submit(_faults_before_and_after).result()
+    assert can == (platform.libc_ver()[0] == "glibc")
+    if can:
+        assert after < before / 10

@@ -54,12 +54,6 @@ def test_batch_types(feed: str) -> None:
     assert distance(statistics(net), compute_population_stats(network(), X)) < 1e-12
 
 
-def test_custom_forward() -> None:
-    net, batches = network(), [("ignored", (x,)) for x in X.split(7)]
-    syncbn.recalibrate(net, batches, forward=lambda model, batch: model(batch[1][0]))
-    assert distance(statistics(net), compute_population_stats(network(), X)) < 1e-12
-
-
 @pytest.mark.parametrize(
     ("number", "size", "together"),
     # 32 samples of 8x8; two of 64x64 and float64, 96 KiB each, stay below 256 KiB.

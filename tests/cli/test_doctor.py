@@ -49,16 +49,15 @@ def test_under_torchrun(tmp_path: Path) -> None:
 def test_unwritable_report_is_rejected_before_the_measurement(tmp_path: Path) -> None:
     """Regression: rank 0 measured, printed, and replaced a pipe by a file."""
     os.mkfifo(tmp_path / "report.json")
-    done = processes.run([*TORCHRUN, *DOCTOR], tmp_path)
+    done = processes.run_forked("syncbn.cli.doctor", ["json=report.json"], tmp_path)
     assert done.returncode != 0
     assert "syncbn-doctor: json: report.json: is a device, a pipe or a socket" in done.stderr
     assert done.stdout == ""
     assert (tmp_path / "report.json").is_fifo()
 
 
-@pytest.mark.parametrize(("mpi", "library"), [("openmpi", "Open MPI v"), ("mpich", "MPICH")])
-def test_under_mpirun(mpi: str, library: str, tmp_path: Path) -> None:
-    (job,) = transports.start(mpi, 2, DOCTOR, cwd=tmp_path, stdout=subprocess.PIPE)
+def test_under_mpirun(tmp_path: Path) -> None:
+    (job,) = transports.start("mpich", 2, DOCTOR, cwd=tmp_path, stdout=subprocess.PIPE)
     printed, _ = job.communicate(timeout=50)
     assert job.returncode == 0
     found = report(tmp_path)
@@ -66,9 +65,9 @@ def test_under_mpirun(mpi: str, library: str, tmp_path: Path) -> None:
     assert [rank["rank"] for rank in found["ranks"]] == [0, 1]
     installation = found["installation"]
     assert installation["mpi4py"] == metadata.version("mpi4py")
-    assert installation["MPI library"].startswith(library)
+    assert installation["MPI library"].startswith("MPICH")
     assert installation["MPI thread level"] == "multiple"
-    assert library in printed
+    assert "MPICH" in printed
     assert installation["CUDA tensors over MPI"] in printed
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import syncbn
 from syncbn.inference import example_weighted, prior_mix
-from tests.calibration.networks import images, layers
+from tests.calibration.networks import images
 from tests.inference.rules import RULES, between, eval_network, single
 
 
@@ -87,23 +87,6 @@ def test_infinite_weight_of_the_running_statistics(rule: str) -> None:
             error = (net(x) - plain).abs().max().item()
         assert error <= bound
         assert (error > 0) == (weight == 1e12)
-
-
-def test_prior_mix_without_samples_is_training() -> None:
-    net, x = eval_network(), images(6)
-    with prior_mix(net, 0):
-        y = net(x)
-    for layer in layers(net).values():
-        layer.train()
-    assert (y - net(x)).abs().max() < 1e-12
-
-
-def test_example_weighted_with_one_sample_is_instance_norm() -> None:
-    layer, x = single(3), images(6)
-    with example_weighted(layer, 1, between(layer)):
-        y = layer(x)
-    expected = nn.functional.instance_norm(x, weight=layer.weight, bias=layer.bias)
-    assert (y - expected).abs().max() < 1e-12
 
 
 def test_example_weighted_is_independent_of_batch() -> None:
