@@ -92,14 +92,6 @@ class LockInAGenerator(Layers):
             return super().forward(x)
 
 
-class LockInADictOfTheClass(Layers):
-    locks = {"a": threading.Lock()}  # noqa: RUF012
-
-    def forward(self, x: Tensor) -> Tensor:
-        with self.locks["a"]:
-            return super().forward(x)
-
-
 BLOCKING: dict[str, Callable[[], Layers]] = {
     "lock": lambda: Locked(threading.Lock()),
     "semaphore of three": lambda: Locked(threading.BoundedSemaphore(3)),
@@ -110,7 +102,6 @@ BLOCKING: dict[str, Callable[[], Layers]] = {
     "slot": LockInASlot,
     "lru_cache": LockOfAFactory,
     "generator": LockInAGenerator,
-    "dict of the class": LockInADictOfTheClass,
 }
 
 

@@ -15,7 +15,6 @@ import pytest
 from syncbn.cli import doctor
 from tests import processes, transports
 
-TORCHRUN = [*(sys.executable, "-m", "torch.distributed.run"), "--standalone", "--nproc-per-node=2"]
 DOCTOR = ["-m", "syncbn.cli.doctor", "json=report.json"]
 # Gloo first, then MPI. The CUDA support of an MPI is fixed, so the test replaces the query.
 SINGLE_RANK = """
@@ -36,14 +35,6 @@ print(json.dumps([loaded, found, doctor.mpi()]))
 def report(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "report.json").read_text())
     return found
-
-
-def test_under_torchrun(tmp_path: Path) -> None:
-    done = processes.run([*TORCHRUN, *DOCTOR], tmp_path)
-    assert done.returncode == 0, done.stderr
-    found = report(tmp_path)
-    assert (found["launcher"], found["backend"]) == ("torchrun", "gloo")
-    assert "MPI library" not in found["installation"]
 
 
 def test_unwritable_report_is_rejected_before_the_measurement(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch.distributed as dist
 
 import syncbn
+from syncbn.distributed.launchers import detect_launcher, is_multi_process
 from tests import processes, transports
 
 TORCHRUN = {
@@ -61,8 +62,8 @@ def test_torchrun_restarts_after_killed_rank(program: Path) -> None:
     assert sorted(done.stdout.splitlines()) == _expected("gloo")
 
 
-def _run_ranks(transport: str, program: list[Path | str], **variables: str) -> list[str]:
-    jobs = transports.start(transport, 2, program, stdout=subprocess.PIPE, variables=variables)
+def _run_ranks(transport: str, program: Path, **variables: str) -> list[str]:
+    jobs = transports.start(transport, 2, [program], stdout=subprocess.PIPE, variables=variables)
     output = "".join(job.communicate(timeout=50)[0] for job in jobs)
     assert [job.returncode for job in jobs] == [0] * len(jobs)
     return sorted(output.splitlines())
@@ -76,14 +77,11 @@ def test_local_ranks_are_counted_without_local_rank(program: Path) -> None:
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store of the test, on a free port
     }
-    assert _run_ranks("gloo", [program], **address) == _expected("gloo")
+    assert _run_ranks("gloo", program, **address) == _expected("gloo")
 
 
-@pytest.mark.parametrize(
-    ("transport", "arguments", "backend"), [("mpich", [], "mpi4py"), ("openmpi", ["gloo"], "gloo")]
-)
-def test_mpirun(program: Path, transport: str, arguments: list[str], backend: str) -> None:
-    assert _run_ranks(transport, [program, *arguments]) == _expected(backend)
+def test_mpirun(program: Path) -> None:
+    assert _run_ranks("mpich", program) == _expected("mpi4py")
 
 
 def test_single_process(program: Path) -> None:
@@ -148,3 +146,30 @@ def test_unknown_backend_raises() -> None:
     expected = "got backend 'ncll'; expected 'nccl', 'gloo', 'mpi4py' or None"
     with pytest.raises(ValueError, match=expected):
         syncbn.init_process_group("ncll")
+
+
+@pytest.mark.parametrize(
+    ("variables", "name"),
+    [
+        ("", "none"),
+        ("RANK WORLD_SIZE", "none"),
+        ("TORCHELASTIC_RUN_ID", "torchrun"),
+        ("OMPI_COMM_WORLD_SIZE PMIX_RANK", "mpirun"),
+        ("PMI_SIZE MPI_LOCALNRANKS", "mpirun"),
+        ("PMI_SIZE", "mpirun"),
+        ("SLURM_STEP_NUM_TASKS PMIX_RANK", "srun"),
+        ("SLURM_STEP_NUM_TASKS PMI_SIZE", "srun"),
+        ("SLURM_STEP_NUM_TASKS OMPI_COMM_WORLD_SIZE", "mpirun"),
+        ("SLURM_STEP_NUM_TASKS PMI_SIZE MPI_LOCALNRANKS", "mpirun"),
+        ("SLURM_STEP_NUM_TASKS TORCHELASTIC_RUN_ID", "torchrun"),
+    ],
+)
+def test_detect_launcher(variables: str, name: str) -> None:
+    assert detect_launcher(dict.fromkeys(variables.split(), "2")) == name
+
+
+def test_multi_process() -> None:
+    assert is_multi_process({"OMPI_COMM_WORLD_SIZE": "2"})
+    assert not is_multi_process({})
+    # An interactive shell on a compute node.
+    assert not is_multi_process({"SLURM_STEP_NUM_TASKS": "1", "PMI_SIZE": "1"})

@@ -77,5 +77,7 @@ def test_layers_and_commands_without_numpy(tmp_path: Path) -> None:
     assert done.stdout.count("Numpy is not available") == 2
     report = json.loads((tmp_path / "report.json").read_text())
     assert [rank["rank"] for rank in report["ranks"]] == [0, 1]
+    assert (report["launcher"], report["backend"]) == ("torchrun", "gloo")
+    assert "MPI library" not in report["installation"]
     for text in ("recalibration changes", "cross-entropy", "written: out.pt"):
         assert text in done.stdout

@@ -10,15 +10,11 @@ import subprocess
 import time
 from pathlib import Path
 
-import error_table
 import pytest
 import torch
-from oracle import Case
 
-import syncbn
 from tests.example.support import PROGRAM, checkpoint, entries, finish, launch, write_folder
 from tests.mpi_jobs import runs
-from tests.ranks import Pool
 from tests.transports import MPIS, ROOT, environment_of, mpirun
 
 CORES = len(os.sched_getaffinity(0))
@@ -147,22 +143,6 @@ def test_ranks_end_with_the_script(mpi: str, tmp_path: Path) -> None:
     while (living := [pid for pid in pids if runs(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not living
-
-
-def corners(rank: int) -> list[list[str]]:
-    """Return a part of the error table on smaller images, computed by all ranks together."""
-    info = syncbn.RankInfo(rank, 3, rank, torch.device("cpu"))
-    rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for sizes in error_table.splits(3).values():
-            shapes = tuple((size, 33, 8, 8) for size in sizes)
-            case = Case(shapes, dtype, "contiguous", 1e4)
-            rows.append([f"{error:.1e}" for error in error_table.row(case, info)])
-    return rows
-
-
-def test_errors_match_gloo(pool: Pool) -> None:
-    assert pool(3, "openmpi").run(corners) == pool(3, "gloo").run(corners)
 
 
 def write_programs(folder: Path, programs: dict[str, str]) -> None:

@@ -81,7 +81,7 @@ def run_layers(
         _, saved = kernel.normalize(x, moments, args, residual)
         reduced = kernel.backward_reduce(x, saved, (True,) * 4)
         kernel.backward_elemt(saved, reduced, reduced.sums)
-        if residual is not None:
+        if variants and residual is not None:
             # Frozen inputs need no dy behind the mask.
             kernel.backward_reduce(x, saved, (False, True, True, False))
 

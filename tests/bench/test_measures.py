@@ -1,11 +1,13 @@
-"""Peak memory of calls, of layers and of fused blocks; reuse of freed memory."""
+"""Peak memory of calls, of layers and of fused blocks; percentiles and interleaved timing."""
 
 from __future__ import annotations
 
 import copy
 import platform
 import resource
+import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 
 import pytest
@@ -15,6 +17,7 @@ from torch import nn
 from syncbn import SyncBatchNorm2d, convert_sync_batchnorm, fuse
 from syncbn.bench.memory import peak_bytes, reuse_freed_memory
 from syncbn.bench.networks import resnet50
+from syncbn.bench.timing import Percentiles, interleave
 from tests.kernel_cases import needs_cpp
 
 CPU = torch.device("cpu")
@@ -88,3 +91,28 @@ def test_malloc_reuses_freed_memory() -> None:
     assert can == (platform.libc_ver()[0] == "glibc")
     if can:
         assert after < before / 10
+
+
+def test_percentiles() -> None:
+    percentiles = Percentiles.of(torch.arange(101, dtype=torch.float64).flip(0))
+    assert (percentiles.low, percentiles.median, percentiles.high) == (10, 50, 90)
+    assert percentiles.text() == "50 (10..90)"
+    assert percentiles.text(unit=25) == "2.0 (0.4..3.6)"
+
+
+def test_interleave_shuffles_each_round() -> None:
+    """Regression: with many calls, the first few always followed the same calls."""
+    order: list[str] = []
+    calls = {name: partial(order.append, name) for name in "abcd"}
+    times = interleave(calls, rounds=30, burst=2, barrier=partial(order.append, "|"))
+    turns = "".join(order).split("|")[1:]
+    rounds = [turns[i : i + 4] for i in range(0, len(turns), 4)]
+    assert len(rounds) == 2 + 30  # two rounds warm up
+    assert all(sorted(turns) == ["aa", "bb", "cc", "dd"] for turns in rounds)
+    assert all(len(set(column)) == 4 for column in zip(*rounds, strict=True))
+    assert all(len(seconds) == 30 * 2 for seconds in times.values())
+
+
+def test_interleave_returns_seconds() -> None:
+    times = interleave({"sleep": partial(time.sleep, 0.02)}, rounds=2)
+    assert times["sleep"].min() >= 0.02
