@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.commands import percentiles, read_results, run, run_here, started
+from tests.commands import percentiles, run, run_here
 from tests.kernel_cases import device_of, needs_cpp
-from tests.transports import mpirun
 
 BENCH = "syncbn.cli.bench"
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+
+
+def run_over(ranks: int, folder: Path, command: list[str]) -> tuple[str, dict[str, Any]]:
+    """Run in this process's fork, or on two ranks of torchrun."""
+    return run(folder, *TORCHRUN, BENCH, *command) if ranks > 1 else run_here(folder, *command)
 
 
 @pytest.mark.parametrize(
     ("ranks", "kernel"), [(1, "reference"), pytest.param(2, "cpu", marks=needs_cpp)]
 )
 def test_layers(ranks: int, kernel: str, tmp_path: Path) -> None:
-    """Two ranks are started by mpirun."""
     dtypes, shapes = ["float32", "bfloat16"][: 3 - ranks], ["3x9x9", "40x2x2"][: 3 - ranks]
     activation = "relu" if ranks == 1 else "silu"
     command = [
-        *("layers", f"ranks={ranks}", "batch=3", "rounds=1", f"kernels=[{kernel}]"),
+        *("layers", "batch=3", "rounds=1", f"kernels=[{kernel}]"),
         *(f"shapes=[{','.join(shapes)}]", f"dtypes=[{','.join(dtypes)}]"),
         *(f"activation={activation}", f"png={tmp_path / 'report.png'}"),
     ]
-    output, results = run(tmp_path, BENCH, *command) if ranks > 1 else run_here(tmp_path, *command)
+    output, results = run_over(ranks, tmp_path, command)
     cases = [costs["case"] for costs in results["layers"]]
     layouts = "contiguous", "channels_last"
     wanted = [(d, layout, shape) for d in dtypes for layout in layouts for shape in shapes]
@@ -69,11 +72,9 @@ def test_layers_for_kernels_and_dtypes(kernel: str, dtype: str, tmp_path: Path) 
 
 @pytest.mark.parametrize(("ranks", "dtype"), [(1, "bfloat16"), (2, "float32")])
 def test_model(ranks: int, dtype: str, tmp_path: Path) -> None:
-    """Two ranks are those of torchrun."""
     settings = ["batch=2", "size=32", "steps=1", f"dtype={dtype}", "layout=channels_last"]
     command = ["model", "network=resnet20", *settings, "threads=1"]
-    torchrun = [*TORCHRUN, BENCH, *command]
-    output, results = run(tmp_path, *torchrun) if ranks > 1 else run_here(tmp_path, *command)
+    output, results = run_over(ranks, tmp_path, command)
     names = ["no batch norm", "nn.BatchNorm2d", "ours", "ours, fused"]
     names += ["ours, 2 ranks", "ours, 2 ranks, fused"] if ranks == 2 else []
     assert [step["norm"] for step in results["steps"]] == names
@@ -104,16 +105,12 @@ def test_calibration(tmp_path: Path) -> None:
     assert plain < costs[4]["bytes"]
 
 
-def test_collectives_under_mpirun(tmp_path: Path) -> None:
-    command = [*mpirun("openmpi", 2), sys.executable, "-m", "syncbn.cli.bench", "collectives"]
+def test_collectives(tmp_path: Path) -> None:
+    """The command starts its two ranks with mpirun."""
     settings = ["sizes=[1,129]", "repeats=3", "steps=1", "batch=2"]
-    with started([*command, *settings], tmp_path) as job:
-        output, errors = job.communicate(timeout=50)
-    assert job.returncode == 0, errors
+    output, results = run(tmp_path, BENCH, "collectives", *settings)
     assert output.count("all_reduce of float64 values") == 1
     assert output.count("Training step of ResNet-20") == 1
-    assert max(map(len, output.splitlines())) <= 160
-
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["benchmark"] == "collectives"
@@ -121,7 +118,6 @@ def test_collectives_under_mpirun(tmp_path: Path) -> None:
     assert "Open MPI" in report["facts"]["MPI"]
     assert report["facts"]["ranks"].startswith("2, ")
 
-    results = read_results(tmp_path)
     assert [row["numel"] for row in results["all_reduce"]] == [1, 129]
     positive = [row[name] for row in results["all_reduce"] for name in ("raw", "mpi4py", "gloo")]
     step = results["training_step"]

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.layers
     [
         pytest.param(resnet20, 8, 9, 10, id="resnet20"),
         # A bottleneck with a projection, and one without.
-        pytest.param(lambda: nn.Sequential(*resnet50()[:6]), 32, 2, 5, id="resnet50"),
+        pytest.param(lambda: nn.Sequential(*[*resnet50().children()][:6]), 32, 2, 5, id="resnet50"),
         pytest.param(network, 32, 5, 11, id="transformers"),
     ],
 )
