@@ -77,10 +77,10 @@ def read_results(folder: Path) -> dict[str, Any]:
     return results
 
 
-def run(folder: Path, *command: str) -> tuple[str, dict[str, Any]]:
+def run(folder: Path, *command: str, seconds: float = 50) -> tuple[str, dict[str, Any]]:
     """Run a benchmark in a new process; return its output and its results."""
     with started([sys.executable, "-m", *command], folder) as job:
-        output, errors = job.communicate(timeout=50)
+        output, errors = job.communicate(timeout=seconds)
     assert job.returncode == 0, errors
     assert max(map(len, output.splitlines())) <= 160
     return output, read_results(folder)

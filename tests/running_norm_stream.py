@@ -35,12 +35,18 @@ def samples(rank: int, first: int, updates: int) -> list[Tensor]:
 
 
 def run_rank(folder: Path, updates: int) -> None:
-    """Learn from the last checkpoint on, and write one after each part of the stream."""
+    """Create a group, and learn."""
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     store = dist.FileStore(str(folder / f"store {os.environ['ATTEMPT']}"), RANKS)
     timeout = timedelta(seconds=60)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=timeout)
+    learn(rank, folder, updates)
+    dist.destroy_process_group()
+
+
+def learn(rank: int, folder: Path, updates: int) -> None:
+    """Learn from the last checkpoint on, and write one after each part of the stream."""
     norm = syncbn.RunningNorm(FEATURES)
     done = sorted(folder.glob("part*.pt"))
     if done:
@@ -51,20 +57,19 @@ def run_rank(folder: Path, updates: int) -> None:
         if rank == 0:
             with atomic_write(folder / f"part{part}.pt") as file:
                 torch.save(norm.state_dict(), file)
-    dist.destroy_process_group()
 
 
-def run_stream(folder: Path, updates: int, kill: bool, timeout: float) -> dict[str, Tensor]:
-    """Run the ranks, kill them once if asked for, and return the final state."""
+def run_stream(folder: Path, updates: int, timeout: float) -> dict[str, Tensor]:
+    """Run the ranks, kill them once, and return the final state."""
     deadline = time.monotonic() + timeout
-    for attempt in range(2 if kill else 1):
+    for attempt in range(2):
         program = "-m", "tests.running_norm_stream", folder, str(updates)
         variables = {"ATTEMPT": str(attempt)}
         ranks = transports.start("gloo", RANKS, program, variables=variables)
         try:
             while any(process.poll() is None for process in ranks):
                 assert time.monotonic() < deadline, "the ranks take too long"
-                if kill and attempt == 0 and len([*folder.glob("part*.pt")]) >= 2:
+                if attempt == 0 and len([*folder.glob("part*.pt")]) >= 2:
                     break
                 time.sleep(0.001)
         finally:
@@ -95,7 +100,7 @@ def main() -> None:
     updates = int(sys.argv[1])
     with tempfile.TemporaryDirectory() as folder:
         start = time.monotonic()
-        state = run_stream(Path(folder), updates, kill=True, timeout=3600.0)
+        state = run_stream(Path(folder), updates, timeout=3600.0)
         seconds = time.monotonic() - start
     print(f"{updates} updates, {seconds:.0f} s: error {largest_error(state, updates):.1e}")
 

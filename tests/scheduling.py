@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-# Polling ranks are slow on busy cores, so one worker runs all of these files.
+# Polling ranks are slow on busy cores, so one worker runs these files and starts their pools.
 _POLLING = {
     "tests/distributed/test_initialization.py",
     "tests/example/test_launch.py",
     "tests/bench/test_benchmarks.py",
     "tests/cli/test_doctor.py",
+    "tests/test_ecosystem.py",
     "tests/test_ecosystem_groups.py",
 }
 

@@ -24,7 +24,7 @@ from tests.calibration.networks import (
     run_batch,
     statistics,
 )
-from tests.calibration.test_exact import BOUND
+from tests.calibration.test_methods import BOUND
 from tests.ranks import Ranks
 
 #: Samples and batch size of each rank, for two ranks and for three.

@@ -6,7 +6,7 @@ import multiprocessing
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -39,13 +39,6 @@ class Locked(Layers):
 class GlobalLock(Layers):
     def forward(self, x: Tensor) -> Tensor:
         with _LOCK:
-            return super().forward(x)
-
-
-class LockInAStack(Layers):
-    def forward(self, x: Tensor) -> Tensor:
-        with ExitStack() as stack:
-            stack.enter_context(_LOCK)
             return super().forward(x)
 
 
@@ -99,26 +92,16 @@ class LockInAGenerator(Layers):
             return super().forward(x)
 
 
-class LockInADictOfTheClass(Layers):
-    locks = {"a": threading.Lock()}  # noqa: RUF012
-
-    def forward(self, x: Tensor) -> Tensor:
-        with self.locks["a"]:
-            return super().forward(x)
-
-
 BLOCKING: dict[str, Callable[[], Layers]] = {
     "lock": lambda: Locked(threading.Lock()),
     "semaphore of three": lambda: Locked(threading.BoundedSemaphore(3)),
     "condition": lambda: Locked(threading.Condition(threading.Lock())),
     "lock of processes": lambda: Locked(multiprocessing.Lock()),
     "global": GlobalLock,
-    "exit stack": LockInAStack,
     "acquire and release": AcquiredAndReleased,
     "slot": LockInASlot,
     "lru_cache": LockOfAFactory,
     "generator": LockInAGenerator,
-    "dict of the class": LockInADictOfTheClass,
 }
 
 

@@ -1,4 +1,4 @@
-"""The layers' all-reduces: their number, mismatched ranks, absent and dead ranks."""
+"""All-reduces of layers: number, mismatched, absent and dead ranks; all-gathers of objects."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import syncbn
+from syncbn.distributed.objects import all_gather_objects
 from tests.ranks import Pool, RankError, Ranks
 
 
@@ -119,3 +120,19 @@ def _not_a_member(rank: int) -> str:
 
 def test_group_without_this_rank_is_error(two_ranks: Ranks) -> None:
     assert two_ranks.run(_not_a_member)[1]
+
+
+def _gather(rank: int, values: list[Any]) -> tuple[list[Any], list[Any]]:
+    expected = [None] * len(values)
+    dist.all_gather_object(expected, values[rank])
+    group = dist.new_group([0, 1])
+    gathered = all_gather_objects(values[rank])
+    within = all_gather_objects(values[rank], group) if rank < 2 else values[:2]
+    assert within == values[:2]
+    return gathered, expected
+
+
+@pytest.mark.parametrize("values", [[None] * 3, [{}, {"a": (1, "x" * 5000)}, [0.5, float("inf")]]])
+def test_objects_of_all_ranks_are_gathered(values: list[Any], three_ranks: Ranks) -> None:
+    for gathered, expected in three_ranks.run(_gather, values):
+        assert gathered == expected == values

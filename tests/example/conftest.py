@@ -24,5 +24,5 @@ def train(alone: syncbn.RankInfo) -> Train:
 
 @pytest.fixture
 def two_ranks(pool: Pool) -> Ranks:
-    """Return two ranks over Gloo only; `test_train.py` compares the transports."""
+    """Return two ranks over Gloo only; `test_launch.py` compares the transports."""
     return pool(2, "gloo")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from weights import load_weights
 
 from tests.disk import almost_full
 from tests.example.support import Train, checkpoint, entries, fit_errors, fit_rank, tiny
-from tests.processes import run
 from tests.ranks import Ranks
 
 
@@ -38,27 +36,23 @@ def timeless(run: Path) -> list[dict[str, object]]:
 def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
     two_ranks: Ranks, tmp_path: Path
 ) -> None:
-    """Two ranks with local statistics, stopped after an epoch of five steps, and within."""
-    whole = tmp_path / "whole"
+    """Two ranks with local statistics, stopped after an epoch of five steps, and within one."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
     common = ["norm=local", "optimizer.clip_norm=1"]
-    cfgs = [tiny(f"run_dir={whole}", "max_steps=10", *common)]
-    for stop in (5, 7):
-        folder = [f"run_dir={tmp_path / str(stop)}", *common]
-        cfgs += [tiny(*folder, f"max_steps={stop}"), tiny(*folder, "max_steps=10", "resume=auto")]
-    two_ranks.run(fit_rank, *cfgs)
-    for stop in (5, 7):
-        part, expected = tmp_path / str(stop), checkpoint(whole)
-        got = checkpoint(part)
-        extra = [entry for entry in timeless(part) if entry not in timeless(whole)]
-        assert [entry for entry in timeless(part) if entry not in extra] == timeless(whole)
-        # The run that stopped within an epoch evaluated there, possibly its best.
-        assert [(entry["kind"], entry["step"]) for entry in extra] == [("epoch", 7)] * (stop == 7)
-        if stop == 7:
-            assert got.pop("best_accuracy") >= expected.pop("best_accuracy")
-        assert_equal(got, expected)
-        # The network draws no random numbers; dropout would, and must differ between ranks.
-        for rank, saved in enumerate(got["ranks"]):
-            assert torch.equal(saved["rng"], torch.Generator().manual_seed(rank).get_state())
+    stops = [
+        tiny(f"run_dir={parts}", "resume=auto", f"max_steps={stop}", *common) for stop in (5, 7, 10)
+    ]
+    two_ranks.run(fit_rank, tiny(f"run_dir={whole}", "max_steps=10", *common), *stops)
+    got, expected = checkpoint(parts), checkpoint(whole)
+    extra = [entry for entry in timeless(parts) if entry not in timeless(whole)]
+    assert [entry for entry in timeless(parts) if entry not in extra] == timeless(whole)
+    # The run that stopped within an epoch evaluated there, possibly its best.
+    assert [(entry["kind"], entry["step"]) for entry in extra] == [("epoch", 7)]
+    assert got.pop("best_accuracy") >= expected.pop("best_accuracy")
+    assert_equal(got, expected)
+    # The network draws no random numbers; dropout would, and must differ between ranks.
+    for rank, saved in enumerate(got["ranks"]):
+        assert torch.equal(saved["rng"], torch.Generator().manual_seed(rank).get_state())
 
 
 def test_resume_with_amp_restores_the_gradient_scaler(train: Train, tmp_path: Path) -> None:
@@ -149,15 +143,14 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
 def test_a_signal_leaves_no_temporary_file(tmp_path: Path) -> None:
     """Regression: a job that a scheduler ended during a write left half a checkpoint."""
     path = tmp_path / "last.pt"
-    program = (
-        "import os, signal, sys; from pathlib import Path; import storage\n"
-        "with storage.writing(Path(sys.argv[1])) as file:\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    file.write(b'whole')"
-    )
-    environment = {"PYTHONPATH": os.pathsep.join(sys.path)}
-    done = run([sys.executable, "-c", program, path], tmp_path, environment)
-    assert done.returncode == -signal.SIGTERM, done.stderr
+    if (child := os.fork()) == 0:
+        try:
+            with storage.writing(path) as file:
+                os.kill(os.getpid(), signal.SIGTERM)
+                file.write(b"whole")
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
     assert path.read_bytes() == b"whole"
     assert list(tmp_path.iterdir()) == [path]
 

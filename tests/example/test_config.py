@@ -6,8 +6,9 @@ from enum import Enum
 from pathlib import Path
 
 import pytest
+import torch
+from compute import build_compute
 from config import Amp, Arch, NormKind, Source
-from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
@@ -35,12 +36,6 @@ def test_every_choice_composes(choice: str) -> None:
     elif group != "optimizer":
         chosen = {"model": cfg.model.name, "data": cfg.data.source, "norm": cfg.norm.kind}
         assert name == chosen[group]
-
-
-@pytest.mark.parametrize("name", sorted(file.stem for file in CONFIGS.glob("*.yaml")))
-def test_every_command_composes(name: str) -> None:
-    with initialize_config_dir(config_dir=str(CONFIGS), version_base="1.3"):
-        assert compose(name)
 
 
 def test_every_choice_of_the_schema_has_a_file() -> None:
@@ -72,13 +67,10 @@ def test_saved_configuration_reads_back_as_the_same_job(tmp_path: Path) -> None:
         ("dtype=int8", r"'dtype': Invalid value 'int8', expected one of \[float32, float64\]"),
         ("norm.kind=foo", r"'norm.kind': Invalid value 'foo', expected one of \[local, sync"),
         ("epochs=many", r"'epochs': Value 'many' .* could not be converted to Integer"),
-        ("data.batch_size=1.5", r"'data.batch_size': Value '1.5'"),
         ("+data.batchsize=4", r"'data.batchsize': Key 'batchsize' not in 'DataConfig'"),
-        ("+zzz=1", r"'zzz': Key 'zzz' not in 'TrainConfig'"),
         ("data=cifar10", r"'data.root': Missing mandatory value"),
         ("~data.workers", r"'data.workers': .* missing mandatory value"),
         ("epochs=0", r"epochs: got 0, expected at least 1"),
-        ("max_steps=0", r"max_steps: got 0, expected at least 1"),
         ("seed=-1", r"seed: got -1, expected at least 0"),
         ("data.batch_size=0", r"data.batch_size: got 0, expected at least 1"),
         ("data.test_fraction=1.0", r"data.test_fraction: got 1.0, expected within \(0, 1\)"),
@@ -117,3 +109,41 @@ def test_command_line_ends_with_a_message_and_a_code(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "ValueError: configuration key 'amp': Invalid value 'foo'" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("device", "has_bfloat16", "overrides", "dtype", "layout"),
+    [
+        ("cpu", True, [], None, torch.contiguous_format),
+        ("cuda", True, [], torch.bfloat16, torch.channels_last),
+        ("cuda", False, [], None, torch.channels_last),
+        ("cuda", True, ["dtype=float64"], None, torch.channels_last),
+        ("cuda", True, ["amp=off"], None, torch.channels_last),
+        ("cpu", True, ["amp=float16"], torch.float16, torch.contiguous_format),
+        ("cuda", True, ["memory_format=contiguous"], torch.bfloat16, torch.contiguous_format),
+    ],
+)
+def test_defaults_follow_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    has_bfloat16: bool,
+    overrides: list[str],
+    dtype: torch.dtype | None,
+    layout: torch.memory_format,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_bfloat16)
+    found = build_compute(composed(*overrides), torch.device(device))
+    assert found.autocast_dtype is dtype
+    assert found.memory_format is layout
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_are_pinned_and_moved() -> None:
+    compute = build_compute(composed(), torch.device("cuda"))
+    batch = torch.randn(4, 3, 8, 8).pin_memory(), torch.arange(4).pin_memory()
+    images, labels = next(compute.batches([batch]))
+    assert images.is_cuda
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(images.cpu(), batch[0])
+    assert torch.equal(labels.cpu(), batch[1])

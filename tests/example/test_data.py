@@ -194,11 +194,10 @@ def test_too_few_images_for_one_batch_is_an_error() -> None:
     ("content", "message"),
     [
         (None, r"data_batch_3.bin: no such file"),
-        (b"", r"data_batch_3.bin: got 0 bytes, expected a positive multiple of 3073"),
-        (b"\0" * 3074, r"got 3074 bytes, .* multiple of 3073"),
+        (b"\0" * 3074, r"data_batch_3.bin: got 3074 bytes, expected a positive multiple of 3073"),
         (b"\x0b" * 3073, r"data_batch_3.bin: got label 11, expected 0 to"),
     ],
-    ids=["missing", "empty", "size", "label"],
+    ids=["missing", "size", "label"],
 )
 def test_bad_cifar10_is_an_error_that_names_the_file(
     content: bytes | None, message: str, tmp_path: Path

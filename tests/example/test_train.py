@@ -25,11 +25,11 @@ from tests.example.support import (
     tiny,
     write_folder,
 )
-from tests.ranks import Pool, Ranks
+from tests.ranks import Ranks
 
 
 def test_two_ranks_train_as_one_process_at_the_global_batch(
-    pool: Pool, transport: str, train: Train, tmp_path: Path
+    two_ranks: Ranks, train: Train, tmp_path: Path
 ) -> None:
     """The promise of the library: the numbers of one big batch, here of torch's own layer."""
     steps = ["dtype=float64", "max_steps=7"]
@@ -37,7 +37,7 @@ def test_two_ranks_train_as_one_process_at_the_global_batch(
     one = train(*steps, "norm=local", "data.batch_size=240", f"run_dir={tmp_path / 'one'}")
     runs = [tmp_path / "two", tmp_path / "fused"]
     cfgs = [tiny(*steps, *norm[: i + 1], f"run_dir={run}") for i, run in enumerate(runs)]
-    pool(2, transport).run(fit_rank, *cfgs)
+    two_ranks.run(fit_rank, *cfgs)
     for two in runs:
         for kind, keys in (("step", "loss lr epoch"), ("epoch", "test_loss train_loss")):
             for key in keys.split():

@@ -61,24 +61,12 @@ class Checkpointed(Net):
         return F.relu(checkpoint(self.bn, x, use_reentrant=False))
 
 
-class ReadsNumber(Net):
-    alpha = 2.0
-
-    def forward(self, x: Tensor) -> Any:
-        return F.relu(self.bn(x)) * self.alpha
-
-
 class WritesNumber(Net):
     calls = 0
 
     def forward(self, x: Tensor) -> Any:
         self.calls += 1
         return F.relu(self.bn(x))
-
-
-class BranchesOnType(Net):
-    def forward(self, x: Tensor) -> Any:
-        return F.relu(self.bn(x)) if isinstance(x, Tensor) else x
 
 
 class SideEffectInHelper(Net):
@@ -103,9 +91,7 @@ class CreatesTensor(Net):
         (GradModeContext, "with torch.no_grad():"),
         (Decorated, "its forward is decorated"),
         (Checkpointed, "checkpoint"),
-        (ReadsNumber, "self.alpha"),
         (WritesNumber, "self.calls"),
-        (BranchesOnType, "isinstance(x, Tensor)"),
         (SideEffectInHelper, "its _all has 'print(len(y))'"),
         (CreatesTensor, "torch.rand"),
         (BranchesOnMode, "its forward has 'self.training', which torch.fx may not record"),

@@ -15,12 +15,9 @@ from syncbn.moments import Moments
 from tests.kernel_cases import (
     DTYPES,
     EPS,
-    RELU,
-    compute_all,
     needs_cpp,
     normalize,
     saved_for,
-    tolerance,
 )
 
 pytestmark = needs_cpp
@@ -77,28 +74,6 @@ def test_subnormal_inputs(kernel: cpu.CPUKernel) -> None:
     moments = Moments.unpack(kernel.moments(x.float()), 5)
     torch.testing.assert_close(moments.sum, values.sum(1), rtol=0, atol=1e-44 * 168)
     assert torch.equal(normalize(kernel, x.float(), scaling(5, 2.0**20)), x.float() * 2.0**20)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(3, 20, 7, 7), (3, 20, 2, 2), (2, 3, 70, 70)], ids=str)
-def test_relu_and_residual(
-    kernel: cpu.CPUKernel, dtype: torch.dtype, shape: tuple[int, ...]
-) -> None:
-    values = torch.randn(3, *shape).to(dtype).unbind()
-    for memory_format in FORMATS:
-        x, dy, residual = (t.contiguous(memory_format=memory_format) for t in values)
-        saved, exact = saved_for(x, activation=RELU), saved_for(x.double(), activation=RELU)
-        # At the ReLU threshold rounding decides, and both results are right.
-        edge = normalize(REFERENCE, x.double(), exact._replace(activation=None)).abs() < 1e-3
-        dy.masked_fill_(edge, 0)
-        actual = compute_all(kernel, x, dy, saved)
-        expected = compute_all(REFERENCE, x.double(), dy.double(), exact)
-        actual.append(normalize(kernel, x, saved, residual).double())
-        expected.append(normalize(REFERENCE, x.double(), exact, residual.double()))
-        for a, b in zip(actual, expected, strict=True):
-            assert (a - b).abs().max() <= 2 * tolerance(dtype) * b.abs().max()
-        assert (actual[-1] == 0).any()
-        assert (actual[-1] >= 0).all()
 
 
 def test_weight_and_bias_of_any_dtype(kernel: cpu.CPUKernel) -> None:

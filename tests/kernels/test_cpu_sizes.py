@@ -123,8 +123,7 @@ def test_large_sizes(shape: tuple[int, ...]) -> None:
     check(*torch.randn(2, *shape))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("samples", [1, 9])
+@pytest.mark.parametrize(("dtype", "samples"), [(torch.bfloat16, 1), (torch.float16, 9)], ids=str)
 def test_every_width_of_halves(dtype: torch.dtype, samples: int) -> None:
     """Two vectors at once, with interleaved values, and the remainder."""
     widths = [(channels, 1) for channels in range(1, 2 * LONGEST)]

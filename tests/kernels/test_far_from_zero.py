@@ -140,22 +140,24 @@ def _make_calls() -> dict[str, tuple[Any, Any]]:
     return {name: (calls[name], layers[name]) for name in layers}
 
 
-def _over_ranks(rank: int, offset: float) -> list[tuple[Tensor, ...]]:
-    part = batch(rank, SAMPLES[rank])
-    x = far(part.noise, offset)
-    results = [_step(*pair, x.clone(), part.dy) for pair in _make_calls().values()]
+def _over_ranks(rank: int) -> list[list[tuple[Tensor, ...]]]:
+    part, calls = batch(rank, SAMPLES[rank]), _make_calls().values()
+    results = [
+        [_step(*pair, far(part.noise, offset), part.dy) for pair in calls] for offset in BOUNDS
+    ]
     torch._dynamo.reset()
     return results
 
 
-@offsets
-def test_over_ranks(pool: Pool, offset: float) -> None:
+def test_over_ranks(pool: Pool) -> None:
     """The ranks have other means: no pivot is known to all of them."""
     batches = [batch(rank, samples) for rank, samples in enumerate(SAMPLES)]
-    results = pool(3, "gloo").run(_over_ranks, offset)
-    for of_rank, expected in zip(results, expect(batches, offset), strict=True):
-        for actual in of_rank:
-            check(actual, expected, offset)
+    for of_rank, *expected in zip(
+        pool(3, "gloo").run(_over_ranks), *(expect(batches, o) for o in BOUNDS), strict=True
+    ):
+        for offset, results, wanted in zip(BOUNDS, of_rank, expected, strict=True):
+            for actual in results:
+                check(actual, wanted, offset)
 
 
 def _masked(rank: int, offset: float) -> tuple[Tensor, ...]:

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from typing import Any
-
 import pytest
-import torch
-import torch.distributed as dist
 
 from tests.mpi_jobs import Launch, assert_gone
-from tests.ranks import Ranks
 
 
 def test_exception_on_one_rank_ends_job(launch: Launch) -> None:
@@ -123,22 +117,3 @@ if rank:
     assert "at last 100000.0" in job.output
     assert "TCPStore" not in job.output  # no rank uses a closed store
     assert_gone(job, 3)
-
-
-def _destroy_with_work_in_flight(rank: int) -> list[float]:
-    group = dist.new_group([0, 1, 2])
-    x = torch.full((100_000,), float(rank))
-    received: list[float] = []
-    if rank == 0:
-        time.sleep(0.2)
-        dist.isend(x, 1, group=group)
-    elif rank == 1:
-        work: Any = dist.irecv(x, 0, group=group)
-        work.get_future().then(lambda done: received.append(done.value()[0].sum().item()))
-    dist.all_reduce(torch.ones(3), group=group, async_op=True)
-    dist.destroy_process_group(group)
-    return received
-
-
-def test_destroyed_group_completes_work_in_flight(three_mpi_ranks: Ranks) -> None:
-    assert three_mpi_ranks.run(_destroy_with_work_in_flight) == [[], [0.0], []]

@@ -171,16 +171,6 @@ def test_fuse_stores_its_activation_apart_from_the_users() -> None:
     torch.testing.assert_close(syncbn.revert_sync_batchnorm(model)(x), expected)
 
 
-def test_activation_of_library_layers_is_public() -> None:
-    layer, x = syncbn.SyncBatchNorm2d(4, activation="relu"), torch.randn(5, 4, 3, 3)
-    plain = nn.BatchNorm2d(4)(x)
-    assert layer.activation == "relu"
-    assert "activation='relu'" in str(layer)
-    torch.testing.assert_close(layer(x), plain.relu())
-    layer.activation = None
-    torch.testing.assert_close(layer(x), plain)
-
-
 def test_activation_of_converted_layers() -> None:
     """Regression: ``getattr(norm, "activation", "relu")`` returned None after conversion."""
     layer: Any = syncbn.convert_sync_batchnorm(nn.BatchNorm2d(4))

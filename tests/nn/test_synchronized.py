@@ -8,14 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from error_table import QUANTITIES, observe
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from oracle import EPS, Case, Result, batch, expected, parameters, relative_errors
+from oracle import Case, Result, batch, expected, relative_errors
 from torch import nn
 
 import syncbn
+from tests.device import on_cpu
 from tests.kernel_cases import (
-    DTYPES,
     KERNELS,
     KERNELS_AND_DTYPES,
     device_of,
@@ -109,50 +107,6 @@ def test_spatial_size_may_differ_between_ranks(pool: Pool, kernel: str) -> None:
     check(pool(3, "gloo"), [*cases, Case((*empty, (0, 3, 2, 4)))], kernel)
 
 
-@settings(max_examples=50, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_layer_equals_one_process_on_any_batch(three_ranks: Ranks, data: st.DataObject) -> None:
-    space = data.draw(st.lists(st.integers(1, 6), max_size=3), label="space")
-    channels = data.draw(st.integers(1, 12), label="channels")
-    samples = data.draw(st.tuples(*[st.integers(0, 5)] * 3).filter(lambda n: sum(n) > 1), "samples")
-    case = Case(
-        tuple((n, channels, *space) for n in samples),
-        data.draw(st.sampled_from(DTYPES), "dtype"),
-        data.draw(st.sampled_from(["contiguous", "channels_last", "strided"]), "layout"),
-        data.draw(st.sampled_from([0.0, 5.0]), "offset"),
-        affine=data.draw(st.booleans(), "affine"),
-        seed=data.draw(st.integers(0, 1000), "seed"),
-    )
-    terms = largest_terms(case)
-    observed = three_ranks.run(observe_all, [case])
-    for rank, of_rank in enumerate(expected(case)):
-        for name, value in observed[rank][0].items():
-            half = case.dtype != case.parameter_dtype and name in ("y", "dx")
-            bound = 2 * tolerance(case.dtype if half else case.parameter_dtype)
-            error = (value.double() - of_rank[name]).abs()
-            assert (error <= bound * terms[name]).all(), f"{name} on rank {rank}: {error}"
-
-
-def largest_terms(case: Case) -> dict[str, float]:
-    """Return the largest term summed in each result, the scale of its rounding."""
-    batches = [batch(case, rank) for rank in range(len(case.shapes))]
-    values = torch.cat([x.double().movedim(1, 0).flatten(1) for x, _ in batches], 1)
-    gradients = torch.cat([dy.double().movedim(1, 0).flatten(1) for _, dy in batches], 1)
-    weight, bias = parameters(case)
-    scale = 1.0 if weight is None else weight.abs().max().item()
-    invstd = (values.var(1, correction=0) + EPS).rsqrt()
-    xhat = (values - values.mean(1, keepdim=True)) * invstd[:, None]
-    ratio = 1 + (values.mean(1) * invstd).abs().max().item()
-    return {
-        "y": ratio * (scale * xhat.abs().max().item() + (0.0 if bias is None else 4.0)),
-        "dx": ratio * scale * ((gradients * invstd[:, None]).abs().max().item()) * 2,
-        "dweight": ratio * (gradients * xhat).abs().sum(1).max().item(),
-        "dbias": gradients.abs().sum(1).max().item(),
-        "running_mean": values.abs().max().item() + 1,
-        "running_var": values.square().max().item() + 1,
-    }
-
-
 def _autocast(rank: int) -> tuple[torch.dtype, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Conv2d(2, 4, 1), syncbn.SyncBatchNorm2d(4))
@@ -233,3 +187,61 @@ def test_evaluation_does_not_communicate(two_ranks: Ranks) -> None:
 
 def test_error_table_covers_every_quantity() -> None:
     assert set(expected(Case(((2, 3),)))[0]) == set(QUANTITIES)
+
+
+def _all_empty(rank: int) -> None:
+    for momentum in (0.1, None):
+        layer = syncbn.SyncBatchNorm2d(3, momentum=momentum)
+        layer(torch.randn(4, 3, 2, 2))
+        before = {name: value.clone() for name, value in layer.state_dict().items()}
+        x = torch.empty(0, 3, 2, 2, requires_grad=True)
+        y = layer(x)
+        y.sum().backward()
+        assert x.grad is not None
+        assert y.shape == x.grad.shape == x.shape
+        torch.testing.assert_close(layer.state_dict(), before, rtol=0, atol=0)
+        torch.testing.assert_close(layer.weight.grad, torch.zeros(3), rtol=0, atol=0)
+
+
+@pytest.mark.layers
+def test_every_rank_empty_leaves_the_buffers_unchanged(two_ranks: Ranks) -> None:
+    two_ranks.run(_all_empty)
+
+
+def _constant(rank: int) -> list[torch.Tensor]:
+    variances = []
+    for value in (0.1, 1e3 + 0.1, 1e4 + 0.1, 1e5 + 0.3, 1e6 + 0.3):
+        layer = syncbn.SyncBatchNorm2d(2, momentum=1.0)
+        layer(torch.full((3 + rank, 2, 7, 5), value))
+        variances.append(layer.get_buffer("running_var"))
+    return variances
+
+
+@pytest.mark.layers
+def test_a_constant_channel_has_no_variance(ranks: Ranks) -> None:
+    for variances in ranks.run(_constant):
+        assert not torch.stack(variances).any()
+
+
+def _one_value(rank: int) -> None:
+    layer = syncbn.SyncBatchNorm2d(3)
+    with pytest.raises(ValueError, match="single value per channel in the whole group"):
+        layer(torch.ones(1 if rank == 1 else 0, 3, 1, 1))
+    assert torch.equal(layer.get_buffer("running_var"), torch.ones(3))
+    assert layer.num_batches_tracked == 0
+
+
+@on_cpu
+@pytest.mark.layers
+def test_one_value_in_the_group_is_an_error_on_every_rank(three_ranks: Ranks) -> None:
+    three_ranks.run(_one_value)
+
+
+def _one_value_each(rank: int) -> bool:
+    y = syncbn.SyncBatchNorm2d(3)(torch.full((1, 3, 1, 1), float(rank)))
+    return bool(y.isfinite().all())
+
+
+@pytest.mark.layers
+def test_one_value_per_rank_is_enough(two_ranks: Ranks) -> None:
+    assert two_ranks.run(_one_value_each) == [True, True]

@@ -7,15 +7,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from syncbn import kernels
 from syncbn.kernels import select_kernel
+from syncbn.kernels.layout import NCSLayout
 from tests.kernel_cases import device_of
 from tests.transports import ROOT
+
+if TYPE_CHECKING:
+    from syncbn.kernels.triton.launcher import LaunchPlan
 
 KERNELS = {"moments", "normalize", "backward_reduce", "backward_elemt"}
 # Scalar memory accesses.
@@ -41,7 +45,8 @@ def run_program(name: str, *arguments: str, cache: Path) -> dict[str, Any]:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("architecture", "cases"), [("80", "ResNet"), ("90", "representative"), ("100", "ResNet")]
+    ("architecture", "cases"),
+    [("80", "ResNet-50 NCHW"), ("90", "representative"), ("100", "ResNet-50 NHWC")],
 )
 def test_kernels_compile_for_gpus(architecture: str, cases: str, tmp_path: Path) -> None:
     """16-byte accesses where rows allow them; registers for the resident programs of an SM."""
@@ -86,3 +91,30 @@ def test_a_missing_dependency_is_named(missing: str, monkeypatch: pytest.MonkeyP
             select_kernel("triton", torch.empty(1, 1, device=device_of("triton")))
     finally:
         kernels.triton_unavailable_reason.cache_clear()
+
+
+def specialization(plan: LaunchPlan) -> tuple[object, ...]:
+    """Return the properties of a plan that Triton compiles into a kernel."""
+    arguments = plan._template
+    constants = tuple(str(value) for name, value in arguments.items() if name.isupper())
+    ones = tuple(name for name, value in arguments.items() if value == 1 and name.islower())
+    return plan._kernel.__name__, constants, ones, tuple(plan._options.items())
+
+
+@pytest.mark.parametrize(("channels_last", "limit"), [(False, 70), (True, 35)])
+def test_images_of_many_sizes_share_compiled_kernels(channels_last: bool, limit: int) -> None:
+    """Compiling a kernel takes a second."""
+    from syncbn.kernels.triton.launcher import plan_launch
+
+    sizes = torch.randint(12, 200, (100, 2), generator=torch.Generator().manual_seed(0))
+    compiled = set()
+    dtypes = (torch.bfloat16,)
+    for space in sizes.prod(1).tolist():
+        layout = NCSLayout.contiguous((4, 256, space))
+        if channels_last:
+            layout = NCSLayout(4 * space, 256, 1, 256, 256)
+        for name in ("moments", "normalize", "backward_reduce", "backward_elemt"):
+            dy_stride = layout.dense_stride if name.startswith("backward") else None
+            plan = plan_launch(name, layout, device_of("triton"), dtypes, dy_stride)
+            compiled.add(specialization(plan))
+    assert len(compiled) <= limit

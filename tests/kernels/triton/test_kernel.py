@@ -17,6 +17,7 @@ from syncbn.kernels.base import NormalizeArgs, Saved
 from syncbn.kernels.layout import NCSLayout
 from syncbn.moments import Moments
 from tests.kernel_cases import EPS, RELU, device_of, totals
+from tests.ranks import Pool
 
 DEVICE = device_of("triton")
 # Programs share the channels of this shape.
@@ -241,3 +242,28 @@ def test_empty_relu_mask(triton: Kernel, shape: tuple[int, ...]) -> None:
     reduced = triton.backward_reduce(x, guarded, (True,) * 4)
     assert y.shape == reduced.dy.shape == triton.unit_derivative(guarded).shape == shape
     assert not reduced.sums.any()
+
+
+SHARES = [(3, 4, 5, 3), (2, 4, 5, 3), (0, 4, 5, 3)]
+
+
+def _gradients(rank: int, impl: str) -> list[Tensor | None]:
+    gradients: list[Tensor | None] = []
+    for needs_x, needs_residual in product((True, False), repeat=2):
+        torch.manual_seed(rank)
+        layer = syncbn.SyncBatchNorm2d(4, activation="relu").to(DEVICE)
+        layer.impl = impl
+        x, residual, dy = torch.randn(3, *SHARES[rank], device=DEVICE)
+        before = dy.clone()
+        x.requires_grad_(needs_x)
+        residual.requires_grad_(needs_residual)
+        layer(x, residual).backward(dy)
+        assert torch.equal(dy, before)
+        gradients += [t.grad for t in (x, residual, layer.weight, layer.bias)]
+    return gradients
+
+
+def test_gradients_of_a_group(pool: Pool) -> None:
+    """A residual, a ReLU, frozen inputs; one rank has no values."""
+    actual, expected = (pool(3, "gloo").run(_gradients, impl) for impl in ("triton", "reference"))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)

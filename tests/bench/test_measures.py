@@ -1,19 +1,23 @@
-"""Peak memory of calls, of layers and of fused blocks; reuse of freed memory."""
+"""Peak memory of calls, of layers and of fused blocks; percentiles and interleaved timing."""
 
 from __future__ import annotations
 
 import copy
 import platform
-import subprocess
-import sys
+import resource
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 
 import pytest
 import torch
 from torch import nn
 
 from syncbn import SyncBatchNorm2d, convert_sync_batchnorm, fuse
-from syncbn.bench.memory import peak_bytes
+from syncbn.bench.memory import peak_bytes, reuse_freed_memory
 from syncbn.bench.networks import resnet50
+from syncbn.bench.timing import Percentiles, interleave
 from tests.kernel_cases import needs_cpp
 
 CPU = torch.device("cpu")
@@ -68,21 +72,47 @@ def test_peak_memory_counts_freed_tensors() -> None:
     assert peak_bytes(run, CPU) == 5000 * 4
 
 
-def test_malloc_reuses_freed_memory() -> None:
-    """In a separate process, since the setting is permanent."""
-    program = """
-import resource, torch
-from syncbn.bench.memory import reuse_freed_memory
-def faults():
+def _faults() -> int:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
         torch.empty(16 << 20).zero_()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults(), reuse_freed_memory(), faults(), faults())
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    before, can, _, after = done.stdout.split()
-    assert (can == "True") == (platform.libc_ver()[0] == "glibc")
-    if can == "True":
-        assert int(after) < int(before) / 10
+
+
+def _faults_before_and_after() -> tuple[int, bool, int, int]:
+    torch.set_num_threads(1)  # a fork has no threads of its parent's OpenMP pool
+    return _faults(), reuse_freed_memory(), _faults(), _faults()
+
+
+def test_malloc_reuses_freed_memory() -> None:
+    """In a separate process, since the setting is permanent."""
+    with ProcessPoolExecutor(1, get_context("fork")) as pool:
+        before, can, _, after = pool.submit(_faults_before_and_after).result()
+    assert can == (platform.libc_ver()[0] == "glibc")
+    if can:
+        assert after < before / 10
+
+
+def test_percentiles() -> None:
+    percentiles = Percentiles.of(torch.arange(101, dtype=torch.float64).flip(0))
+    assert (percentiles.low, percentiles.median, percentiles.high) == (10, 50, 90)
+    assert percentiles.text() == "50 (10..90)"
+    assert percentiles.text(unit=25) == "2.0 (0.4..3.6)"
+
+
+def test_interleave_shuffles_each_round() -> None:
+    """Regression: with many calls, the first few always followed the same calls."""
+    order: list[str] = []
+    calls = {name: partial(order.append, name) for name in "abcd"}
+    times = interleave(calls, rounds=30, burst=2, barrier=partial(order.append, "|"))
+    turns = "".join(order).split("|")[1:]
+    rounds = [turns[i : i + 4] for i in range(0, len(turns), 4)]
+    assert len(rounds) == 2 + 30  # two rounds warm up
+    assert all(sorted(turns) == ["aa", "bb", "cc", "dd"] for turns in rounds)
+    assert all(len(set(column)) == 4 for column in zip(*rounds, strict=True))
+    assert all(len(seconds) == 30 * 2 for seconds in times.values())
+
+
+def test_interleave_returns_seconds() -> None:
+    times = interleave({"sleep": partial(time.sleep, 0.02)}, rounds=2)
+    assert times["sleep"].min() >= 0.02
