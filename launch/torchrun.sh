@@ -8,6 +8,8 @@
 #   MASTER_PORT      free port on node 0, for several nodes (29500); one node picks its own
 #   OMP_NUM_THREADS  threads a rank: this node's cores divided by NPROC
 #   PYTHON           interpreter with syncbn installed (python3)
+#   GRACE            seconds from SIGTERM, which the ranks receive, until they are killed (30)
+# The exit code is that of the ranks: with examples/resnet, 0 after SIGTERM and 75 after SIGUSR1.
 set -euo pipefail
 
 PYTHON=${PYTHON:-python3}
@@ -27,4 +29,4 @@ if ((${NNODES:-1} > 1)); then
   rendezvous=(--nnodes "$NNODES" --node-rank "$NODE_RANK"
     --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
 fi
-exec "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" --nproc-per-node "$NPROC" "$@"
+exec "$PYTHON" "${BASH_SOURCE[0]%/*}/agent.py" "${rendezvous[@]}" --nproc-per-node "$NPROC" "$@"

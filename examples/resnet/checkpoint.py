@@ -27,6 +27,7 @@ class TrainState:
         net: the network, not wrapped in DDP.
         meter: this rank's training loss and accuracy in the epoch so far.
         step: optimizer steps done.
+        evaluated: step of the last evaluation.
         steps_per_epoch: optimizer steps in an epoch; a checkpoint fits only equal numbers.
         best_accuracy: highest test accuracy so far, -1 before the first.
     """
@@ -37,12 +38,22 @@ class TrainState:
     meter: Meter
     steps_per_epoch: int
     step: int = 0
+    evaluated: int = 0
     best_accuracy: float = -1.0
 
     @property
     def epoch(self) -> float:
         """Epochs done, as a fraction in the middle of one."""
         return self.step / self.steps_per_epoch
+
+    def awaits_evaluation(self, last_step: int) -> bool:
+        """Return whether an epoch or the run has its last step, but not its evaluation."""
+        at_end = self.step % self.steps_per_epoch == 0 or self.step >= last_step
+        return at_end and self.evaluated < self.step
+
+    def is_complete(self, last_step: int) -> bool:
+        """Return whether the run has its last step and evaluation."""
+        return self.step >= last_step and not self.awaits_evaluation(last_step)
 
 
 def capture(state: TrainState) -> dict[str, Any]:
@@ -62,6 +73,7 @@ def capture(state: TrainState) -> dict[str, Any]:
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "step": state.step,
+        "evaluated": state.evaluated,
         "steps_per_epoch": state.steps_per_epoch,
         "best_accuracy": state.best_accuracy,
         "ranks": ranks,
@@ -99,6 +111,8 @@ def restore(state: TrainState, path: Path) -> None:
         _load_optimizer(state.optimizer, saved["optimizer"], path)
         state.scaler.load_state_dict(saved["scaler"])
         state.step, state.best_accuracy = saved["step"], saved["best_accuracy"]
+        # Older checkpoints were written after evaluations only.
+        state.evaluated = saved.get("evaluated", state.step)
         mine = saved["ranks"][rank]
         state.meter.sums.copy_(mine["meter"])
         torch.set_rng_state(mine["rng"])
