@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from consistency import raise_on_all_ranks
+from group_statistics import load_buffers, merged_statistics
 from meter import Meter
 from storage import load
 from torch import nn
@@ -64,12 +65,18 @@ def capture(state: TrainState) -> dict[str, Any]:
     """
     ranks: list[Any] = [None] * dist.get_world_size()
     device = state.meter.sums.device
-    mine = {"rng": torch.get_rng_state(), "meter": state.meter.sums.cpu()}
+    mine: dict[str, Any] = {"rng": torch.get_rng_state(), "meter": state.meter.sums.cpu()}
     if device.type == "cuda":
         mine["cuda_rng"] = torch.cuda.get_rng_state(device)
+    model = state.net.state_dict()
+    with merged_statistics(state.net) as own:
+        if own:
+            # The state dict shares the buffers, which are this rank's own again after the body.
+            model.update({name: buffer.clone() for name, buffer in state.net.named_buffers()})
+            mine["buffers"] = {name: buffer.cpu() for name, buffer in own.items()}
     dist.all_gather_object(ranks, mine)
     return {
-        "model": state.net.state_dict(),
+        "model": model,
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "step": state.step,
@@ -108,6 +115,7 @@ def restore(state: TrainState, path: Path) -> None:
                 "batch size and data (use model.weights to start a new run from these weights)"
             )
         load_weights(state.net, saved["model"], path)
+        load_buffers(state.net, saved["ranks"][rank].get("buffers", {}))
         _load_optimizer(state.optimizer, saved["optimizer"], path)
         state.scaler.load_state_dict(saved["scaler"])
         state.step, state.best_accuracy = saved["step"], saved["best_accuracy"]

@@ -30,7 +30,7 @@ from consistency import raise_on_all_ranks
 from evaluate import evaluate
 from images import Images
 from meter import Meter, Totals
-from norm import apply_norm
+from norm import apply_norm, needs_broadcast
 from omegaconf import DictConfig
 from optimizer import build_sgd
 from preemption import Preemption
@@ -94,14 +94,18 @@ def fit(cfg: TrainConfig, info: syncbn.RankInfo, preemption: Preemption | None =
         epochs=cfg.epochs,
         global_batch=cfg.data.batch_size * info.world_size,
     )
+    on_gpu = info.device.type == "cuda"
+    # Before a resume: the constructor gives every rank the buffers of rank 0.
+    model = DistributedDataParallel(
+        net,
+        device_ids=[info.device] if on_gpu else None,
+        forward_sync_buffers=needs_broadcast(cfg.norm.kind),
+    )
     # Weights are equal on all ranks by now; randomness in the network (dropout) must not be.
     torch.manual_seed(cfg.seed + info.rank)
     run = open_run_dir(cfg)
     if run.checkpoint is not None:
         restore(state, run.checkpoint)
-
-    on_gpu = info.device.type == "cuda"
-    model = DistributedDataParallel(net, device_ids=[info.device] if on_gpu else None)
     last_step = cfg.epochs * len(batches)
     if cfg.max_steps is not None:
         last_step = min(last_step, cfg.max_steps)

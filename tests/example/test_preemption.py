@@ -147,7 +147,11 @@ def _send(number: int, pid: int) -> None:
 
 
 def test_loader_worker_ends_with_its_rank_only() -> None:
-    loader = DataLoader(range(20), num_workers=1, worker_init_fn=shield_loader_worker)  # type: ignore[arg-type]
+    loader: DataLoader[int] = DataLoader(
+        range(20),  # type: ignore[arg-type]  # a range has the methods of a dataset
+        num_workers=1,
+        worker_init_fn=shield_loader_worker,
+    )
     batches = iter(loader)
     next(batches)
     (worker,) = multiprocessing.active_children()
