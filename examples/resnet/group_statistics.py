@@ -1,7 +1,7 @@
 """Running statistics of all data, from layers that synchronize within groups of ranks.
 
-Each group has running statistics of its own data. In training they are unused; an evaluation and a
-checkpoint need those of all data.
+The running statistics of a group cover its data only. Training does not read them; evaluations and
+checkpoints need statistics of all data.
 """
 
 from collections.abc import Iterator

@@ -85,7 +85,7 @@ def needs_broadcast(kind: NormKind) -> bool:
     """Return whether DistributedDataParallel must broadcast buffers before each forward.
 
     World-wide statistics are equal on every rank already, and the broadcast costs a round trip per
-    step. Those of groups would be replaced by rank 0's, and frozen ones never change.
+    step. The statistics of groups would be replaced by rank 0's, and frozen ones never change.
     """
     return kind is NormKind.local
 

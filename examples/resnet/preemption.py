@@ -2,7 +2,7 @@
 
 A scheduler may signal one rank only, or ranks at different steps, but every rank must save after
 the same step. So a handler only records its signal, and one all-reduce per step spreads it. To save
-in the handler, as some trainers do, would start collectives in the middle of others.
+in the handler, as some trainers do, would start collectives within another collective.
 """
 
 import math

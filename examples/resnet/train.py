@@ -82,11 +82,7 @@ def fit(cfg: TrainConfig, info: syncbn.RankInfo, preemption: Preemption | None =
     compute = build_compute(cfg, info.device)
     net = compute.place(build_net(cfg, train_images, info.device))
     state = TrainState(
-        net,
-        optimizer=build_sgd(net, cfg.optimizer),
-        scaler=compute.grad_scaler(),
-        meter=Meter(info.device),
-        steps_per_epoch=len(batches),
+        net, build_sgd(net, cfg.optimizer), compute.grad_scaler(), Meter(info.device), len(batches)
     )
     schedule = build_schedule(
         cfg.optimizer,
@@ -124,18 +120,19 @@ def fit(cfg: TrainConfig, info: syncbn.RankInfo, preemption: Preemption | None =
                     if preemption.ends:
                         break
             preemption.wait()
-            if state.awaits_evaluation(last_step):
-                trained = state.meter.totals()  # synchronizes with the device, so work is timed
-                seconds = time.perf_counter() - began
-                save(state, run.path)  # an evaluation may outlast the time until SIGKILL
-                if preemption.ends:
-                    record.checkpoint(state)
-                    break
-                tested = evaluate(net, test, compute)
-                record.epoch(state, trained, tested, seconds=seconds, steps=state.step - first)
-                state.evaluated = state.step
-                save(state, run.path, tested)
-                preemption.restart_clock()
+            if not state.awaits_evaluation(last_step):
+                break
+            trained = state.meter.totals()  # synchronizes with the device, so the work is timed
+            seconds = time.perf_counter() - began
+            save(state, run.path)  # an evaluation may outlast the time until SIGKILL
+            if preemption.ends:
+                record.checkpoint(state)
+                break
+            tested = evaluate(net, test, compute)
+            record.epoch(state, trained, tested, seconds=seconds, steps=state.step - first)
+            state.evaluated = state.step
+            save(state, run.path, tested)
+            preemption.restart_clock()
     return run.path
 
 
