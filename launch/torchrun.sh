@@ -8,6 +8,8 @@
 #   MASTER_PORT      free port on node 0, for several nodes (29500); one node picks its own
 #   OMP_NUM_THREADS  threads a rank: this node's cores divided by NPROC
 #   PYTHON           interpreter with syncbn installed (python3)
+#   GRACE            seconds from SIGTERM, which the ranks receive, until they are killed (30)
+# The exit code is that of the ranks: with examples/resnet, 0 after SIGTERM and 75 after SIGUSR1.
 set -euo pipefail
 
 PYTHON=${PYTHON:-python3}
@@ -47,4 +49,4 @@ elif [[ -n ${PET_NNODES:-} ]]; then
   rendezvous=() # Kubeflow has set all options
 fi
 ((${#rendezvous[@]})) && rendezvous+=(--nproc-per-node "$NPROC")
-exec "$PYTHON" -m torch.distributed.run "${rendezvous[@]}" "$@"
+exec "$PYTHON" "${BASH_SOURCE[0]%/*}/agent.py" "${rendezvous[@]}" "$@"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from consistency import raise_on_all_ranks
+from group_statistics import load_buffers, merged_statistics
 from meter import Meter
 from storage import load
 from torch import nn
@@ -27,6 +28,7 @@ class TrainState:
         net: the network, not wrapped in DDP.
         meter: this rank's training loss and accuracy in the epoch so far.
         step: optimizer steps done.
+        evaluated: step of the last evaluation.
         steps_per_epoch: optimizer steps in an epoch; a checkpoint fits only equal numbers.
         best_accuracy: highest test accuracy so far, -1 before the first.
     """
@@ -37,12 +39,22 @@ class TrainState:
     meter: Meter
     steps_per_epoch: int
     step: int = 0
+    evaluated: int = 0
     best_accuracy: float = -1.0
 
     @property
     def epoch(self) -> float:
         """Epochs done, as a fraction in the middle of one."""
         return self.step / self.steps_per_epoch
+
+    def awaits_evaluation(self, last_step: int) -> bool:
+        """Return whether an epoch or the run has its last step, but not its evaluation."""
+        at_end = self.step % self.steps_per_epoch == 0 or self.step >= last_step
+        return at_end and self.evaluated < self.step
+
+    def is_complete(self, last_step: int) -> bool:
+        """Return whether the run has its last step and evaluation."""
+        return self.step >= last_step and not self.awaits_evaluation(last_step)
 
 
 def capture(state: TrainState) -> dict[str, Any]:
@@ -53,15 +65,22 @@ def capture(state: TrainState) -> dict[str, Any]:
     """
     ranks: list[Any] = [None] * dist.get_world_size()
     device = state.meter.sums.device
-    mine = {"rng": torch.get_rng_state(), "meter": state.meter.sums.cpu()}
+    mine: dict[str, Any] = {"rng": torch.get_rng_state(), "meter": state.meter.sums.cpu()}
     if device.type == "cuda":
         mine["cuda_rng"] = torch.cuda.get_rng_state(device)
+    model = state.net.state_dict()
+    with merged_statistics(state.net) as own:
+        if own:
+            # The state dict shares the buffers, which are this rank's own again after the body.
+            model.update({name: buffer.clone() for name, buffer in state.net.named_buffers()})
+            mine["buffers"] = {name: buffer.cpu() for name, buffer in own.items()}
     dist.all_gather_object(ranks, mine)
     return {
-        "model": state.net.state_dict(),
+        "model": model,
         "optimizer": state.optimizer.state_dict(),
         "scaler": state.scaler.state_dict(),
         "step": state.step,
+        "evaluated": state.evaluated,
         "steps_per_epoch": state.steps_per_epoch,
         "best_accuracy": state.best_accuracy,
         "ranks": ranks,
@@ -96,9 +115,12 @@ def restore(state: TrainState, path: Path) -> None:
                 "batch size and data (use model.weights to start a new run from these weights)"
             )
         load_weights(state.net, saved["model"], path)
+        load_buffers(state.net, saved["ranks"][rank].get("buffers", {}))
         _load_optimizer(state.optimizer, saved["optimizer"], path)
         state.scaler.load_state_dict(saved["scaler"])
         state.step, state.best_accuracy = saved["step"], saved["best_accuracy"]
+        # Older checkpoints were written after evaluations only.
+        state.evaluated = saved.get("evaluated", state.step)
         mine = saved["ranks"][rank]
         state.meter.sums.copy_(mine["meter"])
         torch.set_rng_state(mine["rng"])

@@ -156,6 +156,16 @@ class OptimizerConfig:
 
 
 @dataclass
+class CheckpointConfig:
+    """Group `checkpoint`: minutes between checkpoints within an epoch; None for none."""
+
+    every_minutes: float | None
+
+    def __post_init__(self) -> None:
+        _check_at_least(self, "checkpoint.", every_minutes=0)
+
+
+@dataclass
 class TrainConfig:
     """The whole job; `configs/train.yaml` documents each field."""
 
@@ -169,6 +179,7 @@ class TrainConfig:
     log_every: int
     run_dir: str | None
     resume: str | None
+    checkpoint: CheckpointConfig
     model: ModelConfig
     data: DataConfig
     norm: NormConfig

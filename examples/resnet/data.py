@@ -7,6 +7,7 @@ import torch
 from config import DataConfig, Source
 from consistency import raise_on_all_ranks, require_equal_on_ranks
 from images import Images
+from preemption import shield_loader_worker
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 
@@ -136,6 +137,7 @@ def _loader(
         num_workers=cfg.workers,
         pin_memory=info.device.type == "cuda",
         drop_last=sampler is not None and cfg.drop_last,
+        worker_init_fn=shield_loader_worker,
         # A separate generator: iterating must not move the random numbers a checkpoint saves.
         generator=torch.Generator(),
     )

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from compute import Compute
+from group_statistics import merged_statistics
 from meter import Meter, Totals
 from torch import Tensor, nn
 
@@ -22,10 +23,11 @@ def evaluate(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], compute: 
     Returns:
         Loss and accuracy over the samples of all ranks, each counted once.
     """
-    broadcast_buffers(net)
     net.eval()
     meter = Meter(compute.device)
-    with torch.no_grad():
+    with torch.no_grad(), merged_statistics(net) as own:
+        if not own:
+            broadcast_buffers(net)
         for images, labels in compute.batches(batches):
             with compute.autocast():
                 logits = net(images)
@@ -37,9 +39,9 @@ def evaluate(net: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], compute: 
 def broadcast_buffers(net: nn.Module) -> None:
     """Give every rank the buffers of rank 0; a collective.
 
-    DDP does so before every forward of training, but with unsynchronized batch norm the last step
-    of an epoch leaves each rank with different running statistics: ranks would evaluate different
-    networks, and only the network of rank 0 is saved.
+    For local batch norm DDP does so before every forward of training, but the last step of an epoch
+    leaves each rank with different running statistics: ranks would evaluate different networks, and
+    only the network of rank 0 is saved.
     """
     for buffer in net.buffers():
         dist.broadcast(buffer, src=0)

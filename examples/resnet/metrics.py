@@ -1,7 +1,8 @@
 """Training metrics, one JSON object per line.
 
-The key ``kind`` distinguishes two kinds of lines: "step" has the loss of one optimizer step,
-"epoch" the means of an epoch (or of the part of it before ``max_steps``) and the test results.
+The key ``kind`` distinguishes three kinds of lines: "step" has the loss of one optimizer step,
+"epoch" the means of an epoch (or of the part of it before ``max_steps``) and the test results,
+"checkpoint" the step of a last.pt that was written within an epoch.
 """
 
 import json

@@ -1,7 +1,11 @@
 """The five ways to normalize that the example compares, applied to a network with plain BN."""
 
+import warnings
+
 import torch
+import torch.distributed as dist
 from config import NormConfig, NormKind
+from group_statistics import has_groups
 from torch import nn
 
 import syncbn
@@ -55,6 +59,13 @@ def apply_norm(net: nn.Module, cfg: NormConfig, device: torch.device) -> nn.Modu
             return net
         case NormKind.sync | NormKind.group:
             syncbn.convert_sync_batchnorm(net, cfg.group)
+            if has_groups(net) and dist.get_rank() == 0:
+                warnings.warn(
+                    f"norm.group={cfg.group}: each group of ranks has its own running statistics. "
+                    "Evaluations and checkpoints merge them (syncbn.merge_over_ranks), and "
+                    "DistributedDataParallel does not broadcast them.",
+                    stacklevel=2,
+                )
             if cfg.fused:
                 syncbn.fuse(net)
             return net
@@ -68,6 +79,15 @@ def apply_norm(net: nn.Module, cfg: NormConfig, device: torch.device) -> nn.Modu
             return converted
         case NormKind.frozen:
             return _freeze(net)
+
+
+def needs_broadcast(kind: NormKind) -> bool:
+    """Return whether DistributedDataParallel must broadcast buffers before each forward.
+
+    World-wide statistics are equal on every rank already, and the broadcast costs a round trip per
+    step. The statistics of groups would be replaced by rank 0's, and frozen ones never change.
+    """
+    return kind is NormKind.local
 
 
 def _freeze(module: nn.Module) -> nn.Module:

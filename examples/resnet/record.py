@@ -65,6 +65,11 @@ class Recorder:
         self._metrics.write("step", step=state.step, epoch=state.epoch, loss=mean, lr=lr)
         self._progress.step(mean)
 
+    def checkpoint(self, state: TrainState) -> None:
+        """Record that last.pt has the state after a step within an epoch."""
+        self._metrics.write("checkpoint", step=state.step, epoch=state.epoch)
+        self._progress.line(f"saved at step {state.step}")
+
     def epoch(
         self, state: TrainState, trained: Totals, tested: Totals, *, seconds: float, steps: int
     ) -> None:

@@ -10,7 +10,9 @@ Read next: `norm.py` (all that synchronizing BN takes: one line), `data.py`, `ch
 The options are explained in `configs/train.yaml`.
 """
 
+import sys
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -28,13 +30,14 @@ from consistency import raise_on_all_ranks
 from evaluate import evaluate
 from images import Images
 from meter import Meter, Totals
-from norm import apply_norm
+from norm import apply_norm, needs_broadcast
 from omegaconf import DictConfig
 from optimizer import build_sgd
+from preemption import Preemption
 from record import Recorder
 from resnet import build_resnet
 from rundir import CHECKPOINT, open_run_dir
-from schedule import build_schedule
+from schedule import Schedule, build_schedule
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from weights import load_weights
@@ -48,18 +51,22 @@ def main(raw: DictConfig) -> None:
     """Train with the composed configuration; this process is one rank of the job."""
     cfg = typed(raw)
     info = syncbn.init_process_group()
-    fit(cfg, info)
+    preemption = Preemption()
+    preemption.record_signals()
+    fit(cfg, info, preemption)
     # Gloo may abort a process that leaves while it still works on DDP's last all-reduce.
     dist.barrier()
     dist.destroy_process_group()
+    sys.exit(preemption.exit_code)
 
 
-def fit(cfg: TrainConfig, info: syncbn.RankInfo) -> Path:
+def fit(cfg: TrainConfig, info: syncbn.RankInfo, preemption: Preemption | None = None) -> Path:
     """Train, and evaluate after every epoch; a collective.
 
     Args:
         cfg: the job; the same on every rank.
         info: this rank; `torch.distributed` is initialized.
+        preemption: signals of a scheduler, after which the run saves and ends; None for none.
 
     Returns:
         The run directory, with config.yaml, metrics.jsonl, curves.png, last.pt and best.pt.
@@ -75,11 +82,7 @@ def fit(cfg: TrainConfig, info: syncbn.RankInfo) -> Path:
     compute = build_compute(cfg, info.device)
     net = compute.place(build_net(cfg, train_images, info.device))
     state = TrainState(
-        net,
-        optimizer=build_sgd(net, cfg.optimizer),
-        scaler=compute.grad_scaler(),
-        meter=Meter(info.device),
-        steps_per_epoch=len(batches),
+        net, build_sgd(net, cfg.optimizer), compute.grad_scaler(), Meter(info.device), len(batches)
     )
     schedule = build_schedule(
         cfg.optimizer,
@@ -87,38 +90,49 @@ def fit(cfg: TrainConfig, info: syncbn.RankInfo) -> Path:
         epochs=cfg.epochs,
         global_batch=cfg.data.batch_size * info.world_size,
     )
+    on_gpu = info.device.type == "cuda"
+    # Before a resume: the constructor gives every rank the buffers of rank 0.
+    model = DistributedDataParallel(
+        net,
+        device_ids=[info.device] if on_gpu else None,
+        forward_sync_buffers=needs_broadcast(cfg.norm.kind),
+    )
     # Weights are equal on all ranks by now; randomness in the network (dropout) must not be.
     torch.manual_seed(cfg.seed + info.rank)
     run = open_run_dir(cfg)
     if run.checkpoint is not None:
         restore(state, run.checkpoint)
-
-    on_gpu = info.device.type == "cuda"
-    model = DistributedDataParallel(net, device_ids=[info.device] if on_gpu else None)
     last_step = cfg.epochs * len(batches)
     if cfg.max_steps is not None:
         last_step = min(last_step, cfg.max_steps)
 
+    preemption = preemption or Preemption()
+    preemption.start_clock(cfg.checkpoint.every_minutes)
     with closing(Recorder(cfg, run.path, state, last_step)) as record:
-        while state.step < last_step:
-            epoch, done = divmod(state.step, len(batches))
-            if done == 0:
-                state.meter.reset()
+        while not preemption.ends and not state.is_complete(last_step):
             model.train()
             began, first = time.perf_counter(), state.step
-            rest = islice(batches.epoch(epoch, done), last_step - state.step)
-            for images, labels in compute.batches(rest):
-                lr = schedule(state.step)
-                loss = train_step(
-                    model, state, images, labels, lr, compute, cfg.optimizer.clip_norm
-                )
+            for loss, lr in train_epoch(model, state, batches, schedule, compute, cfg, last_step):
                 record.step(state, loss, lr)
+                if preemption.agree(info.device) and not state.awaits_evaluation(last_step):
+                    save(state, run.path)
+                    record.checkpoint(state)
+                    if preemption.ends:
+                        break
+            preemption.wait()
+            if not state.awaits_evaluation(last_step):
+                break
             trained = state.meter.totals()  # synchronizes with the device, so the work is timed
             seconds = time.perf_counter() - began
-
+            save(state, run.path)  # an evaluation may outlast the time until SIGKILL
+            if preemption.ends:
+                record.checkpoint(state)
+                break
             tested = evaluate(net, test, compute)
             record.epoch(state, trained, tested, seconds=seconds, steps=state.step - first)
-            save(state, tested, run.path)
+            state.evaluated = state.step
+            save(state, run.path, tested)
+            preemption.restart_clock()
     return run.path
 
 
@@ -143,6 +157,38 @@ def build_net(cfg: TrainConfig, images: Images, device: torch.device) -> nn.Modu
             weights = storage.load(path)
             load_weights(net, weights.get("model", weights), path)
     return apply_norm(net, cfg.norm, device)
+
+
+def train_epoch(
+    model: DistributedDataParallel,
+    state: TrainState,
+    batches: data.TrainBatches,
+    schedule: Schedule,
+    compute: Compute,
+    cfg: TrainConfig,
+    last_step: int,
+) -> Iterator[tuple[Tensor, float]]:
+    """Do the steps that are left of an epoch, and yield loss and learning rate after each.
+
+    Args:
+        model: ``state.net`` under DDP.
+        state: changed in place. If its epoch awaits the evaluation, no step is left.
+        batches: this rank's batches.
+        schedule: learning rate.
+        compute: device, dtype and autocast.
+        cfg: the job.
+        last_step: step at which the run ends.
+    """
+    if state.awaits_evaluation(last_step):
+        return
+    epoch, done = divmod(state.step, len(batches))
+    if done == 0:
+        state.meter.reset()
+    rest = islice(batches.epoch(epoch, done), last_step - state.step)
+    for images, labels in compute.batches(rest):
+        lr = schedule(state.step)
+        clip_norm = cfg.optimizer.clip_norm
+        yield train_step(model, state, images, labels, lr, compute, clip_norm), lr
 
 
 def train_step(
@@ -185,10 +231,11 @@ def train_step(
     return loss.detach()
 
 
-def save(state: TrainState, tested: Totals, folder: Path) -> None:
+def save(state: TrainState, folder: Path, tested: Totals | None = None) -> None:
     """Write last.pt, and best.pt if the test accuracy is the highest so far; a collective."""
-    better = tested.accuracy > state.best_accuracy
-    state.best_accuracy = max(state.best_accuracy, tested.accuracy)
+    better = tested is not None and tested.accuracy > state.best_accuracy
+    if tested is not None:
+        state.best_accuracy = max(state.best_accuracy, tested.accuracy)
     checkpoint = capture(state)
     if dist.get_rank() == 0:
         storage.save(checkpoint, folder / CHECKPOINT)

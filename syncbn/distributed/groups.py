@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary, ref
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from syncbn.distributed.descriptions import compare_descriptions, inherited_timeout
 from syncbn.distributed.objects import all_gather_objects
 
 #: Description of a process group; see :func:`resolve_group`. Types, not a string: a string would be
@@ -83,7 +84,8 @@ def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:
     """Return the process group for a description.
 
     "own", "node", integers and lists create groups, which is a collective: every rank must call
-    this function, in the same order.
+    this function, in the same order. The ranks first compare their descriptions. The new groups
+    have the timeout of ``init_process_group``.
 
     Args:
         group: None or "world" (all ranks), "own" (all ranks in a new group: for layers under
@@ -97,9 +99,11 @@ def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:
         A group that contains this rank; None for all ranks.
 
     Raises:
-        ValueError: an unknown description, a size that does not divide the number of ranks, lists
-            that do not contain every rank once, or a mesh of several dimensions.
-        RuntimeError: torch.distributed is not initialized.
+        ValueError: descriptions that differ between ranks, an unknown description, a size that does
+            not divide the number of ranks, lists that do not contain every rank once, or a mesh of
+            several dimensions.
+        RuntimeError: torch.distributed is not initialized, or a rank has not called this function
+            within the timeout.
     """
     match group:
         case None | "world":
@@ -110,8 +114,8 @@ def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:
                 "group that it is a member of"
             )
         case "own":
-            _require_initialized()
-            return dist.new_group() if dist.get_world_size() > 1 else None
+            _start_creation("'own'")
+            return _own_group() if dist.get_world_size() > 1 else None
         case "node":
             return _node_ranks()
         case bool():
@@ -135,8 +139,13 @@ def resolve_group(group: GroupLike) -> dist.ProcessGroup | None:
     )
 
 
+def _own_group() -> dist.ProcessGroup:
+    created: dist.ProcessGroup = dist.new_group(timeout=inherited_timeout())
+    return created
+
+
 def _consecutive_ranks(size: int) -> dist.ProcessGroup | None:
-    _require_initialized()
+    _start_creation(f"groups of {size}")
     world = dist.get_world_size()
     if size < 1 or world % size:
         raise ValueError(f"got groups of {size} ranks; expected a divisor of the {world} ranks")
@@ -144,7 +153,7 @@ def _consecutive_ranks(size: int) -> dist.ProcessGroup | None:
 
 
 def _listed_ranks(partition: list[list[int]]) -> dist.ProcessGroup | None:
-    _require_initialized()
+    _start_creation(f"{partition}")
     world = list(range(dist.get_world_size()))
     if sorted(rank for ranks in partition for rank in ranks) != world:
         raise ValueError(
@@ -154,7 +163,7 @@ def _listed_ranks(partition: list[list[int]]) -> dist.ProcessGroup | None:
 
 
 def _node_ranks() -> dist.ProcessGroup | None:
-    _require_initialized()
+    _start_creation("'node'")
     # GROUP_RANK is the index of a torchrun agent: containers may share a host name.
     nodes = all_gather_objects((os.environ.get("GROUP_RANK", ""), socket.gethostname()))
     members = [[r for r, node in enumerate(nodes) if node == name] for name in sorted(set(nodes))]
@@ -165,12 +174,14 @@ def _local_subgroup(partition: list[list[int]]) -> dist.ProcessGroup | None:
     if len(partition) == 1:
         return None
     group: dist.ProcessGroup
-    group, _ = dist.new_subgroups_by_enumeration(partition)
+    group, _ = dist.new_subgroups_by_enumeration(partition, timeout=inherited_timeout())
     return group
 
 
-def _require_initialized() -> None:
+def _start_creation(description: str) -> None:
+    """Check that every rank is about to create the same groups; a collective."""
     if not dist.is_initialized():
         raise RuntimeError(
             "a group of ranks needs torch.distributed; call syncbn.init_process_group() first"
         )
+    compare_descriptions(description)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from syncbn.distributed.groups import active_group
 from syncbn.kernels.activations import ActivationName
@@ -143,7 +144,7 @@ def layer_group(layer: LayerState) -> dist.ProcessGroup | None:
     """Return the group of a layer's collectives, or None for a single rank.
 
     Raises:
-        RuntimeError: the layer was unpickled and has lost its group.
+        RuntimeError: the layer was unpickled and has lost its group, or runs in ``ddp.join()``.
         ValueError: this rank is not in the group.
     """
     if isinstance(layer._syncbn_group, DetachedGroup):
@@ -152,7 +153,29 @@ def layer_group(layer: LayerState) -> dist.ProcessGroup | None:
             f"{list(layer._syncbn_group.ranks)}; call convert_sync_batchnorm("
             "model, process_group=...)"
         )
-    return active_group(layer._syncbn_group)
+    group = active_group(layer._syncbn_group)
+    if group is not None and not torch.compiler.is_compiling():
+        _reject_join(layer)
+    return group
+
+
+def _reject_join(layer: LayerState) -> None:
+    """Raise if a DistributedDataParallel in its ``join()`` runs the layer.
+
+    A rank without data repeats the all-reduces of DDP only. Gloo aborts when one of them meets the
+    all-reduce of a layer. Raised in the first forward, when every rank still has data.
+    """
+    ddp = DistributedDataParallel._active_ddp_module
+    if ddp is None:
+        return
+    config = ddp._join_config
+    # With throw_on_early_termination, all ranks stop before a layer runs.
+    if config.enable and not config.throw_on_early_termination:
+        raise RuntimeError(
+            f"{layer_label(layer)}: got a synchronized layer in DistributedDataParallel.join(), "
+            "which repeats the all-reduces of gradients only, on ranks without data; expected "
+            "Join([syncbn.JoinableModel(ddp)]), or a loop over syncbn.even_batches(loader)"
+        )
 
 
 def normalize_input(

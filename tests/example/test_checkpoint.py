@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,36 @@ def test_a_signal_leaves_no_temporary_file(tmp_path: Path) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
     assert path.read_bytes() == b"whole"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def _save_forever(path: Path) -> None:
+    number = 0
+    while True:
+        number += 1
+        storage.save({"step": number, "weights": torch.full((100_000,), float(number))}, path)
+
+
+def test_a_checkpoint_is_whole_after_sigkill_at_any_moment(tmp_path: Path) -> None:
+    """Each process has saved several times, and is in one of its saves or between two."""
+    path, moments, interrupted = tmp_path / "last.pt", random.Random(0), 0
+    for _ in range(20):
+        path.unlink(missing_ok=True)
+        if (child := os.fork()) == 0:
+            try:
+                _save_forever(path)
+            finally:
+                os._exit(1)
+        while not path.exists():
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.1))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        saved = storage.load(path)
+        assert torch.equal(saved["weights"], torch.full((100_000,), float(saved["step"])))
+        for unfinished in tmp_path.glob(".syncbn-*.tmp"):
+            interrupted += 1
+            unfinished.unlink()
+    assert interrupted > 0
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path) -> None:

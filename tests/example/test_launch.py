@@ -155,7 +155,7 @@ def write_programs(folder: Path, programs: dict[str, str]) -> None:
 def printed(script: str, folder: Path, **variables: object) -> str:
     given = {"PATH": f"{folder}:/usr/bin:/bin", "OMP_NUM_THREADS": "", **variables}
     text = finish(launch(script, "a", "b c", cwd=folder, **given)).strip()
-    return text.replace(f"{folder}/", "").replace("-m torch.distributed.run ", "")
+    return text.replace(f"{folder}/", "").replace(f"{ROOT / 'launch' / 'agent.py'} ", "")
 
 
 TWO_NODES = (

@@ -172,3 +172,26 @@ def _validate_after_join(rank: int) -> None:
 
 def test_validation_sends_nothing(three_ranks: Ranks) -> None:
     three_ranks.run(_validate_after_join)
+
+
+def _join_ddp_alone(rank: int, throw: bool) -> str:
+    model = DistributedDataParallel(syncbn.convert_sync_batchnorm(make_network()))
+    try:
+        with model.join(throw_on_early_termination=throw):
+            for x, _ in make_batches(rank):
+                model(x).sum().backward()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_join_of_ddp_alone_raises_on_every_rank(three_ranks: Ranks) -> None:
+    """Regression: over Gloo, a process aborted when the first rank had run out of data."""
+    for message in three_ranks.run(_join_ddp_alone, False):
+        assert message.startswith("1 SyncBatchNorm1d(3): got a synchronized layer in Distributed")
+        assert "expected Join([syncbn.JoinableModel(ddp)]), or a loop over syncbn.even" in message
+
+
+def test_join_that_ends_all_ranks_with_the_first_is_supported(three_ranks: Ranks) -> None:
+    for message in three_ranks.run(_join_ddp_alone, True):
+        assert "exhausted" in message

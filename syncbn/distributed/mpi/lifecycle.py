@@ -200,6 +200,11 @@ class GroupLifecycle(dist.ProcessGroup):
         # Rank 0 of the first group, which has this description, holds the store of all groups.
         return self._rank == 0 and self._description == "default_pg"
 
+    @property
+    def _timeout(self) -> timedelta:
+        # The name in the options of torch's backends.
+        return timedelta(seconds=self._watchdog.timeout)
+
     # torch.distributed requires the methods below from a process group in Python. Functional
     # collectives find a group by its name.
 
