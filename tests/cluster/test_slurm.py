@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.cluster.conftest import STEPS, losses
 from tests.cluster.slurm import SlurmCluster, missing_requirement
-from tests.example.support import PROGRAM, entries, finish, launch
+from tests.example.support import PROGRAM, entries
 from tests.transports import ROOT
 
 pytestmark = pytest.mark.timeout(240)
@@ -27,7 +28,6 @@ sys.stdout.write(f"{line}\\n")
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
-STEPS = ["experiment=digits_smoke", "model.width=4", "max_steps=4", "dtype=float64"]
 
 
 @pytest.fixture(scope="module")
@@ -81,18 +81,11 @@ def test_mpi_of_another_srun_plugin_is_named(cluster: SlurmCluster) -> None:
     assert "srun --mpi=pmix serves Open MPI, and --mpi=pmi2 MPICH" in output
 
 
-@pytest.fixture(scope="module")
-def one_host(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Return the steps of four ranks on one host."""
-    folder = tmp_path_factory.mktemp("one_host")
-    finish(launch("torchrun", PROGRAM, *STEPS, f"run_dir={folder}", cwd=folder, NPROC=4))
-    return entries(folder, "step")
-
-
-def submit(cluster: SlurmCluster, script: str, folder: Path, *options: str) -> str:
+def submit(cluster: SlurmCluster, script: str, folder: Path, steps: int) -> str:
     """Submit a batch script of launch/ with the example; return the job's id."""
-    program = [str(PROGRAM), *STEPS, "resume=auto", f"run_dir={folder / 'run'}"]
-    place = [f"--chdir={ROOT}", f"--output={folder / 'output'}", *options]
+    run = ["resume=auto", f"max_steps={steps}", f"run_dir={folder / 'run'}"]
+    program = [str(PROGRAM), *STEPS, *run]
+    place = [f"--chdir={ROOT}", f"--output={folder / 'output'}"]
     printed = cluster.run("sbatch", "--parsable", *place, str(ROOT / "launch" / script), *program)
     assert re.fullmatch(r"\d+", printed.strip()), printed
     return printed.strip()
@@ -117,11 +110,58 @@ def test_batch_scripts_train_as_one_host(
     cluster: SlurmCluster,
     script: str,
     variables: dict[str, str],
-    one_host: list[dict[str, Any]],
+    one_host: list[float],
     tmp_path: Path,
 ) -> None:
     """Bit for bit, in float64."""
     cluster.environment |= variables
-    job = submit(cluster, script, tmp_path)
+    job = submit(cluster, script, tmp_path, 20)
     wait_until(cluster, job, "COMPLETED", tmp_path)
-    assert entries(tmp_path / "run", "step") == one_host
+    assert losses(tmp_path / "run") == one_host[:20]
+
+
+@pytest.mark.parametrize(
+    ("script", "variables"),
+    [("slurm_torchrun.sbatch", {"NPROC": "2"}), ("slurm_mpi.sbatch", {"MPI_TYPE": "none"})],
+)
+def test_job_near_its_time_limit_saves_and_is_requeued(
+    cluster: SlurmCluster,
+    script: str,
+    variables: dict[str, str],
+    one_host: list[float],
+    tmp_path: Path,
+) -> None:
+    """SIGUSR1 to the batch script alone, as --signal=B:USR1@120 sends it."""
+    cluster.environment |= variables
+    job = submit(cluster, script, tmp_path, len(one_host))
+    run, deadline = tmp_path / "run", time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len(entries(run, "step")) < 3:
+        assert time.monotonic() < deadline, (tmp_path / "output").read_text()
+        time.sleep(0.02)
+    cluster.run("scancel", "--batch", "--signal=USR1", job, check=True)
+    wait_until(cluster, job, "PENDING", tmp_path)
+    assert 3 <= len(losses(run)) < len(one_host)
+    # SLURM would wait for two minutes, but for two seconds the old credential is revoked.
+    time.sleep(2)
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now", check=True)
+    wait_until(cluster, job, "COMPLETED", tmp_path)
+    # DDP fills its first bucket in another order after a resume.
+    assert losses(run) == pytest.approx(one_host, rel=1e-12)
+
+
+def test_cancelled_job_ends_with_all_ranks(cluster: SlurmCluster, tmp_path: Path) -> None:
+    (tmp_path / "sleep.py").write_text(RANK + "import time; time.sleep(100)")
+    program = ["srun", "-N2", "-n4", sys.executable, str(tmp_path / "sleep.py")]
+    options = ["--parsable", "-N2", "-n4", f"--output={tmp_path / 'output'}"]
+    job = cluster.run("sbatch", *options, f"--wrap={' '.join(program)}", check=True).strip()
+    output, deadline = tmp_path / "output", time.monotonic() + 100
+    while not output.exists() or output.read_text().count(" of 4") < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    cluster.run("scancel", job, check=True)
+    wait_until(cluster, job, "CANCELLED", tmp_path)
+    pattern = ["pgrep", "--full", str(tmp_path / "sleep.py")]
+    deadline = time.monotonic() + 20
+    while subprocess.run(pattern, capture_output=True).stdout:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
