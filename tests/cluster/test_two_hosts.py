@@ -44,7 +44,7 @@ def test_torchrun_trains_as_one_host(
 ) -> None:
     """Bit for bit; Gloo would bind to 127.0.1.1, the address of the host name."""
     program = [PROGRAM, *STEPS, "max_steps=20", f"run_dir={tmp_path}"]
-    finish(*start_nodes(hosts, tmp_path, *program))
+    finish(*start_nodes(hosts, tmp_path, *program), limit=150)
     assert losses(tmp_path) == one_host[:20]
 
 
@@ -54,7 +54,7 @@ def test_mpirun_trains_as_one_host(hosts: TwoHosts, one_host: list[float], tmp_p
     variables = {**PLAIN, "HOSTS": "host0,host1", "PRTE_MCA_plm_ssh_agent": ssh}
     script = ROOT / "launch" / "mpirun.sh"
     program = [script, PROGRAM, *STEPS, "max_steps=20", f"run_dir={tmp_path}"]
-    finish(hosts.start(0, program, variables, tmp_path))
+    finish(hosts.start(0, program, variables, tmp_path), limit=150)
     assert losses(tmp_path) == pytest.approx(one_host[:20], rel=1e-13)
 
 

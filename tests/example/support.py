@@ -111,14 +111,15 @@ def launch(name: str, *arguments: object, cwd: Path, **variables: object) -> sub
     )
 
 
-def finish(*jobs: subprocess.Popen[str], code: int | None = 0) -> str:
+def finish(*jobs: subprocess.Popen[str], code: int | None = 0, limit: float = 50) -> str:
     """Wait for launchers and return their output; a hang or another exit code is a failure.
 
     Args:
         jobs: launchers.
         code: expected exit code; None for any code except zero.
+        limit: time limit in seconds.
     """
-    deadline = time.monotonic() + 50
+    deadline = time.monotonic() + limit
     hangs, output = False, ""
     for job in jobs:
         try:

@@ -25,7 +25,7 @@ def _miss_rank_1(rank: int) -> str:
     from syncbn.distributed.mpi.rendezvous import local_peer, rendezvous
 
     store: Any = dist.HashStore()
-    store.set("peer/2", "")
+    store.set("value/2", "")
     with pytest.raises(RuntimeError) as caught:
         rendezvous(store, 0, 3, 0.1, local_peer())
     return str(caught.value)
@@ -41,7 +41,7 @@ def test_mpirun_of_another_mpi_is_error(launch: Launch) -> None:
         "mpich", 2, "join()", variables=dict.fromkeys(("MPI4PY_MPIABI", "LD_LIBRARY_PATH"))
     )
     assert job.finish() != 0
-    assert "the launcher started 2 processes, but MPI has 1" in job.output
+    assert "mpirun started 2 processes, but MPI has 1" in job.output
     assert "Open MPI" in job.output
 
 
