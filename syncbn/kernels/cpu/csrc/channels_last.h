@@ -6,14 +6,11 @@ namespace {
 
 // Rows this wide make a loop over columns worth it. Narrower samples form rows of several samples,
 // as many as fill vectors of MAX_LANES.
-constexpr int64_t MIN_WIDTH = 64;
-constexpr int64_t MAX_LANES = 16;
-// Rows that are summed before they are added to the accumulators: fewer loads and stores
-// of these, and smaller float32 errors.
+constexpr int64_t MIN_WIDTH = 64, MAX_LANES = 16;
+// Rows summed before they are added to the accumulators: fewer memory accesses, smaller errors.
 constexpr int64_t GROUP = 8;
 // Values of a block, whose float32 sums are then added in float64, and limits for its rows.
-constexpr int64_t BLOCK = 1 << 15;
-constexpr int64_t MIN_BLOCK_ROWS = 128, MAX_BLOCK_ROWS = 512;
+constexpr int64_t BLOCK = 1 << 15, MIN_BLOCK_ROWS = 128, MAX_BLOCK_ROWS = 512;
 // Values of one unit of work of a reduction.
 constexpr int64_t CHANNELS_LAST_UNIT = 1 << 16;
 
