@@ -30,8 +30,6 @@ def longest_first(items: list[pytest.Item]) -> None:
 
 def _unit(nodeid: str) -> str:
     file = nodeid.split("::", 1)[0]
-    if file.startswith("tests/cluster/"):
-        return "cluster"  # one reference run
     if file.startswith("tests/integrations/"):
         return "integrations"  # one worker imports the trainers
-    return "MPI" if file in _POLLING or file.startswith("tests/mpi/") else file
+    return "MPI" if file in _POLLING or file.startswith(("tests/mpi/", "tests/cluster/")) else file
