@@ -24,6 +24,10 @@ from syncbn.distributed.interfaces import (
 )
 
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
+#: Address of an interface that does not exist.
+ABSENT = "absent"
+# The store ends with rank 0, after an error too.
+_SECONDS_TO_READ = 5.0
 
 
 class RankReport(NamedTuple):
@@ -36,7 +40,7 @@ class RankReport(NamedTuple):
         backend: requested backend, or None.
         interface: value of GLOO_SOCKET_IFNAME, or empty.
         address: IPv4 address of that interface, or else the one that reaches rank 0's host; empty
-            without any.
+            without any, ABSENT if the interface does not exist.
     """
 
     host: str
@@ -79,7 +83,11 @@ def report_rank(
     count = torch.cuda.device_count()
     gpus = [str(torch.cuda.get_device_properties(i).uuid) for i in range(count)]
     interface = environ.get(GLOO_INTERFACE, "")
-    own = interface_address(interface) if interface else find_source_address(address)
+    first, *_ = interface.split(",")
+    if first and first not in (name for _, name in socket.if_nameindex()):
+        own = ABSENT
+    else:
+        own = interface_address(first) if first else find_source_address(address)
     return RankReport(socket.gethostname(), local_rank, gpus, backend, interface, own)
 
 
@@ -134,7 +142,18 @@ def agree(
             f"{error}; every rank of the job must call init_process_group, and reach the store of "
             "rank 0"
         ) from None
-    reports = [RankReport(*json.loads(text)) for text in texts]
+    store.add("read", 1)
+    try:
+        return _derive_layout(rank, [RankReport(*json.loads(text)) for text in texts], cpu_backend)
+    except ValueError:
+        deadline = time.monotonic() + _SECONDS_TO_READ
+        while rank == 0 and store.add("read", 0) < size and time.monotonic() < deadline:
+            time.sleep(0.01)
+        raise
+
+
+def _derive_layout(rank: int, reports: list[RankReport], cpu_backend: str) -> JobLayout:
+    report = reports[rank]
     local_ranks = _count_local_ranks(reports)
     shared = _describe_shared_gpu(reports, local_ranks)
     names = [r.backend for r in reports]
@@ -174,7 +193,7 @@ def _describe_shared_gpu(reports: list[RankReport], local_ranks: list[int]) -> s
             return f"no GPU for {place}: {count} visible"
         owner = owners.setdefault(report.gpus[index], rank)
         if owner != rank:
-            return f"ranks {owner} and {rank} on {report.host} share the only visible GPU"
+            return f"ranks {owner} and {rank} on {report.host} share a GPU"
     return ""
 
 
@@ -212,8 +231,10 @@ def _find_unreachable(reports: list[RankReport]) -> list[str]:
             continue
         place = f"{report.interface} on {report.host}"
         owner = hosts.setdefault(report.address, report.host)
-        if not report.address:
-            problems.append(f"{place} has no IPv4 address")
+        if report.address == ABSENT:
+            problems.append(f"{place} does not exist")
+        elif not report.address:
+            continue  # only IPv6, or another system than Linux
         elif is_loopback(report.address):
             problems.append(f"{place} is the loopback interface ({report.address})")
         elif owner != report.host:

@@ -87,8 +87,8 @@ def init_process_group(backend: str | None = None, timeout: timedelta | None = N
     layout = agree(store, *numbers, patience.total_seconds(), report, cpu_backend)
     if layout.shares_gpus:
         warnings.warn(
-            f"{layout.backend} on GPUs, since ranks share them: collectives are far slower than "
-            "over NCCL; start one rank per GPU",
+            f"{layout.backend} on GPUs, since not every rank has an unshared GPU: collectives are "
+            "far slower than over NCCL; start one rank per GPU",
             stacklevel=2,
         )
     device = _select_device(layout)
@@ -130,14 +130,18 @@ def _find_process(backend: str | None, timeout: timedelta) -> LaunchedProcess:
     if launched.world_size == 1 and launcher.address != "variables":
         return LaunchedProcess(0, 1, 0, dist.HashStore(), "localhost", has_mpi=False)
     address = launchers.find_address(launcher, os.environ)
-    has_mpi = launcher.address == "MPI" and (backend is None or backend == "mpi4py")
-    if has_mpi and backend is None and address is not None:
-        has_mpi = find_spec("mpi4py") is not None
-    if address is None or launched.world_size is None or has_mpi:
+    # Every rank must take the same way: mpirun may pass MASTER_ADDR to the ranks of one host only.
+    by_srun = "SLURM_STEP_NUM_TASKS" in launcher.marks
+    prefers_mpi = backend is None or not by_srun
+    needs_mpi = backend == "mpi4py" or (prefers_mpi and find_spec("mpi4py") is not None)
+    is_known = address is not None and launched.world_size is not None
+    if launcher.address == "MPI" and (needs_mpi or not is_known):
         # Imported here: the import loads the MPI library.
         from syncbn.distributed.mpi.bootstrap import bootstrap
 
         return bootstrap(launcher, launched, timeout)
+    assert address is not None
+    assert launched.world_size is not None
     return open_store(launched.rank, launched.world_size, launched.local_rank, address, timeout)
 
 

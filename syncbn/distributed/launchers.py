@@ -33,7 +33,7 @@ _SRUN = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"
 _MVAPICH = "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"
 _OPENMPI = "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"
 #: The first row whose marks are set applies. An mpirun on several nodes of SLURM starts its helpers
-#: by srun, so its ranks have the variables of both. srun sets a rank of PMI with --mpi only.
+#: by srun, so its ranks have the variables of both. srun sets a rank of PMI with --mpi or by default.
 LAUNCHERS = (
     Launcher("torchrun", ("TORCHELASTIC_RUN_ID",), *_TORCH),
     Launcher("variables", ("RANK",), *_TORCH),
@@ -124,7 +124,8 @@ def find_address(launcher: Launcher, environ: Mapping[str, str]) -> tuple[str, i
     host = environ.get("MASTER_ADDR")
     if "MASTER_PORT" in environ:
         port = read_number(environ, "MASTER_PORT")
-    if "SLURM_STEP_NODELIST" in environ and launcher.address != "variables":
+    # The variables of an mpirun's own srun helpers describe another list of hosts.
+    if "SLURM_STEP_NUM_TASKS" in launcher.marks and "SLURM_STEP_NODELIST" in environ:
         source = "SLURM_STEP_NODELIST and SLURM_JOB_ID, without MASTER_ADDR and MASTER_PORT"
         host = host or _first_host(environ)
         # Steps of a job differ, and so do jobs that share a node. Below the ephemeral ports.
@@ -151,5 +152,4 @@ def _first_host(environ: Mapping[str, str]) -> str:
     """Return the first host of a list such as "node[01-03,7]-ib,gpu5"."""
     if environ.get("SLURM_STEP_NUM_NODES") == "1":
         return "localhost"
-    match = re.match(r"([^\[,]+)(?:\[(\w+)[^\]]*\]([^\[,]*))?", environ["SLURM_STEP_NODELIST"])
-    return "" if match is None else "".join(part or "" for part in match.groups())
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", environ["SLURM_STEP_NODELIST"]).partition(",")[0]

@@ -47,7 +47,7 @@ RECORDED = {
     ),
     "Open MPI": (OPENMPI, "mpirun", (3, 4, 1), None),
     "Open MPI with an address": (f"{OPENMPI} {MASTER}", "mpirun", (3, 4, 1), FROM_VARIABLES),
-    "Open MPI below SLURM": (f"{OPENMPI} {SLURM}", "mpirun", (3, 4, 1), FROM_SLURM),
+    "Open MPI below SLURM": (f"{OPENMPI} {SLURM}", "mpirun", (3, 4, 1), None),
     "MPICH": (HYDRA, "mpirun", (3, 4, 1), None),
     "MVAPICH": (MVAPICH, "mpirun", (3, 4, 1), None),
     "PMI without local ranks": ("PMI_RANK=3 PMI_SIZE=4", "mpirun", (3, 4, None), None),

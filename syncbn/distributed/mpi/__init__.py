@@ -94,8 +94,8 @@ def _exclude_bridges() -> None:
     They have the same address on every host. Open MPI would try it, and hang or end without a word.
     """
     variables = [f"OMPI_MCA_btl_tcp_if_{choice}" for choice in ("include", "exclude")]
-    if not any(name in os.environ for name in variables):
-        bridges = list_container_bridges()
+    bridges = list_container_bridges()
+    if bridges and not any(name in os.environ for name in variables):
         os.environ[variables[1]] = ",".join(["127.0.0.0/8", "sppp", *bridges])
 
 
