@@ -33,7 +33,7 @@ _SRUN = "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"
 _MVAPICH = "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"
 _OPENMPI = "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"
 #: The first row whose marks are set applies. An mpirun on several nodes of SLURM starts its helpers
-#: by srun, so its ranks have the variables of both. srun sets a rank of PMI with --mpi or by default.
+#: by srun, so its ranks have both sets. srun sets a rank of PMI with --mpi or by default.
 LAUNCHERS = (
     Launcher("torchrun", ("TORCHELASTIC_RUN_ID",), *_TORCH),
     Launcher("variables", ("RANK",), *_TORCH),
