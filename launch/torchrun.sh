@@ -32,7 +32,7 @@ cores() { env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN;
 NPROC=${NPROC:-$(gpus)}
 ((NPROC > 0)) || NPROC=2
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((NPROC < $(cores) ? $(cores) / NPROC : 1))}
-# glibc keeps what is freed (docs/performance.md).
+# glibc caches freed memory (docs/performance.md).
 export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_-0} MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_-100000000000}
 # The agents' store keeps Gloo's addresses of the ranks before a restart: each attempt opens its own.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE-1}

@@ -90,13 +90,8 @@ def fit(cfg: TrainConfig, info: syncbn.RankInfo, preemption: Preemption | None =
         epochs=cfg.epochs,
         global_batch=cfg.data.batch_size * info.world_size,
     )
-    on_gpu = info.device.type == "cuda"
     # Before a resume: the constructor gives every rank the buffers of rank 0.
-    model = DistributedDataParallel(
-        net,
-        device_ids=[info.device] if on_gpu else None,
-        forward_sync_buffers=needs_broadcast(cfg.norm.kind),
-    )
+    model = distribute(net, cfg, info.device)
     # Weights are equal on all ranks by now; randomness in the network (dropout) must not be.
     torch.manual_seed(cfg.seed + info.rank)
     run = open_run_dir(cfg)
@@ -157,6 +152,21 @@ def build_net(cfg: TrainConfig, images: Images, device: torch.device) -> nn.Modu
             weights = storage.load(path)
             load_weights(net, weights.get("model", weights), path)
     return apply_norm(net, cfg.norm, device)
+
+
+def distribute(net: nn.Module, cfg: TrainConfig, device: torch.device) -> DistributedDataParallel:
+    """Return the network under DDP; a collective.
+
+    Args:
+        net: network on its device.
+        cfg: the job.
+        device: device of this rank.
+    """
+    return DistributedDataParallel(
+        net,
+        device_ids=[device] if device.type == "cuda" else None,
+        forward_sync_buffers=needs_broadcast(cfg.norm.kind),
+    )
 
 
 def train_epoch(

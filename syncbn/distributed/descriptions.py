@@ -12,8 +12,8 @@ def compare_descriptions(description: str) -> None:
     """Check that every rank describes the same groups; a collective over the store.
 
     Ranks that create different groups wait for each other until the timeout, in collectives that
-    name no group. The store compares any descriptions, without a backend. Each rank sends at most
-    seven requests, however many ranks take part.
+    name no group. The store compares any descriptions, without a backend. Without an
+    error, each rank sends at most seven requests, however many ranks take part.
 
     Args:
         description: description of this rank, as text.

@@ -114,7 +114,7 @@ def exchange(store: dist.Store, rank: int, size: int, timeout: float, value: str
             raise TimeoutError(f"rank {rank} of {size} waited {timeout:g} s for ranks {missing}")
         time.sleep(interval)
         interval = min(2 * interval, 0.1)
-    return [value.decode() for value in store.multi_get(keys)]
+    return [text.decode() for text in store.multi_get(keys)]
 
 
 def agree(
@@ -128,7 +128,7 @@ def agree(
         size: number of ranks.
         timeout: time limit in seconds.
         report: facts of this rank.
-        cpu_backend: backend for ranks without a GPU of their own.
+        cpu_backend: backend if some rank has no unshared GPU.
 
     Raises:
         RuntimeError: ranks did not arrive.
@@ -213,7 +213,7 @@ def _choose_interface(rank: int, reports: list[RankReport]) -> tuple[str | None,
     if own.interface:
         return own.interface, f"interface {own.interface} ({own.address}, from {GLOO_INTERFACE})"
     address, target = own.address, "rank 0"
-    if is_loopback(address):  # the host of rank 0
+    if is_loopback(address):  # on the host of rank 0, or without a route to it
         others = (r.address for r in reports if r.host != own.host and not is_loopback(r.address))
         target = next(others, "")
         address = find_source_address(target) if target else ""

@@ -66,15 +66,15 @@ class TwoHosts:
 
     def start_sshd(self) -> str:
         """Start sshd on host1; return the ssh command that reaches it from host0."""
-        key, known = self._folder / "key", self._folder / "sshd_config"
+        key, configuration = self._folder / "key", self._folder / "sshd_config"
         generate = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)]
         subprocess.run(generate, check=True)
-        known.write_text(
+        configuration.write_text(
             f"Port 22\nHostKey {key}\nAuthorizedKeysFile {key}.pub\nStrictModes no\nUsePAM no\n"
             f"PidFile none\nPermitRootLogin prohibit-password\n"
         )
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
-        sshd = [str(shutil.which("sshd")), "-D", "-f", str(known)]
+        sshd = [str(shutil.which("sshd")), "-D", "-f", str(configuration)]
         self._processes.append(subprocess.Popen(self._command(1, sshd), stderr=subprocess.DEVNULL))
         return f"ssh -i {key} -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null -q"
 

@@ -68,6 +68,14 @@ class SlurmCluster:
         text = _CONFIGURATION.format(host=socket.gethostname(), ports=ports, folder=folder)
         (folder / "slurm.conf").write_text(text)
         (folder / "cgroup.conf").write_text("CgroupPlugin=autodetect\n")
+        try:
+            self._start_all()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start_all(self) -> None:
+        folder = self.folder
         self._start_munge()
         self._start("slurmctld", "-D", "-c")
         for node in ("n0", "n1"):

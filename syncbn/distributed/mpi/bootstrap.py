@@ -46,7 +46,9 @@ def bootstrap(launcher: Launcher, launched: LaunchedRank, timeout: timedelta) ->
     """
     ensure_initialized(timeout)
     world = MPI.COMM_WORLD
-    size = launched.world_size or (1 + launched.rank if world.size == 1 else world.size)
+    size = launched.world_size
+    if size is None:  # a rank of PMIx alone
+        size = world.size if world.size > 1 else launched.rank + 1
     if world.size != size:
         raise RuntimeError(
             f"{launcher.name} started {'at least ' if launched.world_size is None else ''}{size} "
