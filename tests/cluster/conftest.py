@@ -13,7 +13,7 @@ STEPS = ["experiment=digits_smoke", "model.width=4", "dtype=float64"]
 def one_host(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """Return the losses of four ranks on one host, over Gloo."""
     folder = tmp_path_factory.mktemp("one_host")
-    steps = [*STEPS, "max_steps=80", f"run_dir={folder}"]
+    steps = [*STEPS, "max_steps=20", f"run_dir={folder}"]
     finish(launch("torchrun", PROGRAM, *steps, cwd=folder, NPROC=4), limit=150)
     return losses(folder)
 
