@@ -69,7 +69,8 @@ format: $(INSTALLED)
 clean:
 	rm -rf $(VENV) build dist runs .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-# Python compiles modules when they are imported: pip would compile all, most for nothing.
+# Python compiles modules when they are first imported; pip would compile all, most for nothing.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(PYTHON) -m pip install --no-compile -c constraints.txt
 
 $(HATCHLING):
