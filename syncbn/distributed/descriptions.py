@@ -7,13 +7,14 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
+from syncbn.distributed.handshake import publish
+
 
 def compare_descriptions(description: str) -> None:
     """Check that every rank describes the same groups; a collective over the store.
 
     Ranks that create different groups wait for each other until the timeout, in collectives that
-    name no group. The store compares any descriptions, without a backend. Without an
-    error, each rank sends at most seven requests, however many ranks take part.
+    name no group. The store compares any descriptions, without a backend.
 
     Args:
         description: description of this rank, as text.
@@ -31,20 +32,15 @@ def compare_descriptions(description: str) -> None:
     # The store counts the calls: a count in this process would outlive the default group.
     call = store.add(f"syncbn_groups/calls/{rank}", 1)
     store = dist.PrefixStore(f"syncbn_groups/{call}", store)
-    store.set(str(rank), description)
     store.add(f"equal/{description}", 1)
-    if store.add("arrived", 1) == size:
-        store.set("complete", "")
-    timeout = inherited_timeout() or default_pg_timeout
     try:
-        store.wait(["complete"], timeout)
-    except RuntimeError as error:
+        publish(store, rank, size, inherited_timeout() or default_pg_timeout, description)
+    except TimeoutError as error:
         raise RuntimeError(
-            f"rank {rank} of {size} described a group (call {call}), and "
-            f"{timeout.total_seconds():g} s later other ranks have not:\n"
+            f"{error} to describe a group (call {call}):\n"
             f"{_list_descriptions(store, size)}\nEvery rank must pass its model to "
             "convert_sync_batchnorm with the same process_group, in the same order."
-        ) from error
+        ) from None
     if store.add(f"equal/{description}", 0) != size:
         raise ValueError(
             f"got different groups on different ranks (call {call}):\n"
@@ -68,8 +64,6 @@ def inherited_timeout() -> timedelta | None:
 
 def _list_descriptions(store: dist.Store, size: int) -> str:
     """Return one line per rank."""
-    lines = []
-    for rank in range(size):
-        text = store.get(str(rank)).decode() if store.check([str(rank)]) else "no group yet"
-        lines.append(f"  rank {rank}: {text}")
-    return "\n".join(lines)
+    keys = [f"value/{rank}" for rank in range(size)]
+    texts = (store.get(key).decode() if store.check([key]) else "no group yet" for key in keys)
+    return "\n".join(f"  rank {rank}: {text}" for rank, text in enumerate(texts))

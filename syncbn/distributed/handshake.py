@@ -11,6 +11,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -91,34 +92,49 @@ def report_rank(
     return RankReport(socket.gethostname(), local_rank, gpus, backend, interface, own)
 
 
-def exchange(store: dist.Store, rank: int, size: int, timeout: float, value: str) -> list[str]:
-    """Return the values of all ranks in rank order.
+def publish(store: dist.Store, rank: int, size: int, timeout: timedelta, value: str) -> None:
+    """Publish a value of this rank, and wait for the values of all ranks.
+
+    The number of requests of a rank does not grow with the number of ranks.
 
     Args:
-        store: store of these ranks alone.
+        store: store of these ranks and this call alone.
         rank: rank of this process.
         size: number of ranks.
-        timeout: time limit in seconds.
+        timeout: time limit.
         value: value of this rank.
 
     Raises:
         TimeoutError: ranks did not arrive; the message lists them.
     """
     store.set(f"value/{rank}", value)
-    keys = [f"value/{other}" for other in range(size)]
-    deadline = time.monotonic() + timeout
+    if store.add("arrived", 1) == size:
+        store.set("complete", "")
+    deadline = time.monotonic() + timeout.total_seconds()
     interval = 1e-3
-    while not store.check(keys):
+    # Not store.wait, which blocks the store for other threads of this process.
+    while not store.check(["complete"]):
         if time.monotonic() > deadline:
-            missing = [other for other, key in enumerate(keys) if not store.check([key])]
-            raise TimeoutError(f"rank {rank} of {size} waited {timeout:g} s for ranks {missing}")
+            missing = [other for other in range(size) if not store.check([f"value/{other}"])]
+            raise TimeoutError(
+                f"rank {rank} of {size} waited {timeout.total_seconds():g} s for ranks {missing}"
+            )
         time.sleep(interval)
         interval = min(2 * interval, 0.1)
-    return [text.decode() for text in store.multi_get(keys)]
+
+
+def read_values(store: dist.Store, size: int) -> list[str]:
+    """Return the values that all ranks have published, in rank order."""
+    return [text.decode() for text in store.multi_get([f"value/{rank}" for rank in range(size)])]
 
 
 def agree(
-    store: dist.Store, rank: int, size: int, timeout: float, report: RankReport, cpu_backend: str
+    store: dist.Store,
+    rank: int,
+    size: int,
+    timeout: timedelta,
+    report: RankReport,
+    cpu_backend: str,
 ) -> JobLayout:
     """Exchange reports and return the layout; every rank must call this function.
 
@@ -126,7 +142,7 @@ def agree(
         store: store of the job.
         rank: rank of this process.
         size: number of ranks.
-        timeout: time limit in seconds.
+        timeout: time limit.
         report: facts of this rank.
         cpu_backend: backend if some rank has no unshared GPU.
 
@@ -136,15 +152,16 @@ def agree(
             Gloo's interface cannot reach the other hosts.
     """
     try:
-        texts = exchange(store, rank, size, timeout, json.dumps(report))
+        publish(store, rank, size, timeout, json.dumps(report))
     except TimeoutError as error:
         raise RuntimeError(
             f"{error}; every rank of the job must call init_process_group, and reach the store of "
             "rank 0"
         ) from None
+    reports = [RankReport(*json.loads(text)) for text in read_values(store, size)]
     store.add("read", 1)
     try:
-        return _derive_layout(rank, [RankReport(*json.loads(text)) for text in texts], cpu_backend)
+        return _derive_layout(rank, reports, cpu_backend)
     except ValueError:
         deadline = time.monotonic() + _SECONDS_TO_READ
         while rank == 0 and store.add("read", 0) < size and time.monotonic() < deadline:

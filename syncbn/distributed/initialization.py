@@ -15,10 +15,17 @@ import torch.distributed as dist
 from torch.distributed.constants import default_pg_timeout
 
 from syncbn.distributed import launchers
+from syncbn.distributed.descriptions import inherited_timeout
 from syncbn.distributed.groups import create_layers_group
-from syncbn.distributed.handshake import GLOO_INTERFACE, JobLayout, agree, report_rank
+from syncbn.distributed.handshake import (
+    GLOO_INTERFACE,
+    JobLayout,
+    agree,
+    publish,
+    read_values,
+    report_rank,
+)
 from syncbn.distributed.job_store import LaunchedProcess, open_store
-from syncbn.distributed.objects import all_gather_objects
 
 _BACKENDS = ("nccl", "gloo", "mpi4py")
 
@@ -84,7 +91,7 @@ def init_process_group(backend: str | None = None, timeout: timedelta | None = N
     cpu_backend = "mpi4py" if process.has_mpi else "gloo"
     numbers = process.rank, process.world_size
     store = dist.PrefixStore("syncbn/handshake", process.store)
-    layout = agree(store, *numbers, patience.total_seconds(), report, cpu_backend)
+    layout = agree(store, *numbers, patience, report, cpu_backend)
     if layout.shares_gpus:
         warnings.warn(
             f"{layout.backend} on GPUs, since not every rank has an unshared GPU: collectives are "
@@ -146,19 +153,35 @@ def _find_process(backend: str | None, timeout: timedelta) -> LaunchedProcess:
 
 
 def _use_existing_group(backend: str | None) -> RankInfo:
-    """Return the numbers of this rank in an existing default group."""
+    """Return the numbers of this rank in an existing default group; a collective over its store."""
     existing = dist.get_backend()
     if backend not in (None, existing):
         raise ValueError(
             f"got backend {backend!r}, but torch.distributed is initialized with {existing!r}; "
             "expected None or the same backend"
         )
-    rank, text = dist.get_rank(), os.environ.get("LOCAL_RANK", "")
-    hosts = all_gather_objects(socket.gethostname())
+    rank, size, text = dist.get_rank(), dist.get_world_size(), os.environ.get("LOCAL_RANK", "")
+    default = dist.group.WORLD
+    assert default is not None
+    # Over the store: NCCL would need the device that is to be found.
+    store = dist.PrefixStore("syncbn/hosts", default.get_group_store())
+    store = dist.PrefixStore(str(store.add(f"calls/{rank}", 1)), store)
+    publish(store, rank, size, inherited_timeout() or default_pg_timeout, socket.gethostname())
+    hosts = read_values(store, size)
     local_rank = int(text) if text.isdigit() else hosts[:rank].count(hosts[rank])
+    return RankInfo(rank, size, local_rank, _device_of(default, local_rank))
+
+
+def _device_of(group: dist.ProcessGroup, local_rank: int) -> torch.device:
+    """Return the device of an existing group, and make it the current one."""
     gpus = torch.cuda.device_count()
-    device = torch.device("cuda", torch.cuda.current_device()) if gpus else torch.device("cpu")
-    return RankInfo(rank, dist.get_world_size(), local_rank, device)
+    if not gpus:
+        return torch.device("cpu")
+    bound = group.bound_device_id
+    # Device 0 is current, too, if no device has been set.
+    index = torch.cuda.current_device() or local_rank % gpus if bound is None else bound.index
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def _register_mpi4py(timeout: timedelta) -> None:

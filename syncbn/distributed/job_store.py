@@ -72,12 +72,13 @@ def open_store(
             f"rank {rank} of {world_size} cannot use the store of rank 0 at {host}:{port} (from "
             f"{source}): {reason}; {remedy}"
         ) from error
+    # The agent's store outlives an attempt and a destroyed group, so old addresses remain in it.
+    store = dist.PrefixStore("syncbn", store)
     if read_number(os.environ, "LOCAL_WORLD_SIZE", world_size) == world_size:
-        # The agent's store outlives an attempt and a destroyed group, so old addresses remain in
-        # it. Agents of several nodes count attempts differently, so the count is no prefix there.
+        # Agents of several nodes count attempts differently, so the count is no prefix there.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"syncbn/attempt_{attempt}", store)
-        store = dist.PrefixStore(str(store.add(f"joined/{rank}", 1)), store)
+        store = dist.PrefixStore(f"attempt_{attempt}", store)
+    store = dist.PrefixStore(str(store.add(f"joined/{rank}", 1)), store)
     return LaunchedProcess(rank, world_size, local_rank, store, host, has_mpi=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ def agree_all(*reports: RankReport, cpu_backend: str = "gloo") -> list[JobLayout
     with ThreadPoolExecutor(size) as pool:
         ranks = range(size)
         calls = [
-            pool.submit(agree, store, rank, size, 10.0, reports[rank], cpu_backend)
+            pool.submit(agree, store, rank, size, timedelta(seconds=10), reports[rank], cpu_backend)
             for rank in ranks
         ]
         errors = {str(error) for call in calls if (error := call.exception()) is not None}
@@ -88,7 +89,7 @@ def test_absent_ranks_are_named() -> None:
     with pytest.raises(
         RuntimeError, match=r"rank 0 of 3 waited 0.1 s for ranks \[1, 2\]; every ran"
     ):
-        agree(dist.HashStore(), 0, 3, 0.1, report("a"), "gloo")
+        agree(dist.HashStore(), 0, 3, timedelta(seconds=0.1), report("a"), "gloo")
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,15 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import syncbn
+from syncbn.distributed import initialization
 from tests import processes, transports
 from tests.ranks import Ranks
 
@@ -201,6 +205,25 @@ def test_group_of_others_is_taken_over(two_ranks: Ranks) -> None:
     for rank, answer in enumerate(two_ranks.run(_take_over)):
         assert answer[:3] == [rank, 2, rank]
         assert "got backend 'nccl', but torch.distributed is initialized with" in str(answer[3])
+
+
+@pytest.mark.parametrize(
+    ("bound", "current", "expected"), [(None, 0, 2), (None, 3, 3), (torch.device("cuda:1"), 0, 1)]
+)
+def test_device_of_a_group_of_others(
+    monkeypatch: pytest.MonkeyPatch, bound: torch.device | None, current: int, expected: int
+) -> None:
+    """Regression: every rank got cuda:0 if no rank had set a device. The GPUs are not here."""
+    selected: list[int] = []
+    for name, value in {
+        "device_count": lambda: 4,
+        "current_device": lambda: current,
+        "set_device": selected.append,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    group: Any = SimpleNamespace(bound_device_id=bound)
+    assert initialization._device_of(group, local_rank=2) == torch.device("cuda", expected)
+    assert selected == [expected]
 
 
 def test_unknown_backend_raises() -> None:

@@ -27,6 +27,11 @@ layer(torch.full((1, 1), float(info.rank)))
 sys.stdout.write(f"{info.rank} of {info.world_size}, {info.local_rank}: {layer.running_mean[0]}\\n")
 torch.distributed.destroy_process_group()
 """
+FIRST_GROUP = """
+import syncbn, torch
+syncbn.init_process_group("gloo")
+torch.distributed.destroy_process_group()
+"""
 WHERE = """
 import os, sys
 from mpi4py import MPI
@@ -60,12 +65,16 @@ def mpi(request: pytest.FixtureRequest) -> str:
     return name
 
 
-def test_two_nodes_are_one_group(tmp_path: Path) -> None:
-    (tmp_path / "rank.py").write_text(RANK)
+@pytest.mark.parametrize("shares_store", [False, True])
+def test_two_nodes_are_one_group(shares_store: bool, tmp_path: Path) -> None:
+    """A second group must not read the reports for the first from a shared store."""
+    (tmp_path / "rank.py").write_text(f"{FIRST_GROUP if shares_store else ''}{RANK}")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     nodes = {"NPROC": 1, "NNODES": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    if shares_store:
+        nodes["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = 0
     jobs = [launch("torchrun", "rank.py", cwd=tmp_path, NODE_RANK=i, **nodes) for i in (0, 1)]
     # The mean of the values on both ranks.
     assert sorted(finish(*jobs).splitlines()) == ["0 of 2, 0: 0.5", "1 of 2, 0: 0.5"]

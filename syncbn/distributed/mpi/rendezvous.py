@@ -6,13 +6,14 @@ import json
 import os
 import socket
 from collections.abc import Sequence
+from datetime import timedelta
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import torch.distributed as dist
 
-from syncbn.distributed.handshake import exchange
+from syncbn.distributed.handshake import publish, read_values
 from syncbn.distributed.mpi import MPI, call_with_timeout
 
 
@@ -63,12 +64,12 @@ def rendezvous(store: dist.Store, rank: int, size: int, timeout: float, peer: Pe
         RuntimeError: ranks did not arrive in time; the message lists them.
     """
     try:
-        peers = exchange(store, rank, size, timeout, json.dumps(peer))
+        publish(store, rank, size, timedelta(seconds=timeout), json.dumps(peer))
     except TimeoutError as error:
         raise RuntimeError(
             f"{error} to create an MPI process group; every member must create it"
         ) from None
-    return [Peer(*json.loads(text)) for text in peers]
+    return [Peer(*json.loads(text)) for text in read_values(store, size)]
 
 
 def local_peer() -> Peer:
