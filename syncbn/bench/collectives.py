@@ -1,8 +1,9 @@
-"""All-reduces and training steps over MPI, over the backend mpi4py and over Gloo."""
+"""All-reduces and training steps over Gloo; under mpirun also over MPI and the backend mpi4py."""
 
 from __future__ import annotations
 
 import copy
+import os
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from syncbn.bench.ranks import World, init_world, max_over_ranks
 from syncbn.bench.report import Benchmark, Report, Table
 from syncbn.bench.timing import MICROSECOND, MILLISECOND, PERCENTILES, Percentiles, interleave
 from syncbn.distributed.groups import resolve_group
+from syncbn.distributed.launchers import find_launcher
 from syncbn.nn.module import convert_sync_batchnorm
 
 # Consecutive calls, as in other benchmarks of MPI: the call is measured, not cache misses.
@@ -28,22 +30,18 @@ class AllReduce:
     """Seconds of an all-reduce on the slowest rank."""
 
     numel: int  # float64 values in the vector
-    raw: Percentiles  # MPI_Allreduce in place, called from mpi4py
-    mpi4py: Percentiles  # torch's all_reduce over mpi4py
-    gloo: Percentiles  # torch's all_reduce over Gloo
-    overhead: Percentiles  # mpi4py - raw, call by call
-    ratio: Percentiles  # gloo / mpi4py, call by call
+    # "gloo" and "mpi4py": torch's all_reduce; "MPI": MPI_Allreduce in place, called from mpi4py.
+    seconds: dict[str, Percentiles]
+    overhead: Percentiles | None  # mpi4py - MPI, call by call
+    ratio: Percentiles | None  # gloo / mpi4py, call by call
 
 
 @dataclass(frozen=True)
 class TrainingStep:
     """Seconds of a training step on the slowest rank."""
 
-    local: Percentiles  # without communication
-    mpi4py: Percentiles
-    gloo: Percentiles
+    seconds: dict[str, Percentiles]  # "local": without communication; by transport
     synchronization: dict[str, Percentiles]  # step - local, round by round, by transport
-    ratio: float  # ratio of the medians of synchronization, mpi4py / gloo
 
 
 @dataclass
@@ -65,83 +63,92 @@ class Collectives(Benchmark):
         """Measure, on every rank.
 
         Raises:
-            ImportError: mpi4py or an MPI library is missing.
-            RuntimeError: the ranks were not started by mpirun.
+            ImportError: mpirun started the ranks, and mpi4py or an MPI library is missing.
         """
-        world = init_world("cpu", self.threads, "mpi4py")
-        # Imported late: the import starts MPI, which must not happen before exec_mpirun.
-        from syncbn.distributed.mpi import VERSION
+        launcher = find_launcher(os.environ)
+        backend = "mpi4py" if launcher is not None and launcher.address == "MPI" else "gloo"
+        world = init_world("cpu", self.threads, backend)
+        default, facts = dist.group.WORLD, world.facts
+        assert default is not None
+        groups = {"gloo": default}
+        if backend == "mpi4py":
+            # Imported late: the import starts MPI, which must not happen before exec_mpirun.
+            from syncbn.distributed.mpi import VERSION
 
-        gloo = dist.new_group(backend="gloo")
-        sums = [self._time_all_reduce(numel, gloo, world) for numel in self.sizes]
-        step = self._time_step(gloo, world)
+            groups = {"mpi4py": default, "gloo": dist.new_group(backend="gloo")}
+            facts = {"MPI": VERSION, **facts}
+        sums = [self._time_all_reduce(numel, groups, world) for numel in self.sizes]
+        step = self._time_step(groups, world)
         return Report(
-            {"MPI": VERSION, **world.facts},
+            facts,
             [_all_reduce_table(sums), _step_table(step, self.batch)],
             {"all_reduce": sums, "training_step": step},
         )
 
-    def _time_all_reduce(self, numel: int, gloo: dist.ProcessGroup, world: World) -> AllReduce:
-        from syncbn.distributed.mpi import MPI
-
-        # mpi4py takes an array of the standard library like one of NumPy.
-        memory = array("d", bytes(8 * numel))
+    def _time_all_reduce(
+        self, numel: int, groups: dict[str, dist.ProcessGroup], world: World
+    ) -> AllReduce:
         vector = torch.zeros(numel, dtype=torch.float64)
         calls: dict[str, Callable[[], object]] = {
-            "raw": partial(MPI.COMM_WORLD.Dup().Allreduce, MPI.IN_PLACE, memory),
-            "mpi4py": partial(dist.all_reduce, vector),
-            "gloo": partial(dist.all_reduce, vector, group=gloo),
+            name: partial(dist.all_reduce, vector, group=group) for name, group in groups.items()
         }
+        if "mpi4py" in groups:
+            from syncbn.distributed.mpi import MPI
+
+            # mpi4py takes an array of the standard library like one of NumPy.
+            memory = array("d", bytes(8 * numel))
+            calls["MPI"] = partial(MPI.COMM_WORLD.Dup().Allreduce, MPI.IN_PLACE, memory)
         burst = min(_BURST, self.repeats)
         times = interleave(calls, -(-self.repeats // burst), burst, world.barrier)
-        raw, mpi4py, gloos = map(max_over_ranks, times.values())
-        columns = raw, mpi4py, gloos, mpi4py - raw, gloos / mpi4py
-        return AllReduce(numel, *map(Percentiles.of, columns))
+        slowest = {name: max_over_ranks(seconds) for name, seconds in times.items()}
+        overhead = ratio = None
+        if "mpi4py" in groups:
+            overhead = Percentiles.of(slowest["mpi4py"] - slowest["MPI"])
+            ratio = Percentiles.of(slowest["gloo"] / slowest["mpi4py"])
+        seconds = {name: Percentiles.of(values) for name, values in slowest.items()}
+        return AllReduce(numel, seconds, overhead, ratio)
 
-    def _time_step(self, gloo: dist.ProcessGroup, world: World) -> TrainingStep:
+    def _time_step(self, groups: dict[str, dist.ProcessGroup], world: World) -> TrainingStep:
         torch.manual_seed(0)
         network = resnet20()
         torch.manual_seed(1 + world.rank)
         images = torch.randn(self.batch, 3, 32, 32)
-        groups = {"local": resolve_group(1), "mpi4py": dist.group.WORLD, "gloo": gloo}
-        calls = {}
+        local = convert_sync_batchnorm(copy.deepcopy(network), resolve_group(1))
+        calls = {"local": training_step(local, images)}
         for name, group in groups.items():
             model = convert_sync_batchnorm(copy.deepcopy(network), group)
-            if name != "local":
-                model = DistributedDataParallel(model, process_group=group)
-            calls[name] = training_step(model, images)
+            parallel = DistributedDataParallel(model, process_group=group)
+            calls[name] = training_step(parallel, images)
         times = interleave(calls, self.steps, barrier=world.barrier)
-        local, mpi4py, gloos = map(max_over_ranks, times.values())
-        waits = {"mpi4py": Percentiles.of(mpi4py - local), "gloo": Percentiles.of(gloos - local)}
-        ratio = waits["mpi4py"].median / waits["gloo"].median
-        steps = Percentiles.of(local), Percentiles.of(mpi4py), Percentiles.of(gloos)
-        return TrainingStep(*steps, waits, ratio)
+        slowest = {name: max_over_ranks(seconds) for name, seconds in times.items()}
+        waits = {name: Percentiles.of(slowest[name] - slowest["local"]) for name in groups}
+        steps = {name: Percentiles.of(values) for name, values in slowest.items()}
+        return TrainingStep(steps, waits)
 
 
 def _all_reduce_table(sums: list[AllReduce]) -> Table:
-    rows = []
+    columns, rows = ["values", *sums[0].seconds], []
+    if sums[0].ratio is not None:
+        columns += ["mpi4py - MPI", "gloo / mpi4py"]
     for row in sums:
-        times = row.raw, row.mpi4py, row.gloo, row.overhead
-        rows.append([str(row.numel), *(t.text(MICROSECOND) for t in times), row.ratio.text()])
-    return Table(
-        f"all_reduce of float64 values, microseconds: {PERCENTILES}",
-        ["values", "MPI", "mpi4py", "gloo", "mpi4py - MPI", "gloo / mpi4py"],
-        rows,
-        ["MPI: MPI_Allreduce in place from mpi4py. Times of the slowest rank, call by call."],
-    )
+        cells = [time.text(MICROSECOND) for time in row.seconds.values()]
+        if row.overhead is not None and row.ratio is not None:
+            cells += [row.overhead.text(MICROSECOND), row.ratio.text()]
+        rows.append([str(row.numel), *cells])
+    notes = ["Times of the slowest rank, call by call."]
+    if "MPI" in columns:
+        notes.append("MPI: MPI_Allreduce in place from mpi4py.")
+    return Table(f"all_reduce of float64 values, microseconds: {PERCENTILES}", columns, rows, notes)
 
 
 def _step_table(step: TrainingStep, batch: int) -> Table:
-    rows = [["none", step.local.text(MILLISECOND), ""]]
-    for name, time in (("mpi4py", step.mpi4py), ("gloo", step.gloo)):
-        synchronization = step.synchronization[name].text(MILLISECOND)
-        rows.append([name, time.text(MILLISECOND), synchronization])
+    rows = [["none", step.seconds["local"].text(MILLISECOND), ""]]
+    for name, synchronization in step.synchronization.items():
+        times = step.seconds[name], synchronization
+        rows.append([name, *(time.text(MILLISECOND) for time in times)])
     return Table(
         f"Training step of ResNet-20 with DDP, {batch} images a rank, milliseconds: {PERCENTILES}",
         ["transport", "step", "synchronization"],
         rows,
-        [
-            "Synchronization: step minus the step without communication in the same round. "
-            f"mpi4py / gloo: {step.ratio:.2f}."
-        ],
+        ["Synchronization: step minus the step without communication in the same round."],
     )

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from syncbn import kernels
 from syncbn.bench.layer_cases import DTYPES, LAYOUTS
 from syncbn.bench.memory import peak_bytes
-from syncbn.bench.networks import resnet20, resnet50, training_step
+from syncbn.bench.networks import NETWORKS, training_step
 from syncbn.bench.ranks import init_world, max_over_ranks, use_gpu
 from syncbn.bench.report import Benchmark, Report, Table, default_if_none
 from syncbn.bench.timing import MILLISECOND, Percentiles, capture_graph, interleave, synchronized
@@ -22,7 +22,6 @@ from syncbn.distributed.groups import GroupLike
 from syncbn.fusion import fuse
 from syncbn.nn.module import SyncBatchNorm, convert_sync_batchnorm
 
-_NETWORKS = {"resnet20": resnet20, "resnet50": resnet50}
 _BASELINE, _NONE = "nn.BatchNorm2d", "no batch norm"
 _MIB = 1 << 20
 
@@ -58,7 +57,7 @@ class Model(Benchmark):
         self._images = default_if_none(self.batch, 64 if gpu else 4)
         self._layout = default_if_none(self.layout, "channels_last" if gpu else "contiguous")
         self._dtype = default_if_none(self.dtype, "bfloat16" if gpu else "float32")
-        self.check_one_of("network", [self.network], _NETWORKS)
+        self.check_one_of("network", [self.network], NETWORKS)
         self.check_at_least(2, batch=self._images)
         self.check_at_least(32, size=self.size)
         self.check_one_of("layout", [self._layout], LAYOUTS)
@@ -75,7 +74,7 @@ class Model(Benchmark):
         if self.graph and world.size > 1:
             raise ValueError(f"graph: got true; expected false, for {world.size} ranks")
         torch.manual_seed(0)
-        network = _NETWORKS[self.network]()
+        network = NETWORKS[self.network]()
         images = torch.randn(self._images, 3, self.size, self.size, device=device)
         images = images.contiguous(memory_format=LAYOUTS[self._layout])
         half = None if self._dtype == "float32" else DTYPES[self._dtype]

@@ -64,6 +64,10 @@ def resnet50() -> nn.Module:
     return nn.Sequential(*blocks, *_head(inputs, 1000))
 
 
+#: Networks of benchmarks, by name.
+NETWORKS = {"resnet20": resnet20, "resnet50": resnet50}
+
+
 def training_step(
     model: nn.Module, images: Tensor, half: torch.dtype | None = None
 ) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""`syncbn-doctor`: report on this machine, launcher and installation.
+"""`syncbn-doctor`: report on installation, launcher, ranks and all-reduces, and known problems.
 
 On a single rank, or on every rank of a job: ``launch/torchrun.sh -m syncbn.cli.doctor``, or with
 mpirun.sh.
@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import os
 import platform
-import socket
 import sys
-import time
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,18 +23,19 @@ from rich.console import Console
 from rich.table import Table
 
 import syncbn
+from syncbn.bench.networks import NETWORKS
+from syncbn.bench.synchronization import list_messages, predict_seconds, time_all_reduces
 from syncbn.calibration.display import escape_controls
 from syncbn.cli import config_path
+from syncbn.cli.diagnosis import describe_rank, explain_backend, find_problems
 from syncbn.cli.signals import deferred_termination
+from syncbn.distributed.groups import resolve_group
 from syncbn.distributed.launchers import detect_launcher
 from syncbn.distributed.objects import all_gather_objects
 from syncbn.files import atomic_write, require_file
 from syncbn.kernels import cpu, triton_unavailable_reason
 
-# Float64 values in the all-reduce of a layer with 512 channels.
-_NUMEL = 1025
-_REPEATS = 30
-_WRONG_USE = 2
+_FAILED, _WRONG_USE = 1, 2
 
 
 def installation() -> dict[str, str]:
@@ -72,57 +72,79 @@ def mpi() -> dict[str, str]:
     }
 
 
-def report(info: syncbn.RankInfo) -> dict[str, Any]:
-    """Return the whole report, the same on every rank."""
-    rank = {
-        "rank": info.rank,
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "device": str(info.device),
-        "threads": torch.get_num_threads(),
-        "all_reduce_us": _all_reduce_microseconds(info.device),
-    }
-    ranks = all_gather_objects(rank)
-    backend = dist.get_backend()
+def report(info: syncbn.RankInfo, requested: str | None = None) -> dict[str, Any]:
+    """Return the whole report, the same on every rank; a collective.
+
+    Args:
+        info: this rank.
+        requested: backend of the command line, or None.
+    """
+    ranks = all_gather_objects(describe_rank(info, os.environ))
+    backend, launcher = dist.get_backend(), detect_launcher(os.environ)
+    times = {"all ranks": time_all_reduces(info.device)}
+    if len({rank.host for rank in ranks}) > 1:
+        times["ranks of one host"] = time_all_reduces(info.device, resolve_group("node"))
+    with torch.device("meta"):
+        networks = {name: list_messages(make()) for name, make in NETWORKS.items()}
     return {
         "installation": {**installation(), **(mpi() if backend == "mpi4py" else {})},
         "backend": backend,
-        "launcher": detect_launcher(os.environ),
-        "ranks": ranks,
+        "reason": explain_backend(requested, backend, launcher, ranks),
+        "launcher": launcher,
+        "ranks": [rank._asdict() for rank in ranks],
+        "all_reduce_seconds": times,
+        "step_seconds": {
+            name: predict_seconds(messages, times["all ranks"])
+            for name, messages in networks.items()
+        },
+        "problems": find_problems(backend, ranks),
     }
 
 
 def show(report: dict[str, Any]) -> None:
-    """Print a report as two tables."""
+    """Print a report as tables, and its problems."""
     # Not markup, which would drop the brackets of 'syncbn[cuda]'.
     console = Console(markup=False, emoji=False)
+    show_installation(console, report["installation"])
+    console.print(
+        f"launcher: {report['launcher']}; backend: {report['backend']} ({report['reason']})",
+        soft_wrap=True,
+    )
+    hidden = ("versions", "variables")
+    columns = [name for name in report["ranks"][0] if name not in hidden]
+    table = Table(*columns, title=f"{len(report['ranks'])} rank(s)", title_justify="left")
+    for rank in report["ranks"]:
+        table.add_row(*(escape_controls(str(rank[name])) for name in columns))
+    console.print(table)
+    if len(report["ranks"]) > 1:
+        _show_times(console, report)
+    for problem in report["problems"]:
+        console.print(f"problem: {escape_controls(problem)}", soft_wrap=True)
+    if not report["problems"]:
+        console.print("no known problems")
+
+
+def show_installation(console: Console, installation: dict[str, str]) -> None:
+    """Print versions, backends and kernels."""
     table = Table(title="Installation", show_header=False, title_justify="left")
-    for name, value in report["installation"].items():
+    for name, value in installation.items():
         table.add_row(name, escape_controls(value, keep="\n"))
     console.print(table)
-    title = f"{len(report['ranks'])} rank(s), backend {report['backend']}"
-    table = Table(title=f"{title}, launcher: {report['launcher']}", title_justify="left")
-    for name in report["ranks"][0]:
-        table.add_column(name.replace("_", " "), justify="right")
-    for rank in report["ranks"]:
-        cells = (f"{v:.0f}" if isinstance(v, float) else str(v) for v in rank.values())
-        table.add_row(*map(escape_controls, cells))
+
+
+def _show_times(console: Console, report: dict[str, Any]) -> None:
+    times = report["all_reduce_seconds"]
+    console.print("all-reduce of float64 values, microseconds (median, slowest rank)")
+    table = Table("values", *times)
+    for size in times["all ranks"]:
+        table.add_row(str(size), *(f"{column[size] * 1e6:.0f}" for column in times.values()))
     console.print(table)
+    steps = (f"{name} {s * 1e3:.1f} ms" for name, s in report["step_seconds"].items())
     console.print(
-        f"all reduce us: median of {_REPEATS} all-reduces of {_NUMEL} float64 values, as for a "
-        "layer with 512 channels"
+        "all-reduces of a training step at these times, without waits for slower ranks: "
+        f"{', '.join(steps)}",
+        soft_wrap=True,
     )
-
-
-def _all_reduce_microseconds(device: torch.device) -> float:
-    vector = torch.ones(_NUMEL, dtype=torch.float64, device=device)
-    times = []
-    for _ in range(_REPEATS):
-        start = time.perf_counter()
-        dist.all_reduce(vector)
-        vector[0].item()  # waits for the device
-        times.append(time.perf_counter() - start)
-    return sorted(times)[_REPEATS // 2] * 1e6
 
 
 def _version(package: str) -> str | None:
@@ -135,7 +157,12 @@ def _version(package: str) -> str | None:
 @hydra.main(version_base="1.3", config_path=config_path(), config_name="doctor")
 def main(config: DictConfig) -> None:
     """Print the report on rank 0, and write it to the file of ``json=``."""
-    info = syncbn.init_process_group(config.backend)
+    try:
+        info = syncbn.init_process_group(config.backend, timedelta(seconds=config.timeout))
+    except (ImportError, RuntimeError, ValueError) as error:
+        show_installation(Console(markup=False, emoji=False), installation())
+        sys.stderr.write(f"syncbn-doctor: {error}\n")
+        sys.exit(_FAILED)
     path = None if config.json is None else Path(config.json)
     is_wrong = False
     try:
@@ -147,7 +174,7 @@ def main(config: DictConfig) -> None:
     if any(all_gather_objects(is_wrong)):
         dist.destroy_process_group()
         sys.exit(_WRONG_USE)
-    result = report(info)
+    result = report(info, config.backend)
     if info.rank == 0:
         show(result)
         if path is not None:

@@ -56,6 +56,10 @@ def test_under_mpirun(tmp_path: Path) -> None:
     found = report(tmp_path)
     assert (found["launcher"], found["backend"]) == ("mpirun", "mpi4py")
     assert [rank["rank"] for rank in found["ranks"]] == [0, 1]
+    assert found["reason"] == "no GPUs; launcher mpirun: mpi4py connects the ranks"
+    assert [*found["all_reduce_seconds"]["all ranks"]] == ["1", "130", "1026", "4098", "16386"]
+    assert 0 < found["step_seconds"]["resnet20"] < found["step_seconds"]["resnet50"]
+    assert "without waits for slower ranks: resnet20" in printed
     installation = found["installation"]
     assert installation["mpi4py"] == metadata.version("mpi4py")
     assert installation["MPI library"].startswith("MPICH")
@@ -81,14 +85,24 @@ def test_control_characters_are_escaped_and_brackets_are_not_markup(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """In host names, paths and messages of compilers; the advice `pip install 'syncbn[cuda]'`."""
-    rank = {"rank": 0, "host": "node\x1b[2J", "all_reduce_us": 3.0}
+    rank = {"rank": 0, "host": "node\x1b[2J", "versions": "", "variables": {}}
     installation = {"C++": "a\x1b]0;title\x07 [bold]", "Triton": "'syncbn[cuda]'"}
     found = {"installation": installation, "backend": "gloo", "launcher": "none", "ranks": [rank]}
-    doctor.show(found)
+    doctor.show({**found, "reason": "requested", "problems": []})
     printed = capsys.readouterr().out
     assert all(c.isprintable() or c == "\n" for c in printed)
     for text in (r"node\x1b[2J", r"a\x1b]0;title\x07 [bold]", "'syncbn[cuda]'"):
         assert text in printed
+
+
+def test_installation_is_reported_if_the_ranks_cannot_start(tmp_path: Path) -> None:
+    environment = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "nohost.invalid"}
+    command = [sys.executable, *DOCTOR]
+    done = processes.run(command, tmp_path, {**environment, "MASTER_PORT": "1"})
+    assert done.returncode == 1
+    assert "C++ kernels" in done.stdout
+    assert done.stderr.startswith("syncbn-doctor: the host name 'nohost.invalid' (from MASTER_ADDR")
+    assert "Traceback" not in done.stderr
 
 
 def test_missing_mpi4py_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

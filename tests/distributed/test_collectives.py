@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 import syncbn
+from syncbn.distributed import collectives
 from syncbn.distributed.objects import all_gather_objects
 from tests.ranks import Pool, RankError, Ranks
 
@@ -79,19 +81,17 @@ def test_dead_rank_is_error_with_layer_name(pool: Pool) -> None:
 
 def _record_all_reduces(rank: int) -> list[tuple[int, torch.dtype]]:
     sizes = []
-    original = dist.all_reduce
+    start = collectives.start_all_reduce
 
-    def recorded(vector: torch.Tensor, *args: Any, **options: Any) -> Any:
+    def record(vector: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
         sizes.append((vector.numel(), vector.dtype))
-        return original(vector, *args, **options)
+        work: dist.Work = start(vector, group)
+        return work
 
-    dist.all_reduce = recorded  # type: ignore[assignment]
-    try:
+    with patch.object(collectives, "start_all_reduce", record):
         layer = syncbn.SyncBatchNorm2d(5)
         layer(torch.randn(3 * rank, 5, 4, 4, requires_grad=True)).sum().backward()
         layer.eval()(torch.randn(2, 5, 4, 4))
-    finally:
-        dist.all_reduce = original
     return sizes
 
 

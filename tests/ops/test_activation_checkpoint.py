@@ -10,7 +10,6 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.autograd.forward_ad as fwad
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -19,6 +18,7 @@ from torch.utils.checkpoint import (
 )
 
 import syncbn
+from syncbn.distributed import collectives
 from tests.ranks import Ranks
 
 pytestmark = pytest.mark.layers
@@ -78,7 +78,8 @@ def _train(
 ) -> tuple[dict[str, Tensor], int]:
     """Return gradients and buffers after two steps, and the all-reduces of a step."""
     net = Net(momentum)
-    with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+    start = collectives.start_all_reduce
+    with patch.object(collectives, "start_all_reduce", wraps=start) as all_reduce:
         for step in range(2):
             torch.manual_seed(10 * step + rank)
             x = torch.randn(rank + 2, 2, 6, 6, dtype=torch.float64, requires_grad=True)

@@ -10,12 +10,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import grad
 from torch.autograd.functional import hessian, jacobian
 
 import syncbn
+from syncbn.distributed import collectives
 from tests.device import seeded
 from tests.formula import Formula
 from tests.kernel_cases import KERNELS_AND_DTYPES, device_of, tolerance
@@ -116,7 +116,8 @@ def _over_ranks(rank: int) -> list[tuple[list[Tensor], int]]:
     for way, activation in COMBINATIONS:
         layer, x = _layer(activation), _batch().split(SIZES)[rank].requires_grad_()
         y, rows = layer(x), _rows().split(SIZES, dim=1)[rank]
-        with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as all_reduce:
+        start = collectives.start_all_reduce
+        with patch.object(collectives, "start_all_reduce", wraps=start) as all_reduce:
             gradients = WAYS[way](y, [x, layer.weight, layer.bias], rows)
         results.append((gradients, all_reduce.call_count))
     return results

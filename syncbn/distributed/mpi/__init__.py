@@ -11,14 +11,12 @@ import atexit
 import ctypes
 import os
 import sys
-import threading
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
-from typing import TypeVar
 
 from syncbn.distributed.interfaces import list_container_bridges
+from syncbn.distributed.timeouts import call_with_timeout
 
 try:
     import mpi4py
@@ -47,8 +45,6 @@ _SLEEP_FRACTION = 0.05
 _LONGEST_SLEEP = 1e-3
 # macOS has no sched_yield.
 _yield = getattr(os, "sched_yield", lambda: time.sleep(0))
-
-Result = TypeVar("Result")
 
 
 def ensure_initialized(timeout: timedelta) -> None:
@@ -123,39 +119,6 @@ def abort_after_error(pid: int) -> None:
     """
     if pid == os.getpid() and (getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)):
         abort_job()
-
-
-def call_with_timeout(function: Callable[[], Result], seconds: float) -> Result:
-    """Return the result of a function that cannot be interrupted, or give up after a time.
-
-    The function runs in a thread, which is left behind on a timeout. For C functions that wait for
-    other processes and release the GIL.
-
-    Args:
-        function: called once.
-        seconds: time limit.
-
-    Raises:
-        TimeoutError: the function has not returned in time.
-        Exception: the exception raised by the function.
-    """
-    results: list[Result] = []
-    errors: list[Exception] = []
-
-    def call() -> None:
-        try:
-            results.append(function())
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not results:
-        raise TimeoutError(f"not done after {seconds:g} s")
-    return results[0]
 
 
 def backoff(waited: float) -> None:

@@ -17,11 +17,10 @@ from syncbn.distributed.launchers import LaunchedRank, Launcher
 from syncbn.distributed.mpi import (
     MPI,
     VERSION,
-    Result,
-    call_with_timeout,
     ensure_initialized,
     install_abort_handler,
 )
+from syncbn.distributed.timeouts import Result, call_with_timeout
 
 _REMEDIES = {
     "mpirun": "use the mpirun that came with that library",

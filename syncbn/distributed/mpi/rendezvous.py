@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from syncbn.distributed.handshake import publish, read_values
-from syncbn.distributed.mpi import MPI, call_with_timeout
+from syncbn.distributed.mpi import MPI
+from syncbn.distributed.timeouts import call_with_timeout
 
 
 class Peer(NamedTuple):

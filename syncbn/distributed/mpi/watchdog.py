@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from syncbn.distributed.mpi import call_with_timeout
 from syncbn.distributed.mpi.rendezvous import Peer
+from syncbn.distributed.timeouts import call_with_timeout
 
 _POLL_SECONDS = 1.0
 # The thread ends this long after the last check.
