@@ -50,7 +50,7 @@ sanitize: $(SANITIZED_LIBRARY) $(INSTALLED)
 		-k "not reference and not triton" tests/kernels/test_cpu_sizes.py tests/kernels/test_cpu_kernels.py \
 		tests/kernels/test_kernels.py tests/kernels/test_activations.py
 
-# What CI begins with: each keeps a core busy.
+# First step of CI: each keeps a core busy.
 prepare: check $(SANITIZED_LIBRARY)
 
 check: $(INSTALLED)

@@ -120,8 +120,10 @@ def test_a_file_is_at_most_300_lines() -> None:
 
 def test_links_between_documents_resolve() -> None:
     for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
-        for link in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        for text, link in re.findall(r"\[([^][]*)\]\(([^)#]+)\)", path.read_text()):
             assert link.startswith("http") or (path.parent / link).exists(), f"{path}: {link}"
+            is_file = re.fullmatch(r"\w+\.py", text)
+            assert not is_file or text == Path(link).name, f"{path}: [{text}]({link})"
 
 
 def test_files_named_in_the_architecture_exist() -> None:

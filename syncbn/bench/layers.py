@@ -35,7 +35,7 @@ class Layers(Benchmark):
     batch: int | None
     layouts: list[str]
     dtypes: list[str] | None
-    kernels: list[str] | None
+    impls: list[str] | None
     activation: str
     rounds: int
 
@@ -44,12 +44,12 @@ class Layers(Benchmark):
         gpu = use_gpu(self.device)
         batch = default_if_none(self.batch, 64 if gpu else 16)
         dtypes = default_if_none(self.dtypes, ["bfloat16", "float32"] if gpu else ["float32"])
-        self._kernels = default_if_none(self.kernels, ["auto", "aten_cuda" if gpu else "reference"])
+        self._impls = default_if_none(self.impls, ["auto", "aten_cuda" if gpu else "reference"])
         self.check_writable("png", self.png)
         self.check_at_least(1, batch=batch, rounds=self.rounds)
         self.check_one_of("layouts", self.layouts, LAYOUTS)
         self.check_one_of("dtypes", dtypes, DTYPES)
-        self.check_one_of("kernels", self._kernels, kernels.IMPLS)
+        self.check_one_of("impls", self._impls, kernels.IMPLS)
         self.check_one_of("activation", [self.activation], NAMES)
         # The default slope of nn.LeakyReLU.
         self._activation = Activation(cast("ActivationName", self.activation), 0.01)
@@ -61,7 +61,7 @@ class Layers(Benchmark):
     def run(self) -> Report:
         """Measure, on every rank."""
         world = init_world(self.device, self.threads)
-        clock, rounds, names = device_clock(world.device), self.rounds, self._kernels
+        clock, rounds, names = device_clock(world.device), self.rounds, self._impls
         settings = names, self._activation, rounds, world
         layers = [time_layers(case, *settings, clock) for case in self._cases]
         tiny = time_layers(_TINY, *settings, cpu_clock, _TINY_BURST)

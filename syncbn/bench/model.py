@@ -47,7 +47,7 @@ class Model(Benchmark):
     size: int
     layout: str | None
     dtype: str | None
-    kernel: str
+    impl: str
     graph: bool
     steps: int
 
@@ -62,7 +62,7 @@ class Model(Benchmark):
         self.check_at_least(32, size=self.size)
         self.check_one_of("layout", [self._layout], LAYOUTS)
         self.check_one_of("dtype", [self._dtype], ["float32", "bfloat16", "float16"])
-        self.check_one_of("kernel", [self.kernel], kernels.IMPLS)
+        self.check_one_of("impl", [self.impl], kernels.IMPLS)
         if self.graph and not gpu:
             raise ValueError("graph: got true; expected false, since steps do not run on a GPU")
         self.check_at_least(1, steps=self.steps)
@@ -102,7 +102,7 @@ class Model(Benchmark):
             net = convert_sync_batchnorm(copy.deepcopy(network), group)
             for layer in net.modules():
                 if isinstance(layer, SyncBatchNorm):
-                    layer.impl = self.kernel
+                    layer.impl = self.impl
             networks[name] = net
             networks[f"{name}, fused"] = copy.deepcopy(net)
             fuse(networks[f"{name}, fused"])

@@ -129,7 +129,7 @@ def init_process_group(backend: str | None = None, timeout: timedelta | None = N
 
 
 def _find_process(backend: str | None, timeout: timedelta) -> LaunchedProcess:
-    """Return numbers and store of this process."""
+    """Return rank, world size, local rank and store of this process."""
     launcher = launchers.find_launcher(os.environ)
     if launcher is None:
         return LaunchedProcess(0, 1, 0, dist.HashStore(), "localhost", has_mpi=False)
@@ -153,7 +153,7 @@ def _find_process(backend: str | None, timeout: timedelta) -> LaunchedProcess:
 
 
 def _use_existing_group(backend: str | None) -> RankInfo:
-    """Return the numbers of this rank in an existing default group; a collective over its store."""
+    """Return the RankInfo of an existing default group; a collective over its store."""
     existing = dist.get_backend()
     if backend not in (None, existing):
         raise ValueError(

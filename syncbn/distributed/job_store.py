@@ -14,7 +14,7 @@ from syncbn.distributed.launchers import read_number
 
 
 class LaunchedProcess(NamedTuple):
-    """Numbers and store of this process in its job.
+    """Rank, world size, local rank and store of a process in its job.
 
     Attributes:
         rank: 0 to world_size - 1.

@@ -52,7 +52,7 @@ LAUNCHERS = (
 
 
 class LaunchedRank(NamedTuple):
-    """Numbers of this process in its job.
+    """Rank, world size and local rank of a process in its job.
 
     Attributes:
         rank: 0 to world_size - 1.
@@ -85,7 +85,7 @@ def is_multi_process(environ: Mapping[str, str]) -> bool:
 
 
 def read_rank(launcher: Launcher, environ: Mapping[str, str]) -> LaunchedRank:
-    """Return the numbers of this process.
+    """Return rank, world size and local rank of this process.
 
     Raises:
         ValueError: a variable is not a number, or out of range.

@@ -2,7 +2,7 @@
 
 A rank that waits for a second publishes its all-reduce in the group's store. From these reports
 follow a warning after 30 s, and the absent ranks in the message of an error. The store may not
-answer either, so it is asked on another connection and with a time limit. A fast all-reduce sends
+answer either: a query takes another connection and has a time limit. A fast all-reduce sends
 nothing.
 """
 
@@ -42,9 +42,9 @@ def wait(work: dist.Work, group: dist.ProcessGroup, label: str) -> None:
     if _is_done(work, _PUBLISH_SECONDS):
         return
     key, call = str(group.rank()), _name_call(group, label)
-    _ask_store(group, lambda store: store.set(key, call))
+    _query_store(group, lambda store: store.set(key, call))
     if not _is_done(work, _WARN_SECONDS - _PUBLISH_SECONDS):
-        reports = _ask_store(group, lambda store: _read_reports(store, group.size()))
+        reports = _query_store(group, lambda store: _read_reports(store, group.size()))
         if reports is None:
             reason = "the store of the group does not answer: rank 0 may have stopped"
         else:
@@ -53,7 +53,7 @@ def wait(work: dist.Work, group: dist.ProcessGroup, label: str) -> None:
         if reports is None or reports.index(call) == group.rank():
             warnings.warn(f"{call}: no result after {_WARN_SECONDS:g} s; {reason}", stacklevel=2)
         work.wait()
-    _ask_store(group, lambda store: store.set(key, ""))
+    _query_store(group, lambda store: store.set(key, ""))
 
 
 def describe_absent(group: dist.ProcessGroup, label: str) -> str:
@@ -74,7 +74,7 @@ def describe_absent(group: dist.ProcessGroup, label: str) -> str:
                 return reports
             time.sleep(0.05)
 
-    reports = _ask_store(group, collect)
+    reports = _query_store(group, collect)
     return "" if reports is None else _describe_absent(reports, group, call)
 
 
@@ -92,7 +92,7 @@ def _is_done(work: dist.Work, seconds: float) -> bool:
     return True
 
 
-def _ask_store(group: dist.ProcessGroup, request: Callable[[dist.Store], T]) -> T | None:
+def _query_store(group: dist.ProcessGroup, request: Callable[[dist.Store], T]) -> T | None:
     """Return the answer of the group's store; None without one."""
 
     def ask() -> T:

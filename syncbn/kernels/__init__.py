@@ -1,8 +1,8 @@
 """Kernels, and the choice among them.
 
 A kernel is a class with the methods of :class:`syncbn.kernels.base.Kernel`. To add one, write its
-file, a case in :func:`select_kernel` with a name in :data:`Impl`, and a row in
-``tests/kernel_cases.py``, which runs the whole test-suite on it.
+file, a case in :func:`select_kernel` with a name in :data:`Impl`, and rows in
+``tests/kernel_cases.py`` and ``tests/kernels/conftest.py``, whose tests then run on it.
 """
 
 from __future__ import annotations
@@ -46,19 +46,26 @@ def select_kernel(impl: str, x: Tensor, *tensors: Tensor | None) -> Kernel:
         ValueError: the name is unknown, or the named kernel does not support x.
         RuntimeError: the named kernel cannot be used on this machine or under a compiler.
     """
-    if impl == "reference":
-        return REFERENCE
-    # torch.compile can trace this kernel.
-    if torch.compiler.is_compiling() and impl == "auto":
-        return REFERENCE
-    if impl == "auto":
-        return _select_fastest(x, tensors)
-    if impl not in IMPLS:
-        raise ValueError(f"unknown impl {impl!r}; expected one of {', '.join(IMPLS)}")
-    kernel = _ATEN_CUDA if impl == "aten_cuda" else _load_kernel(impl)
+    match impl:
+        case "reference":
+            return REFERENCE
+        case "auto":
+            # torch.compile can trace the reference kernel.
+            return REFERENCE if torch.compiler.is_compiling() else _select_fastest(x, tensors)
+        case "cpu" | "triton":
+            kernel = _load_kernel(impl)
+        case "aten_cuda":
+            kernel = _ATEN_CUDA
+        case _:
+            raise unknown_impl(impl)
     if reason := kernel.unsupported_reason(x):
         raise ValueError(f"kernel {impl!r} {reason}; use 'auto'")
     return kernel
+
+
+def unknown_impl(impl: object) -> ValueError:
+    """Return the error for an unknown name of a kernel."""
+    return ValueError(f"unknown impl {impl!r}; expected one of {', '.join(IMPLS)}")
 
 
 def _select_fastest(x: Tensor, tensors: tuple[Tensor | None, ...]) -> Kernel:

@@ -60,8 +60,7 @@ class NormalizeArgs(NamedTuple):
 class Saved(NamedTuple):
     """Values of a forward pass that the backward pass reads.
 
-    The first five are tensors, for ``ctx.save_for_backward``. ``activation_values`` and ``layout``
-    are private to the kernel.
+    ``activation_values`` and ``layout`` are private to the kernel.
 
     Attributes:
         x: input, shape ``[N, C, *]``.
@@ -81,6 +80,14 @@ class Saved(NamedTuple):
     activation_values: Tensor | None
     activation: Activation | None
     layout: Any = None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Return the values for ``ctx.save_for_backward``; the constructor takes them first."""
+        return self[:5]
+
+    def constants(self) -> tuple[Any, ...]:
+        """Return the values that are no tensors; the constructor takes them last."""
+        return self[5:]
 
 
 class Reduced(NamedTuple):

@@ -85,7 +85,7 @@ class Conversion:
                 is_torchs = isinstance(layer, nn.SyncBatchNorm)
                 old_group = layer.__dict__.pop("process_group", None) if is_torchs else None
                 if adapter is not None and old_group is None:
-                    # Of apex and Horovod; of mmcv and InPlaceABNSync.
+                    # apex and Horovod store `process_group`; mmcv and InPlaceABNSync, `group`.
                     groups = vars(layer).get("process_group"), vars(layer).get("group")
                     old_group = next((g for g in groups if isinstance(g, dist.ProcessGroup)), None)
                 change_class(layer, partial(self.sync_class, adapter=adapter))

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncbn.nn.bn_layers import named_batch_norms
 
 
 @contextmanager
@@ -35,12 +36,7 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
         with syncbn.frozen_statistics(model):
             perturbed_loss = criterion(model(images), labels)
     """
-    layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
-    if not layers:
-        raise ValueError(
-            f"got a {type(model).__name__} without a batch-norm layer; expected nn.BatchNorm*, "
-            "nn.SyncBatchNorm or syncbn layers in it"
-        )
+    layers = [layer for _, layer in named_batch_norms(model)]
     settings = [layer.track_running_stats for layer in layers]
     try:
         for layer in layers:

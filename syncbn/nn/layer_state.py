@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from syncbn.distributed.groups import active_group
+from syncbn.kernels import IMPLS, unknown_impl
 from syncbn.kernels.activations import ActivationName
 from syncbn.kernels.base import RunningStats
 from syncbn.ops.functional import batch_norm
@@ -80,6 +81,9 @@ class LayerState(_BatchNorm):
                 check_activation(value)
             elif name == "negative_slope":
                 check_activation("leaky_relu", value)
+            elif name == "impl":
+                if value not in IMPLS:
+                    raise unknown_impl(value)
             elif name == "normalization_batch":
                 check_normalization_batch(value)
             name = _PRIVATE[name]

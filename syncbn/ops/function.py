@@ -109,9 +109,9 @@ class SyncBatchNormFunction(torch.autograd.Function):
         # Two values per channel on this rank are enough.
         if params.mask_fill is not None or x.numel() <= x.shape[1]:
             check_value_count(x, saved.statistics[-1], params)
-        ctx.save_for_backward(*saved[:5])
-        ctx.saved_constants = saved[5:]
-        number = 0 if params.group is None else fingerprint.count_checked(params.group)
+        ctx.save_for_backward(*saved.tensors())
+        ctx.saved_constants = saved.constants()
+        number = fingerprint.count_checked(params.group)
         ctx.params = params._replace(call_number=number) if number else params
         return y
 

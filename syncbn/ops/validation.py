@@ -80,7 +80,7 @@ def check_parameters(
 
 def _is_sharded(tensor: Tensor) -> bool:
     """Return whether a tensor is a DTensor."""
-    # By an attribute: importing the class takes half a second.
+    # Checked by attribute: importing the class takes half a second.
     return type(tensor) not in _PLAIN and hasattr(tensor, "full_tensor")
 
 

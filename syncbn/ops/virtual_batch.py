@@ -130,9 +130,9 @@ class VirtualBatchNormFunction(torch.autograd.Function):
         residuals = [None] * len(sizes) if residual is None else residual.split(sizes)
         parts = zip(x.split(sizes), moments, residuals, strict=True)
         results = [params.kernel.normalize(part, m, args, r) for part, m, r in parts]
-        ctx.save_for_backward(*[tensor for _, saved in results for tensor in saved[:5]])
-        ctx.constants = [saved[5:] for _, saved in results]
-        number = 0 if params.group is None else fingerprint.count_checked(params.group)
+        ctx.save_for_backward(*[tensor for _, saved in results for tensor in saved.tensors()])
+        ctx.constants = [saved.constants() for _, saved in results]
+        number = fingerprint.count_checked(params.group)
         ctx.params, ctx.batches = params._replace(call_number=number), batches
         return _join([y for y, _ in results])
 

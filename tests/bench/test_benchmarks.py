@@ -27,7 +27,7 @@ def test_layers(ranks: int, kernel: str, tmp_path: Path) -> None:
     dtypes, shapes = ["float32", "bfloat16"][: 3 - ranks], ["3x9x9", "40x2x2"][: 3 - ranks]
     activation = "relu" if ranks == 1 else "silu"
     command = [
-        *("layers", "batch=3", "rounds=1", f"kernels=[{kernel}]"),
+        *("layers", "batch=3", "rounds=1", f"impls=[{kernel}]"),
         *(f"shapes=[{','.join(shapes)}]", f"dtypes=[{','.join(dtypes)}]"),
         *(f"activation={activation}", f"png={tmp_path / 'report.png'}"),
     ]
@@ -64,7 +64,7 @@ def test_layers(ranks: int, kernel: str, tmp_path: Path) -> None:
 def test_layers_for_kernels_and_dtypes(kernel: str, dtype: str, tmp_path: Path) -> None:
     settings = ["shapes=[3x9x9]", "batch=3", "rounds=1", f"dtypes=[{dtype}]"]
     device = f"device={device_of(kernel)}"
-    output, results = run_here(tmp_path, "layers", *settings, f"kernels=[{kernel}]", device)
+    output, results = run_here(tmp_path, "layers", *settings, f"impls=[{kernel}]", device)
     assert f"Kernel {kernel}, channels_last, {dtype}: % of" in output
     assert [costs["kernel"] for costs in results["kernels"]] == [kernel] * 2
 

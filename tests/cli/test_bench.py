@@ -98,7 +98,7 @@ def test_help_explains_every_setting(
         ("layers shapes=[64x56]", "shapes: got 64x56; expected CxHxW, such as 64x56x56"),
         ("layers dtypes=[int8]", "dtypes: got int8; expected one of float32, float64"),
         ("layers layouts=[NHWC]", "layouts: got NHWC; expected one of contiguous, channels_"),
-        ("layers kernels=[fast]", "kernels: got fast; expected one of auto, reference"),
+        ("layers impls=[fast]", "impls: got fast; expected one of auto, reference"),
         ("layers shapes=[]", "got an empty list; expected one or more"),
         ("layers batch=0", "batch: got 0; expected at least 1"),
         ("layers device=tpu", "device: got tpu; expected one of cpu, cuda, null"),

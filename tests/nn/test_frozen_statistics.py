@@ -87,7 +87,7 @@ def test_micro_batches_in_the_body_do_not_accumulate() -> None:
 
 def test_a_model_without_layers_is_refused() -> None:
     with (
-        pytest.raises(ValueError, match="got a Linear without a batch-norm layer"),
+        pytest.raises(ValueError, match="got Linear without a batch-norm layer"),
         syncbn.frozen_statistics(nn.Linear(2, 2)),
     ):
         pass

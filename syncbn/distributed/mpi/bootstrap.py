@@ -36,7 +36,7 @@ def bootstrap(launcher: Launcher, launched: LaunchedRank, timeout: timedelta) ->
 
     Args:
         launcher: launcher of the job.
-        launched: numbers of this process according to the launcher.
+        launched: rank, world size and local rank according to the launcher.
         timeout: time limit of the wait for the other ranks.
 
     Raises:
