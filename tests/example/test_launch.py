@@ -12,8 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
-from tests.example.support import PROGRAM, checkpoint, entries, finish, launch, write_folder
+from tests.example.support import (
+    PROGRAM,
+    checkpoint,
+    composed,
+    entries,
+    finish,
+    launch,
+    write_folder,
+)
 from tests.mpi_jobs import runs
 from tests.transports import MPIS, ROOT, environment_of, mpirun
 
@@ -152,6 +161,14 @@ def test_ranks_end_with_the_script(mpi: str, tmp_path: Path) -> None:
     while (living := [pid for pid in pids if runs(pid)]) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not living
+
+
+def test_kubeflow_job_starts_the_example() -> None:
+    job = OmegaConf.load(ROOT / "launch" / "kubeflow.yaml")
+    script, program, *overrides = job.spec.trainer.command
+    assert (ROOT / script).name == "torchrun.sh"
+    assert str(ROOT / program) == PROGRAM
+    assert composed(*overrides).run_dir == "/shared/run"
 
 
 def write_programs(folder: Path, programs: dict[str, str]) -> None:
