@@ -77,7 +77,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     return results
 
 
-def run(folder: Path, *command: str, seconds: float = 50) -> tuple[str, dict[str, Any]]:
+def run(folder: Path, *command: str, seconds: float = 100) -> tuple[str, dict[str, Any]]:
     """Run a benchmark in a new process; return its output and its results."""
     with started([sys.executable, "-m", *command], folder) as job:
         output, errors = job.communicate(timeout=seconds)

@@ -18,7 +18,7 @@ from tests import device, transports
 # Timeout of a rank that waits for a failed rank: shorter than pytest's timeout, which would end the
 # whole run.
 COLLECTIVE_TIMEOUT = 20.0
-CALL_TIMEOUT = 45.0
+CALL_TIMEOUT = 90.0
 
 
 class RankError(AssertionError):

@@ -134,7 +134,7 @@ def test_signal_during_write_leaves_no_temporary_file(source: Path) -> None:
                 break
             time.sleep(0.001)
         job.terminate()
-        job.communicate(timeout=50)
+        job.communicate(timeout=100)
     assert job.returncode == -signal.SIGTERM
     assert {path.name for path in source.parent.iterdir()} == expected
     assert torch.load(output).keys() == content.keys()

@@ -51,7 +51,7 @@ def test_unwritable_report_is_rejected_before_the_measurement(tmp_path: Path) ->
 
 def test_under_mpirun(tmp_path: Path) -> None:
     (job,) = transports.start("mpich", 2, DOCTOR, cwd=tmp_path, stdout=subprocess.PIPE)
-    printed, _ = job.communicate(timeout=50)
+    printed, _ = job.communicate(timeout=100)
     assert job.returncode == 0
     found = report(tmp_path)
     assert (found["launcher"], found["backend"]) == ("mpirun", "mpi4py")

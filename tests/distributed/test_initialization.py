@@ -70,7 +70,7 @@ def test_torchrun_restarts_after_killed_rank(program: Path) -> None:
 
 def _run_ranks(transport: str, program: Path, **variables: str) -> list[str]:
     jobs = transports.start(transport, 2, [program], stdout=subprocess.PIPE, variables=variables)
-    output = "".join(job.communicate(timeout=50)[0] for job in jobs)
+    output = "".join(job.communicate(timeout=100)[0] for job in jobs)
     assert [job.returncode for job in jobs] == [0] * len(jobs)
     return sorted(output.splitlines())
 
@@ -167,7 +167,7 @@ def test_plain_srun(program: Path) -> None:
         )
         for rank in ranks
     ]
-    output = "".join(job.communicate(timeout=50)[0] for job in jobs)
+    output = "".join(job.communicate(timeout=100)[0] for job in jobs)
     assert sorted(output.splitlines()) == _expected("gloo")
 
 

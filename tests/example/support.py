@@ -111,7 +111,7 @@ def launch(name: str, *arguments: object, cwd: Path, **variables: object) -> sub
     )
 
 
-def finish(*jobs: subprocess.Popen[str], code: int | None = 0, limit: float = 50) -> str:
+def finish(*jobs: subprocess.Popen[str], code: int | None = 0, limit: float = 100) -> str:
     """Wait for launchers and return their output; a hang or another exit code is a failure.
 
     Args:

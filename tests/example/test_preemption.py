@@ -39,7 +39,7 @@ KINDS = ("step", "epoch", "checkpoint")
 
 def wait_for_steps(run: Path, count: int) -> None:
     """Wait until a run has recorded so many steps."""
-    deadline = time.monotonic() + 45
+    deadline = time.monotonic() + 90
     while len(entries(run, "step")) < count:
         assert time.monotonic() < deadline, f"{run} has no step {count}"
         time.sleep(0.01)

@@ -243,7 +243,7 @@ def test_isa_objects_have_no_weak_symbols(tmp_path: Path) -> None:
     out = tmp_path / "isa_kernels.o"
     source = BUILT.parent / "csrc" / "isa_kernels.cpp"
     flags = [*hatch_build.FLAGS.replace("-O3", "-O0").split(), "-DSYNCBN_KERNELS=kernels_baseline"]
-    subprocess.run([*compiler, *flags, "-c", str(source), "-o", str(out)], check=True, timeout=50)
+    subprocess.run([*compiler, *flags, "-c", str(source), "-o", str(out)], check=True, timeout=100)
     symbols = subprocess.run(["nm", "-C", out], capture_output=True, text=True, check=True).stdout
     assert "kernels_baseline" in symbols
     weak = [line for line in symbols.splitlines() if line[17:18] in "VWu"]
