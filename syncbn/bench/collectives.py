@@ -63,7 +63,7 @@ class Collectives(Benchmark):
         """Measure, on every rank.
 
         Raises:
-            ImportError: mpirun started the ranks, and mpi4py or an MPI library is missing.
+            ImportError: the launcher belongs to MPI, and mpi4py or an MPI library is missing.
         """
         launcher = find_launcher(os.environ)
         backend = "mpi4py" if launcher is not None and launcher.address == "MPI" else "gloo"

@@ -30,12 +30,14 @@ from syncbn.cli import config_path
 from syncbn.cli.diagnosis import describe_rank, explain_backend, find_problems
 from syncbn.cli.signals import deferred_termination
 from syncbn.distributed.groups import resolve_group
-from syncbn.distributed.launchers import detect_launcher
+from syncbn.distributed.launchers import detect_launcher, find_launcher
 from syncbn.distributed.objects import all_gather_objects
 from syncbn.files import atomic_write, require_file
 from syncbn.kernels import cpu, triton_unavailable_reason
 
 _FAILED, _WRONG_USE = 1, 2
+# Seconds of a day.
+_LONGEST_TIMEOUT = 86400
 
 
 def installation() -> dict[str, str]:
@@ -157,10 +159,16 @@ def _version(package: str) -> str | None:
 @hydra.main(version_base="1.3", config_path=config_path(), config_name="doctor")
 def main(config: DictConfig) -> None:
     """Print the report on rank 0, and write it to the file of ``json=``."""
+    if not isinstance(config.timeout, int | float) or not 0 < config.timeout < _LONGEST_TIMEOUT:
+        expected = f"expected seconds, above 0 and below {_LONGEST_TIMEOUT}"
+        sys.stderr.write(f"syncbn-doctor: timeout: got {config.timeout!r}; {expected}\n")
+        sys.exit(_WRONG_USE)
     try:
         info = syncbn.init_process_group(config.backend, timedelta(seconds=config.timeout))
     except (ImportError, RuntimeError, ValueError) as error:
-        show_installation(Console(markup=False, emoji=False), installation())
+        launcher = find_launcher(os.environ)
+        if launcher is None or os.environ.get(launcher.rank, "0") == "0":
+            show_installation(Console(markup=False, emoji=False), installation())
         sys.stderr.write(f"syncbn-doctor: {error}\n")
         sys.exit(_FAILED)
     path = None if config.json is None else Path(config.json)

@@ -177,9 +177,11 @@ def _device_of(group: dist.ProcessGroup, local_rank: int) -> torch.device:
     gpus = torch.cuda.device_count()
     if not gpus:
         return torch.device("cpu")
-    bound = group.bound_device_id
-    # Device 0 is current, too, if no device has been set.
-    index = torch.cuda.current_device() or local_rank % gpus if bound is None else bound.index
+    if (bound := group.bound_device_id) is not None:
+        index = bound.index
+    else:
+        # Device 0 is current, too, if no device has been set.
+        index = torch.cuda.current_device() or local_rank % gpus
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 

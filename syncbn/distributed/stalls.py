@@ -44,7 +44,7 @@ def wait(work: dist.Work, group: dist.ProcessGroup, label: str) -> None:
     key, call = str(group.rank()), _name_call(group, label)
     _query_store(group, lambda store: store.set(key, call))
     if not _is_done(work, _WARN_SECONDS - _PUBLISH_SECONDS):
-        reports = _query_store(group, lambda store: _read_reports(store, group.size()))
+        reports = _collect_reports(group, call, seconds=0)
         if reports is None:
             reason = "the store of the group does not answer: rank 0 may have stopped"
         else:
@@ -64,18 +64,32 @@ def describe_absent(group: dist.ProcessGroup, label: str) -> str:
         label: its label.
     """
     call = _name_call(group, label)
+    reports = _collect_reports(group, call, _REPORT_SECONDS)
+    return "" if reports is None else _describe_absent(reports, group, call)
+
+
+def _collect_reports(group: dist.ProcessGroup, call: str, seconds: float) -> list[str] | None:
+    """Publish the all-reduce of this rank; return the all-reduces that all ranks wait for.
+
+    Args:
+        group: group of the all-reduce.
+        call: its description.
+        seconds: time limit of the wait for the reports of other ranks.
+
+    Returns:
+        Descriptions by rank, empty without a report; None without an answer of the store.
+    """
 
     def collect(store: dist.Store) -> list[str]:
         store.set(str(group.rank()), call)
-        deadline = time.monotonic() + _REPORT_SECONDS
+        deadline = time.monotonic() + seconds
         while True:
             reports = _read_reports(store, group.size())
-            if reports.count(call) == group.size() or time.monotonic() > deadline:
+            if reports.count(call) == group.size() or time.monotonic() >= deadline:
                 return reports
             time.sleep(0.05)
 
-    reports = _query_store(group, collect)
-    return "" if reports is None else _describe_absent(reports, group, call)
+    return _query_store(group, collect)
 
 
 def _name_call(group: dist.ProcessGroup, label: str) -> str:

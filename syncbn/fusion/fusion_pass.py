@@ -78,10 +78,10 @@ def fuse(model: nn.Module) -> Fusion:
     """Move a residual addition and an activation after a synchronized layer into the layer.
 
     ``relu(bn(x))`` and ``relu(bn(x) + residual)`` become one pass over the memory, forward and
-    backward; likewise ReLU6, LeakyReLU, SiLU, Hardswish and GELU. Of an addition's operands, the
-    layer has to be the one computed last. It may be the last one of a child (a ``Sequential``, a
-    block). The model is changed in place: modules get new forwards,
-    and keep their identity, children, hooks and ``state_dict``.
+    backward; likewise ReLU6, LeakyReLU, SiLU, Hardswish and GELU. In an addition, the layer must be
+    the operand computed last. The layer may be the last one of a child (a ``Sequential``, a block).
+    The model is changed in place: modules get new forwards, and keep their identity, children,
+    hooks and ``state_dict``.
 
     A forward is rewritten if it only calls children and functions of torch, and assigns local
     names; ``skipped`` gives the reason otherwise. Layers with hooks, and layers that are called or

@@ -17,12 +17,12 @@ from tests.ranks import Pool
 
 
 def _record_messages(rank: int, name: str) -> tuple[list[int], list[int]]:
-    """Return the predicted messages and those of a step, in both directions."""
+    """Return the predicted messages, and the messages of a step in both directions."""
     network = syncbn.convert_sync_batchnorm(NETWORKS[name]())
     sent: list[int] = []
     start = collectives.start_all_reduce
 
-    def record(vector: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+    def record(vector: torch.Tensor, group: dist.ProcessGroup) -> dist.Work | None:
         sent.append(vector.numel())
         return start(vector, group)
 

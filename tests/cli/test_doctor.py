@@ -105,6 +105,14 @@ def test_installation_is_reported_if_the_ranks_cannot_start(tmp_path: Path) -> N
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("timeout", ["0", "-1", "soon", "null", "1e9"])
+def test_bad_timeout_is_a_clear_error(timeout: str, tmp_path: Path) -> None:
+    done = processes.run_forked("syncbn.cli.doctor", [f"timeout={timeout}"], tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("syncbn-doctor: timeout: got ")
+    assert "Traceback" not in done.stderr
+
+
 def test_missing_mpi4py_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(package: str) -> str:
         raise metadata.PackageNotFoundError(package)

@@ -83,10 +83,9 @@ def _record_all_reduces(rank: int) -> list[tuple[int, torch.dtype]]:
     sizes = []
     start = collectives.start_all_reduce
 
-    def record(vector: torch.Tensor, group: dist.ProcessGroup) -> dist.Work:
+    def record(vector: torch.Tensor, group: dist.ProcessGroup) -> dist.Work | None:
         sizes.append((vector.numel(), vector.dtype))
-        work: dist.Work = start(vector, group)
-        return work
+        return start(vector, group)
 
     with patch.object(collectives, "start_all_reduce", record):
         layer = syncbn.SyncBatchNorm2d(5)
@@ -103,6 +102,26 @@ def test_two_all_reduces_per_step(ranks: Ranks) -> None:
             (11 if on_gpu else 12, torch.float64),
             (10 if on_gpu else 12, torch.float64),
         ]
+
+
+def _run_without_work(rank: int) -> torch.Tensor:
+    start = collectives.start_all_reduce
+
+    def synchronize(vector: torch.Tensor, group: dist.ProcessGroup) -> None:
+        work = start(vector, group)
+        assert work is not None
+        work.wait()
+
+    with patch.object(collectives, "start_all_reduce", synchronize):
+        layer = syncbn.SyncBatchNorm1d(1, momentum=1.0)
+        layer(torch.full((1, 1), float(rank)))
+    assert layer.running_mean is not None
+    return layer.running_mean
+
+
+def test_backend_that_returns_no_work(pool: Pool) -> None:
+    """Regression: NCCL returns None, since its call has synchronized the stream already."""
+    assert [mean.item() for mean in pool(2, "gloo").run(_run_without_work)] == [0.5, 0.5]
 
 
 def _not_a_member(rank: int) -> str:
